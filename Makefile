@@ -1,0 +1,51 @@
+# make demo   install, draw scenes, train on two CPU cores in minutes, evaluate, write pictures
+# make test   install, run the tests          make lint    style, format and types
+# make clean  remove what these commands made
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONFIG := configs/gella_tiny_shapes.yaml
+OUTPUT := output/gella_tiny_shapes
+
+.PHONY: help venv demo test lint clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+
+venv: $(STAMP)
+
+# The stamp is written last, so an interrupted or failed installation is taken up again.
+# The two variables hold the build tools of source packages to the same versions.
+$(STAMP): setup.py constraints.txt tools/setup_detectron2.py
+	@rm -f $(STAMP)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else "error: $(PYTHON) is Python %d.%d, but 3.10 to 3.12 is needed: try make PYTHON=python3.11 $(MAKECMDGOALS)" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+		$(BIN)/python -m pip install -e ".[dev]"
+	$(BIN)/python tools/setup_detectron2.py
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python datasets/prepare_shapes.py
+	$(BIN)/python tools/train_net.py --config-file $(CONFIG)
+	$(BIN)/python tools/demo.py --config-file $(CONFIG) --weights $(OUTPUT)/model_final.pth \
+		--dataset gella_shapes_png_val --num 3 --output $(OUTPUT)/demo
+	@echo
+	@echo "Pictures:  $(OUTPUT)/demo"
+	@echo "Figures:   $(OUTPUT)/results.json"
+	@echo "Your turn: $(BIN)/python tools/demo.py --help"
+
+# One thread in each of two processes does more than two threads in one.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy projects/gella
+
+clean:
+	rm -rf $(VENV) $(OUTPUT) datasets/shapes build projects/*.egg-info \
+		projects/detectron2_core/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find projects tools tests datasets -name __pycache__ -type d -prune -exec rm -rf {} +

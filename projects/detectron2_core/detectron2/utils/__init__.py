@@ -1,0 +1,1 @@
+"""Process groups, metrics, logging, files, seeds."""

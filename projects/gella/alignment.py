@@ -1,0 +1,82 @@
+"""Where the phrases of a caption stand in it: character spans from texts without offsets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+
+# Tokenizers of annotation tools rewrite quotes and dashes; one character stands for each family.
+_SAME = str.maketrans({"\u2018": "'", "\u2019": "'", "`": "'", "\u201c": '"', "\u201d": '"'})
+
+
+def locate_phrases(caption: str, phrases: Sequence[str]) -> list[tuple[int, int] | None]:
+    """Spans (start, end) of phrases that occur in `caption` in this order; None where one does not.
+
+    A cursor walks from left to right, so the second "a dog" is found after the first. Case and the
+    amount of white space do not matter; whole words are preferred over parts of words.
+    """
+    spans: list[tuple[int, int] | None] = []
+    cursor = 0
+    for phrase in phrases:
+        words = [re.escape(word) for word in phrase.split()]
+        pattern = r"\s+".join(words)
+        found = None
+        if words:
+            for form in (rf"(?<!\w){pattern}(?!\w)", pattern):
+                found = re.compile(form, re.IGNORECASE).search(caption, cursor)
+                if found:
+                    break
+        spans.append(found.span() if found else None)
+        cursor = found.end() if found else cursor
+    return spans
+
+
+def align_utterances(caption: str, utterances: Sequence[str]) -> list[tuple[int, int] | None]:
+    """Spans (start, end) of utterances that partition `caption` in order (PNG, FORMATS section 2).
+
+    Utterances may differ from the caption in case, white space (also inside words, as in "is" +
+    "n't"), quotes and punctuation. Where letters differ too, both texts are aligned as wholes, and
+    an utterance some of whose letters or digits have no consecutive counterpart gives None; so does
+    a blank one.
+    """
+    caption_places = [i for i, c in enumerate(caption) if not c.isspace()]
+    left = _stream(caption)
+    streams = [_stream(utterance) for utterance in utterances]
+    partners = _pair("".join(streams), left)
+    # Rank of every letter or digit among the caption's letters and digits.
+    ranks, rank = [], 0
+    for character in left:
+        ranks.append(rank if character.isalnum() else -1)
+        rank += character.isalnum()
+    spans: list[tuple[int, int] | None] = []
+    cursor = 0
+    for stream in streams:
+        places = partners[cursor : cursor + len(stream)]
+        cursor += len(stream)
+        letters = [p for p, c in zip(places, stream) if c.isalnum()] or places
+        known = [p for p in letters if p >= 0]
+        order = [ranks[p] if ranks[p] >= 0 else p for p in known]
+        if not known or len(known) < len(letters) or order[-1] - order[0] != len(order) - 1:
+            spans.append(None)
+            continue
+        matched = [p for p in places if p >= 0]
+        spans.append((caption_places[matched[0]], caption_places[matched[-1]] + 1))
+    return spans
+
+
+def _stream(text: str) -> str:
+    """The text's characters without white space, one for one, in lower case."""
+    folded = text.translate(_SAME)
+    return "".join(c.lower() if len(c.lower()) == 1 else c for c in folded if not c.isspace())
+
+
+def _pair(right: str, left: str) -> list[int]:
+    """For every character of `right` its counterpart's place in `left`, or -1."""
+    if right == left:
+        return list(range(len(left)))
+    partners = [-1] * len(right)
+    for block in SequenceMatcher(None, left, right, autojunk=False).get_matching_blocks():
+        for step in range(block.size):
+            partners[block.b + step] = block.a + step
+    return partners

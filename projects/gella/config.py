@@ -1,0 +1,168 @@
+"""Every configuration key that GELLA adds to Detectron2's, with its meaning and unit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def add_gella_config(cfg: Any) -> None:
+    """Add GELLA's keys, with the paper's values as defaults, to a Detectron2 config.
+
+    Args:
+        cfg: a ``detectron2.config.CfgNode`` made by ``get_cfg()``; changed in place. A key that is
+            not defined here or in Detectron2 is refused when a file or the command line sets it.
+
+    Sections: ``MODEL.*`` one node per box of the paper's Figure 2, ``INPUT.GELLA`` the geometry and
+    the colours, ``DATALOADER.TASK_RATIOS`` Table 9, ``SOLVER.*_MULTIPLIER`` the learning rates.
+    """
+    node = type(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "GELLA"
+    _add_encoders(cfg, node)
+    _add_decoders(cfg, node)
+    _add_inference(cfg, node)
+    _add_data_and_training(cfg, node)
+
+
+def _add_encoders(cfg: Any, node: type) -> None:
+    # The colormap is RGB in 0..255; these are ImageNet's statistics in RGB order.
+    cfg.MODEL.PIXEL_MEAN = [123.675, 116.280, 103.530]
+    cfg.MODEL.PIXEL_STD = [58.395, 57.120, 57.375]
+
+    cfg.MODEL.BACKBONE.NAME = "TimmColormapEncoder"
+    encoder = cfg.MODEL.COLORMAP_ENCODER = node()
+    # A timm model with `features_only` at strides 4, 8, 16, 32 (eq. 1).
+    encoder.ARCH = "swin_tiny_patch4_window7_224"
+
+    clip = cfg.MODEL.IMAGE_ENCODER = node()
+    clip.NAME = "CLIPImageEncoder"  # a name in BACKBONE_REGISTRY (eq. 2)
+    clip.IMAGE_SIZE = 336  # pixels; CLIP's own input side
+    clip.PATCH_SIZE = 14  # pixels; the grid has (IMAGE_SIZE / PATCH_SIZE)^2 cells
+    clip.WIDTH = 1024
+    clip.LAYERS = 24
+    clip.HEAD_WIDTH = 64
+    clip.MLP_RATIO = 4.0
+    # OpenAI's weights need quick GELU; the plain one is silently wrong by 2e-2.
+    clip.QUICK_GELU = True
+    # "patch": CLIP's one strided convolution. "conv": strided 3x3 convolutions of the same total
+    # stride, for training from scratch on few images.
+    clip.STEM = "patch"
+    clip.FREEZE = True  # LLaVA-1.5 keeps CLIP frozen
+    clip.PIXEL_MEAN = [122.7709383, 116.7460125, 104.09373615]  # RGB, 0..255
+    clip.PIXEL_STD = [68.5005327, 66.6321579, 70.32316305]
+
+    blend = cfg.MODEL.RESOBLEND = node()
+    # "image_query": eq. 7-8 to the letter; "image_query_mask_residual": the projected z^s is added
+    # after the upsampling; "mask_query": z^s asks, the image tokens answer, residual z^s.
+    blend.FUSION = "mask_query"
+    blend.DIM = 256  # channels of the attention and of every output level
+    blend.NUM_HEADS = 8
+    blend.FFN_RATIO = 4.0
+    # Table 7's parts: self-attention, cross-attention, feed-forward, residual Z_v, convolution.
+    blend.SELF_ATTENTION = True
+    blend.CROSS_ATTENTION = True
+    blend.FEED_FORWARD = True
+    blend.RESIDUAL = True
+    blend.CONVOLUTION = True
+    # A fixed sine embedding on queries and keys of both attentions; z^s has no position of its own.
+    blend.POSITION = True
+
+
+def _add_decoders(cfg: Any, node: type) -> None:
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "Mask2FormerHead"
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    decoder = cfg.MODEL.MASK_DECODER = node()
+    # "learned": Mask2Former's queries and Hungarian matching; "entity": one query per input entity.
+    decoder.QUERIES = "learned"
+    decoder.NUM_QUERIES = 100  # used by "learned" only
+    # "entity" only: the query also sees its mask, cropped to the entity and sampled at this many
+    # cells per side; 0 leaves it out.
+    decoder.ENTITY_SHAPE_SIZE = 16
+    decoder.HIDDEN_DIM = 256  # channels of E_vc; a multiple of 32
+    decoder.MASK_DIM = 256  # channels of the mask features
+    decoder.NUM_HEADS = 8
+    decoder.ENCODER_LAYERS = 6  # deformable attention layers of the pixel decoder
+    decoder.ENCODER_FFN_DIM = 1024
+    decoder.DECODER_LAYERS = 9  # transformer decoder layers actually built
+    decoder.DECODER_FFN_DIM = 2048
+    decoder.ENTITY_WEIGHT = 2.0  # loss weights of eq. 6, Mask2Former's defaults
+    decoder.MASK_WEIGHT = 5.0
+    decoder.DICE_WEIGHT = 5.0
+    decoder.NO_OBJECT_WEIGHT = 0.1
+    decoder.DEEP_SUPERVISION = True
+    decoder.TRAIN_NUM_POINTS = 12544  # points sampled per mask: 112 x 112
+    decoder.OVERSAMPLE_RATIO = 3.0
+    decoder.IMPORTANCE_SAMPLE_RATIO = 0.75
+
+    language = cfg.MODEL.LANGUAGE = node()
+    # A directory (or hub name) that transformers' AutoTokenizer reads. <SEG> is added to it.
+    language.TOKENIZER = ""
+    language.VOCAB_SIZE = 32001  # rows of the embedding: LLaMA's 32,000 and <SEG>
+    language.HIDDEN_SIZE = 4096
+    language.INTERMEDIATE_SIZE = 11008
+    language.NUM_LAYERS = 32
+    language.NUM_HEADS = 32
+    language.NUM_KEY_VALUE_HEADS = 32
+    language.RMS_NORM_EPS = 1e-5
+    language.ROPE_THETA = 10000.0
+    language.MAX_POSITIONS = 4096  # tokens, image tokens included
+    language.PROJECTOR = "mlp2x_gelu"  # eq. 3: "mlp2x_gelu" (LLaVA-1.5) or "linear" (the paper)
+    # CLIP's grid is average-pooled by this factor per side before it becomes tokens; 1 keeps all.
+    language.IMAGE_TOKEN_STRIDE = 1
+    language.SYSTEM = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    language.ANSWER_WEIGHT = 1.0  # of L_ans, eq. 10
+    language.MAX_NEW_TOKENS = 512
+
+    association = cfg.MODEL.ASSOCIATION = node()
+    association.DIM = 256  # channels in which nouns and entities meet (eq. 9)
+    association.STRUCTURE = "fc"  # "fc" or "fc_relu_fc" (Table 10)
+    # Multiply the dot product by a learned scale (starting at 1/sqrt(DIM)) and add a learned bias
+    # (starting at BIAS_INIT). False is eq. 9 to the letter.
+    association.CALIBRATED = True
+    association.BIAS_INIT = -1.5
+    association.WEIGHT = 1.0  # of L_asso, eq. 10
+
+
+def _add_inference(cfg: Any, node: type) -> None:
+    gella = cfg.MODEL.GELLA = node()
+    # A query whose mask meets an input entity with an IoU over SNAP_IOU returns that entity's own
+    # full-resolution mask.
+    gella.SNAP = True
+    gella.SNAP_IOU = 0.5
+    gella.ENTITY_SCORE_THRESHOLD = 0.5  # learned queries below this probability are no entities
+    # A noun takes every entity whose association probability exceeds this, and always the best one.
+    gella.ASSOCIATION_THRESHOLD = 0.5
+    # Panoptic: entities whose best category scores lower are left void.
+    gella.PANOPTIC_THRESHOLD = 0.0
+    # Checkpoint keys (shell patterns) that may be absent from the file or be left over in it.
+    cfg.MODEL.WEIGHTS_ALLOW_MISSING = []
+    cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED = []
+
+
+def _add_data_and_training(cfg: Any, node: type) -> None:
+    cfg.INPUT.FORMAT = "RGB"
+    gella = cfg.INPUT.GELLA = node()
+    gella.COLORMAP_SIZE = 896  # pixels; the padded square side of the colormap. Swin: n x 224
+    gella.COLORS = "random"  # "random", "location" (Table 5b) or "separated"
+    # Segments that an input entity must overlap at this IoU to become a phrase's target.
+    gella.TARGET_IOU = 0.5
+    # Absent category names listed with the present ones when a panoptic image trains grounding;
+    # -1 lists every category.
+    gella.PANOPTIC_NEGATIVES = -1
+
+    # Shares of describing, noun extraction and grounding (Table 9). One task per iteration, the
+    # same on every rank.
+    cfg.DATALOADER.TASK_RATIOS = [0.2, 0.2, 0.6]
+
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    cfg.SOLVER.BETAS = [0.9, 0.999]
+    # Learning rate of a group = BASE_LR x its multiplier.
+    cfg.SOLVER.LANGUAGE_MULTIPLIER = 1.0
+    cfg.SOLVER.VISION_MULTIPLIER = 1.0
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"  # one norm over all parameters
+    # Images per forward pass of each process at test; does not change the results.
+    cfg.TEST.IMS_PER_BATCH = 1
+    # Rule of PNG's average recall: "hard", "official" or "flmm"; rows of two rules do not compare.
+    cfg.TEST.PNG_PROTOCOL = "hard"

@@ -1,0 +1,119 @@
+"""Which input entities a phrase means: from segment ids of an annotation to entity indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gella.entities import EntityMap
+from gella.prompts import spoken_name
+
+
+class EntityMatcher:
+    """Finds the input entities behind segment ids (DESIGN section 5.6).
+
+    Where the input entities are the annotation's own, a segment is the entity of its id. Where they
+    come from a segmenter, a segment is every entity that overlaps it with enough IoU, which may be
+    none. Crowd segments are no entities and never match.
+    """
+
+    def __init__(
+        self,
+        entities: EntityMap,
+        segments_info: Sequence[dict[str, Any]] | None,
+        annotated: EntityMap | None = None,
+        min_iou: float = 0.5,
+    ) -> None:
+        """Args:
+        entities: the input entities.
+        segments_info: all segments of the annotation, crowd included; None: only the ids of
+            its map are known.
+        annotated: the annotation's own map if `entities` come from elsewhere, same frame.
+        min_iou: least IoU of a match, used with `annotated` only.
+        """
+        own = entities if annotated is None else annotated
+        listed = None if segments_info is None else [int(s["id"]) for s in segments_info]
+        self.segments_info = list(segments_info or [])
+        self._known = set(own.segment_ids if listed is None else listed)
+        if annotated is None:
+            matches: list[list[int]] = [[k] for k in range(entities.num_entities)]
+        else:
+            close = segment_iou(annotated, entities) >= min_iou
+            matches = [np.flatnonzero(row).tolist() for row in close]
+        self._indices = dict(zip(own.segment_ids, matches))
+
+    def entity_indices(self, segment_ids: Sequence[int] | None) -> list[int] | None:
+        """Indices (ascending, each once) of the entities that the segments name.
+
+        None stays None (unknown). Raises ValueError for an id the annotation does not have.
+        """
+        if segment_ids is None:
+            return None
+        unknown = [int(i) for i in segment_ids if int(i) not in self._known]
+        if unknown:
+            raise ValueError(
+                f"segment ids {unknown[:5]} are not in the image's annotation; the narrative and "
+                "the annotation belong to different versions"
+            )
+        found = {index for i in segment_ids for index in self._indices.get(int(i), [])}
+        return sorted(found)
+
+
+def segment_iou(a: EntityMap, b: EntityMap) -> np.ndarray:
+    """IoU of every entity of `a` with every entity of `b`: float64 (E_a, E_b), one image pass."""
+    if a.size != b.size:
+        raise ValueError(f"entity maps of {a.size} and {b.size} pixels cannot be compared")
+    columns = b.num_entities + 1
+    joint = a.ids.ravel().astype(np.int64) * columns + b.ids.ravel()
+    counts = np.bincount(joint, minlength=(a.num_entities + 1) * columns).reshape(-1, columns)
+    shared = counts[1:, 1:].astype(np.float64)
+    union = counts[1:].sum(axis=1)[:, None] + counts[:, 1:].sum(axis=0)[None] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def category_phrases(
+    segments_info: Sequence[dict[str, Any]],
+    categories: Sequence[dict[str, Any]],
+    negatives: int,
+    rng: np.random.Generator,
+) -> list[dict[str, Any]]:
+    """One phrase per category name: those present in an image and some that are absent.
+
+    Args:
+        segments_info: the image's segments; crowd segments do not make a category present.
+        categories: `id`, `name`, `isthing`, in the order in which phrases come out.
+        negatives: absent categories to draw; -1 lists all.
+        rng: draws them.
+
+    Returns phrases as of a dataset dict with `category_id` and `isthing` added; `segment_ids` is
+    empty for absent categories, `start` and `end` are -1. Raises ValueError for a segment of an
+    unknown category.
+    """
+    members: dict[int, list[int]] = {int(category["id"]): [] for category in categories}
+    for segment in segments_info:
+        category_id = int(segment["category_id"])
+        if category_id not in members:
+            raise ValueError(f"segment {segment['id']} has unknown category {category_id}")
+        if not segment.get("iscrowd", 0):
+            members[category_id].append(int(segment["id"]))
+    absent = [category_id for category_id, ids in members.items() if not ids]
+    if 0 <= negatives < len(absent):
+        chosen = {absent[k] for k in rng.choice(len(absent), size=negatives, replace=False)}
+    else:
+        chosen = set(absent)
+    return [
+        {
+            "text": spoken_name(category["name"]),
+            "start": -1,
+            "end": -1,
+            "segment_ids": members[int(category["id"])],
+            "is_plural": len(members[int(category["id"])]) > 1,
+            "is_thing": bool(category["isthing"]),
+            "category_id": int(category["id"]),
+            "isthing": bool(category["isthing"]),
+        }
+        for category in categories
+        if members[int(category["id"])] or int(category["id"]) in chosen
+    ]

@@ -1,0 +1,248 @@
+"""Which task each iteration trains (paper, Table 9), and which images, the same on every rank.
+
+Everything here is a function of (seed, iteration): a run that is resumed anywhere, on any number of
+ranks and with any number of workers, draws the batches of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from gella.prompts import TASKS
+
+SampleKey = tuple[int, str, tuple[int, int, int]]
+
+_BLOCK = 4096  # iterations whose tasks are drawn at once
+# Keep the streams of chance apart: SeedSequence pads with zeros, so lengths alone do not.
+_TASK_STREAM, _ORDER_STREAM = 0x7A5C, 0x0D3E
+
+
+def task_at(seed: int, iteration: int, ratios: Sequence[float]) -> str:
+    """Task of one training iteration.
+
+    Args:
+        seed: not negative.
+        iteration: not negative.
+        ratios: shares of `prompts.TASKS` (describe, extract, ground), in any unit; Table 9 has
+            0.2, 0.2, 0.6.
+
+    Raises ValueError for another number of ratios, a negative one, or none above 0.
+    """
+    block = _task_block(int(seed), int(iteration) // _BLOCK, _checked_ratios(ratios))
+    return TASKS[block[int(iteration) % _BLOCK]]
+
+
+class GroundingBatchSampler(Sampler[list[SampleKey]]):
+    """Endless batches of keys (record index, task, seed of the view) for one rank.
+
+    Each task goes through its own pool in a new permutation per epoch. The batch of an iteration
+    does not depend on the number of ranks: rank r takes the r-th contiguous part of it.
+    """
+
+    def __init__(
+        self,
+        pools: Mapping[str, Sequence[int]],
+        ratios: Sequence[float],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_iteration: int = 0,
+    ) -> None:
+        """Args:
+            pools: record indices per task.
+            ratios: as in `task_at`.
+            batch_size: images per iteration over all ranks, a multiple of `world_size`.
+            seed: not negative.
+            rank: of this process, 0..world_size - 1.
+            world_size: number of processes.
+            start_iteration: the first iteration to yield.
+
+        Raises ValueError when the batch does not divide or a task that is to be trained has no
+        record.
+        """
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH is {batch_size} but there are {world_size} processes; make "
+                "it a multiple of their number"
+            )
+        if seed < 0:
+            raise ValueError(f"the sampler's seed is {seed}; it must not be negative")
+        self.ratios = _checked_ratios(ratios)
+        for task, ratio in zip(TASKS, self.ratios):
+            if ratio > 0 and not len(pools.get(task, ())):
+                raise ValueError(
+                    f"task {task!r} has ratio {ratio:g} but no record that can train it; add a "
+                    "dataset or set its DATALOADER.TASK_RATIOS to 0"
+                )
+        self.pools = {task: np.asarray(pools.get(task, ()), dtype=np.int64) for task in TASKS}
+        self.batch_size, self.seed = batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.start_iteration = start_iteration
+        self._orders: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        """Yield this rank's keys from `start_iteration` on, without end."""
+        done = self._earlier_batches(self.start_iteration)
+        share = self.batch_size // self.world_size
+        mine = range(self.rank * share, (self.rank + 1) * share)
+        for iteration in itertools.count(self.start_iteration):
+            task = task_at(self.seed, iteration, self.ratios)
+            first = done[task] * self.batch_size
+            done[task] += 1
+            yield [
+                (self._record(task, first + place), task, (self.seed, iteration, place))
+                for place in mine
+            ]
+
+    def _earlier_batches(self, iteration: int) -> dict[str, int]:
+        """Batches of each task before `iteration`."""
+        counts = np.zeros(len(TASKS), dtype=np.int64)
+        for block in range(iteration // _BLOCK + 1):
+            drawn = _task_block(self.seed, block, self.ratios)[: iteration - block * _BLOCK]
+            counts += np.bincount(drawn, minlength=len(TASKS))
+        return {task: int(count) for task, count in zip(TASKS, counts)}
+
+    def _record(self, task: str, place: int) -> int:
+        """Record at one place of a task's endless sequence of permutations."""
+        pool = self.pools[task]
+        epoch, offset = divmod(place, len(pool))
+        order = self._orders.get((task, epoch))
+        if order is None:
+            key = (self.seed, _ORDER_STREAM + TASKS.index(task), epoch)
+            order = self._orders[task, epoch] = np.random.default_rng(key).permutation(len(pool))
+            if len(self._orders) > 2 * len(TASKS):  # the current epochs and those just left
+                self._orders.popitem(last=False)
+        return int(pool[order[offset]])
+
+
+class GroundingDataset(Dataset):
+    """Records behind a mapper, addressed by the sampler's keys."""
+
+    def __init__(self, records: Sequence[dict[str, Any]], mapper: Any) -> None:
+        """Args:
+        records: dataset dicts.
+        mapper: called as `mapper(record, task=..., rng_seed=...)`.
+        """
+        self.records, self.mapper = records, mapper
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self.records)
+
+    def __getitem__(self, key: SampleKey) -> dict[str, Any]:
+        """Mapped dict of one key."""
+        index, task, rng_seed = key
+        return self.mapper(self.records[index], task=task, rng_seed=rng_seed)
+
+
+class GroundingTrainLoader:
+    """Endless training batches (lists of mapped dicts) from `start_iteration` on.
+
+    `start_iteration` may be set until iteration begins, as a resumed trainer does; every `iter()`
+    starts there.
+    """
+
+    def __init__(
+        self, dataset: GroundingDataset, sampler: GroundingBatchSampler, num_workers: int
+    ) -> None:
+        """Args:
+        dataset: the records with their mapper.
+        sampler: yields the batches' keys.
+        num_workers: processes that map; 0 maps in this one. Batches do not depend on it.
+        """
+        self.dataset, self.sampler, self.num_workers = dataset, sampler, num_workers
+
+    @property
+    def start_iteration(self) -> int:
+        """Iteration of the first batch."""
+        return self.sampler.start_iteration
+
+    @start_iteration.setter
+    def start_iteration(self, iteration: int) -> None:
+        self.sampler.start_iteration = int(iteration)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        """Start the workers and yield batches."""
+        # A generator of its own: starting a loader would draw from the global one.
+        generator = torch.Generator().manual_seed(self.sampler.seed)
+        loader: DataLoader = DataLoader(
+            self.dataset,
+            batch_sampler=self.sampler,
+            num_workers=self.num_workers,
+            collate_fn=_as_list,
+            worker_init_fn=_one_thread,
+            generator=generator,
+        )
+        return iter(loader)
+
+
+def build_train_loader(
+    cfg: Any, *, records: Sequence[dict[str, Any]], mapper: Any, start_iteration: int = 0
+) -> GroundingTrainLoader:
+    """Training loader of this rank.
+
+    Args:
+        cfg: `DATALOADER.TASK_RATIOS`, `DATALOADER.NUM_WORKERS`, `SOLVER.IMS_PER_BATCH`,
+            `DATASETS.TRAIN` (for errors) and `SEED`; a negative seed draws one that all ranks
+            share, and such a run cannot be resumed into the same order.
+        records: dataset dicts; `tasks` says which tasks each can train.
+        mapper: a `GroundingMapper` for training.
+        start_iteration: the first iteration; may be set later.
+
+    Raises ValueError when a task with a ratio above 0 has no record, naming the datasets.
+    """
+    pools = {task: [i for i, r in enumerate(records) if task in r["tasks"]] for task in TASKS}
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    try:
+        sampler = GroundingBatchSampler(
+            pools,
+            cfg.DATALOADER.TASK_RATIOS,
+            cfg.SOLVER.IMS_PER_BATCH,
+            seed,
+            rank=comm.get_rank(),
+            world_size=comm.get_world_size(),
+            start_iteration=start_iteration,
+        )
+    except ValueError as error:
+        raise ValueError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: {error}") from error
+    sizes = ", ".join(f"{task} {len(pool):,}" for task, pool in pools.items())
+    logging.getLogger(__name__).info("Training records: %s", sizes)
+    return GroundingTrainLoader(
+        GroundingDataset(records, mapper), sampler, int(cfg.DATALOADER.NUM_WORKERS)
+    )
+
+
+def _checked_ratios(ratios: Sequence[float]) -> tuple[float, ...]:
+    values = tuple(float(ratio) for ratio in ratios)
+    if len(values) != len(TASKS) or not sum(values) > 0 or min(values) < 0:
+        raise ValueError(
+            f"DATALOADER.TASK_RATIOS is {list(values)}; give one share for each of "
+            f"{', '.join(TASKS)}, none negative and at least one above 0"
+        )
+    return values
+
+
+@lru_cache(maxsize=64)
+def _task_block(seed: int, block: int, ratios: tuple[float, ...]) -> np.ndarray:
+    shares = np.asarray(ratios) / sum(ratios)
+    rng = np.random.default_rng((seed, _TASK_STREAM, block))
+    return rng.choice(len(TASKS), size=_BLOCK, p=shares)
+
+
+def _as_list(batch: list[Any]) -> list[Any]:
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,333 @@
+"""Entities: which pixels belong to which entity, and the colormap that shows it to the model.
+
+An entity is a class-agnostic segment of an image. `EntityMap` holds all entities of one image as
+one integer per pixel, so two entities never share a pixel; files of overlapping masks are flattened
+on the way in. Entities are addressed by *index* (0..E-1) inside the program and by *segment id* in
+files and results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+ASSIGNMENTS = ("random", "location", "separated")
+_CANDIDATES = 16  # of `separated`: more buys little distance and costs linearly
+_LOCATION_GRID = 20  # cells per image side of `location`
+
+
+@dataclass
+class EntityMap:
+    """The E entities of one image of H x W pixels.
+
+    Attributes:
+        ids: int32 (H, W); 0 is no entity, k in 1..E is the entity of index k - 1.
+        segment_ids: E distinct integers, the ids by which files name the entities; default 1..E.
+        scores: float32 (E,), the segmenter's confidence; default 1.0.
+
+    E may be 0, and an entity may have no pixel (after a resize): it keeps its place, so indices
+    stay comparable between the frames of one image. Raises ValueError for other shapes, repeated
+    segment ids, non-finite scores and pixels over E.
+    """
+
+    ids: np.ndarray
+    segment_ids: list[int] = field(default_factory=list)
+    scores: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.ids = np.ascontiguousarray(self.ids, dtype=np.int32)
+        if self.ids.ndim != 2 or 0 in self.ids.shape:
+            raise ValueError(f"ids must be (H, W) with at least a pixel, got {self.ids.shape}")
+        highest = int(self.ids.max())
+        if int(self.ids.min()) < 0:
+            raise ValueError(f"ids holds {int(self.ids.min())}; entity numbers start at 0")
+        self.segment_ids = [int(i) for i in self.segment_ids] or list(range(1, highest + 1))
+        count = len(self.segment_ids)
+        if highest > count:
+            raise ValueError(f"ids holds entity number {highest} but segment_ids has {count}")
+        if len(set(self.segment_ids)) != count:
+            repeated = sorted(i for i in set(self.segment_ids) if self.segment_ids.count(i) > 1)
+            raise ValueError(f"segment_ids repeats {repeated[:5]}; every entity needs its own id")
+        self.scores = _checked_scores(self.scores, count)
+
+    @classmethod
+    def from_id_image(
+        cls,
+        id_image: np.ndarray,
+        segment_ids: Sequence[int] | None = None,
+        scores: Sequence[float] | np.ndarray | None = None,
+    ) -> EntityMap:
+        """Number the ids of an (H, W) integer image, 0 being void.
+
+        Args:
+            id_image: (H, W), any integer type, for instance the ids of a panoptic PNG.
+            segment_ids: which ids are entities and in which order; one that has no pixel is kept,
+                ids of the image that are not listed become 0. None: all non-zero ids, ascending.
+            scores: (E,), in the order of `segment_ids`.
+        """
+        image = np.asarray(id_image)
+        if image.ndim != 2 or image.size == 0 or image.dtype.kind not in "iu":
+            raise ValueError(f"id image must be integer (H, W), got {image.dtype} {image.shape}")
+        # Id images are made of long runs of one value: only the runs are looked up.
+        flat = image.ravel()
+        starts = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))
+        values, inverse = np.unique(flat[starts], return_inverse=True)
+        if segment_ids is None:
+            segment_ids = [int(v) for v in values if v != 0]
+        wanted = [int(i) for i in segment_ids]
+        number = {segment_id: k for k, segment_id in enumerate(wanted, start=1)}
+        numbers = np.array([number.get(int(v), 0) for v in values], dtype=np.int32)
+        lengths = np.diff(starts, append=flat.size)
+        ids = np.repeat(numbers[inverse], lengths).reshape(image.shape)
+        return cls(ids, wanted, _checked_scores(scores, len(wanted)))
+
+    @classmethod
+    def from_masks(
+        cls,
+        masks: np.ndarray,
+        scores: Sequence[float] | np.ndarray | None = None,
+        segment_ids: Sequence[int] | None = None,
+    ) -> EntityMap:
+        """Flatten masks (E, H, W), non-zero inside, that may overlap.
+
+        They are painted in ascending score, so the best lies on top; among equal scores the smaller
+        one does, and among equal sizes the later one. Entities that end without a visible pixel are
+        dropped; the others keep their order and their ids (by default place + 1 in `masks`).
+        """
+        masks = np.asarray(masks)
+        if masks.ndim != 3:
+            raise ValueError(f"masks must be (E, H, W), got shape {masks.shape}")
+        masks = masks.astype(bool, copy=False)
+        count = masks.shape[0]
+        ranks = _checked_scores(scores, count)
+        names = list(range(1, count + 1)) if segment_ids is None else [int(i) for i in segment_ids]
+        if len(names) != count:
+            raise ValueError(f"{count} masks but {len(names)} segment_ids; give one id per mask")
+        areas = masks.sum(axis=(1, 2), dtype=np.int64)
+        canvas = np.zeros(masks.shape[1:], dtype=np.int32)
+        for k in np.lexsort((-areas, ranks)):
+            canvas[masks[k]] = k + 1
+        visible = np.bincount(canvas.ravel(), minlength=count + 1)[1:] > 0
+        renumber = np.concatenate(([0], np.where(visible, np.cumsum(visible), 0))).astype(np.int32)
+        kept = [name for name, seen in zip(names, visible) if seen]
+        return cls(renumber[canvas], kept, ranks[visible])
+
+    @property
+    def num_entities(self) -> int:
+        """E, entities without a pixel included."""
+        return len(self.segment_ids)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return (self.ids.shape[0], self.ids.shape[1])
+
+    def bitmasks(self) -> np.ndarray:
+        """One mask per entity: bool (E, H, W)."""
+        numbers = np.arange(1, self.num_entities + 1, dtype=np.int32)
+        return self.ids[None] == numbers[:, None, None]
+
+    def areas(self) -> np.ndarray:
+        """Pixels per entity: int64 (E,)."""
+        counts = np.bincount(self.ids.ravel(), minlength=self.num_entities + 1)
+        return counts[1:].astype(np.int64)
+
+    def union(self, indices: Iterable[int]) -> np.ndarray:
+        """Pixels of any of the given entities (indices 0..E-1): bool (H, W).
+
+        Raises IndexError for an index out of range.
+        """
+        chosen = np.zeros(self.num_entities + 1, dtype=bool)
+        for index in indices:
+            if not 0 <= int(index) < self.num_entities:
+                raise IndexError(f"entity index {index} of {self.num_entities} entities")
+            chosen[int(index) + 1] = True
+        return chosen[self.ids]
+
+    def to_rle(self) -> list[dict[str, Any]]:
+        """COCO run-length codes, one per entity: {"size": [H, W], "counts": str}."""
+        from pycocotools import mask as coco_mask
+
+        if not self.num_entities:
+            return []
+        columns = np.asfortranarray(self.bitmasks().transpose(1, 2, 0).astype(np.uint8))
+        codes = coco_mask.encode(columns)
+        return [
+            {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+            for code in codes
+        ]
+
+    def index_of(self, segment_id: int) -> int:
+        """Index of the entity that files call `segment_id`; KeyError if there is none."""
+        try:
+            return self.segment_ids.index(int(segment_id))
+        except ValueError:
+            raise KeyError(
+                f"segment id {segment_id} is not among the {self.num_entities} entities"
+            ) from None
+
+    def resize(self, height: int, width: int) -> EntityMap:
+        """Nearest-neighbour copy of height x width pixels, sampled at pixel centres."""
+        if height < 1 or width < 1:
+            raise ValueError(f"cannot resize to {height} x {width}; both sides must be positive")
+        rows = _nearest_indices(self.ids.shape[0], height)
+        columns = _nearest_indices(self.ids.shape[1], width)
+        return self._with_ids(self.ids[rows][:, columns])
+
+    def pad(self, height: int, width: int) -> EntityMap:
+        """Copy of height x width pixels, with no entity in the pixels added below and right."""
+        old_height, old_width = self.size
+        if height < old_height or width < old_width:
+            raise ValueError(f"cannot pad {old_height} x {old_width} to {height} x {width}")
+        return self._with_ids(np.pad(self.ids, ((0, height - old_height), (0, width - old_width))))
+
+    def flip(self) -> EntityMap:
+        """Copy mirrored left to right."""
+        return self._with_ids(self.ids[:, ::-1])
+
+    def centroids(self) -> np.ndarray:
+        """Mean (x, y) pixel index per entity: float32 (E, 2).
+
+        An entity without pixels gets the middle of the image, so that the result is finite.
+        """
+        height, width = self.size
+        rows, columns = np.indices(self.size)
+        flat, length = self.ids.ravel(), self.num_entities + 1
+        counts = np.bincount(flat, minlength=length)[1:]
+        result = np.tile(np.array([(width - 1) / 2, (height - 1) / 2]), (self.num_entities, 1))
+        for axis, grid in enumerate((columns, rows)):
+            sums = np.bincount(flat, weights=grid.ravel(), minlength=length)[1:]
+            result[:, axis] = np.where(counts > 0, sums / np.maximum(counts, 1), result[:, axis])
+        return result.astype(np.float32)
+
+    def _with_ids(self, ids: np.ndarray) -> EntityMap:
+        return EntityMap(ids, list(self.segment_ids), self.scores.copy())
+
+
+def rgb_to_id(rgb: np.ndarray) -> np.ndarray:
+    """Segment ids of a panoptic PNG: uint8 (H, W, 3) -> int32 (H, W), R + 256 G + 65536 B."""
+    rgb = np.asarray(rgb)
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
+        raise ValueError(f"an id image must be uint8 (H, W, 3), got {rgb.dtype} {rgb.shape}")
+    channels = rgb.astype(np.int32)
+    return channels[..., 0] + (channels[..., 1] << 8) + (channels[..., 2] << 16)
+
+
+def id_to_rgb(ids: np.ndarray) -> np.ndarray:
+    """Inverse of `rgb_to_id`: integers (H, W) in 0..2^24 - 1 -> uint8 (H, W, 3)."""
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise ValueError(f"ids must be integer (H, W), got {ids.dtype} {ids.shape}")
+    if ids.size and (ids.min() < 0 or ids.max() >= 1 << 24):
+        raise ValueError(f"ids {ids.min()}..{ids.max()} do not fit three bytes (0..16777215)")
+    return np.stack([(ids >> shift) & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
+
+
+def entity_colors(entities: EntityMap, assignment: str, rng: np.random.Generator) -> np.ndarray:
+    """Draw one colour per entity for the colormap (paper, section 3.2): uint8 RGB (E, 3).
+
+    Colours are distinct and never black, which stands for background and padding.
+
+    Args:
+        entities: `location` reads their centroids, the others only their number.
+        assignment: "random" (uniform), "location" (from the cell of a fixed grid in which the
+            centroid lies, as Painter does; Table 5b) or "separated" (each the farthest of several
+            candidates from black and the colours before it).
+        rng: the source of chance; `location` does not use it.
+    """
+    count = entities.num_entities
+    if assignment == "random":
+        codes = rng.integers(1, 1 << 24, size=count)
+        while len(np.unique(codes)) < count:
+            repeated = np.ones(count, dtype=bool)
+            repeated[np.unique(codes, return_index=True)[1]] = False
+            codes[repeated] = rng.integers(1, 1 << 24, size=int(repeated.sum()))
+        return id_to_rgb(codes[None])[0]
+    if assignment == "location":
+        return _location_colors(entities)
+    if assignment == "separated":
+        return _separated_colors(count, rng)
+    raise ValueError(f"colour assignment {assignment!r} is none of {', '.join(ASSIGNMENTS)}")
+
+
+def paint_colormap(entities: EntityMap, colors: np.ndarray) -> np.ndarray:
+    """The colormap (paper, section 3.2): uint8 (H, W, 3), black where no entity is.
+
+    Args:
+        colors: uint8 RGB (E, 3), one per entity.
+    """
+    colors = np.asarray(colors, dtype=np.uint8)
+    if colors.shape != (entities.num_entities, 3):
+        raise ValueError(f"{entities.num_entities} entities but colours of shape {colors.shape}")
+    table = np.concatenate((np.zeros((1, 3), np.uint8), colors))
+    return np.take(table, entities.ids, axis=0)
+
+
+def mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Intersection over union of every pair: bool (N, H, W), (M, H, W) -> float64 (N, M).
+
+    Two empty masks have IoU 0. Raises ValueError when the sizes differ.
+    """
+    a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    if a.ndim != 3 or b.ndim != 3 or a.shape[1:] != b.shape[1:]:
+        raise ValueError(f"masks of one size (N, H, W) are needed, got {a.shape} and {b.shape}")
+    pixels = a.shape[1] * a.shape[2]
+    # float32 counts exactly up to 2^24 and multiplies twice as fast.
+    kind = np.float32 if pixels < 1 << 24 else np.float64
+    left, right = a.reshape(len(a), pixels).astype(kind), b.reshape(len(b), pixels).astype(kind)
+    shared = (left @ right.T).astype(np.float64)
+    sizes_a, sizes_b = (m.sum(axis=(1, 2), dtype=np.int64).astype(np.float64) for m in (a, b))
+    union = sizes_a[:, None] + sizes_b[None] - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+
+def _checked_scores(scores: Any, count: int) -> np.ndarray:
+    if scores is None:
+        return np.ones(count, dtype=np.float32)
+    result = np.asarray(scores, dtype=np.float32)
+    if result.shape != (count,):
+        raise ValueError(f"{count} entities but scores of shape {result.shape}")
+    if not np.isfinite(result).all():
+        raise ValueError(f"score {int(np.flatnonzero(~np.isfinite(result))[0])} is not finite")
+    return result
+
+
+def _nearest_indices(old: int, new: int) -> np.ndarray:
+    # Integer arithmetic of floor((i + 0.5) * old / new): no rounding at exact ratios.
+    return ((2 * np.arange(new, dtype=np.int64) + 1) * old) // (2 * new)
+
+
+def _separated_colors(count: int, rng: np.random.Generator) -> np.ndarray:
+    candidates = rng.integers(0, 256, size=(count, _CANDIDATES, 3)).astype(np.int32)
+    chosen = np.zeros((count + 1, 3), dtype=np.int32)  # chosen[0] is black
+    for k in range(count):
+        options = candidates[k]
+        while True:
+            gaps = ((options[:, None] - chosen[None, : k + 1]) ** 2).sum(axis=-1).min(axis=1)
+            best = int(gaps.argmax())
+            if gaps[best] > 0:
+                break
+            options = rng.integers(0, 256, size=(_CANDIDATES, 3)).astype(np.int32)
+        chosen[k + 1] = options[best]
+    return chosen[1:].astype(np.uint8)
+
+
+def _location_colors(entities: EntityMap) -> np.ndarray:
+    count, (height, width) = entities.num_entities, entities.size
+    side = max(_LOCATION_GRID, int(np.ceil(np.sqrt(count))))
+    rows, columns = (axis.ravel() for axis in np.indices((side, side)))
+    free = np.ones(side * side, dtype=bool)
+    cells = np.zeros(count, dtype=np.int64)
+    for k, (x, y) in enumerate(entities.centroids()):
+        # An occupied cell hands over to the nearest free one.
+        column, row = int((x + 0.5) * side / width), int((y + 0.5) * side / height)
+        gaps = np.where(free, (rows - row) ** 2 + (columns - column) ** 2, np.iinfo(np.int64).max)
+        cells[k] = gaps.argmin()
+        free[cells[k]] = False
+    # The cell's number, written with three digits, counts down from white in even steps.
+    base = int(np.ceil(np.cbrt(side * side)))
+    digits = np.stack([cells // base**2, cells // base % base, cells % base], axis=-1)
+    return (255 - digits * (255 // base)).astype(np.uint8)

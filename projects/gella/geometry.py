@@ -1,0 +1,139 @@
+"""From a picture and its entities to what the model sees: resized, coloured, padded squares.
+
+Training, evaluation and the predictor all come through :func:`make_view`, so the image for CLIP and
+the colormap always show the same scene in the same place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from gella.entities import EntityMap, entity_colors, paint_colormap
+
+
+def read_image(file_name: str | Path, *, upright: bool = False) -> np.ndarray:
+    """Read a picture as uint8 RGB (H, W, 3).
+
+    Grey, palette and transparent pictures are converted to RGB.
+
+    Args:
+        file_name: any format that Pillow reads.
+        upright: turn the picture by its EXIF orientation. Sizes in COCO's annotations are those of
+            the stored pixels, so dataset readers leave it off; for a photograph from a phone,
+            segmenters and viewers show the turned one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no picture, or ends before its last row.
+    """
+    path = Path(file_name)
+    if not path.is_file():
+        raise FileNotFoundError(f"image {path} does not exist; check the path")
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            turned = ImageOps.exif_transpose(picture) if upright else picture
+            return np.array(turned.convert("RGB"), dtype=np.uint8)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"image {path} is no picture that Pillow can read") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image {path} is too large to open safely ({error})") from error
+    # Pillow reports damaged data by OSError ("image file is truncated"), SyntaxError (PNG chunks)
+    # or ValueError, according to the format.
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"image {path} is truncated or damaged ({error}); copy it again"
+        ) from error
+
+
+def image_token_count(image_size: int, patch_size: int, stride: int) -> int:
+    """Return how many tokens the image takes in the prompt: the pooled CLIP grid's cells.
+
+    Args:
+        image_size: side of CLIP's input, pixels.
+        patch_size: side of one cell, pixels.
+        stride: pooling per side before the grid becomes tokens (``IMAGE_TOKEN_STRIDE``).
+    """
+    return (image_size // patch_size // stride) ** 2
+
+
+def fitted_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Return (height, width) scaled so that the longest side is ``side``, each at least 1 pixel."""
+    scale = side / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def fit_image(image: np.ndarray, side: int) -> np.ndarray:
+    """Scale uint8 (H, W, 3) to the longest side ``side`` and pad with zeros to (side, side, 3).
+
+    Bilinear with antialiasing (Pillow's reducing filter). The picture stays at the top left.
+    """
+    height, width = fitted_size(image.shape[0], image.shape[1], side)
+    square = np.zeros((side, side, 3), dtype=np.uint8)
+    if (height, width) == image.shape[:2]:
+        square[:height, :width] = image
+    else:
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        square[:height, :width] = np.asarray(resized)
+    return square
+
+
+def make_view(
+    image: np.ndarray,
+    entities: EntityMap,
+    *,
+    image_size: int,
+    colormap_size: int,
+    assignment: str,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """Bring one scene into the model's frame (paper, section 3.1 and "augmentation").
+
+    The longest side is scaled to the square's side and the rest is padded with zeros at the bottom
+    and on the right; nothing is cropped, since a crop would cut entities.
+
+    Args:
+        image: uint8 (H, W, 3) RGB.
+        entities: the scene's entities, in the frame of ``image``.
+        image_size: side S of CLIP's input, pixels.
+        colormap_size: side C of the colormap, pixels.
+        assignment: how colours are chosen, see :func:`gella.entities.entity_colors`.
+        rng: source of the colours; the same state gives the same colormap.
+
+    Returns:
+        ``image`` uint8 tensor (3, S, S), ``colormap`` uint8 tensor (3, C, C), ``entities``
+        EntityMap of size (C, C) with the same E and order, ``valid_size`` (h, w): the part of the
+        colormap that is no padding.
+
+    Raises:
+        ValueError: the image is not uint8 (H, W, 3), or its size is not that of the entities.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"image must be uint8 (H, W, 3) RGB, not {image.dtype} {tuple(image.shape)}"
+        )
+    if tuple(entities.size) != tuple(image.shape[:2]):
+        raise ValueError(
+            f"entity masks are {entities.size[1]}x{entities.size[0]} pixels but the image is "
+            f"{image.shape[1]}x{image.shape[0]} (width x height); give masks of the image's size"
+        )
+    height, width = fitted_size(image.shape[0], image.shape[1], colormap_size)
+    # Colours are drawn on the unpadded map: the place of a centroid must not depend on padding.
+    resized = entities.resize(height, width)
+    colors = entity_colors(resized, assignment, rng)
+    padded = resized.pad(colormap_size, colormap_size)
+    return {
+        "image": _to_tensor(fit_image(image, image_size)),
+        "colormap": _to_tensor(paint_colormap(padded, colors)),
+        "entities": padded,
+        "valid_size": (height, width),
+    }
+
+
+def _to_tensor(picture: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))

@@ -1,0 +1,301 @@
+"""Scores of grounding, referring and noun extraction, as pure functions of masks and counts.
+
+Shares are fractions in [0, 1] here; the evaluators turn them into percent. Masks are boolean
+arrays (H, W) in the frame of the original image. Panoptic quality and entity AP are in
+``metrics_panoptic``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+NUM_THRESHOLDS = 100_000
+"""Thresholds of average recall: 0, 1e-5, ..., 0.99999 (the PNG benchmark's rule)."""
+
+PROTOCOLS = ("hard", "official", "flmm")
+"""Rules for average recall in use by different repositories; their rows are not comparable."""
+
+SUBSETS = ("thing", "stuff", "singular", "plural")
+"""The two splits of the nouns that are reported: thing + stuff and singular + plural."""
+
+_THRESHOLDS = np.arange(NUM_THRESHOLDS) / NUM_THRESHOLDS
+_SOFT_SIDE = 256  # pixels; the official baseline compares masks that went through this size
+_FLMM_EPSILON = 1e-12
+_DETERMINERS = re.compile(
+    r"^(?:(?:a|an|the|this|that|these|those|some|any|each|every|another|all|both"
+    r"|my|your|his|her|its|our|their) )+(?=\S)"
+)
+
+
+@dataclass(frozen=True)
+class NounUnit:
+    """One scored noun phrase: what average recall pools.
+
+    Attributes:
+        iou: in [0, 1]; 0 for a noun without a prediction.
+        is_thing: category of the phrase's last segment is a thing.
+        num_segments: segments that the phrase names, at least 1.
+        plural_flag: the ``plural`` flag of the PNG file, used by the "flmm" protocol alone.
+    """
+
+    iou: float
+    is_thing: bool
+    num_segments: int
+    plural_flag: bool = False
+
+
+def check_protocol(protocol: str) -> str:
+    """Return ``protocol``; ValueError if it is none of ``PROTOCOLS``."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown PNG protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}")
+    return protocol
+
+
+def average_recall(ious: Sequence[float] | np.ndarray) -> float:
+    """Area under recall(t) = share of ``ious`` >= t, as a left sum over 100,000 thresholds.
+
+    Args:
+        ious: (N,) in [0, 1].
+
+    Returns:
+        A fraction, NaN for N = 0. An IoU of 0 is a miss at the threshold 0 too, so that an empty
+        prediction scores exactly 0; the benchmark's literal sum is larger by at most 1e-5.
+
+    Raises:
+        ValueError: an IoU is NaN or outside [0, 1].
+    """
+    values = np.asarray(ious, dtype=np.float64).reshape(-1)
+    if values.size == 0:
+        return math.nan
+    if not (values.min() >= 0 and values.max() <= 1):
+        raise ValueError(
+            f"average recall: IoUs lie in [{values.min()}, {values.max()}], expected [0, 1]: "
+            "check the masks they were computed from"
+        )
+    # Every unit is recalled at the thresholds up to its IoU. Counts are integers, so the order
+    # of the units (and the number of processes) cannot change the sum.
+    passed = np.searchsorted(_THRESHOLDS, values, side="right")
+    passed[values == 0] = 0
+    return int(passed.sum()) / (NUM_THRESHOLDS * values.size)
+
+
+def png_summary(units: Sequence[NounUnit], protocol: str = "hard") -> dict[str, float]:
+    """Average recall of all nouns and of the subsets, with the size of each (FORMATS, PNG).
+
+    Returns:
+        ``AR``, ``acc@0.5`` (share of IoUs strictly above), ``n`` and, for each name of
+        ``SUBSETS``, ``AR_<name>`` and ``n_<name>``. Fractions and counts, NaN where n is 0.
+
+    Raises:
+        ValueError: unknown protocol.
+        RuntimeError: AR differs from the n-weighted mean of one of its two splits.
+    """
+    check_protocol(protocol)
+    ious = np.array([unit.iou for unit in units], dtype=np.float64)
+    if protocol == "flmm":
+        plural = np.array([unit.plural_flag for unit in units], dtype=bool)
+        # F-LMM files every plural under things, whatever its category.
+        thing = np.array([unit.is_thing for unit in units], dtype=bool) | plural
+    else:
+        plural = np.array([unit.num_segments > 1 for unit in units], dtype=bool)
+        thing = np.array([unit.is_thing for unit in units], dtype=bool)
+    members = dict(zip(SUBSETS, (thing, ~thing, ~plural, plural), strict=True))
+    summary = {"AR": average_recall(ious)}
+    summary.update({f"AR_{name}": average_recall(ious[chosen]) for name, chosen in members.items()})
+    summary["acc@0.5"] = float((ious > 0.5).mean()) if units else math.nan
+    summary["n"] = float(len(units))
+    summary.update({f"n_{name}": float(chosen.sum()) for name, chosen in members.items()})
+    check_splits(summary)
+    return summary
+
+
+def check_splits(summary: dict[str, float], tolerance: float = 1e-9) -> None:
+    """Refuse a PNG row whose AR is not the n-weighted mean of thing/stuff and singular/plural.
+
+    Args:
+        summary: keys of ``png_summary``; any scale, as long as ``tolerance`` fits it.
+
+    Raises:
+        RuntimeError: naming the split and both numbers.
+    """
+    if not summary["n"]:
+        return
+    for names in (SUBSETS[:2], SUBSETS[2:]):
+        parts = [(summary[f"n_{name}"], summary[f"AR_{name}"]) for name in names]
+        mean = sum(n * score for n, score in parts if n) / summary["n"]
+        if abs(mean - summary["AR"]) > tolerance:
+            raise RuntimeError(
+                f"PNG summary: AR {summary['AR']} is not the weighted mean {mean} of "
+                f"{names[0]} and {names[1]}: a noun is missing from the split or counted twice"
+            )
+
+
+def ratio_iou(intersection: float, union: float, protocol: str = "hard") -> float:
+    """IoU of two binary masks from pixel counts; 0/0 is 0, a miss."""
+    if protocol == "flmm":
+        return float(intersection / (union + _FLMM_EPSILON))
+    return float(intersection / union) if union else 0.0
+
+
+def _bilinear_matrix(source: int, target: int) -> np.ndarray:
+    """Weights (target, source) of bilinear resizing, pixel centres at half integers."""
+    centres = (np.arange(target) + 0.5) * source / target - 0.5
+    centres = centres.clip(0, source - 1)
+    low = np.floor(centres).astype(np.int64)
+    share = centres - low
+    matrix = np.zeros((target, source))
+    np.add.at(matrix, (np.arange(target), low), 1 - share)
+    np.add.at(matrix, (np.arange(target), np.minimum(low + 1, source - 1)), share)
+    return matrix
+
+
+def soften(mask: np.ndarray) -> np.ndarray:
+    """Send a mask (H, W) through 256x256 and back bilinearly: float64 (H, W), not binarised.
+
+    What the PNG baseline does to truth and proposals before it compares them ("official").
+    """
+    height, width = mask.shape
+    rows = _bilinear_matrix(_SOFT_SIDE, height) @ _bilinear_matrix(height, _SOFT_SIDE)
+    columns = _bilinear_matrix(_SOFT_SIDE, width) @ _bilinear_matrix(width, _SOFT_SIDE)
+    return rows @ mask.astype(np.float64) @ columns.T
+
+
+def noun_iou(prediction: np.ndarray, truth: np.ndarray, protocol: str = "hard") -> float:
+    """IoU of two masks (H, W) by the rule of ``protocol``.
+
+    "hard": pixel counts. "flmm": the same with 1e-12 added to the union. "official": soft IoU
+    sum(pt) / sum(p + t - pt) of both masks after ``soften``.
+
+    Raises:
+        ValueError: unknown protocol, or the masks differ in size.
+    """
+    check_protocol(protocol)
+    if prediction.shape != truth.shape:
+        raise ValueError(
+            f"predicted mask has size {prediction.shape}, truth {truth.shape}: "
+            "return masks at the original image size"
+        )
+    if protocol == "official":
+        p, t = soften(prediction), soften(truth)
+        product = float((p * t).sum())
+        # Rounding can lift a perfect match over 1 in the last digit.
+        return min(ratio_iou(product, float(p.sum() + t.sum()) - product), 1.0)
+    inter = int(np.count_nonzero(prediction & truth))
+    union = np.count_nonzero(prediction) + np.count_nonzero(truth) - inter
+    return ratio_iou(inter, union, protocol)
+
+
+def best_union(
+    intersections: np.ndarray, areas: np.ndarray, truth_area: int
+) -> tuple[float, np.ndarray]:
+    """Best IoU with a truth that any union of the given disjoint masks reaches.
+
+    Args:
+        intersections: int (E,), pixels of each mask on the truth.
+        areas: int (E,), pixels of each mask.
+        truth_area: pixels of the truth, those under no mask included.
+
+    Returns:
+        The IoU and the indices of the masks of the union, possibly none.
+
+    A union reaches IoU r exactly if the sum over its masks of (1 + r) inter - r area is at least
+    r truth_area, and that sum is largest for the masks with inter / area > r / (1 + r). So one of
+    the prefixes in descending order of inter / area is optimal, and all of them are tried.
+    """
+    useful = np.flatnonzero(np.asarray(intersections) > 0)
+    if useful.size == 0:
+        return 0.0, useful
+    inter, area = np.asarray(intersections)[useful], np.asarray(areas)[useful]
+    order = np.argsort(-inter / area, kind="stable")
+    inter, area = np.cumsum(inter[order]), np.cumsum(area[order])
+    ious = inter / (truth_area + area - inter)
+    best = int(ious.argmax())
+    return float(ious[best]), useful[order[: best + 1]]
+
+
+def oracle_iou(truth: np.ndarray, masks: np.ndarray) -> float:
+    """Best IoU of ``truth`` bool (H, W) with a union of disjoint ``masks`` bool (E, H, W)."""
+    flat = masks.reshape(len(masks), truth.size)
+    areas, inter = flat.sum(axis=1), flat[:, truth.reshape(-1)].sum(axis=1)
+    return best_union(inter, areas, int(np.count_nonzero(truth)))[0]
+
+
+def random_entity(image_id: int | str, phrase_index: int, num_entities: int) -> int:
+    """Blind guess for a noun: an entity index in 0..num_entities-1, fixed by image and phrase."""
+    seed = (zlib.crc32(str(image_id).encode()), phrase_index)
+    return int(np.random.default_rng(seed).integers(num_entities))
+
+
+def blind_choices(
+    areas: np.ndarray, image_id: int | str, phrase_index: int
+) -> dict[str, np.ndarray]:
+    """Entity indices that three baselines name without looking at image or noun.
+
+    Args:
+        areas: int (E,), pixels of each entity.
+
+    Returns:
+        ``random`` (one entity), ``largest`` (one) and ``all``; all empty for E = 0.
+    """
+    count = len(areas)
+    if count == 0:
+        return dict.fromkeys(("random", "largest", "all"), np.zeros(0, dtype=np.int64))
+    return {
+        "random": np.array([random_entity(image_id, phrase_index, count)]),
+        "largest": np.array([int(np.argmax(areas))]),
+        "all": np.arange(count),
+    }
+
+
+def normalize_noun(noun: str) -> str:
+    """Lower case, single spaces, leading determiners dropped (never the last word)."""
+    return _DETERMINERS.sub("", " ".join(noun.lower().split()))
+
+
+def noun_recall(reference: Iterable[str], found: Iterable[str]) -> tuple[int, int]:
+    """Reference nouns that occur in the answer, each answer noun used once (FORMATS 6).
+
+    Returns:
+        hits and the number of reference nouns; hits / len(found) is the precision.
+    """
+    wanted = Counter(normalize_noun(noun) for noun in reference)
+    answered = Counter(normalize_noun(noun) for noun in found)
+    return sum((wanted & answered).values()), sum(wanted.values())
+
+
+def cumulative_iou(
+    intersections: Sequence[int] | np.ndarray, unions: Sequence[int] | np.ndarray
+) -> dict[str, float]:
+    """Referring segmentation scores from pixel counts, one pair per expression (FORMATS 3).
+
+    Returns:
+        ``cIoU`` sum of intersections / sum of unions; ``gIoU`` mean IoU, where an empty truth met
+        by an empty prediction (union 0) counts 1; ``P@0.5`` ... ``P@0.9`` shares strictly above;
+        ``n``. NaN without expressions; cIoU is 1 if every union is 0.
+
+    Raises:
+        ValueError: the two sequences differ in length.
+    """
+    inter, union = np.asarray(intersections, np.int64), np.asarray(unions, np.int64)
+    if inter.shape != union.shape:
+        raise ValueError(
+            f"referring: {inter.size} intersections but {union.size} unions: give one pair each"
+        )
+    ious = np.where(union == 0, 1.0, inter / np.maximum(union, 1))
+    n, total = len(ious), int(union.sum())
+    # fsum rounds once, so the order of the expressions cannot change the result.
+    summary = {
+        "cIoU": (int(inter.sum()) / total if total else 1.0) if n else math.nan,
+        "gIoU": math.fsum(ious) / n if n else math.nan,
+    }
+    for threshold in (0.5, 0.6, 0.7, 0.8, 0.9):
+        share = float((ious > threshold).mean()) if n else math.nan
+        summary[f"P@{threshold}"] = share
+    return {**summary, "n": float(n)}

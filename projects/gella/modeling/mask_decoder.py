@@ -1,0 +1,349 @@
+"""The mask decoder: Mask2Former's pixel and transformer decoder, class-agnostic (section 3.1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+QUERIES = ("learned", "entity")
+_STRIDES = [4, 8, 16, 32]
+# Added to the self-attention logits of padding queries: exp() of it is exactly 0 in every dtype,
+# and unlike -inf it leaves a row whose queries are all padding finite.
+_PADDING_BIAS = -1e4
+
+
+@dataclass
+class MaskDecoderOutput:
+    """What the decoder says about Q queries of B images.
+
+    Attributes:
+        query_embeddings: ``E_vc``, (B, Q, HIDDEN_DIM), behind the decoder's final LayerNorm.
+        entity_logits: per layer (B, Q, 2): class 0 entity, class 1 no object; the last is final.
+        mask_logits: per layer (B, Q, H/4, W/4); the last is final.
+        query_valid: bool (B, Q); False marks padding queries, whose rows mean nothing.
+    """
+
+    query_embeddings: Tensor
+    entity_logits: list[Tensor]
+    mask_logits: list[Tensor]
+    query_valid: Tensor
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class Mask2FormerHead(nn.Module):
+    """Decode fused features into entity embeddings, entity scores and masks (eq. 6).
+
+    The two decoders are transformers' Mask2Former modules, unmodified; the class head with its two
+    classes is ours. ``queries`` chooses where the queries come from:
+
+    ``learned``: Mask2Former's own, a fixed number, matched to entities by the criterion.
+    ``entity``: one per input entity. Content: the fused stride-4 features averaged under the
+    entity's mask, through a linear layer, plus the mask's own outline in a crop around it (see
+    ``shape_size``), plus a learned embedding. Position: centroid, spread and area of the mask.
+    Query i belongs to entity i by construction. Images with fewer entities are padded with queries
+    that no valid query can see, so a batch gives what each image gives alone.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_shape: dict[str, ShapeSpec],
+        queries: str = "learned",
+        num_queries: int = 100,
+        shape_size: int = 16,
+        hidden_dim: int = 256,
+        mask_dim: int = 256,
+        num_heads: int = 8,
+        encoder_layers: int = 6,
+        encoder_ffn_dim: int = 1024,
+        decoder_layers: int = 9,
+        decoder_ffn_dim: int = 2048,
+    ) -> None:
+        """Build and initialise; the arguments are the keys of ``MODEL.MASK_DECODER``.
+
+        Args:
+            input_shape: four levels with the strides 4, 8, 16, 32, in this order.
+            shape_size: cells per side of the mask crop in entity queries; 0 leaves it out.
+
+        Raises:
+            ValueError: unknown ``queries``, other strides, or sizes that do not divide.
+        """
+        super().__init__()
+        _check_sizes(input_shape, queries, hidden_dim, num_heads)
+        self.queries, self.num_heads, self.shape_size = queries, num_heads, shape_size
+        self.in_features = list(input_shape)
+        self._self_attention_bias: Tensor | None = None
+        self.pixel_decoder, self.transformer = _build_decoders(
+            [shape.channels for shape in input_shape.values()],
+            feature_size=hidden_dim,
+            hidden_dim=hidden_dim,
+            mask_feature_size=mask_dim,
+            num_attention_heads=num_heads,
+            encoder_layers=encoder_layers,
+            encoder_feedforward_dim=encoder_ffn_dim,
+            decoder_layers=decoder_layers + 1,  # transformers builds one less
+            dim_feedforward=decoder_ffn_dim,
+            num_queries=num_queries if queries == "learned" else 1,
+        )
+        self.entity_head = nn.Linear(hidden_dim, 2)
+        for layer in self.transformer.decoder.layers:
+            layer.cross_attn.register_forward_pre_hook(_without_weights, with_kwargs=True)
+            layer.self_attn.register_forward_pre_hook(self._hide_padding, with_kwargs=True)
+        if queries == "entity":
+            # Parameters without a gradient are refused by DistributedDataParallel.
+            del self.transformer.queries_features, self.transformer.queries_embedder
+            channels = input_shape[self.in_features[0]].channels
+            self.entity_queries = EntityQueries(channels, hidden_dim, shape_size)
+
+    @classmethod
+    def from_config(cls, cfg: Any, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        """Read ``MODEL.MASK_DECODER`` and ``MODEL.SEM_SEG_HEAD.IN_FEATURES``."""
+        node = cfg.MODEL.MASK_DECODER
+        return dict(
+            input_shape={name: input_shape[name] for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES},
+            queries=node.QUERIES,
+            num_queries=node.NUM_QUERIES,
+            shape_size=node.ENTITY_SHAPE_SIZE,
+            hidden_dim=node.HIDDEN_DIM,
+            mask_dim=node.MASK_DIM,
+            num_heads=node.NUM_HEADS,
+            encoder_layers=node.ENCODER_LAYERS,
+            encoder_ffn_dim=node.ENCODER_FFN_DIM,
+            decoder_layers=node.DECODER_LAYERS,
+            decoder_ffn_dim=node.DECODER_FFN_DIM,
+        )
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        entity_masks: Tensor | None = None,
+        entity_valid: Tensor | None = None,
+    ) -> MaskDecoderOutput:
+        """Decode.
+
+        Args:
+            features: ``{name: (B, C, H/s, W/s)}``, ``Z_vc`` of ResoBlend.
+            entity_masks: (B, E, h, w) bool or float in 0..1 in the colormap's frame, at any size
+                that covers it; needed by ``entity`` queries, ignored by ``learned`` ones.
+            entity_valid: bool (B, E), False for padding entities; all valid without it.
+
+        Raises:
+            ValueError: ``entity`` queries without masks, or masks of another batch size.
+        """
+        maps = [features[name] for name in self.in_features]
+        pixels = self.pixel_decoder(maps, output_attentions=False, output_hidden_states=False)
+        if self.queries == "learned":
+            content = self.transformer.queries_features.weight.expand(len(maps[0]), -1, -1)
+            position = self.transformer.queries_embedder.weight.expand(len(maps[0]), -1, -1)
+            valid = torch.ones(content.shape[:2], dtype=torch.bool, device=content.device)
+        else:
+            masks, valid = _check_masks(entity_masks, entity_valid, len(maps[0]))
+            content, position = self.entity_queries(maps[0], masks)
+            bias = torch.where(valid, 0.0, _PADDING_BIAS)[:, None, None]  # B 1 1 Q
+            bias = bias.expand(-1, self.num_heads, valid.shape[1], -1)
+            self._self_attention_bias = bias.flatten(0, 1)  # B*h Q Q
+        try:
+            levels = pixels.multi_scale_features
+            decoded = self._decode(levels, pixels.mask_features, content, position)
+        finally:
+            self._self_attention_bias = None
+        # last_hidden_state would lack the final LayerNorm; the intermediate states have it.
+        states = [state.transpose(0, 1) for state in decoded.intermediate_hidden_states]  # B Q D
+        return MaskDecoderOutput(
+            query_embeddings=states[-1],
+            entity_logits=[self.entity_head(state) for state in states],
+            mask_logits=list(decoded.masks_queries_logits),
+            query_valid=valid,
+        )
+
+    def _decode(
+        self, levels: tuple[Tensor, ...], mask_features: Tensor, content: Tensor, position: Tensor
+    ) -> Any:
+        """Run the transformer decoder on queries of our choice, (B, Q, D) each.
+
+        With the module's own learned queries this is what its ``forward`` does; that method takes
+        no other queries, so its inputs to the decoder are prepared here.
+        """
+        module = self.transformer
+        keys, key_positions = [], []
+        for i, level in enumerate(levels):
+            where = module.position_embedder(level.shape, level.device, level.dtype, None)
+            key_positions.append(where.flatten(2).permute(2, 0, 1))  # hw B D
+            key = module.input_projections[i](level).flatten(2)
+            keys.append((key + module.level_embed.weight[i][None, :, None]).permute(2, 0, 1))
+        return module.decoder(
+            inputs_embeds=content.transpose(0, 1),  # Q B D
+            query_position_embeddings=position.transpose(0, 1),
+            multi_stage_positional_embeddings=key_positions,
+            encoder_hidden_states=keys,
+            pixel_embeddings=mask_features,
+            feature_size_list=[level.shape[-2:] for level in levels],
+            output_hidden_states=False,
+            output_attentions=False,
+            return_dict=True,
+        )
+
+    def _hide_padding(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        # The decoder passes no self-attention mask and offers no argument for one. A bound method,
+        # not a closure: a deep copy of the model then asks its own head.
+        if self._self_attention_bias is not None:
+            kwargs["attention_mask"] = self._self_attention_bias
+        return args, kwargs
+
+
+class EntityQueries(nn.Module):
+    """Queries from the input entities themselves: content and position, (B, E, D) each."""
+
+    def __init__(self, in_channels: int, dim: int, shape_size: int) -> None:
+        """Build the projections; ``shape_size`` 0 leaves the mask crop out."""
+        super().__init__()
+        self.dim, self.shape_size = dim, shape_size
+        self.content = nn.Linear(in_channels, dim)
+        self.embedding = nn.Parameter(torch.randn(dim))
+        self.shape = nn.Linear(shape_size**2, dim) if shape_size else None
+        self.position = nn.Sequential(nn.Linear(dim + 5, dim), nn.ReLU(), nn.Linear(dim, dim))
+
+    def forward(self, features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Pool features (B, C, h, w) under masks (B, E, H, W).
+
+        An entity without a pixel has zeros for its pooled features, its geometry and its crop.
+        """
+        masks = masks.to(torch.float32)
+        # Area averaging keeps what is thinner than a cell.
+        weights = F.adaptive_avg_pool2d(masks, (features.shape[2], features.shape[3]))  # B E h w
+        area = weights.sum(dim=(2, 3))  # B E, in cells
+        pooled = torch.einsum("behw,bchw->bec", weights, features.float())
+        pooled = pooled / area.clamp(min=1e-6)[..., None]
+        geometry = mask_geometry(weights)  # B E 5
+        content = self.content(pooled) + self.embedding
+        if self.shape is not None:
+            content = content + self.shape(crop_masks(masks, geometry, self.shape_size).flatten(2))
+        where = torch.cat([_sine(geometry[..., :2], self.dim), geometry], dim=-1)
+        return content, self.position(where)
+
+
+def mask_geometry(weights: Tensor) -> Tensor:
+    """Centroid, spread and size of soft masks.
+
+    Args:
+        weights: (B, E, h, w) float in 0..1.
+
+    Returns:
+        (B, E, 5): x and y of the centroid, standard deviation along x and y, square root of the
+        area, all as fractions of the frame's sides; zeros for an empty mask.
+    """
+    height, width = weights.shape[-2:]
+    area = weights.sum(dim=(2, 3))
+    safe = area.clamp(min=1e-6)
+    values = []
+    for profile, length in ((weights.sum(2), width), (weights.sum(3), height)):
+        at = (torch.arange(length, device=weights.device) + 0.5) / length
+        mean = (profile * at).sum(-1) / safe
+        variance = (profile * (at - mean[..., None]) ** 2).sum(-1) / safe
+        values.append((mean, variance.clamp(min=0).sqrt()))
+    (x, spread_x), (y, spread_y) = values
+    return torch.stack([x, y, spread_x, spread_y, (area / (height * width)).sqrt()], dim=-1)
+
+
+def crop_masks(masks: Tensor, geometry: Tensor, size: int) -> Tensor:
+    """Sample every mask in a window around itself: (B, E, H, W) -> (B, E, size, size) in 0..1.
+
+    The window reaches 2.5 standard deviations from the centroid on each axis (a disk ends at 2),
+    so the outline is seen at one scale whatever the entity's size and place.
+    """
+    batch, count, height, width = masks.shape
+    ticks = torch.linspace(-1, 1, size, device=masks.device)
+    # At least half a pixel, or the window of a one-pixel mask would be a point.
+    least = torch.tensor([0.5 / width, 0.5 / height], device=masks.device)
+    reach = 2.5 * torch.maximum(geometry[..., 2:4], least)  # B E 2
+    x = geometry[..., 0, None] + reach[..., 0, None] * ticks  # B E size
+    y = geometry[..., 1, None] + reach[..., 1, None] * ticks
+    shape = (-1, -1, size, size)
+    grid = torch.stack([x[..., None, :].expand(shape), y[..., None].expand(shape)], dim=-1)
+    grid = 2 * grid.flatten(0, 1) - 1  # B*E size size 2, in -1..1
+    flat = masks.reshape(batch * count, 1, height, width)
+    crops = F.grid_sample(flat, grid, align_corners=False)
+    return crops.view(batch, count, size, size)
+
+
+def _sine(points: Tensor, dim: int) -> Tensor:
+    # (..., 2) x, y in 0..1 -> (..., dim), by the wave lengths of Mask2Former's own keys.
+    half = torch.arange(dim // 4, device=points.device, dtype=points.dtype)
+    angles = points[..., None] * (2 * math.pi) / 10000 ** (half / (dim // 4))  # ... 2 dim/4
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def _without_weights(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    # The decoder drops the weights anyway; not asking for them allows fused attention.
+    return args, {**kwargs, "need_weights": False}
+
+
+def _check_sizes(
+    input_shape: dict[str, ShapeSpec], queries: str, hidden_dim: int, num_heads: int
+) -> None:
+    if queries not in QUERIES:
+        raise ValueError(f"MODEL.MASK_DECODER.QUERIES is {queries!r}; it must be one of {QUERIES}")
+    strides = [shape.stride for shape in input_shape.values()]
+    if strides != _STRIDES:
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.IN_FEATURES {list(input_shape)} has strides {strides}; "
+            f"Mask2FormerHead takes exactly {_STRIDES}, in this order"
+        )
+    if hidden_dim % 32 or hidden_dim % num_heads:
+        raise ValueError(
+            f"MODEL.MASK_DECODER.HIDDEN_DIM {hidden_dim} must be a multiple of 32 (group norm) and "
+            f"of NUM_HEADS {num_heads}"
+        )
+
+
+def _check_masks(masks: Tensor | None, valid: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
+    if masks is None:
+        raise ValueError("entity queries need entity_masks (B, E, h, w); got None")
+    if masks.dim() != 4 or len(masks) != batch:
+        raise ValueError(
+            f"entity_masks has shape {tuple(masks.shape)}; expected (B, E, h, w) with B {batch}"
+        )
+    if valid is None:
+        valid = torch.ones(masks.shape[:2], dtype=torch.bool, device=masks.device)
+    if valid.shape != masks.shape[:2]:
+        raise ValueError(
+            f"entity_valid has shape {tuple(valid.shape)}, entity_masks {tuple(masks.shape)}"
+        )
+    if masks.shape[1] == 0:
+        # No entity in the whole batch: one padding query keeps every part in the graph.
+        masks = masks.new_zeros(batch, 1, *masks.shape[2:])
+        valid = valid.new_zeros(batch, 1)
+    return masks, valid
+
+
+def _build_decoders(channels: list[int], **sizes: Any) -> tuple[nn.Module, nn.Module]:
+    try:
+        from transformers import Mask2FormerConfig
+        from transformers.models.mask2former import modeling_mask2former as mask2former
+    except ImportError as error:
+        raise ImportError("Mask2FormerHead needs transformers: pip install transformers") from error
+    config = Mask2FormerConfig(num_labels=1, feature_strides=_STRIDES, common_stride=4, **sizes)
+    pixel_decoder = mask2former.Mask2FormerPixelDecoder(config, feature_channels=channels)
+    transformer = mask2former.Mask2FormerTransformerModule(sizes["feature_size"], config)
+    # Built alone the modules are not initialised (level_embed is raw memory). apply() goes children
+    # first, as the rules expect, and reaches these two modules only.
+    rules = mask2former.Mask2FormerPreTrainedModel(config)
+    pixel_decoder.apply(rules._init_weights)
+    transformer.apply(rules._init_weights)
+    # Made by a constructor that ignores the default device, so a build on "meta" leaves it behind.
+    pixel_decoder.level_embed = nn.Parameter(torch.randn(3, sizes["feature_size"]))
+    # The rules leave these at a normal of 0.02, where the original has Xavier's and, for the mask
+    # features, Kaiming's uniform: at 64 channels the difference is fourfold.
+    for linear in (x for layer in pixel_decoder.encoder.layers for x in (layer.fc1, layer.fc2)):
+        nn.init.xavier_uniform_(linear.weight)
+    nn.init.kaiming_uniform_(pixel_decoder.mask_projection.weight, a=1)
+    return pixel_decoder, transformer

@@ -1,0 +1,306 @@
+"""GELLA, the meta-architecture: the one file that composes the boxes of the paper's Figure 2."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    build_backbone,
+    build_sem_seg_head,
+)
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+from gella import prompts
+from gella.modeling.association import Association
+from gella.modeling.criterion import GellaCriterion
+from gella.modeling.language_decoder import LanguageDecoder
+from gella.modeling.mask_decoder import MaskDecoderOutput
+from gella.modeling.postprocessing import (
+    gather_candidates,
+    ground_phrases,
+    masks_in_original_frame,
+    panoptic_from_scores,
+)
+from gella.modeling.resoblend import ResoBlend
+
+
+@META_ARCH_REGISTRY.register()
+class GELLA(nn.Module):
+    """Ground the nouns of a caption in given entity masks (arXiv 2402.02555, Figure 2).
+
+    Training and inference share one path up to the heads. The module knows nothing of
+    parallelism: every part runs in every training step, and what a task does not use enters the
+    losses with weight 0.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    image_mean: Tensor
+    image_std: Tensor
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        colormap_encoder: nn.Module,
+        image_encoder: nn.Module,
+        resoblend: nn.Module,
+        mask_decoder: nn.Module,
+        language_decoder: nn.Module,
+        association: nn.Module,
+        criterion: nn.Module,
+        pixel_statistics: tuple[list[float], list[float]],
+        image_statistics: tuple[list[float], list[float]],
+        answer_weight: float,
+        tokenizer_path: str,
+        max_new_tokens: int,
+        inference: Any,
+    ) -> None:
+        """Compose the model from its parts.
+
+        Args:
+            colormap_encoder: f_Upsilon, eq. 1. image_encoder: f_Omega, eq. 2.
+            resoblend: eq. 7 and 8. mask_decoder: Mask2Former's head. language_decoder: eq. 3 to 5.
+            association: eq. 9. criterion: the losses of eq. 6 and 9.
+            pixel_statistics: mean and std of the colormap, RGB in 0..255.
+            image_statistics: mean and std of CLIP's image, RGB in 0..255.
+            answer_weight: of L_ans in eq. 10.
+            tokenizer_path: read at the first generation only.
+            max_new_tokens: the longest generated answer.
+            inference: the node ``MODEL.GELLA``.
+        """
+        super().__init__()
+        self.colormap_encoder = colormap_encoder
+        self.image_encoder = image_encoder
+        self.resoblend = resoblend
+        self.mask_decoder = mask_decoder
+        self.language_decoder = language_decoder
+        self.association = association
+        self.criterion = criterion
+        self.answer_weight = answer_weight
+        self.tokenizer_path = tokenizer_path
+        self.max_new_tokens = max_new_tokens
+        self.inference_options = inference
+        for prefix, statistics in (("pixel", pixel_statistics), ("image", image_statistics)):
+            for name, values in zip(("mean", "std"), statistics):
+                buffer = torch.tensor(values).view(3, 1, 1)
+                self.register_buffer(f"{prefix}_{name}", buffer, persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> dict[str, Any]:
+        """Build every part from the config; the encoders and the head by their registered names."""
+        colormap_encoder = build_backbone(cfg)
+        image_encoder = BACKBONE_REGISTRY.get(cfg.MODEL.IMAGE_ENCODER.NAME)(cfg, None)
+        image_shape = image_encoder.output_shape()["last"]
+        resoblend = ResoBlend(cfg, image_shape, colormap_encoder.output_shape())
+        mask_decoder = build_sem_seg_head(cfg, resoblend.output_shape())
+        language_decoder = LanguageDecoder(cfg, image_shape.channels)
+        return dict(
+            colormap_encoder=colormap_encoder,
+            image_encoder=image_encoder,
+            resoblend=resoblend,
+            mask_decoder=mask_decoder,
+            language_decoder=language_decoder,
+            association=Association(
+                cfg, language_decoder.hidden_size, cfg.MODEL.MASK_DECODER.HIDDEN_DIM
+            ),
+            criterion=GellaCriterion(cfg),
+            pixel_statistics=(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD),
+            image_statistics=(
+                cfg.MODEL.IMAGE_ENCODER.PIXEL_MEAN,
+                cfg.MODEL.IMAGE_ENCODER.PIXEL_STD,
+            ),
+            answer_weight=cfg.MODEL.LANGUAGE.ANSWER_WEIGHT,
+            tokenizer_path=cfg.MODEL.LANGUAGE.TOKENIZER,
+            max_new_tokens=cfg.MODEL.LANGUAGE.MAX_NEW_TOKENS,
+            inference=cfg.MODEL.GELLA,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives; inputs are moved there."""
+        return self.pixel_mean.device
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of ``MODEL.LANGUAGE.TOKENIZER``, loaded at first use."""
+        return prompts.load_tokenizer(self.tokenizer_path)
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Train on, or ground, a batch of mapped dicts (``data/dataset_mapper.py``).
+
+        Returns:
+            in training a dict of weighted scalar losses with fixed names; otherwise one dict per
+            image: ``grounding`` and ``instances``, ``panoptic_seg`` for the task panoptic, ``text``
+            for describe and extract.
+        """
+        if not self.training:
+            with torch.no_grad():
+                return self.inference(batched_inputs)
+        decoder_output, image_grid = self.encode(batched_inputs)
+        language, logits = self.associate(batched_inputs, decoder_output, image_grid)
+        targets, known = zip(*(self._association_targets(x) for x in batched_inputs))
+        losses = self.criterion(
+            decoder_output,
+            target_masks=[self._entity_masks(x["entities"]) for x in batched_inputs],
+            association_logits=logits,
+            association_targets=list(targets),
+            association_valid=list(known),
+        )
+        # Describing trains the language part only (section 3.4); the weight is 0, not absent, so
+        # that every rank has the same graph.
+        segments = float(batched_inputs[0]["task"] != "describe")
+        losses = {name: loss * segments for name, loss in losses.items()}
+        losses["loss_answer"] = language.loss_answer * self.answer_weight
+        return losses
+
+    def encode(self, batched_inputs: list[dict[str, Any]]) -> tuple[MaskDecoderOutput, Tensor]:
+        """Run the vision side.
+
+        Returns:
+            the mask decoder's output, and CLIP's penultimate grid (B, C, g, g) for the language
+            decoder.
+        """
+        image = torch.stack([x["image"] for x in batched_inputs]).to(self.device)
+        colormap = torch.stack([x["colormap"] for x in batched_inputs]).to(self.device)
+        grids = self.image_encoder((image - self.image_mean) / self.image_std)
+        pyramid = self.colormap_encoder((colormap - self.pixel_mean) / self.pixel_std)
+        fused = self.resoblend(grids["last"], pyramid)  # Z_vc
+        masks = [self._entity_masks(x["entities"]) for x in batched_inputs]
+        valid = nn.utils.rnn.pad_sequence(
+            [m.new_ones(len(m)) for m in masks], batch_first=True
+        ).bool()  # B E
+        padded = nn.utils.rnn.pad_sequence(masks, batch_first=True)  # B E H W
+        output = self.mask_decoder(fused, entity_masks=padded, entity_valid=valid)
+        return output, grids["penultimate"]
+
+    def associate(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        decoder_output: MaskDecoderOutput,
+        image_grid: Tensor,
+    ) -> tuple[Any, list[Tensor]]:
+        """Run the language side and join it with the entities.
+
+        Returns:
+            the language decoder's output, and per image (P_i, Q) association logits.
+        """
+        language = self.language_decoder(
+            image_grid,
+            [x["input_ids"].to(self.device) for x in batched_inputs],
+            [x["labels"].to(self.device) for x in batched_inputs],
+            [x["seg_positions"].to(self.device) for x in batched_inputs],
+        )
+        logits = self.association(language.seg_embeddings, decoder_output.query_embeddings)
+        return language, logits
+
+    def _entity_masks(self, entities: Any) -> Tensor:
+        ids = torch.as_tensor(entities.ids, device=self.device)
+        numbers = torch.arange(1, entities.num_entities + 1, device=self.device)
+        return ids[None] == numbers[:, None, None]  # E H W
+
+    def _association_targets(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        # G^A of eq. 9, and whether a noun's entities are known at all: captions made by a
+        # multimodal model name nouns without saying where they are.
+        num_entities = inputs["entities"].num_entities
+        phrases = inputs["phrases"] if len(inputs["seg_positions"]) else []
+        targets = torch.zeros(len(phrases), num_entities, device=self.device)
+        valid = torch.zeros(len(phrases), dtype=torch.bool, device=self.device)
+        for row, phrase in enumerate(phrases):
+            indices = phrase["entity_indices"]
+            valid[row] = indices is not None
+            targets[row, indices or []] = 1.0
+        return targets, valid
+
+    def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answer, ground and segment; see :meth:`forward` for what comes back.
+
+        The images of one batch may have different tasks. Where the answer is to be generated, one
+        parallel pass over the finished answer gives the <SEG> embeddings, as in training.
+        """
+        decoder_output, image_grid = self.encode(batched_inputs)
+        texts: list[str | None] = [None] * len(batched_inputs)
+        waiting = [i for i, x in enumerate(batched_inputs) if x["task"] in ("describe", "extract")]
+        if waiting:
+            answers = self._generate([batched_inputs[i] for i in waiting], image_grid[waiting])
+            batched_inputs = list(batched_inputs)
+            for i, answer in zip(waiting, answers):
+                texts[i], batched_inputs[i] = self._with_answer(batched_inputs[i], answer)
+        _, logits = self.associate(batched_inputs, decoder_output, image_grid)
+        results = []
+        for i, (inputs, text) in enumerate(zip(batched_inputs, texts)):
+            result = {} if text is None else {"text": text}
+            if inputs["task"] != "describe":
+                result.update(self._segment(inputs, decoder_output, i, logits[i]))
+            results.append(result)
+        return results
+
+    def _generate(self, inputs: list[dict[str, Any]], image_grid: Tensor) -> list[Tensor]:
+        return self.language_decoder.generate(
+            image_grid,
+            [x["input_ids"].to(self.device) for x in inputs],
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+    def _with_answer(self, inputs: dict[str, Any], answer: Tensor) -> tuple[str, dict[str, Any]]:
+        # The prompt with its generated answer behind it becomes an input like any other.
+        prompt = inputs["input_ids"].to(self.device)
+        input_ids = torch.cat([prompt, answer])
+        seg_id = self.tokenizer.convert_tokens_to_ids(prompts.SEG_TOKEN)
+        seg_positions = (input_ids == seg_id).nonzero().flatten()
+        text = prompts.decode_answer(self.tokenizer, answer.tolist())
+        nouns = prompts.parse_nouns(text)
+        spans = prompts.locate_phrases(inputs["caption"], nouns)
+        phrases = [
+            {"text": noun, "start": span[0] if span else -1, "end": span[1] if span else -1}
+            for noun, span in zip(nouns, spans)
+        ]
+        return text, {
+            **inputs,
+            "input_ids": input_ids,
+            "labels": torch.full_like(input_ids, prompts.IGNORE_INDEX),
+            "seg_positions": seg_positions[: len(phrases)],
+            "phrases": phrases[: len(seg_positions)],
+        }
+
+    def _segment(
+        self, inputs: dict[str, Any], output: MaskDecoderOutput, index: int, logits: Tensor
+    ) -> dict[str, Any]:
+        options, queries = self.inference_options, self.mask_decoder.queries
+        size = inputs["height"], inputs["width"]
+        probability = output.entity_logits[-1][index].softmax(-1)[:, 0]  # Q
+        keep = output.query_valid[index]
+        if queries == "learned":
+            keep = keep & (probability > options.ENTITY_SCORE_THRESHOLD)
+        instances = Instances(size)
+        instances.pred_masks = masks_in_original_frame(
+            output.mask_logits[-1][index][keep],
+            tuple(inputs["colormap"].shape[-2:]),
+            inputs["valid_size"],
+            *size,
+        )  # K height width
+        instances.scores = probability[keep]
+        candidates = gather_candidates(
+            logits[:, keep],
+            instances.pred_masks,
+            self._entity_masks(inputs["entities_full"]),
+            inputs["entities_full"].segment_ids,
+            queries=queries,
+            snap=options.SNAP,
+            snap_iou=options.SNAP_IOU,
+        )
+        if inputs["task"] == "panoptic":
+            panoptic_seg = panoptic_from_scores(
+                candidates.scores, candidates.masks, inputs["phrases"], options.PANOPTIC_THRESHOLD
+            )
+            return {"panoptic_seg": panoptic_seg, "instances": instances}
+        grounding = ground_phrases(inputs["phrases"], candidates, options.ASSOCIATION_THRESHOLD)
+        return {"grounding": grounding, "instances": instances}

@@ -1,0 +1,221 @@
+"""From mask logits and association scores to masks, groundings and panoptic segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Candidates:
+    """The entities that the nouns of one image may take.
+
+    Attributes:
+        masks: (K, H, W) bool in the original image's frame.
+        entity_ids: K ids, as the input names its entities. Without snapping, learned queries have
+            no entity and are numbered from 1; with it, an id below 0 is a query that met none.
+        scores: (P, K) association probabilities.
+    """
+
+    masks: Tensor
+    entity_ids: list[int]
+    scores: Tensor
+
+
+def masks_in_original_frame(
+    mask_logits: Tensor,
+    colormap_size: tuple[int, int],
+    valid_size: tuple[int, int],
+    height: int,
+    width: int,
+) -> Tensor:
+    """Turn stride-4 mask logits of the padded colormap into masks of the original image.
+
+    Args:
+        mask_logits: (K, h, w) float logits over the padded square.
+        colormap_size: (H, W) of the padded colormap, in pixels.
+        valid_size: (h', w') of its top-left part that is not padding.
+        height: of the original image, in pixels.
+        width: of the original image, in pixels.
+
+    Returns:
+        (K, height, width) bool.
+    """
+    if mask_logits.shape[0] == 0:
+        return mask_logits.new_zeros((0, height, width), dtype=torch.bool)
+    logits = F.interpolate(
+        mask_logits[None].float(), size=colormap_size, mode="bilinear", align_corners=False
+    )[..., : valid_size[0], : valid_size[1]]
+    logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)[0]
+    return logits > 0
+
+
+def snap_to_entities(masks: Tensor, entity_masks: Tensor, iou_threshold: float) -> Tensor:
+    """Find the input entity that each predicted mask reproduces.
+
+    Args:
+        masks: (K, H, W) bool predictions.
+        entity_masks: (E, H, W) bool input entities.
+        iou_threshold: the least IoU of a match.
+
+    Returns:
+        (K,) int64 index of the entity with the highest IoU, -1 where none reaches the threshold.
+    """
+    if masks.shape[0] == 0 or entity_masks.shape[0] == 0:
+        return torch.full((masks.shape[0],), -1, dtype=torch.int64, device=masks.device)
+    a, b = masks.flatten(1).float(), entity_masks.flatten(1).float()
+    inter = a @ b.T  # K E
+    union = a.sum(1)[:, None] + b.sum(1)[None] - inter
+    best, index = (inter / union.clamp(min=1)).max(dim=1)
+    return torch.where(best >= iou_threshold, index, -1)
+
+
+def merge_snapped(logits: Tensor, snapped: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge queries that snapped to the same entity, keeping the highest logit per noun.
+
+    Args:
+        logits: (P, K) association logits.
+        snapped: (K,) int64 entity index of each query, -1 for none.
+
+    Returns:
+        ``(merged, sources)``: (P, K') logits and (K',) int64. A source >= 0 is an entity index, a
+        negative one -(k + 1) stands for query k that met no entity.
+    """
+    queries = torch.arange(len(snapped), device=snapped.device)
+    sources = torch.where(snapped >= 0, snapped, -(queries + 1))
+    unique, inverse = sources.unique(return_inverse=True)
+    merged = logits.new_full((logits.shape[0], len(unique)), -torch.inf)
+    merged.scatter_reduce_(1, inverse.expand_as(logits), logits, reduce="amax")
+    return merged, unique
+
+
+def gather_candidates(
+    logits: Tensor,
+    masks: Tensor,
+    entity_masks: Tensor,
+    segment_ids: list[int],
+    *,
+    queries: str,
+    snap: bool,
+    snap_iou: float,
+) -> Candidates:
+    """Decide which masks the nouns choose from: predicted ones, or the input's own.
+
+    Args:
+        logits: (P, K) association logits of the K kept queries.
+        masks: (K, H, W) bool predicted masks.
+        entity_masks: (E, H, W) bool input entities; with entity queries K = E, in the same order.
+        segment_ids: E ids of the input entities.
+        queries: ``entity`` or ``learned`` (``MODEL.MASK_DECODER.QUERIES``).
+        snap: return the input's own masks (``MODEL.GELLA.SNAP``).
+        snap_iou: least IoU at which a learned query is an input entity.
+    """
+    if queries == "entity":
+        # Query i belongs to entity i, even where the decoder reproduced its mask badly.
+        chosen = entity_masks if snap else masks
+        return Candidates(chosen, list(segment_ids), logits.sigmoid())
+    if not snap:
+        return Candidates(masks, list(range(1, len(masks) + 1)), logits.sigmoid())
+    snapped = snap_to_entities(masks, entity_masks, snap_iou)
+    merged, sources = merge_snapped(logits, snapped)
+    own = [entity_masks[s] if s >= 0 else masks[-s - 1] for s in sources.tolist()]
+    ids = [segment_ids[s] if s >= 0 else s for s in sources.tolist()]
+    return Candidates(torch.stack(own) if own else masks[:0], ids, merged.sigmoid())
+
+
+def select_entities(scores: Tensor, threshold: float) -> list[list[int]]:
+    """Choose each noun's entities: all above the threshold, and always the best one.
+
+    Args:
+        scores: (P, K) association probabilities.
+        threshold: in 0..1.
+
+    Returns:
+        per noun the indices of its entities, best first; empty only when K is 0.
+    """
+    chosen = []
+    for row in scores:
+        order = row.argsort(descending=True, stable=True).tolist()
+        keep = [k for k in order if row[k] > threshold]
+        chosen.append(keep or order[:1])
+    return chosen
+
+
+def ground_phrases(
+    phrases: list[dict[str, Any]], candidates: Candidates, threshold: float
+) -> list[dict[str, Any]]:
+    """Give every phrase the entities it names and the union of their masks.
+
+    Args:
+        phrases: P dicts with ``text``, ``start`` and ``end``.
+        candidates: of the same image.
+        threshold: association probability above which an entity is taken.
+
+    Returns:
+        per phrase ``phrase``, ``start``, ``end``, ``entity_ids`` and ``scores`` (best first), and
+        ``mask``, bool ndarray (H, W).
+    """
+    grounding = []
+    for row, chosen in enumerate(select_entities(candidates.scores, threshold)):
+        phrase = phrases[row]
+        grounding.append(
+            {
+                "phrase": phrase["text"],
+                "start": phrase["start"],
+                "end": phrase["end"],
+                "entity_ids": [candidates.entity_ids[k] for k in chosen],
+                "scores": [float(candidates.scores[row, k]) for k in chosen],
+                "mask": candidates.masks[chosen].any(dim=0).cpu().numpy(),
+            }
+        )
+    return grounding
+
+
+def panoptic_from_scores(
+    scores: Tensor,
+    masks: Tensor,
+    categories: list[dict[str, Any]],
+    threshold: float,
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Give every entity its best category and paint a panoptic segmentation.
+
+    Entities of one stuff category become one segment; where masks overlap, the higher score is on
+    top. Section 4.3 of the paper: absent categories score low and so take no entity.
+
+    Args:
+        scores: (C, K) probability that category c names entity k.
+        masks: (K, H, W) bool.
+        categories: C dicts with ``category_id`` and ``isthing``.
+        threshold: entities whose best score is lower stay void.
+
+    Returns:
+        ``(ids, segments_info)``: int32 (H, W) with 0 for void, and per segment ``id``,
+        ``category_id``, ``isthing`` and ``score``.
+    """
+    ids = torch.zeros(masks.shape[1:], dtype=torch.int32, device=masks.device)
+    if scores.numel() == 0:
+        return ids, []
+    best, category = scores.max(dim=0)  # K
+    segments: dict[tuple[int, int], dict[str, Any]] = {}
+    for k in best.argsort().tolist():
+        if best[k] < threshold or not masks[k].any():
+            continue
+        info = categories[int(category[k])]
+        key = (info["category_id"], k if info["isthing"] else -1)
+        segment = segments.setdefault(
+            key,
+            {
+                "id": len(segments) + 1,
+                "category_id": info["category_id"],
+                "isthing": bool(info["isthing"]),
+                "score": 0.0,
+            },
+        )
+        segment["score"] = max(segment["score"], float(best[k]))
+        ids[masks[k]] = segment["id"]
+    visible = set(ids.unique().tolist())
+    return ids, [segment for segment in segments.values() if segment["id"] in visible]

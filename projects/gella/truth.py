@@ -1,0 +1,157 @@
+"""Read the annotation of an image as evaluation needs it: every segment, crowd included."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gella.entities import EntityMap, rgb_to_id
+from gella.metrics_panoptic import VOID, check_segments
+
+_KEPT = 4  # images held decoded; the captions of one image usually come one after the other
+
+
+@dataclass
+class Truth:
+    """One image's annotated segments in the frame of the original image.
+
+    Attributes:
+        ids: int32 (H, W), the ids of the file, 0 = void.
+        segments: dicts ``id, category_id, iscrowd`` ..., in the order of the file.
+        regions: the same pixels as an EntityMap of *all* segments in that order; crowds, which are
+            no entities, are among them because a narrative may name one.
+    """
+
+    ids: np.ndarray
+    segments: list[dict[str, Any]]
+    regions: EntityMap
+    image_id: Any
+
+    def indices(self, segment_ids: Sequence[int | str]) -> list[int]:
+        """Places of segments in ``segments``; ValueError names the image and unknown ids."""
+        place = {segment_id: k for k, segment_id in enumerate(self.regions.segment_ids)}
+        wanted = [int(segment_id) for segment_id in segment_ids]
+        unknown = [segment_id for segment_id in wanted if segment_id not in place]
+        if unknown:
+            raise ValueError(
+                f"image {self.image_id}: segment ids {unknown} are not in its annotation, which "
+                f"has {len(place)} segments: narrative and panoptic file must be of one release"
+            )
+        return [place[segment_id] for segment_id in wanted]
+
+    def mask(self, segment_ids: Sequence[int | str]) -> np.ndarray:
+        """Union of the named segments, bool (H, W)."""
+        return self.regions.union(self.indices(segment_ids))
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """COCO polygons (their union), RLE or a list of both -> bool (height, width).
+
+    Raises:
+        ValueError: an RLE of another size, with both sizes.
+    """
+    from pycocotools import mask as mask_api
+
+    parts = segmentation if isinstance(segmentation, list) else [segmentation]
+    polygons = [part for part in parts if not isinstance(part, dict)]
+    rles = mask_api.frPyObjects(polygons, height, width) if polygons else []
+    for part in (part for part in parts if isinstance(part, dict)):
+        if list(part["size"]) != [height, width]:
+            raise ValueError(f"RLE of size {part['size']} for an image of {[height, width]}")
+        raw = isinstance(part["counts"], list)
+        rles.append(mask_api.frPyObjects(part, height, width) if raw else part)
+    mask = np.zeros((height, width), dtype=bool)
+    for rle in rles:  # one by one: parts of an object may overlap, and overlap is inside
+        mask |= mask_api.decode(rle).astype(bool)
+    return mask
+
+
+class TruthReader:
+    """Reads panoptic annotations of mapped test inputs and keeps the last few."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, Any], Truth] = OrderedDict()
+
+    def __call__(self, sample: dict[str, Any]) -> Truth:
+        """Truth of a mapped dict with ``annotation`` {"file_name", "segments_info"}.
+
+        The file is a panoptic PNG, or a grey one whose values are the ids; ``segments_info`` None
+        takes every id of it for a segment without category.
+
+        Raises:
+            KeyError: the mapped dict has no annotation.
+            FileNotFoundError: the panoptic PNG is missing.
+            ValueError: it is unreadable, of another size than the image, or names other ids than
+                ``segments_info``; the message names the image.
+        """
+        annotation = _annotation(sample)
+        key = (str(annotation["file_name"]), sample["image_id"])
+        if key not in self._kept:
+            self._kept[key] = _read(annotation, sample)
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def mask(self, sample: dict[str, Any], segment_ids: Sequence[int | str]) -> np.ndarray:
+        """Union of named segments, bool (H, W), of a panoptic or an instance annotation.
+
+        Segments that carry a ``segmentation`` (RefCOCO's polygons or RLE) may overlap each other
+        and are decoded from it; else the panoptic PNG is read.
+        """
+        annotation = _annotation(sample)
+        outlines = {int(s["id"]): s.get("segmentation") for s in annotation["segments_info"] or []}
+        wanted = [int(segment_id) for segment_id in segment_ids]
+        if not wanted or any(outlines.get(segment_id) is None for segment_id in wanted):
+            height, width = sample["height"], sample["width"]
+            return self(sample).mask(wanted) if wanted else np.zeros((height, width), bool)
+        masks = [
+            decode_segmentation(outlines[i], sample["height"], sample["width"]) for i in wanted
+        ]
+        return np.logical_or.reduce(masks)
+
+
+def _annotation(sample: dict[str, Any]) -> dict[str, Any]:
+    if not sample.get("annotation"):
+        raise KeyError(
+            f"image {sample.get('image_id')}: no 'annotation' among the mapped inputs: "
+            "evaluate with the test mapper, on a dataset that has annotations"
+        )
+    return sample["annotation"]
+
+
+def _read(annotation: dict[str, Any], sample: dict[str, Any]) -> Truth:
+    image_id, path = sample["image_id"], Path(annotation["file_name"])
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"image {image_id}: annotation {path} does not exist; check the dataset's panoptic_root"
+        )
+    try:
+        with Image.open(path) as picture:
+            grey = picture.mode not in ("RGB", "RGBA")  # ids as they are, else packed in R, G, B
+            pixels = np.array(picture if grey else picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"image {image_id}: annotation {path} is damaged ({error}); copy it again"
+        ) from error
+    size = (sample["height"], sample["width"])
+    if pixels.shape[:2] != size:
+        raise ValueError(
+            f"image {image_id}: annotation {path} has size {pixels.shape[:2]}, the image {size}: "
+            "it belongs to another image"
+        )
+    ids = pixels.astype(np.int32) if grey else rgb_to_id(pixels)
+    # Every id starts somewhere in a row, so the starts of runs hold them all.
+    present = np.union1d(ids[:, 0], ids[:, 1:][ids[:, 1:] != ids[:, :-1]]).tolist()
+    segments = annotation["segments_info"]
+    if segments is None:
+        segments = [{"id": segment_id} for segment_id in present if segment_id != VOID]
+    # Before EntityMap, which would silently take an unlisted id for void.
+    order = list(check_segments(present, segments, image_id, "truth"))
+    return Truth(ids, list(segments), EntityMap.from_id_image(ids, order), image_id)

@@ -1,0 +1,88 @@
+"""Packaging of GELLA: the import package is `gella`, its code is `projects/gella/`.
+
+Lower bounds of the requirements are versions that were run together (on Python 3.10, whose last
+releases are older than those for 3.11); older ones may work, but nobody has tried them.
+`constraints.txt` holds the exact versions of the continuous integration.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+REQUIREMENTS = [
+    # -- the model
+    "torch>=2.14",  # tensors, autograd, scaled_dot_product_attention
+    "torchvision>=0.29",  # ops that timm and open_clip import
+    "timm>=1.0.31",  # colormap encoder: pyramids of light backbones
+    "open_clip_torch>=3.3",  # image encoder: CLIP's vision tower
+    "transformers>=5.20",  # language decoder (LLaMA) and Mask2Former's modules
+    "tokenizers>=0.23",  # the small tokenizer of the synthetic shapes
+    "safetensors>=0.8",  # weight files
+    "scipy>=1.15.3",  # Hungarian matching of learned queries
+    # -- data, metrics, pictures
+    "numpy>=2.2.6",  # masks and metrics
+    "pillow>=12.3",  # reading images, drawing scenes and results
+    "pycocotools>=2.0.11",  # RLE masks and COCO average precision
+    "matplotlib>=3.10.9",  # colours and fonts of the pictures
+    # -- Detectron2's conventions (what detectron2 itself asks for, see tools/setup_detectron2.py)
+    "fvcore>=0.1.5.post20221221",  # configs, checkpoints, schedules
+    "iopath>=0.1.9",  # file handlers below fvcore
+    "yacs>=0.1.8",  # config nodes
+    "tabulate>=0.9",  # result tables
+    "termcolor>=3.0",  # coloured log
+    "tensorboard>=2.20",  # training curves
+    "cloudpickle>=3.1",  # datasets shared between loader processes
+    "tqdm>=4.67",  # progress bars
+    # projects/detectron2_core is installed without isolation, by the setuptools of the environment
+    "setuptools>=70.1",
+]
+
+EXTRAS = {
+    "zero": ["deepspeed>=0.19.8"],  # ZeRO training of the 7B and 13B language decoder
+    "app": ["gradio>=5"],  # tools/app.py
+    "dev": [
+        "pytest>=9",  # make test
+        "pytest-xdist>=3.8",  # two test processes
+        "ruff>=0.17",  # make lint: style and format
+        "mypy>=2.4",  # make lint: types
+    ],
+    "upstream": [
+        # The originals; everything here runs without them.
+        "detectron2 @ git+https://github.com/facebookresearch/detectron2.git",
+        "panopticapi @ git+https://github.com/cocodataset/panopticapi.git",
+    ],
+}
+
+
+def read_version() -> str:
+    """`__version__` of the package, read without importing it."""
+    text = (ROOT / "projects" / "gella" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError('projects/gella/__init__.py has no line __version__ = "..."')
+    return found.group(1)
+
+
+def read_description() -> str:
+    """README.md, or one line while there is none."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else "Entity grounding"
+
+
+setup(
+    name="gella",
+    version=read_version(),
+    description="GELLA: grounding every entity that a long caption names, for Detectron2",
+    long_description=read_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    package_dir={"": "projects"},
+    packages=find_packages("projects", include=["gella", "gella.*"]),
+    python_requires=">=3.10,<3.13",
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+)

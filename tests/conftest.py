@@ -1,0 +1,48 @@
+"""Fixtures shared by the tests: small things built on the spot, nothing downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a byte-level BPE tokenizer of 400 tokens, as `save_pretrained` writes it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(unk_token=None))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "USER: ASSISTANT: There are two semantic nouns, including the red circle and a star."
+    bpe.train_from_iterator([text, "Please help me describe the image. The sentence is"], trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **names).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir: Path) -> Any:
+    """The tokenizer of `tokenizer_dir` with `<SEG>`."""
+    from gella.prompts import load_tokenizer
+
+    return load_tokenizer(str(tokenizer_dir))
+
+
+@pytest.fixture(scope="session")
+def coco_sample() -> Path:
+    """The folder of the two real COCO images; tests that need it skip where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "coco_sample"
+    if not folder.is_dir():
+        pytest.skip("the two sample COCO images are not at ../shared/coco_sample")
+    return folder

@@ -1,0 +1,128 @@
+"""Small annotated scenes and the answers of imagined models, for the tests of the evaluators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from gella import evaluation
+from gella.entities import EntityMap, id_to_rgb
+from gella.truth import TruthReader
+
+CATEGORIES = [
+    {"id": 1, "name": "circle", "isthing": 1},
+    {"id": 2, "name": "star", "isthing": 1},
+    {"id": 9, "name": "sand", "isthing": 0},
+]
+
+
+def make_sample(folder: Path, image_id: int) -> dict[str, Any]:
+    """A 20 x 30 scene: two circles, a star, a crowd of stars, sand and a void strip."""
+    rng = np.random.default_rng(image_id)
+    ids = np.full((20, 30), 70_000)
+    ids[2:8, 2:8], ids[2:8, 12:18], ids[12:18, 2:9], ids[12:16, 20:28] = 300, 301, 302, 303
+    ids[:, 29] = 0
+    ids = np.roll(ids, int(rng.integers(0, 2)), axis=0)
+    path = folder / f"{image_id}.png"
+    Image.fromarray(id_to_rgb(ids.astype(np.int32))).save(path)
+    kinds = {300: (1, 0), 301: (1, 0), 302: (2, 0), 303: (2, 1), 70_000: (9, 0)}
+    segments = [
+        {"id": i, "category_id": c, "iscrowd": crowd, "area": int((ids == i).sum())}
+        for i, (c, crowd) in kinds.items()
+    ]
+    entities = EntityMap.from_id_image(ids, [i for i, (_, crowd) in kinds.items() if not crowd])
+    return {
+        "image_id": image_id,
+        "height": 20,
+        "width": 30,
+        "file_name": f"{image_id}.jpg",
+        "caption": "the circles and a star beside stars on sand in a picture",
+        "phrases": [
+            phrase("circles", [300, 301], thing=True),
+            phrase("a star", [302], thing=True),
+            phrase("stars", [302, 303], thing=True),
+            phrase("sand", [70_000], thing=False),
+            phrase("picture", [], thing=False),
+        ],
+        "entities_full": entities,
+        "annotation": {"file_name": str(path), "segments_info": segments},
+    }
+
+
+def phrase(text: str, segment_ids: list[int], thing: bool) -> dict[str, Any]:
+    return {
+        "text": text,
+        "start": 0,
+        "end": len(text),
+        "segment_ids": segment_ids,
+        "is_thing": thing,
+        "is_plural": len(segment_ids) > 1,
+    }
+
+
+def answer(sample: dict[str, Any], *, empty: bool = False, shift: int = 0) -> dict[str, Any]:
+    """Output of a model that knows the truth, or says nothing, or is off by some columns."""
+    truth = TruthReader()(sample)
+    grounding = []
+    for p in sample["phrases"]:
+        mask = truth.mask([] if empty else p["segment_ids"])
+        mask = np.roll(mask, shift, axis=1)
+        entry = {"phrase": p["text"], "start": p["start"], "end": p["end"], "mask": mask}
+        grounding.append({**entry, "entity_ids": p["segment_ids"], "scores": [0.9] * 3})
+    solid = [s for s in truth.segments if not s["iscrowd"]]
+    pan = np.where(np.isin(truth.ids, [0 if empty else s["id"] for s in solid]), truth.ids, 0)
+    infos = [] if empty else [{"id": s["id"], "category_id": s["category_id"]} for s in solid]
+    masks = np.zeros((0, 20, 30), bool) if empty else sample["entities_full"].bitmasks()
+    masks = np.roll(masks, shift, axis=2)
+    return {
+        "grounding": grounding,
+        "panoptic_seg": (torch.from_numpy(np.roll(pan, shift, axis=1)), infos),
+        "instances": SimpleNamespace(
+            pred_masks=torch.from_numpy(masks), scores=torch.linspace(1, 0.5, len(masks))
+        ),
+        "text": "There are five semantic nouns",
+    }
+
+
+def run(evaluator: Any, inputs: list[dict], outputs: list[dict], batch: int = 1) -> dict[str, Any]:
+    evaluator.reset()
+    for k in range(0, len(inputs), batch):
+        evaluator.process(inputs[k : k + batch], outputs[k : k + batch])
+    return evaluator.evaluate()
+
+
+def all_evaluators(folder: Path | None = None) -> list[Any]:
+    return [
+        evaluation.PNGEvaluator(folder),
+        evaluation.PanopticEvaluator(CATEGORIES, folder),
+        evaluation.EntityAPEvaluator(folder),
+        evaluation.NounExtractionEvaluator(folder),
+    ]
+
+
+def run_all(inputs: list[dict], outputs: list[dict], batch: int = 1) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for evaluator in all_evaluators():
+        results.update(run(evaluator, inputs, outputs, batch))
+    return results
+
+
+def told(sample: dict[str, Any]) -> dict[str, Any]:
+    """The output of a model that was told the truth of each phrase."""
+    truth = TruthReader()(sample)
+    return {
+        "grounding": [
+            {
+                "phrase": p["text"],
+                "mask": truth.mask(p["segment_ids"]),
+                "entity_ids": p["segment_ids"],
+                "scores": [1.0] * len(p["segment_ids"]),
+            }
+            for p in sample["phrases"]
+        ]
+    }

@@ -1,0 +1,426 @@
+"""The mapper: shared geometry, targets, prompts per task, determinism, and errors with names."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
+from PIL import Image
+
+from gella import add_gella_config
+from gella.data.dataset_mapper import GroundingMapper
+from gella.data.phrases import EntityMatcher, category_phrases, segment_iou
+from gella.entities import EntityMap, id_to_rgb, mask_iou
+from gella.prompts import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_ID,
+    align_utterances,
+    decode_answer,
+    noun_answer,
+    panoptic_answer,
+)
+
+HEIGHT, WIDTH = 40, 60
+CATEGORIES = [
+    {"id": 3, "name": "circle", "isthing": 1},
+    {"id": 5, "name": "star", "isthing": 1},
+    {"id": 9, "name": "grass-merged", "isthing": 0},
+    {"id": 11, "name": "owl", "isthing": 1},
+]
+SEGMENTS = [
+    {"id": 70, "category_id": 3, "iscrowd": 0},
+    {"id": 8, "category_id": 9, "iscrowd": 0},
+    {"id": 600, "category_id": 3, "iscrowd": 0},
+    {"id": 41, "category_id": 5, "iscrowd": 1},
+]
+IDS = np.zeros((HEIGHT, WIDTH), np.int32)
+IDS[20:, :40] = 8
+IDS[4:16, 6:18], IDS[10:30, 30:50], IDS[0:6, 50:] = 70, 600, 41
+
+
+def phrase(text: str, ids: list[int] | None, caption: str = "") -> dict[str, Any]:
+    start = caption.find(text)
+    return {
+        "text": text,
+        "start": start,
+        "end": start + len(text) if start >= 0 else -1,
+        "segment_ids": ids,
+        "is_plural": len(ids or []) > 1,
+        "is_thing": True,
+    }
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> dict[str, Any]:
+    """A scene whose picture shows each segment in a flat colour, with a caption."""
+    shades = np.zeros((*IDS.shape, 3), np.uint8)
+    for segment, shade in zip(SEGMENTS, (60, 120, 180, 240)):
+        shades[IDS == segment["id"]] = shade
+    Image.fromarray(shades).save(tmp_path / "scene.png")
+    Image.fromarray(id_to_rgb(IDS)).save(tmp_path / "ids.png")
+    caption = "Two circles on the grass, in a picture of stars."
+    return {
+        "file_name": str(tmp_path / "scene.png"),
+        "image_id": 17,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "entities": {
+            "format": "panoptic_png",
+            "file_name": str(tmp_path / "ids.png"),
+            "segments_info": SEGMENTS,
+        },
+        "caption": caption,
+        "phrases": [
+            phrase("Two circles", [600, 70], caption),
+            phrase("the grass", [8], caption),
+            phrase("a picture", [], caption),
+            phrase("stars", [41], caption),
+        ],
+        "tasks": ("describe", "extract", "ground"),
+    }
+
+
+@pytest.fixture
+def make(tokenizer: Any) -> Any:
+    def build(**changes: Any) -> GroundingMapper:
+        options = {
+            "is_train": True,
+            "tokenizer": tokenizer,
+            "image_size": 30,
+            "colormap_size": 120,
+            "colors": "separated",
+            "num_image_tokens": 9,
+            "max_length": 500,
+            "categories": CATEGORIES,
+        }
+        return GroundingMapper(**{**options, **changes})
+
+    return build
+
+
+def answer_of(mapped: dict[str, Any], tokenizer: Any) -> str:
+    return decode_answer(tokenizer, mapped["labels"][mapped["labels"] != IGNORE_INDEX].tolist())
+
+
+def test_image_colormap_and_entities_show_one_place(record: dict, make: Any) -> None:
+    mapped = make()(record, task="ground", rng_seed=(0, 1, 2))
+    assert mapped["image"].shape == (3, 30, 30) and mapped["image"].dtype == torch.uint8
+    assert mapped["colormap"].shape == (3, 120, 120) and mapped["colormap"].dtype == torch.uint8
+    assert mapped["valid_size"] == (80, 120) and mapped["entities"].size == (120, 120)
+    assert (mapped["height"], mapped["width"]) == (HEIGHT, WIDTH)
+    # Pixel (x, y) of the scene lies at (2x, 2y) in the colormap and at (x/2, y/2) in the image.
+    ids = mapped["entities"].ids
+    for index, segment in enumerate(SEGMENTS[:3]):
+        expected = (IDS == segment["id"]).repeat(2, axis=0).repeat(2, axis=1)
+        np.testing.assert_array_equal(ids[:80] == index + 1, expected)
+        color = mapped["colormap"][:, ids == index + 1]
+        assert (color == color[:, :1]).all() and color.any()
+    assert not ids[80:].any() and not mapped["colormap"][:, ids == 0].any()
+    assert not mapped["image"][:, 20:].any()
+    assert mapped["image"][0, 5, 6] == 60 and mapped["image"][0, 10, 20] == 180  # insides
+    assert mapped["entities"].segment_ids == [70, 8, 600]  # crowd is no entity
+
+
+def test_grounding_targets_and_answer(record: dict, make: Any, tokenizer: Any) -> None:
+    before = copy.deepcopy(record)
+    mapped = make()(record, task="ground", rng_seed=(0, 0, 0))
+    assert record == before
+    assert [p["entity_indices"] for p in mapped["phrases"]] == [[0, 2], [1], [], []]
+    assert [p["text"] for p in mapped["phrases"]] == [p["text"] for p in record["phrases"]]
+    assert mapped["phrases"][0]["start"] == 0 and mapped["num_unmatched"] == 1  # the crowd of stars
+    assert answer_of(mapped, tokenizer) == noun_answer([p["text"] for p in record["phrases"]])
+    assert len(mapped["seg_positions"]) == 4 and mapped["task"] == "ground"
+    assert (mapped["input_ids"] == IMAGE_TOKEN_ID).sum() == 9
+    for key in ("input_ids", "labels", "seg_positions"):
+        assert mapped[key].dtype == torch.int64
+
+
+def test_describing_has_no_noun_and_extraction_keeps_unknown_segments(
+    record: dict, make: Any, tokenizer: Any
+) -> None:
+    record["phrases"][1]["segment_ids"] = None
+    described = make()(record, task="describe", rng_seed=(0, 0, 0))
+    assert described["phrases"] == [] and len(described["seg_positions"]) == 0
+    assert answer_of(described, tokenizer) == record["caption"]
+    extracted = make()(record, task="extract", rng_seed=(0, 0, 0))
+    assert [p["entity_indices"] for p in extracted["phrases"]] == [[0, 2], None, [], []]
+    assert len(extracted["seg_positions"]) == 4
+
+
+def test_testing_gives_prompts_without_answers_and_the_truth(record: dict, make: Any) -> None:
+    mapper = make(is_train=False)
+    for task in ("describe", "extract"):
+        mapped = mapper(record, task=task)
+        assert (mapped["labels"] == IGNORE_INDEX).all() and len(mapped["seg_positions"]) == 0
+    assert [p["text"] for p in mapped["phrases"]] == [p["text"] for p in record["phrases"]]
+    grounded = make(is_train=False, task="ground")(record)
+    assert grounded["task"] == "ground" and len(grounded["seg_positions"]) == 4
+    full = grounded["entities_full"]
+    assert full.size == (HEIGHT, WIDTH) and full.segment_ids == grounded["entities"].segment_ids
+    np.testing.assert_array_equal(full.bitmasks()[2], IDS == 600)
+    assert grounded["annotation"] == {
+        "file_name": record["entities"]["file_name"],
+        "segments_info": SEGMENTS,
+    }
+    assert mapper(record)["task"] == "describe"  # the record's first
+    assert "annotation" not in make()(record, task="ground", rng_seed=(0, 0, 0))
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    keys = ("image", "colormap", "input_ids", "labels")
+    return all(torch.equal(a[key], b[key]) for key in keys)
+
+
+def test_views_depend_on_the_seed_in_training_and_on_the_image_at_test(
+    record: dict, make: Any
+) -> None:
+    train, test = make(flip=True), make(is_train=False, flip=True)
+    first = train(record, task="ground", rng_seed=(0, 5, 1))
+    assert same(first, make(flip=True)(record, task="ground", rng_seed=(0, 5, 1)))
+    others = [train(record, task="ground", rng_seed=(0, 5, place)) for place in range(2, 30)]
+    assert all(not torch.equal(first["colormap"], other["colormap"]) for other in others)
+    assert any(len(first["input_ids"]) != len(other["input_ids"]) for other in others)  # phrasings
+    shown = test(record, task="ground")
+    assert same(shown, test(record, task="ground"))
+    renamed = test({**record, "image_id": 18}, task="ground")
+    assert not torch.equal(shown["colormap"], renamed["colormap"])
+    # An id that is text or a number names the same image.
+    assert same(shown, test({**record, "image_id": "17"}, task="ground"))
+
+
+def test_flip_mirrors_image_and_entities_together_but_not_left_and_right(
+    record: dict, make: Any
+) -> None:
+    plain, mapper = make()(record, task="ground", rng_seed=(0,)), make(flip=True)
+    views = [mapper(record, task="ground", rng_seed=(0, i)) for i in range(40)]
+    mirrored = 0
+    for view in views:
+        ids = view["entities"].ids
+        if np.array_equal(ids, plain["entities"].ids):
+            assert torch.equal(view["image"], plain["image"])
+            continue
+        mirrored += 1
+        np.testing.assert_array_equal(ids[:80], plain["entities"].ids[:80, ::-1])
+        assert torch.equal(view["image"][:, :20], plain["image"][:, :20].flip(-1))
+        assert view["phrases"] == plain["phrases"]
+    assert 8 < mirrored < 32
+    for words in ("on the Left", "the rightmost one", "its right-hand side"):
+        said = {**record, "caption": record["caption"] + words}
+        for i in range(10):
+            view = mapper(said, task="ground", rng_seed=(0, i))
+            np.testing.assert_array_equal(view["entities"].ids, plain["entities"].ids)
+    for i in range(10):
+        view = make(flip=True, is_train=False)({**record, "image_id": i}, task="ground")
+        np.testing.assert_array_equal(view["entities"].ids, plain["entities"].ids)
+
+
+def test_panoptic_lists_categories_in_order(record: dict, make: Any, tokenizer: Any) -> None:
+    del record["caption"], record["phrases"]
+    record["tasks"] = ("ground", "panoptic")
+    for mapper in (make(is_train=False), make()):
+        mapped = mapper(record, task="ground", rng_seed=(0,))
+        names = ["circle", "star", "grass", "owl"]
+        assert mapped["task"] == "panoptic"
+        assert [p["text"] for p in mapped["phrases"]] == names
+        assert [p["category_id"] for p in mapped["phrases"]] == [3, 5, 9, 11]
+        assert [p["isthing"] for p in mapped["phrases"]] == [True, True, False, True]
+        assert [p["entity_indices"] for p in mapped["phrases"]] == [[0, 2], [], [1], []]
+        assert answer_of(mapped, tokenizer) == panoptic_answer(names)
+        said = [mapped["caption"][p["start"] : p["end"]] for p in mapped["phrases"]]
+        assert said == names
+    drawn = set()
+    for i in range(20):
+        mapped = make(panoptic_negatives=1)(record, task="panoptic", rng_seed=(i,))
+        ids = [p["category_id"] for p in mapped["phrases"]]
+        assert len(ids) == 3 and ids == sorted(ids) and {3, 9} < set(ids)
+        drawn |= set(ids)
+    assert drawn == {3, 5, 9, 11}
+    few = make(panoptic_negatives=0)(record, task="panoptic", rng_seed=(0,))
+    assert [p["category_id"] for p in few["phrases"]] == [3, 9]
+    shown = make(panoptic_negatives=0, is_train=False)(record, task="panoptic")
+    assert len(shown["phrases"]) == 4  # evaluation always asks for all
+
+
+def test_referring_draws_an_expression_in_training(record: dict, make: Any, tokenizer: Any) -> None:
+    del record["caption"], record["phrases"]
+    record["expressions"] = [
+        {"text": "small circle", "segment_ids": [70], "sent_id": 1, "ref_id": 4},
+        {"text": "grass below", "segment_ids": [8], "sent_id": 2, "ref_id": 4},
+    ]
+    seen = set()
+    for i in range(12):
+        mapped = make()(record, task="ground", rng_seed=(i,))
+        (only,) = mapped["phrases"]
+        assert mapped["task"] == "refer" and mapped["caption"] == only["text"]
+        assert only["entity_indices"] == ([0] if only["text"] == "small circle" else [1])
+        assert answer_of(mapped, tokenizer) == noun_answer([only["text"]])
+        seen.add(only["sent_id"])
+    assert seen == {1, 2}
+    with pytest.raises(ValueError, match="2 expressions"):
+        make(is_train=False)(record, task="refer")
+    record["expressions"] = record["expressions"][1:]
+    assert make(is_train=False)(record, task="refer")["caption"] == "grass below"
+
+
+def test_targets_by_iou_for_entities_of_a_segmenter(
+    record: dict, make: Any, tmp_path: Path
+) -> None:
+    found = np.zeros_like(IDS)
+    found[IDS == 600], found[4:16, 6:11], found[IDS == 8] = 1, 2, 3
+    found[20:22, :30] = 0  # 600 is met exactly, 70 to 5/12, 8 closely
+    np.savez(tmp_path / "found.npz", ids=found)
+    record["entities"] = {
+        "format": "npz",
+        "file_name": str(tmp_path / "found.npz"),
+        "targets": record["entities"],
+    }
+    mapped = make(is_train=False)(record, task="ground")
+    assert [p["entity_indices"] for p in mapped["phrases"]] == [[0], [2], [], []]
+    assert mapped["num_unmatched"] == 1 and mapped["entities_full"].num_entities == 3
+    assert mapped["annotation"]["segments_info"] == SEGMENTS
+    low = make(is_train=False, target_iou=0.3)(record, task="ground")
+    assert low["phrases"][0]["entity_indices"] == [0, 1]
+    high = make(is_train=False, target_iou=0.99)(record, task="ground")
+    assert [p["entity_indices"] for p in high["phrases"]] == [[0], [], [], []]
+
+
+def test_segment_iou_equals_mask_iou() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (EntityMap(rng.integers(0, 5, size=(9, 9)), [1, 2, 3, 4, 5]) for _ in range(2))
+    np.testing.assert_allclose(segment_iou(a, b), mask_iou(a.bitmasks(), b.bitmasks()), atol=1e-12)
+
+
+def test_matcher_without_segments_info_knows_the_ids_of_its_map() -> None:
+    matcher = EntityMatcher(EntityMap(np.array([[1, 2]]), [5, 9]), None)
+    assert matcher.entity_indices([9, 5, 9]) == [0, 1] and matcher.entity_indices(None) is None
+    with pytest.raises(ValueError, match=r"\[6\]"):
+        matcher.entity_indices([6])
+
+
+def test_unknown_category_is_an_error() -> None:
+    segments = [{"id": 1, "category_id": 77}]
+    with pytest.raises(ValueError, match="segment 1.*77"):
+        category_phrases(segments, CATEGORIES, -1, np.random.default_rng(0))
+
+
+def spoil(record: dict[str, Any], case: str) -> None:
+    """Make one thing wrong with a good record."""
+    image, masks = Path(record["file_name"]), Path(record["entities"]["file_name"])
+    if case == "missing image":
+        image.unlink()
+    elif case == "truncated image":
+        image.write_bytes(image.read_bytes()[:90])
+    elif case == "swapped sides":
+        record["height"], record["width"] = WIDTH, HEIGHT
+    elif case == "masks of another size":
+        Image.fromarray(id_to_rgb(IDS[:-1])).save(masks)
+    elif case == "no entity":
+        Image.fromarray(id_to_rgb(np.where(IDS == 41, IDS, 0))).save(masks)
+        record["entities"]["segments_info"] = SEGMENTS[3:]
+    elif case == "empty caption":
+        record["caption"] = " "
+    elif case == "no noun":
+        record["phrases"] = []
+    elif case == "unknown id":
+        record["phrases"][0]["segment_ids"] = [70, 12345]
+    elif case == "seg in caption":
+        record["caption"] = "Two circles <SEG>"
+    elif case == "too long":
+        record["caption"] *= 40
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("missing image", "scene.png.*exist"),
+        ("truncated image", "scene.png.*truncated"),
+        ("swapped sides", "scene.png is 60x40.*40x60"),
+        ("masks of another size", "image 17.*ids.png.*60x39.*60x40"),
+        ("no entity", "image 17.*ids.png.*no entity"),
+        ("empty caption", "image 17.*empty"),
+        ("no noun", "image 17.*no noun"),
+        ("unknown id", r"image 17.*\[12345\]"),
+        ("seg in caption", "image 17.*<SEG>"),
+        ("too long", "image 17.*tokens.*500"),
+    ],
+)
+def test_one_clear_error(record: dict, make: Any, case: str, message: str) -> None:
+    spoil(record, case)
+    error = FileNotFoundError if case == "missing image" else ValueError
+    with pytest.raises(error, match=message) as caught:
+        make()(record, task="ground", rng_seed=(0,))
+    assert "\n" not in str(caught.value)
+
+
+def test_panoptic_without_categories_says_what_is_missing(record: dict, make: Any) -> None:
+    with pytest.raises(ValueError, match="image 17.*categories"):
+        make(categories=[])(record, task="panoptic", rng_seed=(0,))
+
+
+def test_the_config_builds_it(record: dict, tokenizer_dir: Path) -> None:
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    names = ("gella_mapper_test_a", "gella_mapper_test_b", "gella_mapper_test_c")
+    MetadataCatalog.get(names[0]).categories = CATEGORIES
+    MetadataCatalog.get(names[2]).categories = CATEGORIES[:2]
+    cfg.MODEL.LANGUAGE.TOKENIZER = str(tokenizer_dir)
+    cfg.MODEL.LANGUAGE.IMAGE_TOKEN_STRIDE = 2
+    cfg.DATASETS.TRAIN = names[:2]
+    mapper = GroundingMapper(cfg, is_train=True)
+    mapped = mapper(record, task="panoptic", rng_seed=(0, 0, 0))
+    assert mapped["image"].shape[-1] == 336 and mapped["colormap"].shape[-1] == 896
+    assert (mapped["input_ids"] == IMAGE_TOKEN_ID).sum() == 144
+    assert len(mapped["phrases"]) == 4 and mapper.flip
+    cfg.DATASETS.TEST = names
+    with pytest.raises(ValueError, match="gella_mapper_test_a, gella_mapper_test_c"):
+        GroundingMapper(cfg, is_train=False)
+    tester = GroundingMapper(cfg, is_train=False, task="ground", dataset_names=names[2:])
+    assert len(tester.categories) == 2 and tester.task == "ground" and not tester.flip
+
+
+def test_real_narratives_with_crowd_and_void(coco_sample: Path, make: Any, tokenizer: Any) -> None:
+    folder = coco_sample / "annotations"
+    panoptic = json.loads((folder / "panoptic_val2017.json").read_text())
+    annotations = {a["image_id"]: a for a in panoptic["annotations"]}
+    images = {image["id"]: image for image in panoptic["images"]}
+    mapper = make(is_train=False, max_length=4000, categories=panoptic["categories"])
+    for narrative in json.loads((folder / "png_coco_val2017.json").read_text()):
+        image = images[int(narrative["image_id"])]
+        annotation = annotations[image["id"]]
+        parts = narrative["segments"]
+        spans = align_utterances(narrative["caption"], [part["utterance"] for part in parts])
+        nouns = [(part, span) for part, span in zip(parts, spans) if part["noun"]]
+        record = {
+            "file_name": str(coco_sample / "val2017" / image["file_name"]),
+            "image_id": image["id"],
+            "height": image["height"],
+            "width": image["width"],
+            "entities": {
+                "format": "panoptic_png",
+                "file_name": str(folder / "panoptic_val2017" / annotation["file_name"]),
+                "segments_info": annotation["segments_info"],
+            },
+            "caption": narrative["caption"],
+            "phrases": [
+                phrase(part["utterance"], [int(i) for i in part["segment_ids"]])
+                for part, _ in nouns
+            ],
+            "tasks": ("ground",),
+        }
+        mapped = mapper(record)
+        assert len(mapped["seg_positions"]) == len(nouns) and mapped["num_unmatched"] == 0
+        full = mapped["entities_full"]
+        for said, (part, _) in zip(mapped["phrases"], nouns):
+            ids = [full.segment_ids[index] for index in said["entity_indices"]]
+            assert sorted(ids) == sorted(map(int, part["segment_ids"]))
+        listed = mapper(record, task="panoptic")
+        assert len(listed["phrases"]) == len(listed["seg_positions"]) == 133
+        placed = [index for p in listed["phrases"] for index in p["entity_indices"]]
+        assert sorted(placed) == list(range(full.num_entities))

@@ -1,0 +1,294 @@
+"""Entity masks from every file format, and one clear error for every way a file can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from gella.entities import EntityMap, id_to_rgb, rgb_to_id
+from gella.entity_sources import load_entities, load_from_record
+
+SIZE = (12, 17)
+
+
+def scene() -> np.ndarray:
+    ids = np.zeros(SIZE, np.int32)
+    ids[1:5, 2:9], ids[3:9, 7:15], ids[10:, :6] = 70000, 300, 9
+    return ids
+
+
+def write_png(path: Path, ids: np.ndarray) -> Path:
+    Image.fromarray(id_to_rgb(ids)).save(path)
+    return path
+
+
+def info(*ids: int, crowd: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+    return [{"id": i, "category_id": 1, "iscrowd": int(i in crowd)} for i in ids]
+
+
+def rle(mask: np.ndarray) -> dict[str, Any]:
+    code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(code["size"]), "counts": code["counts"].decode()}
+
+
+def assert_same(entities: EntityMap, ids: np.ndarray) -> None:
+    names = np.array([0, *entities.segment_ids])
+    np.testing.assert_array_equal(names[entities.ids], ids)
+
+
+@pytest.mark.parametrize("format", ["auto", "panoptic_png"])
+def test_panoptic_png_keeps_ids_order_and_leaves_crowd_out(tmp_path: Path, format: str) -> None:
+    ids = scene()
+    path = write_png(tmp_path / "a.png", ids)
+    segments = info(300, 9, 70000, crowd=(9,))
+    entities = load_entities(path, *SIZE, format=format, segments_info=segments)
+    assert entities.segment_ids == [300, 70000]
+    assert_same(entities, np.where(ids == 9, 0, ids))
+    assert_same(load_entities(path, *SIZE, format=format), ids)
+
+
+@pytest.mark.parametrize("kind", ["L", "I;16", "P"])
+def test_gray_png(tmp_path: Path, kind: str) -> None:
+    ids = np.where(scene() == 70000, 200, scene() % 256)
+    if kind == "I;16":
+        ids = ids * 250
+        picture = Image.fromarray(ids.astype(np.uint16))
+    else:
+        picture = Image.fromarray(ids.astype(np.uint8))
+        if kind == "P":
+            picture.putpalette(list(range(256)) * 3)
+    picture.save(tmp_path / "g.png")
+    for format in ("auto", "gray_png"):
+        assert_same(load_entities(tmp_path / "g.png", *SIZE, format=format), ids)
+
+
+def test_npz_with_masks_or_ids(tmp_path: Path) -> None:
+    masks = np.zeros((3, *SIZE), dtype=bool)
+    masks[0, :6], masks[1, 4:9], masks[2, 5, 5] = True, True, True
+    np.savez_compressed(tmp_path / "m.npz", masks=masks, scores=np.array([0.9, 0.4, 0.6]))
+    loaded = load_entities(tmp_path / "m.npz", *SIZE)
+    assert loaded.segment_ids == [1, 2]  # the third lies under the first
+    np.testing.assert_array_equal(loaded.bitmasks(), [masks[0], masks[1] & ~masks[0]])
+    np.testing.assert_allclose(loaded.scores, [0.9, 0.4])
+    np.savez(tmp_path / "i.npz", ids=scene())
+    assert_same(load_entities(tmp_path / "i.npz", *SIZE), scene())
+
+
+def test_results_json_flattens_by_score_and_takes_every_coding(tmp_path: Path) -> None:
+    masks = np.zeros((3, *SIZE), dtype=bool)
+    masks[0, 2:9, 2:9], masks[1, 4:11, 4:11], masks[2, 0:3, 12:16] = True, True, True
+    plain = {"size": list(SIZE), "counts": runs(masks[1])}
+    polygon = [[12, 0, 16, 0, 16, 3, 12, 3]]
+    segmentations = [rle(masks[0]), plain, polygon]
+    results = [
+        {"image_id": 5, "category_id": 1, "segmentation": s, "score": score}
+        for s, score in zip(segmentations, (0.3, 0.8, 0.5))
+    ]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([{**results[0], "image_id": 6}, *results]))
+    for image_id in (5, "5"):  # ids are integers or text in the wild
+        loaded = load_entities(path, *SIZE, image_id=image_id)
+        expected = [masks[0] & ~masks[1], masks[1], masks[2]]
+        np.testing.assert_array_equal(loaded.bitmasks(), expected)
+        np.testing.assert_allclose(loaded.scores, [0.3, 0.8, 0.5])
+    assert load_entities(path, *SIZE, image_id=6, format="coco_results").num_entities == 1
+
+
+def test_segments_of_an_instance_json(tmp_path: Path) -> None:
+    square, bar = [2, 2, 8, 2, 8, 8, 2, 8], [6, 4, 14, 4, 14, 6, 6, 6]
+    inside = np.zeros((2, *SIZE), dtype=bool)
+    inside[0, 2:8, 2:8], inside[1, 4:6, 6:14] = True, True
+    spot = np.zeros(SIZE, dtype=bool)
+    spot[3:5, 3:5] = True
+    (tmp_path / "instances.json").write_text("{}")
+    segments = [
+        {"id": 900, "segmentation": [square, bar], "iscrowd": 0},  # overlapping parts: a union
+        {"id": 31, "segmentation": [bar, rle(inside[0])]},  # a part may be RLE
+        {"id": 5, "segmentation": rle(spot)},
+        {"id": 6, "segmentation": rle(np.ones(SIZE)), "iscrowd": 1},
+    ]
+    options: dict[str, Any] = {"format": "coco_instances", "image_id": 1}
+    path = tmp_path / "instances.json"
+    for first in segments[:2]:
+        listed = [first, *segments[2:]]
+        loaded = load_entities(path, *SIZE, segments_info=listed, **options)
+        assert loaded.segment_ids == [first["id"], 5]
+        expected = [(inside[0] | inside[1]) & ~spot, spot]  # the smaller one lies on top
+        np.testing.assert_array_equal(loaded.bitmasks(), expected)
+    with pytest.raises(ValueError, match="image 1.*instances.json.*segment 7 lacks 'segment"):
+        load_entities(path, *SIZE, segments_info=[{"id": 7}], **options)
+    with pytest.raises(ValueError, match="needs segments_info"):
+        load_entities(path, *SIZE, **options)
+
+
+def runs(mask: np.ndarray) -> list[int]:
+    """Uncompressed run lengths in column order, starting with zeros."""
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat.astype(int))) + 1
+    bounds = [0, *edges.tolist(), flat.size]
+    lengths = np.diff(bounds).tolist()
+    return ([0] if flat[0] else []) + lengths
+
+
+def test_a_rewritten_file_is_read_again(tmp_path: Path) -> None:
+    import os
+
+    path = tmp_path / "results.json"
+    mask = np.ones(SIZE, dtype=bool)
+    for count in (1, 2):
+        entry = {"image_id": 1, "segmentation": rle(mask), "score": 1.0}
+        small = {"image_id": 1, "segmentation": rle(scene() == 9), "score": 1.0}
+        path.write_text(json.dumps([entry, small][:count]))
+        os.utime(path, ns=(count * 10**9, count * 10**9))
+        assert load_entities(path, *SIZE, image_id=1).num_entities == count
+
+
+def test_panoptic_json_finds_the_picture_of_the_image(tmp_path: Path) -> None:
+    (tmp_path / "panoptic_val").mkdir()
+    write_png(tmp_path / "panoptic_val" / "x.png", scene())
+    annotation = {"image_id": 8, "file_name": "x.png", "segments_info": info(9, 300, 70000)}
+    path = tmp_path / "panoptic_val.json"
+    path.write_text(json.dumps({"annotations": [annotation], "images": []}))
+    assert_same(load_entities(path, *SIZE, image_id=8), scene())
+    with pytest.raises(ValueError, match="image 9.*no annotations"):
+        load_entities(path, *SIZE, image_id=9)
+
+
+def test_real_coco_sample_equals_a_comparison_per_segment(coco_sample: Path) -> None:
+    folder = coco_sample / "annotations"
+    panoptic = json.loads((folder / "panoptic_val2017.json").read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in panoptic["images"]}
+    for annotation in panoptic["annotations"]:
+        path = folder / "panoptic_val2017" / annotation["file_name"]
+        height, width = sizes[annotation["image_id"]]
+        segments = annotation["segments_info"]
+        record = {
+            "image_id": annotation["image_id"],
+            "height": height,
+            "width": width,
+            "entities": {
+                "format": "panoptic_png",
+                "file_name": str(path),
+                "segments_info": segments,
+            },
+        }
+        entities = load_from_record(record)
+        ids = rgb_to_id(np.asarray(Image.open(path)))
+        own = [segment for segment in segments if not segment["iscrowd"]]
+        assert len(own) < len(segments)  # the sample has crowd
+        assert entities.segment_ids == [segment["id"] for segment in own]
+        assert (ids == 0).any()  # and void
+        for mask, segment in zip(entities.bitmasks(), own):
+            np.testing.assert_array_equal(mask, ids == segment["id"])
+            assert mask.sum() == segment["area"]
+        from_json = load_entities(
+            folder / "panoptic_val2017.json", height, width, image_id=annotation["image_id"]
+        )
+        np.testing.assert_array_equal(from_json.ids, entities.ids)
+
+
+def broken(tmp_path: Path) -> dict[str, tuple[str, dict[str, Any], str]]:
+    """Malformed files: case -> (file name, arguments, what the error must say)."""
+    ids = scene()
+    write_png(tmp_path / "good.png", ids)
+    data = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.png").write_text("no picture")
+    Image.fromarray(ids.astype(np.uint8)).save(tmp_path / "gray.png")
+    Image.fromarray(np.zeros((*SIZE, 4), np.uint8), "RGBA").save(tmp_path / "rgba.png")
+    write_png(tmp_path / "void.png", np.zeros(SIZE, np.int32))
+    write_png(tmp_path / "turned.png", ids.T)
+    np.savez(tmp_path / "other.npz", picture=ids)
+    np.savez(tmp_path / "flat.npz", masks=ids)
+    np.savez(tmp_path / "wide.npz", masks=np.ones((2, 12, 18), bool))
+    np.savez(tmp_path / "nan.npz", masks=np.ones((1, *SIZE), bool), scores=[float("nan")])
+    np.savez(tmp_path / "short.npz", masks=np.ones((2, *SIZE), bool), scores=[1.0])
+    np.savez(tmp_path / "objects.npz", masks=np.array([{"a": 1}], dtype=object))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "flat.npz").read_bytes()[:60])
+    good = {"image_id": 1, "segmentation": rle(ids == 9), "score": 1.0}
+    contents: dict[str, Any] = {
+        "size.json": [{**good, "segmentation": rle(np.ones((3, 4)))}],
+        "nan.json": [{**good, "score": float("nan")}],
+        "none.json": [{**good, "segmentation": None}],
+        "missing.json": [{"image_id": 1, "score": 1.0}],
+        "anonymous.json": [{"segmentation": rle(ids == 9)}],
+        "runs.json": [{**good, "segmentation": {"size": list(SIZE), "counts": [3, 4]}}],
+        "polygon.json": [{**good, "segmentation": [["a", "b"]]}],
+        "empty.json": [{**good, "segmentation": rle(np.zeros(SIZE))}],
+        "coco.json": {"images": []},
+        "good.json": [good],
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    (tmp_path / "cut.json").write_text(json.dumps([good])[:-9])
+    return {
+        "missing": ("absent.png", {}, "absent.png.*exist"),
+        "cut png": ("cut.png", {}, "cut.png.*truncated"),
+        "text": ("text.png", {}, "text.png.*no picture"),
+        "gray as rgb": ("gray.png", {"format": "panoptic_png"}, "gray.png.*mode is L.*RGB"),
+        "rgb as gray": ("good.png", {"format": "gray_png"}, "mode is RGB.*grey"),
+        "rgba": ("rgba.png", {}, "mode is RGBA"),
+        "void": ("void.png", {}, "void.png.*no entity"),
+        "all crowd": (
+            "good.png",
+            {"segments_info": info(9, 300, 70000, crowd=(9, 300, 70000))},
+            "no entity",
+        ),
+        "turned": ("turned.png", {}, "12x17.*17x12"),
+        "unlisted": ("good.png", {"segments_info": info(9, 300)}, r"good.png.*\[70000\]"),
+        "unpainted": ("good.png", {"segments_info": info(9, 300, 70000, 5)}, r"\[5\]"),
+        "repeated": ("good.png", {"segments_info": info(9, 300, 70000, 9)}, r"repeats \[9\]"),
+        "other npz": ("other.npz", {}, "picture.*masks"),
+        "flat masks": ("flat.npz", {}, r"\(E, H, W\)"),
+        "wide masks": ("wide.npz", {}, "18x12.*17x12"),
+        "nan scores": ("nan.npz", {}, "nan.npz.*finite"),
+        "short scores": ("short.npz", {}, "2 entities but scores"),
+        "pickled": ("objects.npz", {}, "objects.npz.*pickle"),
+        "cut npz": ("cut.npz", {}, "cut.npz.*truncated"),
+        "rle size": ("size.json", {}, "result 0.*4x3.*17x12"),
+        "nan score": ("nan.json", {}, "finite"),
+        "no mask": ("none.json", {}, "result 0.*NoneType"),
+        "no key": ("missing.json", {}, "result 0.*segmentation"),
+        "no image id": ("anonymous.json", {}, "entry 0.*image_id"),
+        "short runs": ("runs.json", {}, "7 of 204"),
+        "bad polygon": ("polygon.json", {}, "result 0.*polygons"),
+        "empty mask": ("empty.json", {}, "no entity"),
+        "not panoptic": ("coco.json", {}, "list of annotations"),
+        "cut json": ("cut.json", {}, "cut.json.*JSON"),
+        "other image": ("good.json", {"image_id": 2}, "image 2.*no results"),
+        "no id given": ("good.json", {"image_id": None}, "needs image_id"),
+        "format": ("good.png", {"format": "jpeg2000"}, "jpeg2000.*known"),
+        "suffix": ("objects.txt", {}, "suffix"),
+    }
+
+
+CASES = (
+    "missing, cut png, text, gray as rgb, rgb as gray, rgba, void, all crowd, turned, unlisted, "
+    "unpainted, repeated, other npz, flat masks, wide masks, nan scores, short scores, pickled, "
+    "cut npz, rle size, nan score, no mask, no key, no image id, short runs, bad polygon, "
+    "empty mask, not panoptic, cut json, other image, no id given, format, suffix"
+).split(", ")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_clear_error(tmp_path: Path, case: str) -> None:
+    cases = broken(tmp_path)
+    assert set(cases) == set(CASES)
+    name, arguments, message = cases[case]
+    if case == "suffix":
+        (tmp_path / name).write_text("x")
+    error = FileNotFoundError if case == "missing" else ValueError
+    with pytest.raises(error, match=message) as caught:
+        load_entities(tmp_path / name, *SIZE, **{"image_id": 1, **arguments})
+    assert "\n" not in str(caught.value) and name.split(".")[0] in str(caught.value)
+
+
+def test_a_record_without_entities_names_the_image() -> None:
+    with pytest.raises(KeyError, match="image 77"):
+        load_from_record({"image_id": 77, "height": 3, "width": 4})

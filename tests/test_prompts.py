@@ -1,0 +1,300 @@
+"""Prompts: answers and back, spans in captions, token ids and labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gella.prompts import (
+    DESCRIBE_INSTRUCTIONS,
+    EXTRACT_INSTRUCTIONS,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_ID,
+    SEG_TOKEN,
+    align_utterances,
+    build_prompt,
+    decode_answer,
+    load_tokenizer,
+    locate_phrases,
+    noun_answer,
+    number_in_words,
+    panoptic_answer,
+    panoptic_sentence,
+    parse_nouns,
+    spoken_name,
+    task_text,
+)
+
+
+def test_numbers_in_words() -> None:
+    known = {0: "zero", 11: "eleven", 20: "twenty", 21: "twenty one", 99: "ninety nine"}
+    known |= {100: "one hundred", 119: "one hundred nineteen", 340: "three hundred forty"}
+    known |= {999: "nine hundred ninety nine", 12001: "twelve thousand one"}
+    assert {n: number_in_words(n) for n in known} == known
+    # Reading back is a check of all of them.
+    value = {number_in_words(n): n for n in [*range(20), *range(20, 100, 10)]}
+    for n in range(1000):
+        total = 0
+        for word in number_in_words(n).split():
+            total = total * 100 if word == "hundred" else total + value[word]
+        assert total == n
+    with pytest.raises(ValueError, match="-1"):
+        number_in_words(-1)
+
+
+def test_answers_to_the_letter() -> None:
+    assert noun_answer(["a dog"]) == "There is one semantic noun, including a dog <SEG>."
+    assert noun_answer(["a dog", "the sky"]) == (
+        "There are two semantic nouns, including a dog <SEG> and the sky <SEG>."
+    )
+    assert noun_answer(["a", "b", "c"]) == (
+        "There are three semantic nouns, including a <SEG>, b <SEG> and c <SEG>."
+    )
+    names = ["person", "dog", "orange", "unicycle", "window"]
+    assert panoptic_answer(names) == (
+        "There might exist a person <SEG>, a dog <SEG>, an orange <SEG>, a unicycle <SEG> and a "
+        "window <SEG>."
+    )
+    assert panoptic_sentence(names) == panoptic_answer(names).replace(" <SEG>", "")
+
+
+@pytest.mark.parametrize(
+    "nouns",
+    [
+        ["a dog"],
+        ["salt and pepper", "a black, white and red flag", "the sky"],
+        ["the sky", "salt and pepper"],
+        ["and so on", "and so on", "and so on"],
+        ["a sign, including text", "it"],
+        ["a man's hat", "10 % of it", "café", "犬"],
+        ["the dog"] * 21,
+    ],
+)
+def test_nouns_survive_the_round_trip(nouns: list[str]) -> None:
+    assert parse_nouns(noun_answer(nouns)) == nouns
+
+
+def test_parsing_forgives_what_models_write() -> None:
+    assert parse_nouns("There are two semantic nouns, including a dog<SEG>, and a cat<SEG>.") == [
+        "a dog",
+        "a cat",
+    ]
+    assert parse_nouns("a  dog <SEG> <SEG> and then nothing") == ["a dog", ""]
+    assert parse_nouns("There is nothing.") == []
+    assert parse_nouns(panoptic_answer(["dog", "cat"])) == ["a dog", "a cat"]
+
+
+@pytest.mark.parametrize("nouns", [[], ["a dog", "  "], ["a <SEG>"], ["an <image>"]])
+def test_answers_refuse_bad_nouns(nouns: list[str]) -> None:
+    with pytest.raises(ValueError, match="noun"):
+        noun_answer(nouns)
+
+
+def test_spoken_names_of_coco_are_distinct(coco_sample: Path) -> None:
+    text = (coco_sample / "annotations" / "panoptic_coco_categories.json").read_text()
+    categories = json.loads(text)
+    names = [spoken_name(category["name"]) for category in categories]
+    assert len(set(names)) == 133
+    assert not any("-" in name or "merged" in name for name in names)
+    assert spoken_name("wall-other-merged") == "wall" and spoken_name("wall-brick") == "wall brick"
+    assert spoken_name("sky-other-merged") == "sky" and spoken_name("teddy bear") == "teddy bear"
+
+
+def test_locating_walks_left_to_right() -> None:
+    caption = "A dog and another Dog chase cats; a  cat sleeps."
+    spans = locate_phrases(caption, ["dog", "dog", "unicorn", "a cat", "dog"])
+    assert spans[2] is None and spans[4] is None
+    assert [caption[s[0] : s[1]] for s in spans if s] == ["dog", "Dog", "a  cat"]
+    assert spans[0] != spans[1]
+    # A whole word further on is preferred over a part of a word.
+    assert locate_phrases("category of a cat", ["cat"]) == [(14, 17)]
+    assert locate_phrases("many cats", ["cat"]) == [(5, 8)]
+    assert locate_phrases("a (b] c", ["(b]", ""]) == [(2, 5), None]
+
+
+def test_alignment_of_the_sample_narratives(coco_sample: Path) -> None:
+    path = coco_sample / "annotations" / "png_coco_val2017.json"
+    records = json.loads(path.read_text())
+    assert len(records) == 4
+    for record in records:
+        utterances = [segment["utterance"] for segment in record["segments"]]
+        spans = align_utterances(record["caption"], utterances)
+        end = 0
+        for utterance, span in zip(utterances, spans):
+            assert span is not None
+            said = record["caption"][span[0] : span[1]]
+            assert said.lower().replace(" ", "") == utterance.lower().replace(" ", "")
+            assert not record["caption"][end : span[0]].strip()  # nothing lies between
+            end = span[1]
+
+
+def aligned(caption: str, utterances: list[str]) -> list[str | None]:
+    spans = align_utterances(caption, utterances)
+    return [caption[span[0] : span[1]] if span else None for span in spans]
+
+
+def test_alignment_of_contractions_case_quotes_and_white_space() -> None:
+    caption = "There  isn't a  Dog's “bed”,\nand the dog's bed."
+    parts = ["there is", "n't a", "dog 's", '" bed "', ", and the", "dog's", "bed", "."]
+    assert aligned(caption, parts) == [
+        "There  is",
+        "n't a",
+        "Dog's",
+        "“bed”",
+        ",\nand the",
+        "dog's",
+        "bed",
+        ".",
+    ]
+
+
+def test_alignment_survives_missing_punctuation_and_reports_what_is_not_there() -> None:
+    caption = "In the park, a black dog runs. The sky is blue."
+    parts = [
+        "in the park",
+        "a black dog",
+        "runs",
+        "!",
+        "a purple xylophone",
+        "the sky",
+        "is blue .",
+    ]
+    assert aligned(caption, parts) == [
+        "In the park",
+        "a black dog",
+        "runs",
+        None,
+        None,
+        "The sky",
+        "is blue.",
+    ]
+    assert aligned("", ["a", ""]) == [None, None]
+    assert aligned("a dog", ["a dog", ""]) == ["a dog", None]
+
+
+def test_labels_cover_the_answer_and_seg_positions_its_nouns(tokenizer: Any) -> None:
+    nouns = ["the red circle", "a star", "the red circle"]
+    instruction, answer = task_text("ground", "The red circle and a star.", nouns)
+    options = {"num_image_tokens": 9, "system": "A chat.", "max_length": 400}
+    prompt = build_prompt(tokenizer, instruction, answer, **options)
+    question = build_prompt(tokenizer, instruction, None, **options)
+    length = len(question.input_ids)
+    for ids in (prompt.input_ids, prompt.labels, prompt.seg_positions):
+        assert ids.dtype == torch.int64 and ids.ndim == 1
+    # What generation starts from is what training conditions on.
+    assert torch.equal(prompt.input_ids[:length], question.input_ids)
+    assert (question.labels == IGNORE_INDEX).all() and len(question.seg_positions) == 0
+    assert (prompt.labels[:length] == IGNORE_INDEX).all()
+    assert torch.equal(prompt.labels[length:], prompt.input_ids[length:])
+    assert prompt.input_ids[-1] == tokenizer.eos_token_id
+    assert (prompt.input_ids == IMAGE_TOKEN_ID).sum() == 9
+    assert tokenizer.decode(prompt.labels[length:-1]).strip().replace(" <SEG>", "<SEG>") == (
+        answer.replace(" <SEG>", "<SEG>")
+    )
+    seg_id = tokenizer.convert_tokens_to_ids(SEG_TOKEN)
+    assert len(prompt.seg_positions) == len(nouns)
+    assert (prompt.input_ids[prompt.seg_positions] == seg_id).all()
+    # Text before each <SEG> ends with its noun.
+    for noun, position in zip(nouns, prompt.seg_positions.tolist()):
+        before = tokenizer.decode(prompt.input_ids[length:position].tolist())
+        assert before.endswith(noun)
+
+
+def test_the_template_is_vicunas(tokenizer: Any) -> None:
+    prompt = build_prompt(tokenizer, "Hi?", "Yes.", num_image_tokens=2, system="S.", max_length=99)
+    ids = prompt.input_ids.tolist()
+    first = ids.index(IMAGE_TOKEN_ID)
+    assert ids[0] == tokenizer.bos_token_id and ids[first : first + 2] == [IMAGE_TOKEN_ID] * 2
+    assert tokenizer.decode(ids[1:first]) == "S. USER: "
+    assert tokenizer.decode(ids[first + 2 :]) == "\nHi? ASSISTANT: Yes.</s>"
+    bare = build_prompt(tokenizer, "Hi?", None, num_image_tokens=0, system="", max_length=99)
+    assert tokenizer.decode(bare.input_ids) == "<s>USER: \nHi? ASSISTANT:"
+
+
+def test_decoding_a_generated_answer_gives_its_text_back(tokenizer: Any) -> None:
+    answer = noun_answer(["a dog", "salt, and pepper", "café"])
+    prompt = build_prompt(tokenizer, "?", answer, num_image_tokens=1, system="", max_length=200)
+    ids = prompt.labels[prompt.labels != IGNORE_INDEX].tolist()
+    assert decode_answer(tokenizer, ids + [tokenizer.pad_token_id] * 3) == answer
+
+
+@pytest.mark.parametrize("text", ["a <SEG> b", "see <image>", "end</s>", "<s>", "<pad>"])
+def test_the_templates_own_marks_are_refused_in_texts(tokenizer: Any, text: str) -> None:
+    options = {"num_image_tokens": 1, "system": "", "max_length": 99}
+    with pytest.raises(ValueError, match="holds"):
+        build_prompt(tokenizer, text, None, **options)
+    if SEG_TOKEN not in text:
+        with pytest.raises(ValueError, match="answer holds"):
+            build_prompt(tokenizer, "?", text, **options)
+
+
+def test_too_long_a_prompt_names_both_numbers(tokenizer: Any) -> None:
+    options = {"num_image_tokens": 30, "system": ""}
+    length = len(build_prompt(tokenizer, "Hi", "Ho", max_length=999, **options).input_ids)
+    build_prompt(tokenizer, "Hi", "Ho", max_length=length, **options)
+    with pytest.raises(ValueError, match=rf"{length} tokens.*{length - 1} fit"):
+        build_prompt(tokenizer, "Hi", "Ho", max_length=length - 1, **options)
+
+
+def test_texts_of_the_tasks() -> None:
+    assert DESCRIBE_INSTRUCTIONS[0] == "Please help me describe the image."
+    assert task_text("describe", "A {dog}. ", []) == (DESCRIBE_INSTRUCTIONS[0], "A {dog}.")
+    question, answer = task_text("extract", "A {dog}.", ["A {dog}"])
+    assert question == (
+        "Please help me extract each semantic noun of the sentence. The sentence is A {dog}."
+    )
+    assert answer == noun_answer(["A {dog}"])
+    assert task_text("ground", "A dog", ["A dog"], 1 + len(EXTRACT_INSTRUCTIONS))[0] == (
+        EXTRACT_INSTRUCTIONS[1].format(caption="A dog")
+    )
+    assert task_text("refer", "left man", [])[1] == noun_answer(["left man"])
+    question, answer = task_text("panoptic", "", ["dog", "cat"])
+    assert question.endswith("There might exist a dog and a cat.")
+    assert answer == panoptic_answer(["dog", "cat"])
+    for task in ("describe", "extract", "refer"):
+        with pytest.raises(ValueError, match="empty"):
+            task_text(task, "  ", ["a dog"])
+    with pytest.raises(ValueError, match="no noun"):
+        task_text("ground", "It rains.", [])
+    with pytest.raises(ValueError, match="paint"):
+        task_text("paint", "A dog", ["A dog"])
+
+
+def test_loading_adds_one_special_token(tokenizer_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    assert len(tokenizer) == len(AutoTokenizer.from_pretrained(tokenizer_dir)) + 1
+    seg_id = tokenizer.convert_tokens_to_ids(SEG_TOKEN)
+    assert seg_id == len(tokenizer) - 1 and seg_id in tokenizer.all_special_ids
+    assert tokenizer("dog <SEG>, ").input_ids.count(seg_id) == 1
+    # Loading what was saved with <SEG> does not add another.
+    tokenizer.save_pretrained(tmp_path)
+    assert len(load_tokenizer(str(tmp_path))) == len(tokenizer)
+
+
+def test_loading_gives_a_pad_token_and_refuses_what_cannot_end(
+    tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    bare = AutoTokenizer.from_pretrained(tokenizer_dir)
+    bare.pad_token = None
+    bare.save_pretrained(tmp_path / "no_pad")
+    loaded = load_tokenizer(str(tmp_path / "no_pad"))
+    assert loaded.pad_token == loaded.unk_token and len(loaded) == len(bare) + 1
+    bare.eos_token = None
+    bare.save_pretrained(tmp_path / "no_eos")
+    with pytest.raises(ValueError, match="eos_token"):
+        load_tokenizer(str(tmp_path / "no_eos"))
+
+
+def test_loading_says_what_to_do_when_there_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in ("", str(tmp_path / "absent"), str(tmp_path / "empty")):
+        with pytest.raises(FileNotFoundError, match="MODEL.LANGUAGE.TOKENIZER"):
+            load_tokenizer(path)

@@ -1,0 +1,324 @@
+"""Synthetic shapes: scenes, what is written about them, and the preparation of the files."""
+
+from __future__ import annotations
+
+import filecmp
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from gella.data import shapes
+from gella.data.shapes_phrases import COUNT_WORDS, STUFF_NOUNS, kind_plural
+from gella.data.shapes_scene import COLOURS, HELD_OUT_PAIRS, KINDS, STUFF, TEXTURES, draw_scene
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLES = 40
+
+
+@pytest.fixture(scope="module")
+def prepare_shapes():
+    """The script, which is no module of a package."""
+    spec = importlib.util.spec_from_file_location(
+        "prepare_shapes", ROOT / "datasets" / "prepare_shapes.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return {
+        split: [shapes.make_sample(3, split, i) for i in range(SAMPLES)] for split in shapes.SPLITS
+    }
+
+
+def everything(samples):
+    return samples["train"] + samples["val"]
+
+
+def named_by(phrase: str, scene) -> set[int]:
+    """Indices that a phrase names, read from its words alone, without the code under test."""
+    words = phrase.lower().split()
+    side = None
+    if len(words) > 3 and words[-3] in ("on", "at") and words[-2] == "the":
+        side, words = words[-1], words[:-3]
+    kinds = {k: k for k in KINDS} | {kind_plural(k): k for k in KINDS}
+    regions = {form.split()[-1]: kind for kind, forms in STUFF_NOUNS.items() for form in forms}
+    if words[-1] in regions:
+        return {len(scene.things) + scene.stuff.index(regions[words[-1]])}
+    chosen = set(range(len(scene.things)))
+    for word in words:
+        for attribute, values in (("colour", COLOURS), ("texture", TEXTURES)):
+            if word in values:
+                chosen = {i for i in chosen if getattr(scene.things[i], attribute) == word}
+        if word in kinds:
+            chosen = {i for i in chosen if scene.things[i].kind == kinds[word]}
+        if word in ("small", "large"):
+            large = {i for i in chosen if 2 * scene.things[i].radius > 21.5}  # between the classes
+            chosen = large if word == "large" else chosen - large
+    for word in set(words) & set(COUNT_WORDS):
+        assert len(chosen) == COUNT_WORDS.index(word), phrase
+    if side:
+        axis = "cx" if side in ("left", "right") else "cy"
+        pick = min if side in ("left", "top") else max
+        chosen = {pick(chosen, key=lambda i: getattr(scene.things[i], axis))}
+    return chosen
+
+
+def test_scenes_are_covered_and_everything_is_visible(samples):
+    for sample in everything(samples):
+        scene = sample.scene
+        assert scene.image.dtype == np.uint8 and scene.image.shape == (96, 96, 3)
+        counts = np.bincount(scene.ids.ravel(), minlength=len(sample.segment_ids) + 1)
+        assert counts[0] == 0
+        things, regions = np.split(counts[1:], [len(scene.things)])
+        assert 3 <= len(things) <= 9 and things.min() >= 60
+        assert 2 <= len(regions) <= 3 and regions.min() >= 150
+        assert len(set(scene.stuff)) == len(scene.stuff)
+
+
+def test_ids_are_where_the_colour_is():
+    """The middle pixels of an unobstructed plain thing carry its colour."""
+    seen = 0
+    for index in range(30):
+        scene = draw_scene(np.random.default_rng([9, index]), 96, held_out=True)
+        for number, thing in enumerate(scene.things, start=1):
+            if thing.texture != "plain" or thing.kind == "ring":
+                continue
+            y, x = int(thing.cy), int(thing.cx)
+            if (scene.ids[y - 1 : y + 2, x - 1 : x + 2] == number).all():
+                assert np.abs(scene.image[y, x].astype(int) - COLOURS[thing.colour]).max() < 25
+                seen += 1
+    assert seen > 40
+
+
+def test_held_out_pairs_are_in_val_only(samples):
+    pairs = {
+        split: {(t.colour, t.kind) for s in samples[split] for t in s.scene.things}
+        for split in shapes.SPLITS
+    }
+    assert not pairs["train"] & set(HELD_OUT_PAIRS)
+    assert pairs["val"] & set(HELD_OUT_PAIRS)
+    said = " ".join(r["caption"].lower() for s in samples["train"] for r in s.narratives)
+    for colour, kind in HELD_OUT_PAIRS:
+        assert f"{colour} {kind}" not in said  # not even as something absent
+
+
+def test_samples_depend_on_seed_split_and_index_only():
+    first = shapes.make_sample(5, "train", 7)
+    again = shapes.make_sample(5, "train", 7)
+    assert np.array_equal(first.id_map, again.id_map)
+    assert np.array_equal(first.image_array, again.image_array)
+    assert first.narratives == again.narratives and first.refs == again.refs
+    for other in (
+        shapes.make_sample(6, "train", 7),
+        shapes.make_sample(5, "val", 7),
+        shapes.make_sample(5, "train", 8),
+    ):
+        assert not np.array_equal(first.image_array, other.image_array)
+
+
+def test_segment_ids_are_unique_in_the_dataset(samples):
+    ids = [i for sample in everything(samples) for i in sample.segment_ids]
+    assert len(set(ids)) == len(ids) and min(ids) > 0 and max(ids) < 1 << 24
+    last = shapes.image_id_of("val", shapes.MAX_SCENES - 1)
+    assert (last + 1) * 16 <= 1 << 24  # so that the numbering of ids never wraps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, "test", 0), "split 'test'"),
+        ((0, "train", -1), "-1"),
+        ((0, "train", 0, 32), "32.*64"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        shapes.make_sample(*arguments)
+
+
+def test_phrases_name_exactly_what_fits(samples):
+    grounded = plural = stuff = ungrounded = 0
+    for sample in everything(samples):
+        number = {segment_id: k for k, segment_id in enumerate(sample.segment_ids)}
+        for record in sample.narratives:
+            assert isinstance(record["image_id"], str)
+            nouns = [s for s in record["segments"] if s["noun"]]
+            assert 4 <= len(nouns) <= 8
+            assert len(record["caption"].split()) <= 60
+            for segment in record["segments"]:
+                members = {number[int(i)] for i in segment["segment_ids"]}
+                if not members:
+                    ungrounded += segment["noun"]
+                    if segment["noun"] and segment["utterance"].split()[-1] in KINDS:
+                        assert not named_by(segment["utterance"], sample.scene)
+                    continue
+                assert segment["noun"] and segment["plural"] == (len(members) > 1)
+                assert members == named_by(segment["utterance"], sample.scene), segment
+                grounded += 1
+                plural += segment["plural"]
+                stuff += min(members) >= len(sample.scene.things)
+    assert 0.22 < plural / grounded < 0.40
+    assert 0.20 < stuff / grounded < 0.35
+    assert ungrounded > 20
+
+
+def test_utterances_partition_the_caption(samples):
+    habits = {"n't": 0, "lower": 0, "apart": 0, "detached": 0}
+    for sample in everything(samples):
+        for record in sample.narratives:
+            utterances = [segment["utterance"] for segment in record["segments"]]
+            squeezed = re.sub(r"\s", "", "".join(utterances)).lower()
+            assert squeezed == re.sub(r"\s", "", record["caption"]).lower()
+            habits["n't"] += any(u.endswith("n't") for u in utterances)
+            habits["lower"] += "".join(utterances).islower()
+            habits["apart"] += "." in utterances
+            habits["detached"] += any(
+                u.endswith(" the") and s["noun"] for u, s in zip(utterances, record["segments"][1:])
+            )
+    assert min(habits.values()) > 5, habits
+
+
+def test_descriptions_hold_their_nouns_in_order(samples):
+    for sample in samples["train"]:
+        assert len(sample.descriptions) == 2
+        for record in sample.descriptions:
+            cursor = 0
+            for noun in record["nouns"]:
+                cursor = record["description"].index(noun, cursor) + len(noun)
+
+
+def test_expressions_are_true_of_their_target_only(samples):
+    total = relations = 0
+    for sample in everything(samples):
+        scene = sample.scene
+        for ref in sample.refs:
+            target = sample.segment_ids.index(ref["ann_id"])
+            assert 2 <= len(ref["sentences"]) <= 3
+            for sentence in ref["sentences"]:
+                text = sentence["sent"]
+                match = re.fullmatch(r"(.+?) (left of|right of|above|below) the (.+)", text)
+                on = re.fullmatch(rf"(.+) on the ({'|'.join(STUFF)})", text)
+                if match:
+                    anchor = scene.things[next(iter(named_by(match[3], scene)))]
+                    assert len(named_by(match[3], scene)) == 1
+                    axis = "cx" if "of" in match[2] else "cy"
+                    sign = -1 if match[2] in ("left of", "above") else 1
+                    fits = {
+                        i
+                        for i in named_by(match[1], scene)
+                        if sign * (getattr(scene.things[i], axis) - getattr(anchor, axis)) > 0
+                    }
+                    relations += 1
+                elif on:
+                    fits = {i for i in named_by(on[1], scene) if scene.region_under(i) == on[2]}
+                else:
+                    fits = named_by(text, scene)
+                assert fits == {target}, text
+                total += 1
+    assert total > 200 and relations > 50
+
+
+def test_instances_hold_every_pixel(samples):
+    kinds = set()
+    for sample in everything(samples):
+        for instance in sample.instances:
+            code = instance["segmentation"]
+            kinds.add(type(code))
+            rle = coco_mask.frPyObjects(code, 96, 96)
+            rle = coco_mask.merge(rle) if isinstance(rle, list) else rle
+            mask = coco_mask.decode(rle).astype(bool)
+            assert np.array_equal(mask, sample.id_map == instance["id"])
+            assert instance["area"] == mask.sum()
+            assert instance["bbox"] == coco_mask.toBbox(rle).tolist()
+    assert kinds == {list, dict}  # polygons, and RLE for rings
+
+
+def test_predictions_are_damaged(samples):
+    segments = sum(len(s.segment_ids) for s in samples["val"])
+    ious = []
+    for sample in samples["val"]:
+        assert sample.predictions
+        for entry in sample.predictions:
+            mask = coco_mask.decode(entry["segmentation"]).astype(bool)
+            truth = [sample.id_map == i for i in sample.segment_ids]
+            ious.append(max((mask & t).sum() / (mask | t).sum() for t in truth))
+            assert 0 < entry["score"] <= 1 and entry["image_id"] == sample.image["id"]
+    assert 0.03 < 1 - len(ious) / segments < 0.17
+    damaged = np.mean(np.array(ious) < 1)
+    assert 0.25 < damaged < 0.55
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_preparation_is_the_same_for_any_number_of_workers(prepare_shapes, tmp_path, capsys):
+    counts = {"train": 20, "val": 5}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert prepare_shapes.prepare(one, counts, seed=1, workers=1)
+    script = [sys.executable, prepare_shapes.__file__, "--output", str(two)]
+    options = ["--train", "20", "--val", "5", "--seed", "1", "--workers", "2"]
+    done = subprocess.run([*script, *options], capture_output=True, text=True, check=True)
+    assert "next: python tools/train_net.py" in done.stdout
+    names = files_below(one)
+    assert names == files_below(two)
+    different = [n for n in names if not filecmp.cmp(one / n, two / n, shallow=False)]
+    assert different == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]  # no scratch is left
+
+    stamp = (one / "meta.json").stat().st_mtime_ns
+    assert not prepare_shapes.prepare(one, counts, seed=1)  # equal settings: nothing to do
+    assert (one / "meta.json").stat().st_mtime_ns == stamp
+    assert prepare_shapes.prepare(one, {"train": 3, "val": 2}, seed=1, workers=1)
+    assert len(list((one / "train").iterdir())) == 3
+
+
+def test_preparation_spares_foreign_folders(prepare_shapes, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("words")
+    status = prepare_shapes.main(["--output", str(tmp_path), "--train", "2", "--val", "1"])
+    assert status == 1
+    assert "not empty" in capsys.readouterr().err
+    assert files_below(tmp_path) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("option", [["--train", "0"], ["--size", "20"], ["--workers", "0"]])
+def test_preparation_refuses_bad_settings(prepare_shapes, tmp_path, option, capsys):
+    assert prepare_shapes.main(["--output", str(tmp_path / "x"), *option]) == 1
+    assert option[1] in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_tokenizer(samples, tmp_path):
+    """One token a word, with its leading space; any text comes back; a constant size."""
+    from gella.data.shapes_tokens import VOCABULARY_SIZE, template_texts, train_tokenizer
+    from gella.prompts import load_tokenizer
+
+    captions = [r["description"] for s in samples["train"] for r in s.descriptions]
+    assert train_tokenizer(captions, str(tmp_path)) == VOCABULARY_SIZE
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert len(tokenizer) == VOCABULARY_SIZE + 1
+    words = {w for c in [*captions, *template_texts()] for w in re.findall(r" [A-Za-z]+", c)}
+    assert len(words) > 80
+    assert {w: tokenizer.tokenize(w) for w in words if len(tokenizer.tokenize(w)) != 1} == {}
+    for text in (*captions[:5], "Ünïcödé 漢字 🙂 a\tb\n  c!", "USER: \nPlease <reserved"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.unk_token_id not in ids
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    assert [getattr(tokenizer, n) for n in names] == ["<s>", "</s>", "<pad>", "<unk>"]
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert "<SEG>" not in json.dumps(settings)
+
+    many = [f" {a}{b}{c}" for a in "bcdfghjk" for b in "aeiou" for c in "lmnprstvwz"]
+    with pytest.raises(ValueError, match="VOCAB"):
+        train_tokenizer(["".join(many)], str(tmp_path / "full"))

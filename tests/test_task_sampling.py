@@ -1,0 +1,154 @@
+"""Task sampling: shares, order, ranks, workers and resuming."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+
+from gella import add_gella_config
+from gella.data.task_sampling import (
+    GroundingBatchSampler,
+    GroundingDataset,
+    build_train_loader,
+    task_at,
+)
+from gella.prompts import TASKS
+
+RATIOS = (0.2, 0.2, 0.6)
+POOLS = {"describe": range(0, 7), "extract": range(5, 16), "ground": range(20, 50)}
+
+
+def batches(count: int, **changes: Any) -> list[list]:
+    options = {"pools": POOLS, "ratios": RATIOS, "batch_size": 4, "seed": 3} | changes
+    return list(itertools.islice(GroundingBatchSampler(**options), count))
+
+
+def test_tasks_have_their_shares_and_depend_on_seed_and_iteration() -> None:
+    count = 20_000  # crosses block borders
+    drawn = [task_at(1, i, RATIOS) for i in range(count)]
+    shares = Counter(drawn)
+    for task, ratio in zip(TASKS, RATIOS):
+        deviation = (count * ratio * (1 - ratio)) ** 0.5
+        assert abs(shares[task] - count * ratio) < 4 * deviation
+    assert drawn[:50] == [task_at(1, i, [2, 2, 6]) for i in range(50)]  # in any unit
+    assert drawn[9000:9100] == [task_at(1, i, RATIOS) for i in range(9000, 9100)]
+    assert drawn[:50] != [task_at(2, i, RATIOS) for i in range(50)]
+    assert drawn[:4096] != drawn[4096:8192]
+    # Successive tasks are independent: ground follows ground as often as it comes at all.
+    pairs = Counter(zip(drawn, drawn[1:]))
+    assert abs(pairs["ground", "ground"] / count - 0.36) < 0.015
+
+
+@pytest.mark.parametrize("ratios", [(0.5, 0.5), (0, 0, 0), (1, 1, -1), (1, 1, float("nan"))])
+def test_bad_ratios_are_refused(ratios: tuple) -> None:
+    with pytest.raises(ValueError, match="TASK_RATIOS"):
+        task_at(0, 0, ratios)
+
+
+def test_a_batch_has_one_task_and_its_pool() -> None:
+    for iteration, batch in enumerate(batches(300)):
+        task = task_at(3, iteration, RATIOS)
+        for place, (index, said, rng_seed) in enumerate(batch):
+            assert said == task and index in POOLS[task] and rng_seed == (3, iteration, place)
+
+
+def test_every_epoch_visits_each_record_once_in_another_order() -> None:
+    visits: dict[str, list[int]] = {task: [] for task in TASKS}
+    for batch in batches(400):
+        visits[batch[0][1]] += [index for index, _, _ in batch]
+    for task, pool in POOLS.items():
+        size = len(pool)
+        epochs = [visits[task][k : k + size] for k in range(0, len(visits[task]) - size, size)]
+        assert len(epochs) > 3
+        assert all(sorted(epoch) == list(pool) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+@pytest.mark.parametrize("start", [1, 17, 150, 4090, 4096, 8195])
+def test_starting_anywhere_continues_the_uninterrupted_order(start: int) -> None:
+    whole = batches(start + 12)
+    assert batches(12, start_iteration=start) == whole[start:]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batch_and_its_task(world_size: int) -> None:
+    whole = batches(60)
+    parts = [batches(60, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for iteration, batch in enumerate(whole):
+        assert sum((part[iteration] for part in parts), []) == batch
+
+
+def test_what_cannot_be_sampled_is_an_error() -> None:
+    with pytest.raises(ValueError, match="16.*3 processes"):
+        batches(1, batch_size=16, world_size=3)
+    with pytest.raises(ValueError, match="'extract'.*0.2"):
+        batches(1, pools={**POOLS, "extract": []})
+    with pytest.raises(ValueError, match="negative"):
+        batches(1, seed=-1)
+    assert len(batches(3, pools={"ground": [4]}, ratios=(0, 0, 1))) == 3
+
+
+class NumberMapper:
+    """Gives back the key and a draw of its own stream, to see both."""
+
+    def __call__(self, record: dict, *, task: str, rng_seed: tuple) -> dict:
+        import numpy as np
+
+        draw = int(np.random.default_rng(rng_seed).integers(1 << 30))
+        return {"name": record["name"], "task": task, "draw": draw}
+
+
+def config(**changes: Any) -> Any:
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    cfg.DATASETS.TRAIN = ("gella_some_train",)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, cfg.DATALOADER.NUM_WORKERS = 4, 5, 0
+    for key, value in changes.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    return cfg
+
+
+RECORDS = [
+    {"name": i, "tasks": (("describe", "extract", "ground") if i % 3 else ("ground",))}
+    for i in range(20)
+]
+
+
+def test_the_loader_equals_the_sampler_whatever_the_workers_and_resumes() -> None:
+    def first(loader: Any, count: int) -> list:
+        return list(itertools.islice(iter(loader), count))
+
+    plain = build_train_loader(config(), records=RECORDS, mapper=NumberMapper())
+    expected = first(plain, 12)
+    assert [len(batch) for batch in expected] == [4] * 12
+    assert {item["task"] for batch in expected for item in batch} <= set(TASKS)
+    assert all(item["name"] % 3 for batch in expected for item in batch if item["task"] != "ground")
+    parallel = build_train_loader(
+        config(DATALOADER__NUM_WORKERS=2), records=RECORDS, mapper=NumberMapper()
+    )
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert first(parallel, 12) == expected
+    assert torch.equal(torch.get_rng_state(), before)  # starting a loader draws nothing
+    parallel.start_iteration = 7
+    assert parallel.start_iteration == 7 and first(parallel, 5) == expected[7:]
+
+
+def test_the_loader_names_the_datasets_that_cannot_train_a_task() -> None:
+    only_ground = [record for record in RECORDS if len(record["tasks"]) == 1]
+    with pytest.raises(ValueError, match="gella_some_train.*'describe'"):
+        build_train_loader(config(), records=only_ground, mapper=NumberMapper())
+    cfg = config(DATALOADER__TASK_RATIOS=[0.0, 0.0, 1.0], SEED=-1)
+    loader = build_train_loader(cfg, records=only_ground, mapper=NumberMapper())
+    assert next(iter(loader))[0]["task"] == "ground"
+
+
+def test_the_dataset_passes_the_key_to_the_mapper() -> None:
+    dataset = GroundingDataset(RECORDS, lambda record, **key: (record["name"], key))
+    assert len(dataset) == 20
+    assert dataset[2, "extract", (1, 2, 3)] == (2, {"task": "extract", "rng_seed": (1, 2, 3)})

@@ -1,0 +1,212 @@
+"""tools/train_net.py: training, evaluation, kill and resume on drawn scenes, users' errors."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.engine import default_argument_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "tools" / "train_net.py"
+CONFIG = str(ROOT / "configs" / "gella_tiny_shapes.yaml")
+# A model as small as the parts allow, for a few iterations.
+SMALL = [
+    *("MODEL.IMAGE_ENCODER.WIDTH", "32", "MODEL.IMAGE_ENCODER.LAYERS", "2"),
+    *("MODEL.RESOBLEND.DIM", "32", "MODEL.MASK_DECODER.HIDDEN_DIM", "32"),
+    *("MODEL.MASK_DECODER.MASK_DIM", "32", "MODEL.MASK_DECODER.DECODER_LAYERS", "1"),
+    *("MODEL.LANGUAGE.HIDDEN_SIZE", "32", "MODEL.LANGUAGE.INTERMEDIATE_SIZE", "64"),
+    *("MODEL.LANGUAGE.NUM_LAYERS", "1", "MODEL.LANGUAGE.MAX_NEW_TOKENS", "8"),
+    *("MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "6"),
+    *("SOLVER.CHECKPOINT_PERIOD", "2", "DATALOADER.NUM_WORKERS", "1"),
+    # every task within six iterations
+    *("DATALOADER.TASK_RATIOS", "[0.3,0.3,0.4]"),
+]
+# Ends the process without warning after iteration 4, whose last checkpoint is that of iteration 3.
+KILLED = """
+import os, runpy, signal, sys
+from detectron2.engine import HookBase
+from gella.trainer import GellaTrainer
+
+class Kill(HookBase):
+    def after_step(self):
+        if self.trainer.iter == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+build_hooks = GellaTrainer.build_hooks
+GellaTrainer.build_hooks = lambda self: [*build_hooks(self), Kill()]
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder for DETECTRON2_DATASETS with a few drawn scenes."""
+    folder = tmp_path_factory.mktemp("data")
+    command = [sys.executable, str(ROOT / "datasets" / "prepare_shapes.py")]
+    arguments = ["--output", str(folder / "shapes"), "--train", "40", "--val", "4"]
+    subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
+    return folder
+
+
+def run(scenes, output, *arguments, code=None):
+    """Run the script in a process of its own, on the drawn scenes."""
+    start = [sys.executable, *(["-c", code] if code else []), str(SCRIPT)]
+    tokenizer = ["MODEL.LANGUAGE.TOKENIZER", str(scenes / "shapes" / "tokenizer")]
+    options = [a for a in arguments if a.startswith("--")]
+    pairs = [a for a in arguments if not a.startswith("--")]
+    command = [*start, "--config-file", CONFIG, *options, *SMALL, *tokenizer, "OUTPUT_DIR", output]
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(scenes), "OMP_NUM_THREADS": "1"}
+    log = Path(output) / "stderr.txt"
+    with open(log, "w", encoding="utf-8") as stderr, open(f"{log}.out", "w+") as stdout:
+        # Files, not pipes, and a group of its own: loader processes outlive a killed parent.
+        process = subprocess.Popen(
+            [*map(str, command), *pairs],
+            stdout=stdout,
+            stderr=stderr,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            process.wait(timeout=600)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        stdout.seek(0)
+        printed = stdout.read()
+    return subprocess.CompletedProcess(
+        command, process.returncode, printed, log.read_text(encoding="utf-8")
+    )
+
+
+def weights(path):
+    """The model's tensors in a checkpoint."""
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def trained(scenes, tmp_path_factory):
+    """An uninterrupted run: its process and its output folder."""
+    output = tmp_path_factory.mktemp("whole")
+    process = run(scenes, output)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process, output
+
+
+def test_training_ends_with_one_table_and_the_next_step(trained):
+    process, output = trained
+    results = json.loads((output / "results.json").read_text())
+    assert {"png", "panoptic_seg", "entity", "nouns"} <= set(results)
+    assert all(
+        isinstance(v, (int, float)) or v is None for m in results.values() for v in m.values()
+    )
+    assert f"{results['png']['AR']:.1f}" in process.stdout
+    next_command = process.stdout.strip().splitlines()[-1]
+    assert "tools/demo.py" in next_command and f"{output}/model_final.pth" in next_command
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    logged = {key for line in lines for key in line}
+    assert {"total_loss", "loss_answer", "loss_association", "grad_norm", "png/AR"} <= logged
+    assert re.search(r"eta: .*iter: 5 ", (output / "log.txt").read_text())
+    assert "detectron2 " in (output / "log.txt").read_text()
+    assert list(output.glob("events.out.tfevents.*"))
+
+
+def test_a_killed_run_resumes_to_the_same_weights(scenes, trained, tmp_path):
+    _, whole = trained
+    killed = run(scenes, tmp_path, code=KILLED)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+    assert not (tmp_path / "model_final.pth").exists()
+    # without workers this time: they must not matter
+    resumed = run(scenes, tmp_path, "--resume", "DATALOADER.NUM_WORKERS", "0")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert "Starting training from iteration 4" in (tmp_path / "log.txt").read_text()
+    expected, found = weights(whole / "model_final.pth"), weights(tmp_path / "model_final.pth")
+    assert expected.keys() == found.keys()
+    assert [k for k in expected if not torch.equal(expected[k], found[k])] == []
+    start = weights(whole / "model_0000001.pth")
+    assert any(not torch.equal(start[k], found[k]) for k in start)  # it did train
+    for name in ("results.json",):
+        assert json.loads((whole / name).read_text()) == json.loads((tmp_path / name).read_text())
+
+
+def test_eval_only_repeats_the_final_evaluation(scenes, trained, tmp_path):
+    _, whole = trained
+    process = run(scenes, tmp_path, "--eval-only", "MODEL.WEIGHTS", f"{whole}/model_final.pth")
+    assert process.returncode == 0, process.stderr[-3000:]
+    expected = json.loads((whole / "results.json").read_text())
+    assert json.loads((tmp_path / "results.json").read_text()) == expected
+
+
+# -- errors, in this process -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def train_net():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("tool_train_net", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def refused(train_net, capsys, *arguments, config=CONFIG):
+    """Run main and expect status 2; returns the one line of the error."""
+    args = default_argument_parser().parse_args(["--config-file", config, *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        train_net.main(args)
+    assert end.value.code == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_config_errors(train_net, capsys, tmp_path):
+    assert "MODEL.NO_SUCH" in refused(train_net, capsys, "MODEL.NO_SUCH", "1")
+    assert "absent.yaml" in refused(train_net, capsys, config="absent.yaml")
+    assert "--config-file is missing" in refused(train_net, capsys, config="")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("MODEL:\n  GELA:\n    SNAP: True\n")
+    assert "MODEL.GELA" in refused(train_net, capsys, config=str(bad))
+    bad.write_text("MODEL: [")
+    assert "bad.yaml" in refused(train_net, capsys, config=str(bad))
+    assert "SOLVER.MAX_ITER" in refused(train_net, capsys, "SOLVER.MAX_ITER", "'many'")
+    assert "override" in refused(train_net, capsys, "SOLVER.MAX_ITER")
+
+
+def test_weights_errors(train_net, capsys, tmp_path):
+    common = [*SMALL, "OUTPUT_DIR", tmp_path]
+    message = refused(train_net, capsys, "--eval-only", *common)
+    assert "nothing to evaluate" in message
+    message = refused(train_net, capsys, "--eval-only", "--resume", *common)
+    assert "last_checkpoint does not exist" in message
+    absent = tmp_path / "absent.pth"
+    message = refused(train_net, capsys, "--eval-only", *common, "MODEL.WEIGHTS", absent)
+    assert f"{absent} does not exist" in message
+    torch.save({"model": {"no.such": torch.zeros(1)}}, tmp_path / "w.pth")
+    message = refused(
+        train_net, capsys, "--eval-only", *common, "MODEL.WEIGHTS", tmp_path / "w.pth"
+    )
+    assert "1 unexpected: no.such" in message and re.search(r"\d+ missing: association", message)
+
+
+def test_dataset_errors(train_net, capsys, tmp_path, tokenizer_dir):
+    common = [*SMALL, "MODEL.LANGUAGE.TOKENIZER", tokenizer_dir, "OUTPUT_DIR", tmp_path]
+    message = refused(train_net, capsys, *common, "DATASETS.TRAIN", "('gella_no_such',)")
+    assert "gella_no_such" in message
+    assert "DATASETS.TRAIN is empty" in refused(train_net, capsys, *common, "DATASETS.TRAIN", "()")
+
+
+def test_bugs_keep_their_traceback(train_net):
+    with pytest.raises(ZeroDivisionError), train_net.user_errors():
+        raise ZeroDivisionError

@@ -1,0 +1,144 @@
+#!/usr/bin/env python
+"""Costs of a configuration.
+
+    python tools/benchmark.py cost --config-file configs/gella_swin_t.yaml
+
+``cost`` builds the model on the meta device, which needs no memory for weights, and prints the
+parameters of each part of the paper's Figure 2, beside published sizes where the config has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.modeling import build_model
+from tabulate import tabulate
+from torch import nn
+
+from gella import load_config
+
+# Figure 2's boxes and the module of each; what is left over is listed too.
+PARTS = (
+    ("colormap encoder", "colormap_encoder"),
+    ("image encoder", "image_encoder"),
+    ("ResoBlend", "resoblend"),
+    ("mask decoder", "mask_decoder"),
+    ("projector", "language_decoder.projector"),
+    ("language decoder", "language_decoder.llama"),
+    ("association", "association"),
+)
+LLAMA_WORDS = 32_000
+
+
+@dataclass(frozen=True)
+class Published:
+    """The size of a model as published, and how our count becomes comparable.
+
+    Attributes:
+        part: a name of ``PARTS``.
+        name: the published model.
+        count: its parameters.
+        difference: parameters that the published count has and ours has not (negative: ours more).
+        rule: the difference in words.
+    """
+
+    part: str
+    name: str
+    count: int
+    difference: int
+    rule: str
+
+
+def count_parameters(module: nn.Module, *, trained_only: bool = False) -> int:
+    """Number of parameters, each counted once; buffers do not count."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained_only)
+
+
+def build_on_meta(cfg: Any) -> nn.Module:
+    """The model of a config without memory for its weights; ``cfg`` is not changed."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(cfg)
+
+
+def part_sizes(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Rows (part, parameters, trained parameters); the last row is the whole model."""
+    rows = []
+    for title, path in PARTS:
+        module = model.get_submodule(path)
+        rows.append((title, count_parameters(module), count_parameters(module, trained_only=True)))
+    total = (count_parameters(model), count_parameters(model, trained_only=True))
+    rest = [total[i] - sum(row[i + 1] for row in rows) for i in (0, 1)]
+    if any(rest):
+        rows.append(("other", rest[0], rest[1]))
+    return [*rows, ("all", *total)]
+
+
+def published_sizes(cfg: Any) -> list[Published]:
+    """Published models whose sizes the config has."""
+    language, clip = cfg.MODEL.LANGUAGE, cfg.MODEL.IMAGE_ENCODER
+    found = []
+    llama = (language.HIDDEN_SIZE, language.INTERMEDIATE_SIZE, language.NUM_LAYERS)
+    llamas = {(4096, 11008, 32): ("7B", 6_738_415_616), (5120, 13824, 40): ("13B", 13_015_864_320)}
+    if llama in llamas and language.NUM_KEY_VALUE_HEADS == language.NUM_HEADS:
+        size, count = llamas[llama]
+        added = language.VOCAB_SIZE - LLAMA_WORDS
+        rule = f"without the {added} added word(s), a row each in the embedding and the output"
+        difference = -2 * added * language.HIDDEN_SIZE
+        found.append(Published("language decoder", f"LLaMA-{size}", count, difference, rule))
+    tower = (clip.IMAGE_SIZE, clip.PATCH_SIZE, clip.WIDTH, clip.LAYERS, clip.STEM)
+    if tower == (336, 14, 1024, 24, "patch"):
+        rule = "with the final norm and the 1024 x 768 projection, which no part here reads"
+        difference = 2 * clip.WIDTH + clip.WIDTH * 768
+        name = "CLIP ViT-L/14-336, vision"
+        found.append(Published("image encoder", name, 304_293_888, difference, rule))
+    return found
+
+
+def cost_table(cfg: Any) -> str:
+    """The printed tables of ``cost``."""
+    sizes = part_sizes(build_on_meta(cfg))
+    rows = [(part, f"{count:,}", f"{trained:,}") for part, count, trained in sizes]
+    text = tabulate(rows, ["part", "parameters", "trained"], colalign=("left", "right", "right"))
+    counts = {part: count for part, count, _ in sizes}
+    lines = []
+    for item in published_sizes(cfg):
+        ours = counts[item.part] + item.difference
+        verdict = "equal" if ours == item.count else f"differs by {ours - item.count:+,}"
+        lines.append((item.name, f"{item.count:,}", f"{ours:,}", verdict, item.rule))
+    if lines:
+        head = ["published model", "published", "ours", "", "counted"]
+        text += "\n\n" + tabulate(
+            lines, head, colalign=("left", "right", "right", "left", "left"), disable_numparse=True
+        )
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    cost = commands.add_parser("cost", help="parameters per part, on the meta device")
+    cost.add_argument("--config-file", required=True, metavar="FILE")
+    cost.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    args = parser.parse_args(arguments)
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        print(f"{args.config_file}\n\n{cost_table(cfg)}")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
