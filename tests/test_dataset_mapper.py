@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from gella import add_gella_config
 from gella.data.dataset_mapper import GroundingMapper
+from gella.data.mirror import mirrored_words
 from gella.data.phrases import EntityMatcher, category_phrases, segment_iou
+from gella.data.task_sampling import build_train_loader
 from gella.entities import EntityMap, id_to_rgb, mask_iou
+from gella.entity_sources import LiveSource, load_from_record
 from gella.prompts import (
     IGNORE_INDEX,
     IMAGE_TOKEN_ID,
@@ -219,6 +224,162 @@ def test_flip_mirrors_image_and_entities_together_but_not_left_and_right(
     for i in range(10):
         view = make(flip=True, is_train=False)({**record, "image_id": i}, task="ground")
         np.testing.assert_array_equal(view["entities"].ids, plain["entities"].ids)
+
+
+SIDES = [
+    # caption, the same said of the mirrored picture
+    ("the Left circle, right of a star", "the Right circle, left of a star"),
+    ("LEFTMOST and right-hand circles", "RIGHTMOST and left-hand circles"),
+    ("circle topleft, lower right, righthand", "circle topright, lower left, lefthand"),
+    ("left/right circles' leftovers", "right/left circles' leftovers"),
+    ("a bright, upright circle with rights", "a bright, upright circle with rights"),
+]
+
+
+@pytest.mark.parametrize(("caption", "mirrored"), SIDES)
+def test_mirrored_words_keep_case_and_spans(caption: str, mirrored: str) -> None:
+    words = [caption[a:b] for a in range(len(caption)) for b in range(a + 1, len(caption) + 1)]
+    spans = [(a, b) for a in range(len(caption)) for b in range(a + 1, len(caption) + 1)]
+    # Every span that cuts no word, with the text that the same words have in the other caption.
+    whole = [
+        (word, span)
+        for word, span in zip(words, spans)
+        if all(not (p[0] + p[1]).isalpha() for p in edges(caption, span))
+    ]
+    phrases = [{"text": w, "start": a, "end": b, "kept": 1} for w, (a, b) in whole]
+    loose = {"text": "LEFT one", "start": -1, "end": -1}
+    said, (*moved, unplaced) = mirrored_words(caption, [*phrases, loose])
+    assert said == mirrored and len(phrases) > 20
+    for before, after in zip(phrases, moved):
+        assert said[after["start"] : after["end"]] == after["text"] and after["kept"] == 1
+        assert mirrored_words(after["text"], [])[0] == before["text"]
+    assert unplaced == {"text": "RIGHT one", "start": -1, "end": -1}
+    assert mirrored_words(said, moved) == (caption, phrases)
+
+
+def edges(text: str, span: tuple[int, int]) -> list[tuple[str, str]]:
+    """Characters on both sides of each end of a span."""
+    padded = f" {text} "
+    return [(padded[place], padded[place + 1]) for place in span]
+
+
+def test_mirrored_views_say_the_other_side(record: dict, make: Any, tokenizer: Any) -> None:
+    caption = "Two circles on the left, the right grass, in a picture of stars left of it"
+    record["caption"] = caption
+    record["phrases"] = [
+        phrase("Two circles", [600, 70], caption),
+        phrase("the right grass", [8], caption),
+        phrase("stars left of it", [41], caption),
+        {**phrase("right thing", []), "start": -1, "end": -1},
+    ]
+    other = "Two circles on the right, the left grass, in a picture of stars right of it"
+    plain = make()(record, task="ground", rng_seed=(0,))["entities"].ids
+    mapper = make(flip=True, flip_text="swap")
+    seen = set()
+    for i in range(20):
+        view = mapper(record, task="ground", rng_seed=(0, i))
+        mirrored = not np.array_equal(view["entities"].ids, plain)
+        seen.add(mirrored)
+        assert view["caption"] == (other if mirrored else caption)
+        texts = [p["text"] for p in view["phrases"]]
+        sides = ("left", "right") if mirrored else ("right", "left")
+        assert texts[1:] == [
+            f"the {sides[0]} grass",
+            f"stars {sides[1]} of it",
+            f"{sides[0]} thing",
+        ]
+        for said in view["phrases"][:3]:
+            assert view["caption"][said["start"] : said["end"]] == said["text"]
+        assert answer_of(view, tokenizer) == noun_answer(texts)
+        assert [p["entity_indices"] for p in view["phrases"]] == [[0, 2], [1], [], []]
+    assert seen == {True, False}
+    record["caption"] = "Two circles"  # the noun outside it counts too
+    unmoved = [make(flip=True)(record, task="ground", rng_seed=(0, i)) for i in range(10)]
+    assert all(np.array_equal(view["entities"].ids, plain) for view in unmoved)
+    for words in ("2nd from l", "the rt guy", "at 3 o'clock"):  # no rule turns these over
+        record["caption"] = f"Two circles {words}"
+        for i in range(10):
+            view = mapper(record, task="describe", rng_seed=(0, i))
+            assert view["caption"] == record["caption"]
+            np.testing.assert_array_equal(view["entities"].ids, plain)
+    with pytest.raises(ValueError, match="FLIP_TEXT is 'mirror'"):
+        make(flip_text="mirror")
+
+
+def test_a_mirrored_expression_says_the_other_side(record: dict, make: Any) -> None:
+    del record["caption"], record["phrases"]
+    record["expressions"] = [{"text": "left circle", "segment_ids": [70], "sent_id": 1}]
+    mapper = make(flip=True, flip_text="swap")
+    said = {mapper(record, task="refer", rng_seed=(i,))["caption"] for i in range(20)}
+    assert said == {"left circle", "right circle"}
+    views = [make(flip=True)(record, task="refer", rng_seed=(i,)) for i in range(20)]
+    assert {view["caption"] for view in views} == {"left circle"}
+    assert len({view["entities"].ids.tobytes() for view in views}) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_views_do_not_depend_on_the_workers(record: dict, make: Any, workers: int) -> None:
+    """The batches of the loader are those that the mapper makes of the sampler's keys."""
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, cfg.DATALOADER.NUM_WORKERS = 3, 11, workers
+    records = [{**record, "image_id": i, "caption": f"{record['caption']} {i}"} for i in range(5)]
+    mapper = make(flip=True, flip_text="swap")
+    loader = build_train_loader(cfg, records=records, mapper=mapper, start_iteration=2)
+    keys = itertools.islice(iter(loader.sampler), 4)
+    views = list(itertools.islice(iter(loader), 4))
+    for batch, batch_keys in zip(views, keys):
+        for view, (index, task, rng_seed) in zip(batch, batch_keys):
+            expected = mapper(records[index], task=task, rng_seed=rng_seed)
+            assert view["image_id"] == index and view["task"] == task and same(view, expected)
+            np.testing.assert_array_equal(view["entities"].ids, expected["entities"].ids)
+    # Two epochs see one image in other colours.
+    colors = {v["colormap"].numpy().tobytes() for batch in views for v in batch}
+    assert len(colors) == 12
+
+
+@pytest.mark.parametrize("source", ["annotation", "same file", "other file"])
+def test_every_file_is_decoded_once(
+    record: dict, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    targets = record["entities"]
+    if source == "same file":
+        record["entities"] = {"format": "auto", "file_name": targets["file_name"]}
+    if source == "other file":
+        Image.fromarray((IDS > 0).astype(np.uint8)).save(tmp_path / "other.png")
+        record["entities"] = {"file_name": str(tmp_path / "other.png")}
+    if source != "annotation":
+        record["entities"]["targets"] = targets
+    opened: list[str] = []
+    decode = PngImageFile.load
+
+    def load(self: Any) -> Any:
+        opened.append(Path(self.fp.name).name if self.fp else "")
+        return decode(self)
+
+    monkeypatch.setattr(PngImageFile, "load", load)
+    make(is_train=False)(record, task="ground")
+    names = ["scene.png", "ids.png", *(["other.png"] if source == "other file" else [])]
+    assert sorted(filter(None, opened)) == sorted(names)
+
+
+def test_a_live_source_sees_the_picture(record: dict, make: Any) -> None:
+    shown: list[np.ndarray] = []
+
+    def segment(image: np.ndarray) -> EntityMap:
+        shown.append(image)
+        return EntityMap.from_id_image(np.where(image[..., 0] == 180, 7, 0))
+
+    led = LiveSource(segment).lead(record)
+    mapped = make(is_train=False)(led, task="ground")
+    assert len(shown) == 1 and shown[0].shape == (HEIGHT, WIDTH, 3)
+    assert mapped["entities_full"].segment_ids == [7]
+    assert [p["entity_indices"] for p in mapped["phrases"]] == [[0], [], [], []]
+    assert mapped["annotation"]["segments_info"] == SEGMENTS  # the truth stays the annotation
+    with pytest.raises(ValueError, match="image 17.*no entity"):
+        make()(LiveSource(lambda image: EntityMap(IDS * 0)).lead(record), task="ground")
+    with pytest.raises(ValueError, match="image 17.*the picture"):
+        load_from_record(led)
 
 
 def test_panoptic_lists_categories_in_order(record: dict, make: Any, tokenizer: Any) -> None:

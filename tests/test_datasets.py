@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dataset_scripts import prepare_small_shapes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from gella.data import datasets, shapes
 from gella.data.coco_categories import coco_panoptic_categories
 from gella.data.coco_panoptic import read_categories
-from gella.data.reading import read_plain_pickle
+from gella.data.reading import read_json_lines, read_plain_pickle
 from gella.entities import rgb_to_id
+from gella.entity_sources import load_from_record
 
-ROOT = Path(__file__).resolve().parents[1]
+REFCOCO = ("refcoco", "refcocoplus")
 COCO_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "coco_sample"
 needs_sample = pytest.mark.skipif(
     not COCO_SAMPLE.is_dir(), reason="the two COCO sample images (shared/coco_sample) are absent"
@@ -32,14 +34,7 @@ needs_sample = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A small prepared dataset, as `prepare_shapes.py` writes it."""
-    spec = importlib.util.spec_from_file_location(
-        "prepare_shapes", ROOT / "datasets" / "prepare_shapes.py"
-    )
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    script.prepare(folder, {"train": 6, "val": 4}, seed=2, workers=1)
-    return folder
+    return prepare_small_shapes(tmp_path_factory.mktemp("data") / "shapes")
 
 
 def places(root: Path, split: str) -> dict[str, Path]:
@@ -306,17 +301,6 @@ def test_bad_panoptic_files(root, tmp_path):
         datasets.load_coco_panoptic(**where)
 
 
-def test_with_entity_files(root, tmp_path):
-    records = datasets.load_coco_panoptic(**places(root, "val"))
-    predicted = root / "annotations" / "predicted_val.json"
-    swapped = datasets.with_entity_files(records, predicted, "coco_results")
-    assert swapped[0]["entities"]["file_name"] == str(predicted)
-    assert swapped[0]["entities"]["targets"] == records[0]["entities"]
-    assert "targets" not in records[0]["entities"]
-    with pytest.raises(FileNotFoundError, match="500001.*npz"):
-        datasets.with_entity_files(records, tmp_path)
-
-
 def test_names_and_metadata():
     names = {n for n in DatasetCatalog.list() if n.startswith("gella_")}
     assert names >= {
@@ -324,12 +308,21 @@ def test_names_and_metadata():
         "gella_shapes_captions_train",
         "gella_shapes_nouns_val",
         *(f"gella_coco_{k}_{s}2017" for k in ("png", "panoptic") for s in shapes.SPLITS),
+        "gella_coco_nouns_val2017",
+        "gella_entityseg_captions_train",
+        *(f"gella_{d}_unc_{s}" for d in REFCOCO for s in ("train", "val", "testA", "testB")),
+        *(f"gella_refcoco_google_{s}" for s in ("train", "val", "test")),
+        *(f"gella_refcocog_umd_{s}_panoptic" for s in ("train", "val", "test")),
+        *(f"gella_refcocog_google_{s}" for s in ("train", "val")),
     }
+    assert all(re.fullmatch(r"\w+", name) for name in names)  # of files, shells and YAML alike
     kinds = {
         "gella_shapes_png_val": "png",
         "gella_shapes_panoptic_val": "coco_panoptic_seg",
         "gella_shapes_nouns_val": "noun_extraction",
         "gella_shapes_refcoco_val": "refcoco",
+        "gella_refcocoplus_unc_testA": "refcoco",
+        "gella_entityseg_captions_train": "noun_extraction",
     }
     assert {name: MetadataCatalog.get(name).evaluator_type for name in kinds} == kinds
     coco = MetadataCatalog.get("gella_coco_panoptic_val2017")
@@ -339,6 +332,60 @@ def test_names_and_metadata():
     assert sorted([*things.values(), *stuff.values()]) == list(range(133))
     assert coco.thing_classes[things[1]] == "person"
     assert coco.stuff_classes[stuff[200]] == "rug-merged"
+
+
+def entityseg_files(root: Path, folder: Path, split: str = "train") -> dict[str, Path]:
+    """The shapes as EntitySeg is laid out: an instance JSON, images in several folders."""
+    for index, image in enumerate(sorted((root / split).iterdir())):
+        place = folder / "images" / f"entity_0{index % 2 + 1}" / image.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(image.read_bytes())
+    return {
+        "instances_json": root / "refcoco" / "instances.json",
+        "captions_jsonl": root / "annotations" / f"captions_{split}.jsonl",
+        "image_root": folder / "images",
+    }
+
+
+def test_entityseg(root, tmp_path):
+    where = entityseg_files(root, tmp_path)
+    records = datasets.load_entityseg(**where)
+    like = datasets.load_captions(where["captions_jsonl"], **places(root, "train"))
+    assert [r["caption"] for r in records] == [r["caption"] for r in like]
+    assert [r["phrases"] for r in records] == [r["phrases"] for r in like]
+    for record in records:
+        assert record["tasks"] == ("describe", "extract")
+        drawn = shapes.make_sample(2, "train", record["image_id"] - 1)
+        with Image.open(record["file_name"]) as image:
+            assert np.array_equal(np.array(image), drawn.image_array)
+        entities = load_from_record(record)
+        things = [i for s, i in zip(drawn.panoptic["segments_info"], drawn.segment_ids)
+                  if s["category_id"] <= 7]  # fmt: skip
+        assert sorted(entities.segment_ids) == sorted(things)
+        for k, segment_id in enumerate(entities.segment_ids):
+            assert np.array_equal(entities.ids == k + 1, drawn.id_map == segment_id)
+    copy = tmp_path / "images" / "more" / Path(records[0]["file_name"]).name
+    copy.parent.mkdir()
+    copy.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{copy.name} lies in 2 folders"):
+        datasets.load_entityseg(**where)
+
+
+def test_captions_of_another_dataset_are_refused(root, tmp_path):
+    where = entityseg_files(root, tmp_path)
+    lines = [json.loads(line) for line in where["captions_jsonl"].read_text().splitlines()]
+    lines[3]["file_name"] = "another.jpg"
+    where["captions_jsonl"] = tmp_path / "captions.jsonl"
+    where["captions_jsonl"].write_text("\n".join(map(json.dumps, lines)))
+    message = rf"captions.jsonl: caption 4, image {lines[3]['image_id']} is of another.jpg"
+    with pytest.raises(ValueError, match=message):
+        datasets.load_entityseg(**where)
+
+
+def test_json_lines_may_hold_line_separators(tmp_path):
+    path = tmp_path / "captions.jsonl"
+    path.write_text(json.dumps({"description": "a\u2028b\x85c"}, ensure_ascii=False) + "\n\n")
+    assert read_json_lines(path) == [{"description": "a\u2028b\x85c"}]
 
 
 def test_own_dataset_reads_its_categories_when_loaded(root):

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from gella import add_gella_config
+from gella.data.entity_choice import choose_entities, use_source
 from gella.entities import EntityMap, id_to_rgb, rgb_to_id
-from gella.entity_sources import load_entities, load_from_record
+from gella.entity_json import decode_segmentation
+from gella.entity_sources import (
+    AnnotationSource,
+    FileSource,
+    LiveSource,
+    load_entities,
+    load_from_record,
+    source_for,
+)
 
 SIZE = (12, 17)
 
@@ -121,10 +135,16 @@ def test_segments_of_an_instance_json(tmp_path: Path) -> None:
         assert loaded.segment_ids == [first["id"], 5]
         expected = [(inside[0] | inside[1]) & ~spot, spot]  # the smaller one lies on top
         np.testing.assert_array_equal(loaded.bitmasks(), expected)
-    with pytest.raises(ValueError, match="image 1.*instances.json.*segment 7 lacks 'segment"):
+    with pytest.raises(
+        ValueError, match="image 1.*instances.json.*segment 7.*'segmentation' is missing"
+    ):
         load_entities(path, *SIZE, segments_info=[{"id": 7}], **options)
-    with pytest.raises(ValueError, match="needs segments_info"):
-        load_entities(path, *SIZE, **options)
+    annotations = [{**segment, "image_id": k} for k, segment in enumerate((*segments, *segments))]
+    path.write_text(json.dumps({"images": [], "annotations": annotations}))
+    whole = load_entities(path, *SIZE, image_id=2)  # "auto": by the outlines in it
+    assert whole.segment_ids == [5] and np.array_equal(whole.bitmasks()[0], spot)
+    with pytest.raises(ValueError, match="image 77.*instances.json.*no annotations"):
+        load_entities(path, *SIZE, format="coco_instances", image_id=77)
 
 
 def runs(mask: np.ndarray) -> list[int]:
@@ -292,3 +312,257 @@ def test_one_clear_error(tmp_path: Path, case: str) -> None:
 def test_a_record_without_entities_names_the_image() -> None:
     with pytest.raises(KeyError, match="image 77"):
         load_from_record({"image_id": 77, "height": 3, "width": 4})
+
+
+# -- run lengths -------------------------------------------------------------------------------
+
+
+def test_run_lengths_are_read_as_pycocotools_reads_them() -> None:
+    rng = np.random.default_rng(0)
+    for density in (0.0, 0.02, 0.5, 1.0):
+        for height, width in ((1, 1), (7, 90), (300, 211)):
+            mask = rng.random((height, width)) < density
+            mask[: height // 2] |= rng.random() < 0.5  # long runs too
+            code = rle(mask)
+            np.testing.assert_array_equal(decode_segmentation(code, mask.shape), mask)
+            in_bytes = {**code, "counts": code["counts"].encode()}
+            np.testing.assert_array_equal(decode_segmentation(in_bytes, mask.shape), mask)
+
+
+@pytest.mark.parametrize("counts", ["", "0", "52", "P", "04P", "0" * 50, "00N", "hello", "é", 7])
+def test_run_lengths_that_do_not_add_up_are_refused(counts: Any) -> None:
+    """pycocotools decodes some of these to whatever lies in memory."""
+    with pytest.raises(ValueError, match="runs cover|run lengths"):
+        decode_segmentation({"size": list(SIZE), "counts": counts}, SIZE)
+
+
+def test_run_lengths_cut_anywhere_are_refused() -> None:
+    code = rle(scene() == 300)
+    for end in range(len(code["counts"])):
+        with pytest.raises(ValueError, match="runs cover|run lengths"):
+            decode_segmentation({**code, "counts": code["counts"][:end]}, SIZE)
+
+
+# -- sources -----------------------------------------------------------------------------------
+
+
+def records_of(folder: Path, count: int = 3) -> list[dict[str, Any]]:
+    """Records annotated by panoptic PNGs; image k has the ids of `scene` plus k."""
+    (folder / "panoptic").mkdir()
+    records = []
+    for k in range(count):
+        ids = np.where(scene() > 0, scene() + k, 0)
+        file = write_png(folder / "panoptic" / f"{k:04d}.png", ids)
+        place = {"format": "panoptic_png", "file_name": str(file)}
+        place["segments_info"] = info(9 + k, 300 + k, 70000 + k)
+        record = {"file_name": f"pictures/{k:04d}.jpg", "image_id": 50 + k, "entities": place}
+        records.append({**record, "height": SIZE[0], "width": SIZE[1], "tasks": ("ground",)})
+    return records
+
+
+def write_source(kind: str, folder: Path, count: int) -> Path:
+    """Masks of the first `count` images as one kind of file; every image has one entity, k + 1."""
+    ids = [np.where(scene() == 300, k + 1, 0).astype(np.uint8) for k in range(count)]
+    path = folder / "found"
+    path.mkdir()
+    if kind == "npz":
+        for k in range(count):
+            np.savez(path / f"{k:04d}.npz", ids=ids[k].astype(np.int32))
+    elif kind == "gray_png":
+        for k in range(count):  # one is named by its image id
+            Image.fromarray(ids[k]).save(path / (f"{k:04d}.png" if k else "50.png"))
+    elif kind == "panoptic_png":
+        for k in range(count):
+            write_png(path / f"{k:04d}.png", ids[k].astype(np.int32))
+    elif kind == "coco_panoptic":
+        annotations = []
+        for k in range(count):
+            write_png(path / f"p{k}.png", ids[k].astype(np.int32))
+            annotations.append(
+                {"image_id": 50 + k, "file_name": f"p{k}.png", "segments_info": info(k + 1)}
+            )
+        (folder / "found.json").write_text(json.dumps({"annotations": annotations}))
+        return folder / "found.json"
+    else:
+        entries = [
+            {"image_id": 50 + k, "id": k + 1, "segmentation": rle(ids[k] > 0), "score": 0.5}
+            for k in range(count)
+        ]
+        results = kind == "coco_results"
+        path = folder / "found.json"
+        path = path if not path.exists() else folder / "more.json"
+        path.write_text(json.dumps(entries if results else {"annotations": entries}))
+    return path
+
+
+KINDS = ("npz", "gray_png", "panoptic_png", "coco_results", "coco_panoptic", "coco_instances")
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_source_of_every_format(tmp_path: Path, kind: str, named: bool) -> None:
+    records = records_of(tmp_path)
+    source = FileSource(write_source(kind, tmp_path, 2), kind if named else "auto")
+    assert source.missing([*records, *records]) == [52]
+    with pytest.raises(ValueError, match="image 52: no masks in .*found"):
+        source.lead(records[2])
+    source = pickle.loads(pickle.dumps(source))  # as a spawned worker gets it
+    before = json.dumps(records)
+    for k in range(2):
+        led = source.lead(records[k])
+        assert led["entities"]["targets"] is records[k]["entities"]
+        entities = load_from_record(led)
+        assert entities.num_entities == 1
+        np.testing.assert_array_equal(entities.ids > 0, scene() == 300)
+        if kind != "coco_results":
+            assert entities.segment_ids == [k + 1]
+        np.testing.assert_array_equal(source.load(records[k]).ids, entities.ids)
+        # A second source takes the place of the first; the annotation stays what it was.
+        again = source.lead(led)
+        assert again["entities"]["targets"] is records[k]["entities"]
+        assert AnnotationSource().lead(led)["entities"] is records[k]["entities"]
+        assert AnnotationSource().load(led).segment_ids == [9 + k, 300 + k, 70000 + k]
+    assert json.dumps(records) == before
+
+
+def test_the_results_are_not_read_again_for_every_image(tmp_path: Path) -> None:
+    records = records_of(tmp_path)
+    path = write_source("coco_results", tmp_path, 3)
+    led = [FileSource(path).lead(record) for record in records]
+    path.write_text("no longer JSON")
+    assert [load_from_record(record).num_entities for record in led] == [1, 1, 1]
+
+
+def test_missing_masks_are_told_before_anything_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = records_of(tmp_path, 9)
+    source = FileSource(write_source("npz", tmp_path, 2))
+    with pytest.raises(ValueError) as caught:
+        use_source(records, source, "gella_some")
+    text = str(caught.value)
+    assert "gella_some: 7 of its 9 images have no masks in" in text and str(source.path) in text
+    assert "52, 53, 54, 55, 56, ..." in text and "LEAVE_OUT_MISSING" in text and "\n" not in text
+    assert caplog.text == ""
+    with caplog.at_level(logging.WARNING, logger="gella"):
+        kept = use_source([*records, records[0]], source, "gella_some", leave_out=True)
+    assert [record["image_id"] for record in kept] == [50, 51, 50]
+    assert all(record["entities"]["targets"] for record in kept)
+    assert "7 of its 9 images" in caplog.text and "with 7 records" in caplog.text
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="9 of its 9 images"):
+        use_source(records, FileSource(tmp_path / "empty"), "gella_some", leave_out=True)
+
+
+def test_a_missing_annotation_file_is_found(tmp_path: Path) -> None:
+    records = records_of(tmp_path)
+    Path(records[1]["entities"]["file_name"]).unlink()
+    assert AnnotationSource().missing([*records, *records]) == [51]
+    assert LiveSource(EntityMap).missing(records) == []
+
+
+def test_two_images_never_share_a_mask_file(tmp_path: Path) -> None:
+    records = records_of(tmp_path)
+    records[1]["file_name"] = "other/0000.jpg"
+    source = FileSource(write_source("npz", tmp_path, 3))
+    with pytest.raises(ValueError, match="pictures/0000.jpg and other/0000.jpg.*0000.npz"):
+        source.missing(records)
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "message"),
+    [
+        ("absent", "auto", "absent do not exist"),
+        ("panoptic/0000.png", "auto", "give the folder"),
+        ("panoptic", "coco_results", "folder.*coco_results"),
+        ("found.json", "npz", "file.*npz"),
+        ("found.json", "tiff", "tiff.*known: auto, panoptic_png"),
+        ("cut.json", "auto", "cut.json.*no valid JSON"),
+        ("found.json", "coco_panoptic", "found.json.*list of annotations"),
+    ],
+)
+def test_a_source_that_cannot_be_is_refused(
+    tmp_path: Path, name: str, format: str, message: str
+) -> None:
+    records_of(tmp_path)
+    write_source("coco_results", tmp_path, 1)
+    (tmp_path / "cut.json").write_text('[{"image_id": 5')
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        FileSource(tmp_path / name, format)
+
+
+# -- the config --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Any:
+    """Two registered datasets of the same three images."""
+    records = records_of(tmp_path)
+    names = ("gella_sources_test_train", "gella_sources_test_val")
+    for name in names:
+        DatasetCatalog.register(name, lambda: records)
+    yield names
+    for name in names:
+        DatasetCatalog.remove(name)
+
+
+def config(*options: str) -> Any:
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
+def test_the_command_line_chooses_per_dataset(tmp_path: Path, catalog: Any) -> None:
+    train, val = catalog
+    masks = write_source("coco_results", tmp_path, 3)
+    entries = f"[['*_test_val', 'auto', '{masks}'], ['gella_*', 'annotation', '']]"
+    cfg = config("INPUT.GELLA.ENTITY_SOURCES", entries)
+    records = DatasetCatalog.get(val)
+    led = choose_entities(records, val, cfg, is_train=False)
+    assert [r["entities"]["file_name"] for r in led] == [str(masks)] * 3
+    assert choose_entities(records, train, cfg, is_train=True) is records
+    assert choose_entities(records, val, config(), is_train=False) is records
+    assert isinstance(source_for(cfg.INPUT.GELLA.ENTITY_SOURCES, train), AnnotationSource)
+    found = [source_for(cfg.INPUT.GELLA.ENTITY_SOURCES, name) for name in (val, "a_test_val")]
+    assert found[0] is found[1]  # one index for all datasets of a file
+    reversed_entries = cfg.INPUT.GELLA.ENTITY_SOURCES[::-1]
+    assert isinstance(source_for(reversed_entries, val), AnnotationSource)  # the first counts
+    yaml = tmp_path / "config.yaml"
+    yaml.write_text(f"INPUT:\n  GELLA:\n    ENTITY_SOURCES: [['{val}', coco_results, {masks}]]\n")
+    cfg = config()
+    cfg.merge_from_file(str(yaml))
+    led = choose_entities(records, val, cfg, is_train=False)
+    assert led[0]["entities"]["format"] == "coco_results"
+    masks.write_text("[]")  # a file that was written anew is read anew
+    assert source_for(cfg.INPUT.GELLA.ENTITY_SOURCES, val).missing(records) == [50, 51, 52]
+
+
+def test_only_training_leaves_images_out(tmp_path: Path, catalog: Any) -> None:
+    train, val = catalog
+    masks = write_source("coco_results", tmp_path, 2)
+    entries = f"[['gella_sources_test_*', 'auto', '{masks}']]"
+    options = ("INPUT.GELLA.ENTITY_SOURCES", entries, "INPUT.GELLA.LEAVE_OUT_MISSING", "True")
+    records = DatasetCatalog.get(val)
+    assert len(choose_entities(records, train, config(*options), is_train=True)) == 2
+    with pytest.raises(ValueError, match="1 of its 3 images.*: 52"):
+        choose_entities(records, val, config(*options), is_train=False)
+    with pytest.raises(ValueError, match="1 of its 3 images.*: 52"):
+        choose_entities(records, train, config(*options[:2]), is_train=True)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("['gella_sources_test_val', 'auto', 'masks.json']", "'gella_sources_test_val'; each"),
+        ("[['gella_sources_test_val', 'auto']]", "each entry is"),
+        ("[['gella_sources_test_val', 'auto', 5]]", "each entry is"),
+        ("[['gella_sources_test_val', 'jpeg', 'masks']]", "'jpeg'.*known: annotation, auto"),
+        ("[['gella_sources_test_vall', 'annotation', '']]", "test_vall is no registered"),
+        ("[['gella_sources_test_val', 'auto', 'absent.json']]", "absent.json do not exist"),
+    ],
+)
+def test_a_wrong_entry_is_named(catalog: Any, entries: str, message: str) -> None:
+    cfg = config("INPUT.GELLA.ENTITY_SOURCES", entries)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        choose_entities(DatasetCatalog.get(catalog[1]), catalog[1], cfg, is_train=False)

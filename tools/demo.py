@@ -39,6 +39,7 @@ from gella.entities import EntityMap
 from gella.entity_sources import load_entities, load_from_record
 from gella.geometry import read_image
 from gella.grounding import Grounding
+from gella.plugins import import_modules
 from gella.predictor import GellaPredictor, image_id_of
 
 
@@ -198,6 +199,7 @@ def write(result: Grounding, job: Job, folder: Path) -> list[Path]:
 def run(args: argparse.Namespace) -> None:
     """Read the input, then build the model (the slow part), then ground and write."""
     cfg = load_config(args.config_file, args.opts)
+    import_modules(cfg)
     if args.weights is not None:
         cfg.MODEL.WEIGHTS = args.weights
     if args.device is not None:

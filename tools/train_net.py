@@ -28,6 +28,7 @@ from detectron2.utils import comm
 from gella import load_config
 from gella.checkpoint import load_weights
 from gella.evaluation import format_results, save_results
+from gella.plugins import import_modules
 from gella.trainer import GellaTrainer
 
 LOGGER = logging.getLogger("detectron2")
@@ -69,6 +70,7 @@ def setup(args: Any) -> CfgNode:
     cfg = load_config(args.config_file, args.opts or [])
     if str(cfg.MODEL.DEVICE).startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    import_modules(cfg)
     cfg.freeze()
     default_setup(cfg, args)
     LOGGER.info(

@@ -43,7 +43,10 @@ def align_utterances(caption: str, utterances: Sequence[str]) -> list[tuple[int,
     caption_places = [i for i, c in enumerate(caption) if not c.isspace()]
     left = _stream(caption)
     streams = [_stream(utterance) for utterance in utterances]
-    partners = _pair("".join(streams), left)
+    right = "".join(streams)
+    if left.startswith(right):
+        return _consecutive(streams, caption_places)
+    partners = _pair(right, left)
     # Rank of every letter or digit among the caption's letters and digits.
     ranks, rank = [], 0
     for character in left:
@@ -65,18 +68,54 @@ def align_utterances(caption: str, utterances: Sequence[str]) -> list[tuple[int,
     return spans
 
 
+def _consecutive(streams: Sequence[str], places: Sequence[int]) -> list[tuple[int, int] | None]:
+    """Spans of streams that are the caption's characters from the first on: nearly all of PNG."""
+    spans: list[tuple[int, int] | None] = []
+    cursor = 0
+    for stream in streams:
+        end = cursor + len(stream)
+        spans.append((places[cursor], places[end - 1] + 1) if stream else None)
+        cursor = end
+    return spans
+
+
 def _stream(text: str) -> str:
     """The text's characters without white space, one for one, in lower case."""
     folded = text.translate(_SAME)
+    if folded.isascii():
+        return "".join(folded.lower().split())
     return "".join(c.lower() if len(c.lower()) == 1 else c for c in folded if not c.isspace())
 
 
 def _pair(right: str, left: str) -> list[int]:
     """For every character of `right` its counterpart's place in `left`, or -1."""
-    if right == left:
-        return list(range(len(left)))
+    places = [[p for p, c in enumerate(text) if c.isalnum()] for text in (right, left)]
+    if [right[p] for p in places[0]] == [left[p] for p in places[1]]:
+        return _pair_by_letters(right, left, places[0], places[1])
     partners = [-1] * len(right)
     for block in SequenceMatcher(None, left, right, autojunk=False).get_matching_blocks():
         for step in range(block.size):
             partners[block.b + step] = block.a + step
+    return partners
+
+
+def _pair_by_letters(
+    right: str, left: str, right_letters: Sequence[int], left_letters: Sequence[int]
+) -> list[int]:
+    """`_pair` of texts that differ in punctuation only, in linear time.
+
+    The k-th letter or digit belongs to the k-th; between two of them signs are paired in order.
+    """
+    partners = [-1] * len(right)
+    right_ends, left_ends = [*right_letters, len(right)], [*left_letters, len(left)]
+    place, cursor = 0, 0
+    for right_end, left_end in zip(right_ends, left_ends):
+        while place < right_end:
+            found = left.find(right[place], cursor, left_end)
+            if found >= 0:
+                partners[place], cursor = found, found + 1
+            place += 1
+        if right_end < len(right):
+            partners[right_end] = left_end
+        place, cursor = right_end + 1, left_end + 1
     return partners

@@ -146,11 +146,30 @@ def _add_data_and_training(cfg: Any, node: type) -> None:
     gella = cfg.INPUT.GELLA = node()
     gella.COLORMAP_SIZE = 896  # pixels; the padded square side of the colormap. Swin: n x 224
     gella.COLORS = "random"  # "random", "location" (Table 5b) or "separated"
-    # Segments that an input entity must overlap at this IoU to become a phrase's target.
+    # Where the input entities come from: [dataset name or shell pattern, kind, path] each, the
+    # first that fits counts; datasets without one use their annotation. Kinds: "auto" and the
+    # formats of gella/entity_files.py (one .json, or a folder with a file per image), "annotation".
+    # On the command line: INPUT.GELLA.ENTITY_SOURCES "[['gella_*_val', 'auto', 'masks.json']]"
+    gella.ENTITY_SOURCES = []
+    # Training images that their source has no masks of are left out, with a warning, instead of
+    # being an error. Evaluation needs masks of every image.
+    gella.LEAVE_OUT_MISSING = False
+    # Segments that an input entity must overlap at this IoU to become a phrase's target. Counts
+    # where the entities do not come from the annotation.
     gella.TARGET_IOU = 0.5
+    # Mirrored views (INPUT.RANDOM_FLIP) of captions that say left or right: "swap" exchanges the
+    # words, though "right behind" becomes "left behind"; "skip" does not mirror these images.
+    gella.FLIP_TEXT = "skip"
     # Absent category names listed with the present ones when a panoptic image trains grounding;
     # -1 lists every category.
     gella.PANOPTIC_NEGATIVES = -1
+
+    # Python files (paths from the current folder) and importable modules that are imported before
+    # anything is looked up, to register datasets or parts of a model. Their code is run.
+    cfg.DATASETS.MODULES = ()
+    # Leave the val and test images of RefCOCO, RefCOCO+ and RefCOCOg (all splits whose refs are on
+    # disk) out of the training datasets over COCO train2017, in which they all lie.
+    cfg.DATASETS.EXCLUDE_REFCOCO_VAL_TEST = False
 
     # Shares of describing, noun extraction and grounding (Table 9). One task per iteration, the
     # same on every rank.

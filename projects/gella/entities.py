@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from gella.color_choice import location_colors, random_colors, separated_colors
+from gella.entity_runs import Runs, find_runs, flip_runs, pad_runs, pick_runs
+
 ASSIGNMENTS = ("random", "location", "separated")
-_CANDIDATES = 16  # of `separated`: more buys little distance and costs linearly
-_LOCATION_GRID = 20  # cells per image side of `location`
 
 
 @dataclass
@@ -29,13 +30,15 @@ class EntityMap:
         scores: float32 (E,), the segmenter's confidence; default 1.0.
 
     E may be 0, and an entity may have no pixel (after a resize): it keeps its place, so indices
-    stay comparable between the frames of one image. Raises ValueError for other shapes, repeated
-    segment ids, non-finite scores and pixels over E.
+    stay comparable between the frames of one image. `ids` is not to be changed in place: what is
+    known of its runs is kept. Raises ValueError for other shapes, repeated segment ids, non-finite
+    scores and pixels over E.
     """
 
     ids: np.ndarray
     segment_ids: list[int] = field(default_factory=list)
     scores: np.ndarray = None  # type: ignore[assignment]
+    _runs: Runs | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.ids = np.ascontiguousarray(self.ids, dtype=np.int32)
@@ -71,18 +74,17 @@ class EntityMap:
         image = np.asarray(id_image)
         if image.ndim != 2 or image.size == 0 or image.dtype.kind not in "iu":
             raise ValueError(f"id image must be integer (H, W), got {image.dtype} {image.shape}")
-        # Id images are made of long runs of one value: only the runs are looked up.
-        flat = image.ravel()
-        starts = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))
-        values, inverse = np.unique(flat[starts], return_inverse=True)
+        runs = find_runs(image)
+        values, inverse = np.unique(runs.values, return_inverse=True)
         if segment_ids is None:
             segment_ids = [int(v) for v in values if v != 0]
         wanted = [int(i) for i in segment_ids]
         number = {segment_id: k for k, segment_id in enumerate(wanted, start=1)}
         numbers = np.array([number.get(int(v), 0) for v in values], dtype=np.int32)
-        lengths = np.diff(starts, append=flat.size)
-        ids = np.repeat(numbers[inverse], lengths).reshape(image.shape)
-        return cls(ids, wanted, _checked_scores(scores, len(wanted)))
+        runs = runs._replace(values=numbers[inverse])
+        result = cls(runs.paint(runs.values), wanted, _checked_scores(scores, len(wanted)))
+        result._runs = runs
+        return result
 
     @classmethod
     def from_masks(
@@ -127,13 +129,14 @@ class EntityMap:
 
     def bitmasks(self) -> np.ndarray:
         """One mask per entity: bool (E, H, W)."""
-        numbers = np.arange(1, self.num_entities + 1, dtype=np.int32)
-        return self.ids[None] == numbers[:, None, None]
+        # Bytes compare several times faster than int32, and few images have more entities.
+        kind = np.uint8 if self.num_entities < 256 else np.int32
+        numbers = np.arange(1, self.num_entities + 1, dtype=kind)
+        return self.ids.astype(kind, copy=False)[None] == numbers[:, None, None]
 
     def areas(self) -> np.ndarray:
         """Pixels per entity: int64 (E,)."""
-        counts = np.bincount(self.ids.ravel(), minlength=self.num_entities + 1)
-        return counts[1:].astype(np.int64)
+        return self._sums(self.runs().lengths).astype(np.int64)
 
     def union(self, indices: Iterable[int]) -> np.ndarray:
         """Pixels of any of the given entities (indices 0..E-1): bool (H, W).
@@ -145,7 +148,7 @@ class EntityMap:
             if not 0 <= int(index) < self.num_entities:
                 raise IndexError(f"entity index {index} of {self.num_entities} entities")
             chosen[int(index) + 1] = True
-        return chosen[self.ids]
+        return self.runs().paint(chosen[self.runs().values])
 
     def to_rle(self) -> list[dict[str, Any]]:
         """COCO run-length codes, one per entity: {"size": [H, W], "counts": str}."""
@@ -175,18 +178,18 @@ class EntityMap:
             raise ValueError(f"cannot resize to {height} x {width}; both sides must be positive")
         rows = _nearest_indices(self.ids.shape[0], height)
         columns = _nearest_indices(self.ids.shape[1], width)
-        return self._with_ids(self.ids[rows][:, columns])
+        return self._with_runs(pick_runs(self.runs(), rows, columns))
 
     def pad(self, height: int, width: int) -> EntityMap:
         """Copy of height x width pixels, with no entity in the pixels added below and right."""
         old_height, old_width = self.size
         if height < old_height or width < old_width:
             raise ValueError(f"cannot pad {old_height} x {old_width} to {height} x {width}")
-        return self._with_ids(np.pad(self.ids, ((0, height - old_height), (0, width - old_width))))
+        return self._with_runs(pad_runs(self.runs(), height, width))
 
     def flip(self) -> EntityMap:
         """Copy mirrored left to right."""
-        return self._with_ids(self.ids[:, ::-1])
+        return self._with_runs(flip_runs(self.runs()))
 
     def centroids(self) -> np.ndarray:
         """Mean (x, y) pixel index per entity: float32 (E, 2).
@@ -194,17 +197,49 @@ class EntityMap:
         An entity without pixels gets the middle of the image, so that the result is finite.
         """
         height, width = self.size
-        rows, columns = np.indices(self.size)
-        flat, length = self.ids.ravel(), self.num_entities + 1
-        counts = np.bincount(flat, minlength=length)[1:]
+        runs, counts = self.runs(), self.areas()
         result = np.tile(np.array([(width - 1) / 2, (height - 1) / 2]), (self.num_entities, 1))
-        for axis, grid in enumerate((columns, rows)):
-            sums = np.bincount(flat, weights=grid.ravel(), minlength=length)[1:]
+        middles = runs.columns() + (runs.lengths - 1) / 2  # halves are exact
+        for axis, grid in enumerate((middles, runs.rows())):
+            sums = self._sums(grid * runs.lengths)
             result[:, axis] = np.where(counts > 0, sums / np.maximum(counts, 1), result[:, axis])
         return result.astype(np.float32)
 
-    def _with_ids(self, ids: np.ndarray) -> EntityMap:
-        return EntityMap(ids, list(self.segment_ids), self.scores.copy())
+    def runs(self) -> Runs:
+        """Runs of `ids`, found at the first call."""
+        if self._runs is None:
+            self._runs = find_runs(self.ids)
+        return self._runs
+
+    def _sums(self, weights: np.ndarray) -> np.ndarray:
+        # Per entity, of one weight per run; float64 is exact for whole numbers below 2^53.
+        values, length = self.runs().values, self.num_entities + 1
+        return np.bincount(values, weights=weights, minlength=length)[1:]
+
+    def _with_runs(self, runs: Runs) -> EntityMap:
+        # The same entities in another frame; nothing that was checked can have become wrong.
+        result = object.__new__(EntityMap)
+        result.ids, result._runs = runs.paint(runs.values), runs
+        result.segment_ids, result.scores = list(self.segment_ids), self.scores.copy()
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a loader's worker sends: the runs, which are a hundredth of the pixels."""
+        runs = self.runs()
+        if not _few(runs):
+            return {**self.__dict__, "_runs": None}
+        largest = max(len(runs.values), runs.width)
+        kinds = np.min_scalar_type(self.num_entities), np.min_scalar_type(largest)
+        state = {**self.__dict__, "_runs": runs.astype(*kinds)}
+        del state["ids"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Paint the pixels again."""
+        self.__dict__.update(state)
+        if self._runs is not None:
+            self._runs = self._runs.astype(np.int32, np.intp)
+            self.ids = self._runs.paint(self._runs.values)
 
 
 def rgb_to_id(rgb: np.ndarray) -> np.ndarray:
@@ -212,8 +247,14 @@ def rgb_to_id(rgb: np.ndarray) -> np.ndarray:
     rgb = np.asarray(rgb)
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
         raise ValueError(f"an id image must be uint8 (H, W, 3), got {rgb.dtype} {rgb.shape}")
-    channels = rgb.astype(np.int32)
-    return channels[..., 0] + (channels[..., 1] << 8) + (channels[..., 2] << 16)
+    bytes_ = np.ascontiguousarray(rgb).reshape(-1)
+    ids = np.empty(bytes_.size // 3, dtype=np.int32)
+    # Four bytes from each pixel's first on are R, G, B and the next pixel's R, to be masked out.
+    # The last pixel has no next one.
+    words = np.ndarray((max(ids.size - 1, 0),), "<i4", bytes_.data, strides=(3,))
+    np.bitwise_and(words, 0xFFFFFF, out=ids[:-1])
+    ids[-1:] = sum(int(byte) << shift for byte, shift in zip(bytes_[-3:], (0, 8, 16)))
+    return ids.reshape(rgb.shape[:2])
 
 
 def id_to_rgb(ids: np.ndarray) -> np.ndarray:
@@ -240,21 +281,19 @@ def entity_colors(entities: EntityMap, assignment: str, rng: np.random.Generator
     """
     count = entities.num_entities
     if assignment == "random":
-        codes = rng.integers(1, 1 << 24, size=count)
-        while len(np.unique(codes)) < count:
-            repeated = np.ones(count, dtype=bool)
-            repeated[np.unique(codes, return_index=True)[1]] = False
-            codes[repeated] = rng.integers(1, 1 << 24, size=int(repeated.sum()))
-        return id_to_rgb(codes[None])[0]
+        return id_to_rgb(random_colors(count, rng)[None])[0]
     if assignment == "location":
-        return _location_colors(entities)
+        return location_colors(entities.centroids(), entities.size)
     if assignment == "separated":
-        return _separated_colors(count, rng)
+        return separated_colors(count, rng)
     raise ValueError(f"colour assignment {assignment!r} is none of {', '.join(ASSIGNMENTS)}")
 
 
 def paint_colormap(entities: EntityMap, colors: np.ndarray) -> np.ndarray:
     """The colormap (paper, section 3.2): uint8 (H, W, 3), black where no entity is.
+
+    In memory each channel is a plane of its own: `transpose(2, 0, 1)` is contiguous, as models
+    want it.
 
     Args:
         colors: uint8 RGB (E, 3), one per entity.
@@ -263,7 +302,11 @@ def paint_colormap(entities: EntityMap, colors: np.ndarray) -> np.ndarray:
     if colors.shape != (entities.num_entities, 3):
         raise ValueError(f"{entities.num_entities} entities but colours of shape {colors.shape}")
     table = np.concatenate((np.zeros((1, 3), np.uint8), colors))
-    return np.take(table, entities.ids, axis=0)
+    runs = entities.runs()
+    if not _few(runs):
+        return np.take(table, entities.ids, axis=0)
+    planes = np.ascontiguousarray(table.T).take(runs.values, axis=1)  # (3, R)
+    return runs.paint(planes).transpose(1, 2, 0)
 
 
 def mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -295,39 +338,11 @@ def _checked_scores(scores: Any, count: int) -> np.ndarray:
     return result
 
 
+def _few(runs: Runs) -> bool:
+    # Where runs are shorter than this, pixels are the cheaper way.
+    return len(runs.values) * 8 <= runs.height * runs.width
+
+
 def _nearest_indices(old: int, new: int) -> np.ndarray:
     # Integer arithmetic of floor((i + 0.5) * old / new): no rounding at exact ratios.
     return ((2 * np.arange(new, dtype=np.int64) + 1) * old) // (2 * new)
-
-
-def _separated_colors(count: int, rng: np.random.Generator) -> np.ndarray:
-    candidates = rng.integers(0, 256, size=(count, _CANDIDATES, 3)).astype(np.int32)
-    chosen = np.zeros((count + 1, 3), dtype=np.int32)  # chosen[0] is black
-    for k in range(count):
-        options = candidates[k]
-        while True:
-            gaps = ((options[:, None] - chosen[None, : k + 1]) ** 2).sum(axis=-1).min(axis=1)
-            best = int(gaps.argmax())
-            if gaps[best] > 0:
-                break
-            options = rng.integers(0, 256, size=(_CANDIDATES, 3)).astype(np.int32)
-        chosen[k + 1] = options[best]
-    return chosen[1:].astype(np.uint8)
-
-
-def _location_colors(entities: EntityMap) -> np.ndarray:
-    count, (height, width) = entities.num_entities, entities.size
-    side = max(_LOCATION_GRID, int(np.ceil(np.sqrt(count))))
-    rows, columns = (axis.ravel() for axis in np.indices((side, side)))
-    free = np.ones(side * side, dtype=bool)
-    cells = np.zeros(count, dtype=np.int64)
-    for k, (x, y) in enumerate(entities.centroids()):
-        # An occupied cell hands over to the nearest free one.
-        column, row = int((x + 0.5) * side / width), int((y + 0.5) * side / height)
-        gaps = np.where(free, (rows - row) ** 2 + (columns - column) ** 2, np.iinfo(np.int64).max)
-        cells[k] = gaps.argmin()
-        free[cells[k]] = False
-    # The cell's number, written with three digits, counts down from white in even steps.
-    base = int(np.ceil(np.cbrt(side * side)))
-    digits = np.stack([cells // base**2, cells // base % base, cells % base], axis=-1)
-    return (255 - digits * (255 // base)).astype(np.uint8)

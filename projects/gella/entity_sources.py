@@ -1,294 +1,311 @@
-"""Entity masks from files: every format of FORMATS section 5 becomes an `EntityMap`.
+"""Where the entities of a dataset's images come from: its annotation, files, or a live segmenter.
 
-Whatever is wrong with a file is said in one line that names the file and the image.
+A source is chosen per dataset by the config key ``INPUT.GELLA.ENTITY_SOURCES``; the mapper then
+reads every image's entities through `load_from_record`.
 """
 
 from __future__ import annotations
 
-import json
-import zipfile
-from collections.abc import Sequence
-from functools import lru_cache
+import os
+import pickle
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from gella.entities import EntityMap, rgb_to_id
+from gella.entities import EntityMap
+from gella.entity_files import FORMATS, PICTURE_FORMATS, load_entities, panoptic_picture
+from gella.entity_json import JSON_FORMATS, entries_by_image, forget_files, json_format
 
-FORMATS = ("panoptic_png", "gray_png", "npz", "coco_results", "coco_panoptic", "coco_instances")
-_GRAY_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+__all__ = [
+    "FORMATS",
+    "SOURCE_KINDS",
+    "AnnotationSource",
+    "EntitySource",
+    "FileSource",
+    "LiveSource",
+    "annotation_of",
+    "load_entities",
+    "load_from_record",
+    "source_for",
+]
 
 
-def load_from_record(record: dict[str, Any]) -> EntityMap:
+class EntitySource(ABC):
+    """Gives the entities of any image of a dataset."""
+
+    @abstractmethod
+    def load(self, record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
+        """Entities of one image, in the frame of the original picture.
+
+        Args:
+            record: dataset dict; `file_name`, `image_id`, `height`, `width` are read.
+            image: its picture, uint8 RGB (H, W, 3), where the caller has decoded it already.
+
+        Raises FileNotFoundError or ValueError, naming the image, as `load_entities`.
+        """
+
+    def missing(self, records: Iterable[dict[str, Any]]) -> list[Any]:
+        """Ids of the images that have no masks here, each once, in the order of `records`.
+
+        No mask is decoded. Sources that make masks on demand miss none.
+        """
+        return []
+
+    def lead(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a dataset dict whose `entities` lead here; the annotation is at `targets`."""
+        return {**record, "entities": {"source": self, "targets": annotation_of(record)}}
+
+
+class AnnotationSource(EntitySource):
+    """The segments that the dataset itself is annotated with: the default."""
+
+    def load(self, record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
+        """See `EntitySource.load`."""
+        return load_from_record(self.lead(record))
+
+    def missing(self, records: Iterable[dict[str, Any]]) -> list[Any]:
+        """Images whose mask file does not exist."""
+        files = {r["image_id"]: str(annotation_of(r).get("file_name")) for r in records}
+        exists = {name: os.path.isfile(name) for name in set(files.values())}
+        return [image_id for image_id, name in files.items() if not exists[name]]
+
+    def lead(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a dataset dict that leads to its annotation (again)."""
+        return {**record, "entities": annotation_of(record)}
+
+
+class FileSource(EntitySource):
+    """Masks that a segmenter wrote: one JSON for all images, or a folder with a file per image."""
+
+    def __init__(self, path: str | Path, format: str = "auto") -> None:
+        """Args:
+            path: a JSON file (`JSON_FORMATS`, by image id), or a folder with one ``.npz`` or
+                ``.png`` file per image, named like the image file or, failing that, by image id.
+            format: one of `FORMATS`, or "auto": by suffix and content.
+
+        Raises:
+            FileNotFoundError: there is neither a file nor a folder.
+            ValueError: the format is unknown, or does not go with a folder or with a file, or the
+                JSON is malformed.
+        """
+        self.path, self.format = Path(path), format
+        if format not in ("auto", *FORMATS):
+            raise ValueError(f"unknown entity format {format!r}; known: auto, {', '.join(FORMATS)}")
+        if not self.path.exists():
+            raise FileNotFoundError(
+                f"entity masks {path} do not exist; make them first, or check the path"
+            )
+        folder = self.path.is_dir()
+        if not folder and self.path.suffix.lower() != ".json":
+            raise ValueError(
+                f"entity masks {path}: masks of a dataset are one .json file, or a folder with one "
+                "file per image; give the folder"
+            )
+        fitting = PICTURE_FORMATS if folder else JSON_FORMATS
+        if format not in ("auto", *fitting):
+            kind = "folder" if folder else "file"
+            raise ValueError(
+                f"entity masks {path} are a {kind}, but format {format} is not of a {kind}; "
+                f"use auto, {', '.join(fitting)}"
+            )
+        self._names = frozenset(os.listdir(self.path)) if folder else frozenset()
+        self._entries = None if folder else _Entries(self.path, format)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def load(self, record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
+        """See `EntitySource.load`."""
+        return load_from_record(self.lead(record))
+
+    def missing(self, records: Iterable[dict[str, Any]]) -> list[Any]:
+        """Images without an entry in the JSON, or without a file in the folder.
+
+        Raises ValueError when two images of a folder would share one file.
+        """
+        absent: dict[Any, None] = {}
+        owners: dict[str, str] = {}
+        for record in records:
+            place = self._place(record)
+            if place is None:
+                absent[record["image_id"]] = None
+            elif self._entries is None:
+                owner = owners.setdefault(place["file_name"], record["file_name"])
+                if owner != record["file_name"]:
+                    raise ValueError(
+                        f"images {owner} and {record['file_name']} would share the entity file "
+                        f"{place['file_name']}; use a .json file, which goes by image id"
+                    )
+        return list(absent)
+
+    def lead(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a dataset dict whose `entities` say `format` and `file_name` of its masks.
+
+        Entries of a JSON come along as `segments_info`, so that nobody reads the file again.
+
+        Raises ValueError for an image that has none, naming it and the file.
+        """
+        place = self._place(record)
+        if place is None:
+            raise ValueError(f"image {record['image_id']}: no masks in {self.path}")
+        return {**record, "entities": {**place, "targets": annotation_of(record)}}
+
+    def _place(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        if self._entries is not None:
+            return self._entries.place(record["image_id"])
+        kind = self.format
+        suffixes = (".npz", ".png") if kind == "auto" else (f".{kind.split('_')[-1]}",)
+        for stem in (Path(record["file_name"]).stem, str(record["image_id"])):
+            for suffix in suffixes:
+                if stem + suffix in self._names:
+                    return {"format": kind, "file_name": str(self.path / (stem + suffix))}
+        return None
+
+
+class LiveSource(EntitySource):
+    """A segmenter that looks at the picture when its entities are asked for.
+
+    It runs where the mapper runs: in the loader's worker processes, unless
+    ``DATALOADER.NUM_WORKERS`` is 0. Masks made once and read from a file cost less per epoch.
+    """
+
+    def __init__(self, segment: Callable[[np.ndarray], EntityMap]) -> None:
+        """``segment``: from uint8 RGB (H, W, 3) to the entities of that size."""
+        self._segment = segment
+
+    def load(self, record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
+        """See `EntitySource.load`; `image` has to be given.
+
+        Raises ValueError without it, and when the segmenter finds nothing.
+        """
+        if image is None:
+            raise ValueError(f"image {record['image_id']}: a live segmenter needs the picture")
+        entities = self._segment(image)
+        if entities.num_entities == 0:
+            raise ValueError(
+                f"image {record['image_id']} ({record['file_name']}): the segmenter found no "
+                "entity; lower its thresholds or leave the image out"
+            )
+        return entities
+
+
+class _Entries:
+    """A JSON file of many images, as bytes per image that forked processes share."""
+
+    def __init__(self, path: Path, format: str) -> None:
+        self._path = path
+        try:
+            self._kind = json_format(path) if format == "auto" else format
+            groups = entries_by_image(path, self._kind)
+        except ValueError as error:
+            raise ValueError(f"entity file {path}: {error}") from error
+        self._places = {image_id: place for place, image_id in enumerate(groups)}
+        self._bytes, self._ends = bytearray(), array("q", [0])
+        for entries in groups.values():
+            self._bytes += pickle.dumps(entries, pickle.HIGHEST_PROTOCOL)
+            self._ends.append(len(self._bytes))
+        forget_files()
+
+    def place(self, image_id: Any) -> dict[str, Any] | None:
+        """What a record's `entities` say of an image; None if the file has no entry of it."""
+        number = self._places.get(str(image_id))
+        if number is None:
+            return None
+        with memoryview(self._bytes) as view:
+            entries = pickle.loads(view[self._ends[number] : self._ends[number + 1]])
+        if self._kind != "coco_panoptic":
+            return {"format": self._kind, "file_name": str(self._path), "segments_info": entries}
+        for key in ("file_name", "segments_info"):
+            if key not in entries[0]:
+                raise ValueError(
+                    f"image {image_id}, entity file {self._path}: the annotation has no '{key}'"
+                )
+        picture = panoptic_picture(self._path, str(entries[0]["file_name"]))
+        segments = entries[0]["segments_info"]
+        return {
+            "format": "panoptic_png",
+            "file_name": str(picture),
+            "segments_info": segments,
+        }
+
+
+# By the second part of an entry of INPUT.GELLA.ENTITY_SOURCES: what makes a source of the third.
+SOURCE_KINDS: dict[str, Callable[[str], EntitySource]] = {
+    "annotation": lambda path: AnnotationSource(),
+    "auto": FileSource,
+    **{kind: partial(FileSource, format=kind) for kind in FORMATS},
+}
+
+
+def source_for(entries: Sequence[Sequence[str]], dataset_name: str) -> EntitySource:
+    """The source that a config chooses for a dataset; its annotation where no entry fits.
+
+    Args:
+        entries: (dataset name or shell pattern, kind, path) each; the first that fits counts.
+            Kinds are those of `SOURCE_KINDS`.
+        dataset_name: the dataset.
+
+    Raises ValueError for an entry of another form or an unknown kind, and what the source raises.
+    Datasets of one file get one source.
+    """
+    for entry in entries:
+        if isinstance(entry, str) or len(entry) != 3 or not all(isinstance(p, str) for p in entry):
+            raise ValueError(
+                f"INPUT.GELLA.ENTITY_SOURCES has {entry!r}; each entry is [dataset, kind, path], "
+                "for instance ['gella_shapes_png_val', 'auto', 'masks.json']"
+            )
+        if entry[1] not in SOURCE_KINDS:
+            raise ValueError(
+                f"INPUT.GELLA.ENTITY_SOURCES: kind {entry[1]!r} of {entry[0]} is unknown; known: "
+                f"{', '.join(SOURCE_KINDS)}"
+            )
+    for pattern, kind, path in entries:
+        if fnmatchcase(dataset_name, pattern):
+            status = os.stat(path) if os.path.exists(path) else None
+            return _made(kind, path, status and (status.st_mtime_ns, status.st_size))
+    return AnnotationSource()
+
+
+@lru_cache(maxsize=4)
+def _made(kind: str, path: str, changed: tuple[int, int] | None) -> EntitySource:
+    # Datasets that share a file share its index, which may be large.
+    return SOURCE_KINDS[kind](path)
+
+
+def load_from_record(record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
     """Entities of a dataset dict, as its `entities` key describes them.
 
     Args:
-        record: `entities` holds `file_name`, optionally `format` and `segments_info`; `height`,
-            `width` and `image_id` are those of the image.
+        record: `entities` holds `file_name`, optionally `format` and `segments_info`, or else
+            `source`, an `EntitySource`; `height`, `width` and `image_id` are those of the image.
+        image: the decoded picture, for sources that look at it.
 
     Raises what `load_entities` raises, and KeyError when the record has no `entities`.
     """
-    source = record.get("entities")
-    if not source or "file_name" not in source:
+    place = record.get("entities")
+    if place and "source" in place:
+        return place["source"].load(record, image)
+    if not place or "file_name" not in place:
         raise KeyError(
             f"image {record.get('image_id')}: the record has no entities with a file_name; every "
             "image needs masks"
         )
     return load_entities(
-        source["file_name"],
+        place["file_name"],
         record["height"],
         record["width"],
-        format=source.get("format", "auto"),
-        segments_info=source.get("segments_info"),
+        format=place.get("format", "auto"),
+        segments_info=place.get("segments_info"),
         image_id=record.get("image_id"),
     )
 
 
-def load_entities(
-    file_name: str | Path,
-    height: int,
-    width: int,
-    *,
-    format: str = "auto",
-    segments_info: Sequence[dict[str, Any]] | None = None,
-    image_id: int | str | None = None,
-) -> EntityMap:
-    """Read the entities of one image of height x width pixels.
-
-    Args:
-        file_name: the mask file.
-        height: of the image, pixels.
-        width: of the image, pixels.
-        format: "panoptic_png" (RGB ids), "gray_png" (8 or 16 bits, or palette indices), "npz"
-            (`masks` (E, H, W) or `ids` (H, W), optionally `scores`), "coco_results" (JSON list of
-            all images), "coco_panoptic" (the JSON; its PNGs lie in the folder of the same name),
-            "coco_instances" (`segments_info` holds a COCO `segmentation` each, as read from an
-            instance JSON; the file is only named in errors), or "auto": by the suffix and content.
-        segments_info: the segments of the image. Crowd segments are no entities: they are left out
-            and their pixels become 0. None takes every id but 0.
-        image_id: finds the image in the JSON formats, and names it in errors.
-
-    Returns an EntityMap in the image's frame whose ids are those of the file (for masks without
-    ids: their place from 1). Masks that overlap are flattened, see `EntityMap.from_masks`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of another mode or size, lists other ids than `segments_info`,
-            says nothing of the image, or holds no entity at all.
-    """
-    path = Path(file_name)
-    name = path.stem if image_id is None else str(image_id)
-    if not path.is_file():
-        raise FileNotFoundError(f"image {name}: entity file {path} does not exist; check the path")
-    size = (int(height), int(width))
-    try:
-        kind = _detect(path) if format == "auto" else format
-        if kind in ("panoptic_png", "gray_png"):
-            entities = _from_png(path, size, segments_info, rgb=kind == "panoptic_png")
-        elif kind == "npz":
-            entities = _from_npz(path, size)
-        elif kind == "coco_results":
-            entities = _from_results(path, size, image_id)
-        elif kind == "coco_instances":
-            entities = _from_segments(size, segments_info)
-        elif kind == "coco_panoptic":
-            entities = _from_panoptic_json(path, size, image_id)
-        else:
-            raise ValueError(f"unknown format {format!r}; known: auto, {', '.join(FORMATS)}")
-    except ValueError as error:
-        raise ValueError(f"image {name}, entity file {path}: {error}") from error
-    if entities.num_entities == 0:
-        raise ValueError(
-            f"image {name}, entity file {path}: no entity at all; give masks with at least one"
-        )
-    return entities
-
-
-def _detect(path: Path) -> str:
-    suffix = path.suffix.lower()
-    if suffix == ".npz":
-        return "npz"
-    if suffix == ".json":
-        return "coco_results" if isinstance(_read_json(*_stamp(path)), list) else "coco_panoptic"
-    if suffix == ".png":
-        return "gray_png" if _open_png(path).mode in _GRAY_MODES else "panoptic_png"
-    raise ValueError(f"the suffix {suffix!r} names no known format; use .png, .npz or .json")
-
-
-def _open_png(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except UnidentifiedImageError as error:
-        raise ValueError("no picture that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"truncated or damaged ({error}); copy it again") from error
-
-
-def _check_size(found: tuple[int, ...], size: tuple[int, int]) -> None:
-    if tuple(found) != size:
-        raise ValueError(
-            f"masks are {found[1]}x{found[0]} pixels but the image is {size[1]}x{size[0]} (width x "
-            "height); give masks of the image's size"
-        )
-
-
-def _from_png(
-    path: Path,
-    size: tuple[int, int],
-    segments_info: Sequence[dict[str, Any]] | None,
-    *,
-    rgb: bool,
-) -> EntityMap:
-    picture = _open_png(path)
-    wanted = ("RGB",) if rgb else _GRAY_MODES
-    if picture.mode not in wanted:
-        kind = "RGB" if rgb else "grey (8 or 16 bits) or palette"
-        raise ValueError(f"picture mode is {picture.mode}, expected {kind}")
-    pixels = np.asarray(picture)
-    ids = rgb_to_id(pixels) if rgb else pixels.astype(np.int32)
-    _check_size(ids.shape, size)
-    if segments_info is None:
-        return EntityMap.from_id_image(ids)
-    listed = [int(segment["id"]) for segment in segments_info]
-    things = [int(s["id"]) for s in segments_info if not s.get("iscrowd", 0)]
-    entities = EntityMap.from_id_image(ids, listed)
-    absent = [i for i, area in zip(listed, entities.areas()) if area == 0]
-    if absent:
-        raise ValueError(f"segments_info lists {absent[:5]} but no pixel of the PNG has these ids")
-    unlisted = (entities.ids == 0) & (ids != 0)
-    if unlisted.any():
-        extra = [int(i) for i in np.unique(ids[unlisted])]
-        raise ValueError(f"pixels have ids {extra[:5]} that segments_info does not list")
-    return entities if things == listed else EntityMap.from_id_image(ids, things)
-
-
-def _from_npz(path: Path, size: tuple[int, int]) -> EntityMap:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"truncated or damaged ({error}); write it again") from error
-    scores = arrays.get("scores")
-    if "masks" in arrays:
-        masks = arrays["masks"]
-        if masks.ndim != 3 or masks.dtype.kind not in "bui":
-            raise ValueError(f"masks must be bool (E, H, W), got {masks.dtype} {masks.shape}")
-        _check_size(masks.shape[1:], size)
-        return EntityMap.from_masks(masks, scores)
-    if "ids" in arrays:
-        ids = arrays["ids"]
-        if ids.ndim != 2 or ids.dtype.kind not in "ui":
-            raise ValueError(f"ids must be int32 (H, W), got {ids.dtype} {ids.shape}")
-        _check_size(ids.shape, size)
-        return EntityMap.from_id_image(ids, scores=scores)
-    raise ValueError(f"holds {sorted(arrays)} but neither 'masks' (E, H, W) nor 'ids' (H, W)")
-
-
-def _stamp(path: Path) -> tuple[str, int]:
-    # With the time of change as part of the key, a rewritten file is read again.
-    return str(path), path.stat().st_mtime_ns
-
-
-@lru_cache(maxsize=4)
-def _read_json(path: str, changed: int) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"no valid JSON ({error}); it may be cut off") from error
-
-
-@lru_cache(maxsize=4)
-def _grouped(path: str, changed: int, key: str) -> dict[str, list[dict[str, Any]]]:
-    """Entries of a JSON file by image id; ids are compared as text, since files use both forms."""
-    content = _read_json(path, changed)
-    entries = content.get(key) if isinstance(content, dict) else content
-    if not isinstance(entries, list):
-        raise ValueError(f"expected a list of {key}, found {type(entries).__name__}")
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for place, entry in enumerate(entries):
-        if not isinstance(entry, dict) or "image_id" not in entry:
-            raise ValueError(f"entry {place} of {key} has no image_id")
-        groups.setdefault(str(entry["image_id"]), []).append(entry)
-    return groups
-
-
-def _entries_of(path: Path, key: str, image_id: int | str | None) -> list[dict[str, Any]]:
-    if image_id is None:
-        raise ValueError("a file of many images needs image_id; give the image's id")
-    groups = _grouped(*_stamp(path), key)
-    if str(image_id) not in groups:
-        raise ValueError(
-            f"no {key} for this image (the file covers {len(groups)} others); make its masks or "
-            "choose the file of this dataset"
-        )
-    return groups[str(image_id)]
-
-
-def _from_results(path: Path, size: tuple[int, int], image_id: int | str | None) -> EntityMap:
-    entries = _entries_of(path, "results", image_id)
-    masks = np.zeros((len(entries), *size), dtype=bool)
-    for place, entry in enumerate(entries):
-        try:
-            masks[place] = _decode(entry["segmentation"], size)
-        except KeyError as error:
-            raise ValueError(f"result {place} of the image lacks {error}") from error
-        except ValueError as error:
-            raise ValueError(f"result {place} of the image: {error}") from error
-    scores = [float(entry.get("score", 1.0)) for entry in entries]
-    return EntityMap.from_masks(masks, scores)
-
-
-def _decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """Mask (H, W) of a COCO segmentation: compressed or plain run lengths, or a list of parts.
-
-    Parts are polygons or run lengths; where they overlap is inside.
-    """
-    from pycocotools import mask as coco_mask
-
-    if isinstance(segmentation, list):
-        polygons = [part for part in segmentation if not isinstance(part, dict)]
-        parts = [_decode(part, size) for part in segmentation if isinstance(part, dict)]
-        try:
-            codes = coco_mask.frPyObjects(polygons, *size) if polygons else []
-        except Exception as error:  # pycocotools raises bare Exception for malformed polygons
-            raise ValueError(f"polygons cannot be read ({error})") from error
-        parts += [coco_mask.decode(code).astype(bool) for code in codes]
-        return np.logical_or.reduce(parts) if parts else np.zeros(size, dtype=bool)
-    if not isinstance(segmentation, dict):
-        raise ValueError(f"segmentation is a {type(segmentation).__name__}, not RLE or polygons")
-    _check_size(tuple(segmentation["size"]), size)
-    counts = segmentation["counts"]
-    if isinstance(counts, list):
-        if sum(counts) != size[0] * size[1]:
-            raise ValueError(f"runs cover {sum(counts)} of {size[0] * size[1]} pixels")
-        segmentation = coco_mask.frPyObjects(segmentation, *size)
-    return coco_mask.decode(segmentation).astype(bool)
-
-
-def _from_segments(
-    size: tuple[int, int], segments_info: Sequence[dict[str, Any]] | None
-) -> EntityMap:
-    if segments_info is None:
-        raise ValueError("format coco_instances needs segments_info with a segmentation each")
-    own = [segment for segment in segments_info if not segment.get("iscrowd", 0)]
-    masks = np.zeros((len(own), *size), dtype=bool)
-    for mask, segment in zip(masks, own):
-        try:
-            mask[:] = _decode(segment["segmentation"], size)
-        except KeyError as error:
-            raise ValueError(f"segment {segment.get('id')} lacks {error}") from error
-        except ValueError as error:
-            raise ValueError(f"segment {segment['id']}: {error}") from error
-    return EntityMap.from_masks(masks, segment_ids=[int(segment["id"]) for segment in own])
-
-
-def _from_panoptic_json(path: Path, size: tuple[int, int], image_id: int | str | None) -> EntityMap:
-    annotation = _entries_of(path, "annotations", image_id)[0]
-    picture = path.with_suffix("") / annotation["file_name"]
-    if not picture.is_file():
-        raise ValueError(f"its picture {picture} does not exist; unpack it beside the JSON")
-    return _from_png(picture, size, annotation["segments_info"], rgb=True)
+def annotation_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Where the annotation's own masks are: `entities`, or its `targets` where it leads away."""
+    return record["entities"].get("targets") or record["entities"]

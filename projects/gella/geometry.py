@@ -38,7 +38,9 @@ def read_image(file_name: str | Path, *, upright: bool = False) -> np.ndarray:
         with Image.open(path) as picture:
             picture.load()
             turned = ImageOps.exif_transpose(picture) if upright else picture
-            return np.array(turned.convert("RGB"), dtype=np.uint8)
+            # A picture that is RGB already would be copied by convert() all the same.
+            plain = turned if turned.mode == "RGB" else turned.convert("RGB")
+            return np.array(plain, dtype=np.uint8)
     except UnidentifiedImageError as error:
         raise ValueError(f"image {path} is no picture that Pillow can read") from error
     except Image.DecompressionBombError as error:
@@ -78,7 +80,11 @@ def fit_image(image: np.ndarray, side: int) -> np.ndarray:
     if (height, width) == image.shape[:2]:
         square[:height, :width] = image
     else:
-        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        mirrored = image.strides[1] < 0  # array[:, ::-1]: Pillow would copy it byte by byte
+        picture = Image.fromarray(image[:, ::-1] if mirrored else image)
+        if mirrored:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
         square[:height, :width] = np.asarray(resized)
     return square
 
@@ -107,8 +113,8 @@ def make_view(
 
     Returns:
         ``image`` uint8 tensor (3, S, S), ``colormap`` uint8 tensor (3, C, C), ``entities``
-        EntityMap of size (C, C) with the same E and order, ``valid_size`` (h, w): the part of the
-        colormap that is no padding.
+        EntityMap of size (C, C) with the same E and order, ``colors`` uint8 (E, 3): those of the
+        colormap, ``valid_size`` (h, w): the part of the colormap that is no padding.
 
     Raises:
         ValueError: the image is not uint8 (H, W, 3), or its size is not that of the entities.
@@ -131,9 +137,36 @@ def make_view(
         "image": _to_tensor(fit_image(image, image_size)),
         "colormap": _to_tensor(paint_colormap(padded, colors)),
         "entities": padded,
+        "colors": colors,
         "valid_size": (height, width),
     }
 
 
+def to_send(mapped: dict[str, Any]) -> dict[str, Any]:
+    """A mapped dict as a loader's worker sends it: a tenth of the bytes, and no shared memory.
+
+    The colormap, most of what a view weighs, is left out, since entities and colours say the same;
+    tensors become arrays, because each tensor would take a file handle and pages of its own.
+    """
+    dropped = {"colormap"} if "colors" in mapped else set()
+    return {
+        key: value.numpy() if isinstance(value, torch.Tensor) else value
+        for key, value in mapped.items()
+        if key not in dropped
+    }
+
+
+def received(sent: dict[str, Any]) -> dict[str, Any]:
+    """The mapped dict of `to_send`, equal to it in every pixel; the colormap is painted here."""
+    mapped = {
+        key: torch.from_numpy(value) if isinstance(value, np.ndarray) and key != "colors" else value
+        for key, value in sent.items()
+    }
+    if "colors" in sent:
+        mapped["colormap"] = _to_tensor(paint_colormap(sent["entities"], sent["colors"]))
+    return mapped
+
+
 def _to_tensor(picture: np.ndarray) -> torch.Tensor:
+    # Costs nothing for a colormap, whose channels are planes already.
     return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))

@@ -18,7 +18,12 @@ from torch import nn
 
 from gella.checkpoint import GellaCheckpointer
 from gella.data.dataset_mapper import GroundingMapper
+from gella.data.datasets import root_from_environment
+from gella.data.entity_choice import choose_entities
+from gella.data.exclusion import without_held_out
+from gella.data.record_store import Records, concatenated
 from gella.data.task_sampling import build_train_loader
+from gella.data.unmatched import CountedLoader, UnmatchedPhrases
 from gella.evaluation import build_evaluator
 
 # The task by which the model answers for a dataset of each evaluator type.
@@ -165,20 +170,29 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=solver.BASE_LR, betas=tuple(solver.BETAS), fused=True)
 
 
-def load_records(names: Any, key: str) -> list[dict[str, Any]]:
+def load_records(names: Any, key: str, cfg: Any = None) -> Records:
     """Records of several registered datasets, in order.
 
     Args:
         names: dataset names.
-        key: the config key that named them, for the error.
+        key: the config key that named them, "DATASETS.TRAIN" or "DATASETS.TEST".
+        cfg: chooses the entities, see `choose_entities`, and the images that training leaves out
+            (``DATASETS.EXCLUDE_REFCOCO_VAL_TEST``); None takes everything as annotated.
 
     Raises:
-        ValueError: no name, or no record at all.
+        ValueError: no name, no record at all, or images without masks in the chosen source.
         KeyError: a name that no catalog knows.
     """
     if not names:
         raise ValueError(f"{key} is empty: name at least one registered dataset")
-    records = [record for name in names for record in DatasetCatalog.get(name)]
+    parts = [DatasetCatalog.get(name) for name in names]
+    if cfg is not None:
+        train = key == "DATASETS.TRAIN"
+        if train and cfg.DATASETS.EXCLUDE_REFCOCO_VAL_TEST:
+            root = root_from_environment()
+            parts = [without_held_out(part, name, root) for part, name in zip(parts, names)]
+        parts = [choose_entities(p, name, cfg, is_train=train) for p, name in zip(parts, names)]
+    records = concatenated(parts)
     if not records:
         raise ValueError(f"{key} {tuple(names)} has no record: check the annotation files")
     return records
@@ -220,7 +234,7 @@ class GellaTrainer(DefaultTrainer):
             allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
             trainer=weakref.proxy(self),
         )
-        own: list[HookBase] = [IterationSeed(cfg.SEED)]
+        own: list[HookBase] = [IterationSeed(cfg.SEED), UnmatchedPhrases()]
         clip = cfg.SOLVER.CLIP_GRADIENTS
         if clip.ENABLED:
             own.append(GradientClipper(clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE))
@@ -257,7 +271,7 @@ class GellaTrainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: Any) -> Any:
         """Batches of one task each (Table 9), reproducible from (``SEED``, iteration)."""
-        records = load_records(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+        records = load_records(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", cfg)
         mapper = GroundingMapper(cfg, is_train=True)
         return build_train_loader(cfg, records=records, mapper=mapper, start_iteration=0)
 
@@ -268,13 +282,13 @@ class GellaTrainer(DefaultTrainer):
         Raises:
             ValueError: the dataset's metadata has no evaluator type that is known here.
         """
-        records = load_records([dataset_name], "DATASETS.TEST")
+        records = load_records([dataset_name], "DATASETS.TEST", cfg)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind not in TEST_TASKS:
             raise ValueError(
                 f"dataset {dataset_name}: evaluator_type is {kind!r}, known: {sorted(TEST_TASKS)}"
             )
-        return build_detection_test_loader(
+        loader = build_detection_test_loader(
             records,
             mapper=GroundingMapper(
                 cfg, is_train=False, dataset_names=[dataset_name], task=TEST_TASKS[kind]
@@ -282,6 +296,7 @@ class GellaTrainer(DefaultTrainer):
             batch_size=cfg.TEST.IMS_PER_BATCH,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
         )
+        return CountedLoader(loader, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:

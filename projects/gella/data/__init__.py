@@ -6,6 +6,7 @@ when a dataset is first asked for.
 
 from __future__ import annotations
 
-from gella.data.datasets import register_all, root_from_environment
+from gella.data.catalog import register_all
+from gella.data.datasets import root_from_environment
 
 register_all(root_from_environment())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +10,9 @@ import numpy as np
 from detectron2.config import configurable
 from detectron2.data import MetadataCatalog
 
+from gella.data.mirror import FLIP_TEXT, mirrored_words, names_a_side
 from gella.data.phrases import EntityMatcher, category_phrases
-from gella.entity_sources import load_entities, load_from_record
+from gella.entity_sources import annotation_of, load_entities, load_from_record
 from gella.geometry import image_token_count, make_view, read_image
 from gella.prompts import (
     DESCRIBE_INSTRUCTIONS,
@@ -23,8 +23,6 @@ from gella.prompts import (
     panoptic_sentence,
     task_text,
 )
-
-_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)  # also "leftmost", "right-hand"
 
 
 class GroundingMapper:
@@ -44,6 +42,7 @@ class GroundingMapper:
         colormap_size: int,
         colors: str = "random",
         flip: bool = False,
+        flip_text: str = "skip",
         target_iou: float = 0.5,
         panoptic_negatives: int = -1,
         num_image_tokens: int,
@@ -59,7 +58,9 @@ class GroundingMapper:
         image_size: side of CLIP's input, pixels.
         colormap_size: side of the colormap, pixels.
         colors: assignment, see `entities.entity_colors`.
-        flip: mirror half of the training images, except where a text says left or right.
+        flip: mirror half of the training images.
+        flip_text: what becomes of a caption that says left or right: "swap" exchanges the words,
+            "skip" leaves its image as it is.
         target_iou: least IoU at which an entity from elsewhere stands for an annotated segment.
         panoptic_negatives: absent categories listed when a panoptic image trains; -1 for all.
         num_image_tokens: image tokens of the prompt.
@@ -70,7 +71,9 @@ class GroundingMapper:
         """
         self.is_train, self.task, self.tokenizer = is_train, task, tokenizer
         self.image_size, self.colormap_size, self.colors = image_size, colormap_size, colors
-        self.flip = flip and is_train
+        self.flip, self.flip_text = flip and is_train, flip_text
+        if flip_text not in FLIP_TEXT:
+            raise ValueError(f"INPUT.GELLA.FLIP_TEXT is {flip_text!r}: use one of {FLIP_TEXT}")
         self.target_iou = target_iou
         self.panoptic_negatives = panoptic_negatives
         self.num_image_tokens, self.system, self.max_length = num_image_tokens, system, max_length
@@ -99,6 +102,7 @@ class GroundingMapper:
             "colormap_size": own.COLORMAP_SIZE,
             "colors": own.COLORS,
             "flip": cfg.INPUT.RANDOM_FLIP == "horizontal",
+            "flip_text": own.FLIP_TEXT,
             "target_iou": own.TARGET_IOU,
             "panoptic_negatives": own.PANOPTIC_NEGATIVES,
             "num_image_tokens": image_token_count(
@@ -139,15 +143,15 @@ class GroundingMapper:
                 f"record says {size[1]}x{size[0]} (width x height); the annotation belongs to "
                 "another picture, or the sides are swapped"
             )
-        entities = load_from_record(record)
-        matcher = self._matcher(record, entities)
+        entities = load_from_record(record, image)
+        full, matcher = entities, self._matcher(record, entities)
         try:
-            said = self._words(record, task, matcher, rng)
+            said, mirrored = self._words(record, task, matcher, rng)
         except ValueError as error:
-            raise ValueError(f"image {record['image_id']} ({task}): {error}") from error
-        full = entities
-        mirrored = self.flip and rng.random() < 0.5
-        if mirrored and not _SIDES.search(record.get("caption") or said["caption"]):
+            raise ValueError(
+                f"image {record['image_id']} ({record['file_name']}), task {task}: {error}"
+            ) from error
+        if mirrored:
             image, entities = image[:, ::-1], entities.flip()
         mapped = make_view(
             image,
@@ -160,7 +164,7 @@ class GroundingMapper:
         mapped.update(said, task=task, height=size[0], width=size[1])
         mapped.update(image_id=record["image_id"], file_name=record["file_name"])
         if not self.is_train:
-            truth = record["entities"].get("targets") or record["entities"]
+            truth = annotation_of(record)
             mapped["entities_full"] = full
             mapped["annotation"] = {
                 "file_name": truth["file_name"],
@@ -200,11 +204,17 @@ class GroundingMapper:
         task: str,
         matcher: EntityMatcher,
         rng: np.random.Generator,
-    ) -> dict[str, Any]:
-        """Prompt and phrases: everything of the mapped dict that is not pixels."""
+    ) -> tuple[dict[str, Any], bool]:
+        """Everything of the mapped dict that is not pixels, and whether to mirror the pixels."""
         caption, phrases = self._caption_and_phrases(record, task, matcher, rng)
         choices = DESCRIBE_INSTRUCTIONS if task == "describe" else EXTRACT_INSTRUCTIONS
         phrasing = int(rng.integers(len(choices))) if self.is_train else 0
+        mirrored = self.flip and rng.random() < 0.5
+        if mirrored:
+            texts = (caption, *(phrase["text"] for phrase in phrases))
+            mirrored = not any(names_a_side(text, self.flip_text) for text in texts)
+        if mirrored and self.flip_text == "swap":
+            caption, phrases = mirrored_words(caption, phrases)
         nouns = [phrase["text"] for phrase in phrases]
         answer: str | None
         instruction, answer = task_text(task, caption, nouns, phrasing)
@@ -227,7 +237,7 @@ class GroundingMapper:
         if task == "describe":
             phrases = []  # its answer names no noun
         matched = [matcher.entity_indices(phrase["segment_ids"]) for phrase in phrases]
-        return {
+        words = {
             "input_ids": prompt.input_ids,
             "labels": prompt.labels,
             "seg_positions": prompt.seg_positions,
@@ -235,11 +245,14 @@ class GroundingMapper:
             "phrases": [
                 {**phrase, "entity_indices": indices} for phrase, indices in zip(phrases, matched)
             ],
-            # Nouns whose segments no input entity covers: they train with an empty row.
+            # Nouns with segments, and those whose segments no input entity covers: they train with
+            # an empty row.
+            "num_grounded": sum(bool(phrase["segment_ids"]) for phrase in phrases),
             "num_unmatched": sum(
                 bool(p["segment_ids"]) and not found for p, found in zip(phrases, matched)
             ),
         }
+        return words, mirrored
 
     def _caption_and_phrases(
         self,

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from gella.data.coco_panoptic import load_coco_panoptic
-from gella.data.reading import field, read_json, read_json_lines
+from gella.data.reading import field, listed, read_json, read_json_lines, text
+from gella.data.record_store import RecordStore
 from gella.prompts import align_utterances, locate_phrases
 
-__all__ = ["load_captions", "load_png"]
+__all__ = ["load_captions", "load_png", "read_narratives", "with_captions"]
 
 _logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ def load_png(
     panoptic_root: str | Path,
     image_root: str | Path,
     tasks: tuple[str, ...] = ("ground",),
-) -> list[dict[str, Any]]:
+) -> RecordStore:
     """Read Panoptic Narrative Grounding, one dataset dict per narrative (FORMATS section 2).
 
     Args:
@@ -45,37 +46,50 @@ def load_png(
             gives the file, the image and the id.
     """
     panoptic = load_coco_panoptic(panoptic_json, panoptic_root, image_root, tasks)
-    by_image = {str(record["image_id"]): record for record in panoptic}
-    narratives = read_json(png_json)
-    records = []
-    for narrative in narratives:
-        image_id = str(field(narrative, "image_id", png_json, "a narrative"))
-        if image_id not in by_image:
+    numbers = panoptic.numbers_by_image()
+    narratives = read_narratives(png_json)
+    total, lost = len(narratives), 0
+    store = panoptic.derived()
+    for place in range(total):
+        image_id = str(field(narratives[place], "image_id", png_json, f"narrative {place}"))
+        if image_id not in numbers:
             raise ValueError(
                 f"{png_json}: image {image_id} is not in {panoptic_json}; both must be of one split"
             )
-        record = _with_narrative(by_image[image_id], narrative, png_json)
-        if record["phrases"]:
-            records.append(record)
-    _report(png_json, records, len(narratives) - len(records))
-    return records
+        image = panoptic.shared(numbers[image_id])
+        own = _with_narrative(image, narratives[place], png_json)
+        narratives[place] = {}  # a large file: what is stored need not stay here too
+        if own["phrases"]:
+            store.add(numbers[image_id], own)
+            lost += sum(phrase["start"] < 0 for phrase in own["phrases"])
+    _report(png_json, lost, total - len(store))
+    return store
+
+
+def read_narratives(png_json: str | Path) -> list[dict[str, Any]]:
+    """The narratives of a PNG file as they are, or a ValueError when it holds something else."""
+    narratives = read_json(png_json)
+    if not isinstance(narratives, list):
+        raise ValueError(
+            f"{png_json}: holds a {type(narratives).__name__}, not a list of narratives; is it the "
+            "panoptic file?"
+        )
+    return narratives
 
 
 def _with_narrative(
-    base: dict[str, Any], narrative: dict[str, Any], path: str | Path
+    image: dict[str, Any], narrative: dict[str, Any], path: str | Path
 ) -> dict[str, Any]:
-    caption = str(field(narrative, "caption", path, f"image {base['image_id']}"))
+    caption = text(narrative, "caption", path, f"image {image['image_id']}")
     return {
-        **base,
         "caption": caption,
-        "phrases": _phrases(narrative, caption, base, path),
+        "phrases": _phrases(narrative, caption, image, path),
         "annotator_id": narrative.get("annotator_id"),
     }
 
 
-def _report(path: str | Path, records: list[dict[str, Any]], left_out: int = 0) -> None:
+def _report(path: str | Path, lost: int, left_out: int = 0) -> None:
     """Log what is not as it should be, once a file."""
-    lost = sum(phrase["start"] < 0 for record in records for phrase in record["phrases"])
     if lost:
         message = "%s: %d phrases are not in their captions as written; kept without a span"
         _logger.warning(message, path, lost)
@@ -87,12 +101,12 @@ def _phrases(
     narrative: dict[str, Any], caption: str, base: dict[str, Any], path: str | Path
 ) -> list[dict[str, Any]]:
     where = f"image {base['image_id']}"
-    segments = field(narrative, "segments", path, where)
-    utterances = [str(field(segment, "utterance", path, where)) for segment in segments]
+    segments = listed(narrative, "segments", path, where)
+    utterances = [text(segment, "utterance", path, where) for segment in segments]
     known = {segment["id"]: segment for segment in base["entities"]["segments_info"]}
     phrases = []
     for segment, span in zip(segments, align_utterances(caption, utterances)):
-        ids = _segment_ids(field(segment, "segment_ids", path, where), known, path, where)
+        ids = _segment_ids(listed(segment, "segment_ids", path, where), known, path, where)
         if not ids and not segment.get("noun", False):
             continue
         start, end = span if span is not None else (-1, -1)
@@ -111,13 +125,13 @@ def _phrases(
 
 def _segment_ids(ids: list[Any], known: dict[int, Any], path: str | Path, where: str) -> list[int]:
     numbers = []
-    for text in ids:
-        if not str(text).isdigit() or int(text) not in known:
+    for name in ids:
+        if not str(name).isdecimal() or int(name) not in known:
             raise ValueError(
-                f"{path}: {where}: segment id {text} is not in the image's panoptic annotation, "
+                f"{path}: {where}: segment id {name} is not in the image's panoptic annotation, "
                 f"which has {len(known)} segments; use the annotation that the file was made for"
             )
-        numbers.append(int(text))
+        numbers.append(int(name))
     return numbers
 
 
@@ -127,7 +141,7 @@ def load_captions(
     panoptic_root: str | Path,
     image_root: str | Path,
     tasks: tuple[str, ...] = ("describe", "extract"),
-) -> list[dict[str, Any]]:
+) -> RecordStore:
     """Read generated captions, one dataset dict per line (FORMATS section 4).
 
     Args:
@@ -137,37 +151,74 @@ def load_captions(
         tasks: what the records can train and serve.
 
     Returns:
-        The image's panoptic dict and ``caption``, ``phrases`` with ``segment_ids`` None, for what
-        the nouns name is not known; ``is_plural`` and ``is_thing`` are None too. A noun that is
-        not in its description keeps ``start = end = -1`` and is counted in a warning.
+        The image's panoptic dict with what `with_captions` adds.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a line lacks a field or names an unknown image; the message gives the file.
+        ValueError: as `with_captions`.
     """
-    panoptic = load_coco_panoptic(panoptic_json, panoptic_root, image_root, tasks)
-    by_image = {str(record["image_id"]): record for record in panoptic}
-    records = []
-    for line in read_json_lines(captions_jsonl):
-        image_id = str(field(line, "image_id", captions_jsonl, "a caption"))
-        if image_id not in by_image:
-            raise ValueError(f"{captions_jsonl}: image {image_id} is not in {panoptic_json}")
-        where = f"image {image_id}"
-        caption = str(field(line, "description", captions_jsonl, where))
-        nouns = [str(noun) for noun in field(line, "nouns", captions_jsonl, where)]
-        phrases = []
-        for noun, span in zip(nouns, locate_phrases(caption, nouns)):
-            start, end = span if span is not None else (-1, -1)
-            phrases.append(
-                {
-                    "text": caption[start:end] if span is not None else noun,
-                    "start": start,
-                    "end": end,
-                    "segment_ids": None,
-                    "is_plural": None,
-                    "is_thing": None,
-                }
-            )
-        records.append({**by_image[image_id], "caption": caption, "phrases": phrases})
-    _report(captions_jsonl, records)
-    return records
+    images = load_coco_panoptic(panoptic_json, panoptic_root, image_root, tasks)
+    return with_captions(images, captions_jsonl, panoptic_json)
+
+
+def with_captions(
+    images: RecordStore, captions_jsonl: str | Path, annotation: str | Path
+) -> RecordStore:
+    """One dataset dict per caption line, over the images of an annotation.
+
+    Args:
+        images: dicts of the images.
+        captions_jsonl: see `load_captions`.
+        annotation: the file that ``images`` come from, for errors.
+
+    Returns:
+        The image's dict and ``caption``, ``phrases`` with ``segment_ids`` None, for what the nouns
+        name is not known; ``is_plural`` and ``is_thing`` are None too. A noun that is not in its
+        description keeps ``start = end = -1`` and is counted in a warning.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line lacks a field, or names an unknown image or another file name than the
+            annotation has for the image; the message gives the file, the caption and the image.
+    """
+    numbers = images.numbers_by_image()
+    store, lost = images.derived(), 0
+    for place, line in enumerate(read_json_lines(captions_jsonl), start=1):
+        image_id = str(field(line, "image_id", captions_jsonl, f"caption {place}"))
+        where = f"caption {place}, image {image_id}"
+        if image_id not in numbers:
+            raise ValueError(f"{captions_jsonl}: {where} is not in {annotation}")
+        _same_picture(line, images.shared(numbers[image_id]), captions_jsonl, where)
+        caption = text(line, "description", captions_jsonl, where)
+        nouns = listed(line, "nouns", captions_jsonl, where)
+        for number, noun in enumerate(nouns):
+            if not isinstance(noun, str) or not noun.strip():
+                raise ValueError(f"{captions_jsonl}: {where}: noun {number} is {noun!r}, not text")
+        spans = locate_phrases(caption, nouns)
+        phrases = [
+            {
+                "text": noun if span is None else caption[span[0] : span[1]],
+                "start": -1 if span is None else span[0],
+                "end": -1 if span is None else span[1],
+                "segment_ids": None,
+                "is_plural": None,
+                "is_thing": None,
+            }
+            for noun, span in zip(nouns, spans)
+        ]
+        lost += sum(span is None for span in spans)
+        store.add(numbers[image_id], {"caption": caption, "phrases": phrases})
+    _report(captions_jsonl, lost)
+    return store
+
+
+def _same_picture(
+    line: dict[str, Any], image: dict[str, Any], path: str | Path, where: str
+) -> None:
+    """Refuse a caption that was written for another file: ids of two datasets may be equal."""
+    said = line.get("file_name")
+    if said and Path(str(said)).name != Path(image["file_name"]).name:
+        raise ValueError(
+            f"{path}: {where} is of {said}, but that image is {Path(image['file_name']).name}; the "
+            "captions and the annotation belong to different datasets"
+        )

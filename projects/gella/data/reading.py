@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,18 @@ ADVICE = (
     "for the synthetic shapes run: python datasets/prepare_shapes.py; "
     "for other datasets see datasets/README.md"
 )
+
+
+@contextmanager
+def no_cycle_search() -> Iterator[None]:
+    """Keep the garbage collector from walking millions of fresh dicts again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def read_json(path: str | Path) -> Any:
@@ -21,7 +36,8 @@ def read_json(path: str | Path) -> Any:
         ValueError: the file is no JSON, for instance because it is cut short.
     """
     try:
-        return json.loads(_existing(path).read_text(encoding="utf-8"))
+        with no_cycle_search():
+            return json.loads(_existing(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not a JSON file ({error}); copy or prepare it again") from error
 
@@ -34,13 +50,31 @@ def read_json_lines(path: str | Path) -> list[Any]:
         ValueError: a line is no JSON; the message gives its number, from 1.
     """
     records = []
-    for number, line in enumerate(_existing(path).read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}: line {number} is no JSON ({error})") from error
+    for _, value in json_lines(path):
+        if isinstance(value, ValueError):
+            raise value
+        records.append(value)
     return records
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yield number, from 1, and value of every line that is not blank.
+
+    The value of a line that is no JSON is a ValueError, which is not raised. A missing file raises
+    FileNotFoundError, and one that is no UTF-8 ValueError.
+    """
+    try:
+        content = _existing(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from error
+    # Not splitlines(): it also splits at line separators that may stand inside JSON text.
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            yield number, ValueError(f"{path}: line {number} is no JSON ({error})")
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -63,10 +97,11 @@ def read_plain_pickle(path: str | Path) -> Any:
     with open(_existing(path), "rb") as file:
         try:
             return _PlainUnpickler(file, encoding="utf-8", errors="replace").load()
-        except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError) as error:
+        except Exception as error:  # a damaged pickle may raise nearly anything
+            trouble = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
                 f"{path}: refused, only plain lists, dicts, numbers and text are read from a "
-                f"pickle ({error}); get the file from its first source"
+                f"pickle ({trouble}); get the file from its first source"
             ) from error
 
 
@@ -75,6 +110,40 @@ def field(record: Any, name: str, path: str | Path, where: str) -> Any:
     if not isinstance(record, dict) or name not in record:
         raise ValueError(f"{path}: {where} has no field '{name}'; is it a file of this format?")
     return record[name]
+
+
+def listed(record: Any, name: str, path: str | Path, where: str) -> list[Any]:
+    """Return ``record[name]``, which has to be a list; errors as `field`."""
+    value = field(record, name, path, where)
+    if not isinstance(value, list):
+        kind = type(value).__name__
+        raise ValueError(f"{path}: {where}: '{name}' is a {kind} ({str(value)[:40]}), not a list")
+    return value
+
+
+def text(record: Any, name: str, path: str | Path, where: str) -> str:
+    """Return ``record[name]``, which has to be text; errors as `field`."""
+    value = field(record, name, path, where)
+    if not isinstance(value, str):
+        raise ValueError(f"{path}: {where}: '{name}' is {str(value)[:40]!r}, not text")
+    return value
+
+
+def whole(record: Any, name: str, path: str | Path, where: str, least: int | None = None) -> int:
+    """Return ``record[name]`` as an int; text of digits counts, since files use both forms.
+
+    Raises ValueError, naming the file, the place and the value, for anything else and for a number
+    below ``least``.
+    """
+    value = field(record, name, path, where)
+    if isinstance(value, bool) or not (
+        isinstance(value, int) or (isinstance(value, str) and value.isdecimal())
+    ):
+        raise ValueError(f"{path}: {where}: '{name}' is {value!r}, not a whole number")
+    number = int(value)
+    if least is not None and number < least:
+        raise ValueError(f"{path}: {where}: '{name}' is {number}, but at least {least} is needed")
+    return number
 
 
 def _existing(path: str | Path) -> Path:

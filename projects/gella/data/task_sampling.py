@@ -18,6 +18,7 @@ import torch
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from gella.data.record_store import as_records, indices_with_task
 from gella.prompts import TASKS
 
 SampleKey = tuple[int, str, tuple[int, int, int]]
@@ -51,7 +52,7 @@ class GroundingBatchSampler(Sampler[list[SampleKey]]):
 
     def __init__(
         self,
-        pools: Mapping[str, Sequence[int]],
+        pools: Mapping[str, Sequence[int] | np.ndarray],
         ratios: Sequence[float],
         batch_size: int,
         seed: int,
@@ -134,7 +135,8 @@ class GroundingDataset(Dataset):
         records: dataset dicts.
         mapper: called as `mapper(record, task=..., rng_seed=...)`.
         """
-        self.records, self.mapper = records, mapper
+        # Bytes, which worker processes share; a list of dicts would be copied into each.
+        self.records, self.mapper = as_records(records), mapper
 
     def __len__(self) -> int:
         """Number of records."""
@@ -202,7 +204,8 @@ def build_train_loader(
 
     Raises ValueError when a task with a ratio above 0 has no record, naming the datasets.
     """
-    pools = {task: [i for i, r in enumerate(records) if task in r["tasks"]] for task in TASKS}
+    records = as_records(records)
+    pools = {task: indices_with_task(records, task) for task in TASKS}
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     try:
         sampler = GroundingBatchSampler(

@@ -1,0 +1,141 @@
+"""Captions from a multimodal model in this process, such as LLaVA, through transformers."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from typing import Any
+
+import torch
+from PIL import Image
+
+from gella.captioners import Picture, Reply, StoppedError, Tally, count_usage
+
+__all__ = ["LocalCaptioner"]
+
+
+class LocalCaptioner:
+    """Asks a model such as LLaVA-1.5; threads that share one wait for each other.
+
+    Args:
+        path: folder written by ``save_pretrained`` (model and processor), or a name on the Hugging
+            Face hub.
+        device: where the model runs, such as "cpu" or "cuda".
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        max_tokens: longest answer, in tokens.
+        tally: gets ``requests``, ``prompt_tokens``, ``completion_tokens``.
+
+    Raises:
+        FileNotFoundError: no model can be read there; says why.
+        ValueError: unknown dtype, or a device that this machine lacks.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        max_tokens: int = 512,
+        tally: Tally | None = None,
+    ) -> None:
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"unknown dtype {dtype!r}: auto, float32, bfloat16 or float16")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device {device} was asked for, but this machine has no CUDA device")
+        self._processor, model = _load(path, dtype)
+        self._model = model.to(device).eval()
+        self.model = os.path.basename(os.path.normpath(path)) if os.path.isdir(path) else path
+        self.tally = Tally() if tally is None else tally
+        self._max_tokens = max_tokens
+        self._lock = threading.Lock()
+        self._stop, self._abort = threading.Event(), threading.Event()
+
+    def stop(self) -> None:
+        """Begin no answer any more; the one under way is finished."""
+        self._stop.set()
+
+    def abort(self) -> None:
+        """Stop, and end the answer under way at its next token."""
+        self._stop.set()
+        self._abort.set()
+
+    def ask(self, text: str, picture: Picture | None, *, attempt: int = 0) -> Reply:
+        """Answer a question, greedily; ``attempt`` > 0 samples, lest the same answer come back.
+
+        Raises:
+            StoppedError: :meth:`stop` or :meth:`abort` was called.
+        """
+        with self._lock, torch.inference_mode():
+            if self._stop.is_set():
+                raise StoppedError("stopped")
+            inputs = self._inputs(text, picture).to(self._model.device, self._model.dtype)
+            sampling = {"do_sample": True, "temperature": 0.7} if attempt else {"do_sample": False}
+            output = self._model.generate(
+                **inputs,
+                **sampling,
+                max_new_tokens=self._max_tokens,
+                stopping_criteria=[self._criterion],
+            )
+        if self._abort.is_set():
+            raise StoppedError("stopped")
+        asked = int(inputs["input_ids"].shape[1])
+        answer = output[0, asked:]
+        self.tally.add(requests=1)
+        written = self._processor.tokenizer.decode(answer, skip_special_tokens=True)
+        reply = Reply(written.strip(), asked, len(answer), complete=self._ended(answer))
+        count_usage(self.tally, reply)
+        return reply
+
+    def _criterion(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._abort.is_set(), device=input_ids.device)
+
+    def _ended(self, answer: torch.Tensor) -> bool:
+        """Whether the model ended the answer itself."""
+        ends = self._model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return len(answer) < self._max_tokens or (len(answer) > 0 and int(answer[-1]) in ends)
+
+    def _inputs(self, text: str, picture: Picture | None) -> Any:
+        shown = None if picture is None else Image.open(io.BytesIO(picture.data)).convert("RGB")
+        if getattr(self._processor, "chat_template", None):
+            content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+            if shown is not None:
+                content.insert(0, {"type": "image", "image": shown})
+            return self._processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        # LLaVA-1.5's conversation; its early checkpoints were saved without a template.
+        mark = getattr(self._processor, "image_token", "<image>")
+        image = {} if shown is None else {"images": shown}
+        question = f"USER: {f'{mark}' + chr(10) if image else ''}{text} ASSISTANT:"
+        return self._processor(text=question, return_tensors="pt", **image)
+
+
+def _load(path: str, dtype: str) -> tuple[Any, Any]:
+    """Processor and model of a folder or hub name."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    path = os.path.expanduser(path)
+    if looks_local and not os.path.isdir(path):
+        raise FileNotFoundError(f"no model folder at {path}; check --local")
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"no image-text model with its processor can be read from {path} ({reason})"
+        ) from error
+    if not hasattr(processor, "tokenizer"):
+        raise FileNotFoundError(
+            f"{path} holds a {type(processor).__name__}, not the processor of an image-text model; "
+            "save the processor beside the model by processor.save_pretrained"
+        )
+    return processor, model

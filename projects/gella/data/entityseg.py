@@ -1,0 +1,90 @@
+"""EntitySeg: images of any domain with entity masks, and generated captions (FORMATS section 4)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from gella.data.narratives import with_captions
+from gella.data.record_store import RecordStore
+from gella.data.refcoco import load_instances
+
+__all__ = ["first_that_exists", "load_entityseg", "locate_images"]
+
+
+def load_entityseg(
+    instances_json: str | Path,
+    captions_jsonl: str | Path,
+    image_root: str | Path,
+    tasks: tuple[str, ...] = ("describe", "extract"),
+) -> RecordStore:
+    """Read generated captions over COCO-style entity masks, one dataset dict per caption.
+
+    Args:
+        instances_json: ``images`` and ``annotations`` with RLE or polygons; the class labels are
+            not used.
+        captions_jsonl: lines ``{image_id, file_name, description, nouns, model, prompt_id}``.
+        image_root: folder of the images. EntitySeg's come in several folders, while the annotation
+            names files without them: files are looked for below this folder.
+        tasks: what the records can train and serve.
+
+    Returns:
+        Dicts as `gella.data.refcoco.load_instances` with what `with_captions` adds.
+
+    Raises:
+        FileNotFoundError: one of the two annotation files is missing.
+        ValueError: as those two, or a file name occurs in several folders.
+    """
+    images = load_instances(instances_json, image_root, tasks)
+    places = locate_images(image_root, (record["file_name"] for record in images))
+    moved = RecordStore()
+    for record in images:
+        moved.share({**record, "file_name": places[record["file_name"]]})
+    return with_captions(moved, captions_jsonl, instances_json)
+
+
+def locate_images(image_root: str | Path, file_names: Iterable[str]) -> dict[str, str]:
+    """Where images are that may lie in any folder below a root.
+
+    Args:
+        image_root: the root.
+        file_names: paths of images, below the root as the annotation has them.
+
+    Returns:
+        For every path the one at which there is a file: itself, or the only one of this name below
+        the root; itself too when there is none, for the error comes when it is read.
+
+    Raises:
+        ValueError: two folders hold a file of that name.
+    """
+    found: dict[str, str] = {}
+    index: dict[str, list[str]] | None = None
+    for name in file_names:
+        found[name] = name
+        if os.path.isfile(name):
+            continue
+        if index is None:
+            index = _files_by_name(image_root)
+        options = index.get(os.path.basename(name), [])
+        if len(options) > 1:
+            raise ValueError(
+                f"{os.path.basename(name)} lies in {len(options)} folders below {image_root}, for "
+                f"instance {options[0]} and {options[1]}; keep the copy that the annotation is of"
+            )
+        found[name] = options[0] if options else name
+    return found
+
+
+def _files_by_name(root: str | Path) -> dict[str, list[str]]:
+    index: dict[str, list[str]] = {}
+    for folder, _, names in os.walk(root):
+        for name in names:
+            index.setdefault(name, []).append(os.path.join(folder, name))
+    return index
+
+
+def first_that_exists(folder: str | Path, *names: str) -> Path:
+    """The first of some names that exists in a folder; the first of all when none does."""
+    options = [Path(folder) / name for name in names]
+    return next((path for path in options if path.exists()), options[0])

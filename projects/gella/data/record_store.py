@@ -1,0 +1,276 @@
+"""Dataset dicts as bytes: a hundred thousand of them fit in one buffer that all workers share.
+
+A Python object is written to whenever somebody looks at it (its reference count), so a list of
+dicts that a forked worker reads is copied into that worker page by page. The bytes here are only
+read, and what several records have in common, an image and its segments, is held once.
+"""
+
+from __future__ import annotations
+
+import operator
+import pickle
+from abc import abstractmethod
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+__all__ = [
+    "RecordStore",
+    "Records",
+    "as_records",
+    "concatenated",
+    "indices_with_task",
+    "mapped",
+    "selected",
+]
+
+Record = dict[str, Any]
+_COMMON = ("image_id", "tasks", "entities")  # what `pack` takes for shared
+
+
+class Records(Sequence[Record]):
+    """Dataset dicts made anew at every access; changing one changes nothing inside."""
+
+    @overload
+    def __getitem__(self, place: int) -> Record: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Record]: ...
+    def __getitem__(self, place: int | slice) -> Record | list[Record]:
+        """One dict, or a list of them for a slice; IndexError outside the records."""
+        if isinstance(place, slice):
+            return [self._make(index) for index in range(*place.indices(len(self)))]
+        index = operator.index(place)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return self._make(index % len(self))
+
+    def __iter__(self) -> Iterator[Record]:
+        """All dicts in order."""
+        return (self._make(index) for index in range(len(self)))
+
+    @abstractmethod
+    def _make(self, index: int) -> Record:
+        """The dict at a place in 0..len - 1."""
+
+    @abstractmethod
+    def tasks(self) -> tuple[list[tuple[str, ...]], np.ndarray]:
+        """The tasks of every record without making it: distinct values, and their places (N,)."""
+
+    @abstractmethod
+    def image_ids(self) -> np.ndarray:
+        """The image ids as text, (N,); "" for records without any."""
+
+
+class RecordStore(Records):
+    """Pickled dicts in two buffers: shared fields, and each record's own.
+
+    Build it with `pack`, or with `share` and `add`; `derived` starts another one over the same
+    shared fields.
+    """
+
+    def __init__(self, shared: _Shared | None = None) -> None:
+        """An empty store; ``shared`` is of another store, see `derived`."""
+        self._shared = _Shared() if shared is None else shared
+        self._own = _Blobs()
+        self._numbers = array("q")  # of the shared fields, for every record
+
+    @classmethod
+    def pack(cls, records: Iterable[Record]) -> RecordStore:
+        """Store dicts that exist already; an ``entities`` that several of them hold is kept once.
+
+        Args:
+            records: dataset dicts with plain content (what pickle takes).
+        """
+        store = cls()
+        numbers: dict[tuple[int, str, tuple[str, ...]], int] = {}
+        kept = []  # an id stays taken while its object lives
+        for record in records:
+            common = {name: record[name] for name in _COMMON if name in record}
+            entities = common.get("entities")
+            key = (id(entities), str(common.get("image_id")), tuple(common.get("tasks", ())))
+            if entities is None or key not in numbers:
+                kept.append(entities)
+                numbers[key] = store.share(common)
+            store.add(numbers[key], {k: value for k, value in record.items() if k not in common})
+        return store
+
+    def derived(self) -> RecordStore:
+        """An empty store that has this one's shared fields; they are not copied."""
+        return RecordStore(self._shared)
+
+    def share(self, fields: Mapping[str, Any]) -> int:
+        """Keep fields that records have in common; returns the number to `add` records with."""
+        return self._shared.append(dict(fields))
+
+    def add(self, number: int, own: Mapping[str, Any] | None = None) -> None:
+        """Append the record of the shared fields ``number`` and the fields ``own``."""
+        self._own.append(dict(own) if own else None)
+        self._numbers.append(number)
+
+    def shared(self, number: int) -> Record:
+        """A fresh dict of the shared fields of that number."""
+        return self._shared.blobs.load(number)
+
+    def numbers_by_image(self) -> dict[str, int]:
+        """Number of the shared fields of every image, by its id as text."""
+        return {image_id: number for number, image_id in enumerate(self._shared.image_ids)}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both buffers and their indices."""
+        index = self._numbers.itemsize * len(self._numbers)
+        return self._shared.blobs.num_bytes + self._own.num_bytes + index
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._numbers)
+
+    def _make(self, index: int) -> Record:
+        return {**self.shared(self._numbers[index]), **(self._own.load(index) or {})}
+
+    def tasks(self) -> tuple[list[tuple[str, ...]], np.ndarray]:
+        """See `Records`."""
+        codes = np.asarray(self._shared.task_codes, dtype=np.int64)
+        return list(self._shared.task_kinds), codes[np.asarray(self._numbers, dtype=np.int64)]
+
+    def image_ids(self) -> np.ndarray:
+        """See `Records`."""
+        numbers = np.asarray(self._numbers, dtype=np.int64)
+        return np.asarray(self._shared.image_ids, dtype=str)[numbers]
+
+
+class _Blobs:
+    """Pickled objects one after the other in one buffer."""
+
+    def __init__(self) -> None:
+        self._bytes, self._ends = bytearray(), array("q", [0])
+
+    def append(self, value: Any) -> int:
+        self._bytes += pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        self._ends.append(len(self._bytes))
+        return len(self._ends) - 2
+
+    def load(self, number: int) -> Any:
+        with memoryview(self._bytes) as view:
+            return pickle.loads(view[self._ends[number] : self._ends[number + 1]])
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self._bytes) + self._ends.itemsize * len(self._ends)
+
+
+class _Shared:
+    """Fields in common, and what has to be known of them without unpickling."""
+
+    def __init__(self) -> None:
+        self.blobs = _Blobs()
+        self.image_ids: list[str] = []
+        self.task_kinds: list[tuple[str, ...]] = []
+        self.task_codes = array("q")
+
+    def append(self, fields: Record) -> int:
+        tasks = tuple(fields.get("tasks", ()))
+        if tasks not in self.task_kinds:
+            self.task_kinds.append(tasks)
+        self.task_codes.append(self.task_kinds.index(tasks))
+        self.image_ids.append(str(fields.get("image_id", "")))
+        return self.blobs.append(fields)
+
+
+class _Concatenated(Records):
+    def __init__(self, parts: Sequence[Records]) -> None:
+        self._parts = list(parts)
+        self._ends = np.cumsum([len(part) for part in parts]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _make(self, index: int) -> Record:
+        part = bisect_right(self._ends, index)
+        return self._parts[part]._make(index - (self._ends[part - 1] if part else 0))
+
+    def tasks(self) -> tuple[list[tuple[str, ...]], np.ndarray]:
+        kinds: list[tuple[str, ...]] = []
+        codes = [np.zeros(0, dtype=np.int64)]
+        for own_kinds, own_codes in (part.tasks() for part in self._parts):
+            codes.append(own_codes + len(kinds))
+            kinds += own_kinds
+        return kinds, np.concatenate(codes)
+
+    def image_ids(self) -> np.ndarray:
+        ids = [np.zeros(0, dtype=str), *(part.image_ids() for part in self._parts)]
+        return np.concatenate(ids)
+
+
+class _Selected(Records):
+    def __init__(self, records: Records, places: np.ndarray) -> None:
+        self._records, self._places = records, np.asarray(places, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _make(self, index: int) -> Record:
+        return self._records._make(int(self._places[index]))
+
+    def tasks(self) -> tuple[list[tuple[str, ...]], np.ndarray]:
+        kinds, codes = self._records.tasks()
+        return kinds, codes[self._places]
+
+    def image_ids(self) -> np.ndarray:
+        return self._records.image_ids()[self._places]
+
+
+class _Mapped(Records):
+    def __init__(self, records: Records, change: Callable[[Record], Record]) -> None:
+        self._records, self._change = records, change
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def _make(self, index: int) -> Record:
+        return self._change(self._records._make(index))
+
+    def tasks(self) -> tuple[list[tuple[str, ...]], np.ndarray]:
+        return self._records.tasks()
+
+    def image_ids(self) -> np.ndarray:
+        return self._records.image_ids()
+
+
+def as_records(records: Sequence[Record]) -> Records:
+    """The same records, packed unless they are already; plain lists come from users' catalogs."""
+    return records if isinstance(records, Records) else RecordStore.pack(records)
+
+
+def concatenated(parts: Iterable[Sequence[Record]]) -> Records:
+    """The records of several datasets one after the other; stores are not copied."""
+    packed = [as_records(part) for part in parts]
+    return packed[0] if len(packed) == 1 else _Concatenated(packed)
+
+
+def selected(records: Sequence[Record], places: Sequence[int] | np.ndarray) -> Records:
+    """The records at some places, in the order of ``places`` (int64 (K,)); nothing is copied."""
+    return _Selected(as_records(records), np.asarray(places, dtype=np.int64))
+
+
+def mapped(records: Sequence[Record], change: Callable[[Record], Record]) -> Records:
+    """Records that pass through a function at every access.
+
+    Args:
+        records: what to change.
+        change: takes a dict that it may alter and returns the one to give out; pure, and of the
+            same ``image_id`` and ``tasks``.
+    """
+    return _Mapped(as_records(records), change)
+
+
+def indices_with_task(records: Sequence[Record], task: str) -> np.ndarray:
+    """Places of the records that can train a task, int64 (K,), ascending."""
+    if not isinstance(records, Records):
+        return np.flatnonzero([task in record["tasks"] for record in records])
+    kinds, codes = records.tasks()
+    chosen = [code for code, tasks in enumerate(kinds) if task in tasks]
+    return np.flatnonzero(np.isin(codes, chosen))

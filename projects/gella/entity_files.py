@@ -1,0 +1,229 @@
+"""Entity masks of one image from a file: every format of FORMATS section 5 becomes an `EntityMap`.
+
+Whatever is wrong with a file is said in one line that names the file and the image.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from gella.entities import EntityMap, rgb_to_id
+from gella.entity_json import (
+    JSON_FORMATS,
+    check_size,
+    checked_segments,
+    entries_of,
+    from_results,
+    from_segments,
+    json_format,
+)
+
+PICTURE_FORMATS = ("panoptic_png", "gray_png", "npz")  # one file per image
+FORMATS = (*PICTURE_FORMATS, *JSON_FORMATS)
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_GRAY_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+
+
+def load_entities(
+    file_name: str | Path,
+    height: int,
+    width: int,
+    *,
+    format: str = "auto",
+    segments_info: Sequence[dict[str, Any]] | None = None,
+    image_id: int | str | None = None,
+) -> EntityMap:
+    """Read the entities of one image of height x width pixels.
+
+    Args:
+        file_name: the mask file.
+        height: of the image, pixels.
+        width: of the image, pixels.
+        format: "panoptic_png" (RGB ids), "gray_png" (8 or 16 bits, or palette indices), "npz"
+            (`masks` (E, H, W) or `ids` (H, W), optionally `scores`), "coco_results" (JSON list of
+            all images), "coco_panoptic" (the JSON; its PNGs lie in the folder of the same name),
+            "coco_instances" (the JSON; RLE or polygons), or "auto": by the suffix and content.
+        segments_info: the segments of the image. Crowd segments are no entities: they are left out
+            and their pixels become 0. None takes every id but 0. For "coco_results" and
+            "coco_instances" they hold the `segmentation` themselves, as read from the JSON, which
+            is then only named in errors; None reads them from it.
+        image_id: finds the image in the JSON formats, and names it in errors.
+
+    Returns an EntityMap in the image's frame whose ids are those of the file (for masks without
+    ids: their place from 1). Masks that overlap are flattened, see `EntityMap.from_masks`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of another mode or size, lists other ids than `segments_info`,
+            says nothing of the image, or holds no entity at all.
+    """
+    path = Path(file_name)
+    name = path.stem if image_id is None else str(image_id)
+    if not path.is_file():
+        raise FileNotFoundError(f"image {name}: entity file {path} does not exist; check the path")
+    try:
+        entities = _load(path, (int(height), int(width)), format, segments_info, image_id)
+    except ValueError as error:
+        raise ValueError(f"image {name}, entity file {path}: {error}") from error
+    if entities.num_entities == 0:
+        raise ValueError(
+            f"image {name}, entity file {path}: no entity at all; give masks with at least one"
+        )
+    return entities
+
+
+def _load(
+    path: Path,
+    size: tuple[int, int],
+    format: str,
+    segments_info: Sequence[dict[str, Any]] | None,
+    image_id: int | str | None,
+) -> EntityMap:
+    kind = _detect(path) if format == "auto" else format
+    if kind in ("panoptic_png", "gray_png"):
+        return _from_png(path, size, segments_info, rgb=kind == "panoptic_png")
+    if kind == "npz":
+        return _from_npz(path, size)
+    if kind == "coco_panoptic":
+        annotation = entries_of(path, kind, image_id)[0]
+        for key in ("file_name", "segments_info"):
+            if key not in annotation:
+                raise ValueError(f"the image's annotation has no '{key}'")
+        picture = panoptic_picture(path, annotation["file_name"])
+        if not picture.is_file():
+            raise ValueError(f"its picture {picture} does not exist; unpack it beside the JSON")
+        return _from_png(picture, size, annotation["segments_info"], rgb=True)
+    if kind in JSON_FORMATS:
+        read = from_results if kind == "coco_results" else from_segments
+        given = entries_of(path, kind, image_id) if segments_info is None else segments_info
+        return read(given, size)
+    raise ValueError(f"unknown format {format!r}; known: auto, {', '.join(FORMATS)}")
+
+
+def panoptic_picture(panoptic_json: Path, file_name: str) -> Path:
+    """The PNG that an annotation of a panoptic JSON names: in the folder of the JSON's name."""
+    return panoptic_json.with_suffix("") / file_name
+
+
+def _detect(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        return "npz"
+    if suffix == ".json":
+        return json_format(path)
+    if suffix == ".png":
+        return "gray_png" if _open_png(path)[1] in _GRAY_MODES else "panoptic_png"
+    raise ValueError(f"the suffix {suffix!r} names no known format; use .png, .npz or .json")
+
+
+def _open_png(path: Path) -> tuple[np.ndarray, str]:
+    """Pixels and Pillow's mode. A file that is asked for twice in a row is decoded once."""
+    try:
+        status = path.stat()
+        return _decoded(str(path), status.st_mtime_ns, status.st_size)
+    except UnidentifiedImageError as error:
+        raise ValueError("no picture that Pillow can read") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"too large to open safely ({error})") from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"truncated or damaged ({error}); copy it again") from error
+
+
+@lru_cache(maxsize=1)
+def _decoded(path: str, changed: int, length: int) -> tuple[np.ndarray, str]:
+    with open(path, "rb") as file:
+        data = file.read()
+        if data.startswith(_SIGNATURE):
+            _check_chunks(data)
+        file.seek(0)
+        with Image.open(file) as picture:
+            if picture.format != "PNG":
+                raise ValueError(f"a {picture.format} picture; ids need a PNG, which loses nothing")
+            depth = data[24]  # of the header; Pillow cuts deeper colours to 8 bits unasked
+            if depth != 8 and picture.mode not in _GRAY_MODES:
+                raise ValueError(f"{depth} bits per colour; ids are RGB with 8, grey with 8 or 16")
+            pixels = np.asarray(picture)
+            pixels.flags.writeable = False
+            return pixels, picture.mode
+
+
+def _check_chunks(data: bytes) -> None:
+    """ValueError if a PNG is cut or was changed: Pillow does not look at the pixels' check sums."""
+    place = len(_SIGNATURE)
+    while True:
+        length = int.from_bytes(data[place : place + 4], "big")
+        end = place + 12 + length
+        if end > len(data):
+            raise ValueError(f"truncated after {len(data)} bytes; copy it again")
+        kind = data[place + 4 : place + 8]
+        if zlib.crc32(data[place + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise ValueError(f"damaged (check sum of a {kind!r} chunk); copy it again")
+        if kind == b"IEND":
+            return
+        place = end
+
+
+def _from_png(path: Path, size: tuple[int, int], segments_info: Any, *, rgb: bool) -> EntityMap:
+    pixels, mode = _open_png(path)
+    wanted = ("RGB",) if rgb else _GRAY_MODES
+    if mode not in wanted:
+        kind = "RGB" if rgb else "grey (8 or 16 bits) or palette"
+        raise ValueError(f"picture mode is {mode}, expected {kind}")
+    check_size(pixels.shape[:2], size)
+    ids = rgb_to_id(pixels) if rgb else pixels.astype(np.int32)
+    if segments_info is None:
+        return EntityMap.from_id_image(ids)
+    segments = checked_segments(segments_info)
+    listed = [number for number, _, _ in segments]
+    if any(number <= 0 for number in listed):
+        raise ValueError(f"segments_info lists id {min(listed)}; ids start at 1, and 0 is void")
+    entities = EntityMap.from_id_image(ids, listed)
+    absent = [i for i, area in zip(listed, entities.areas()) if area == 0]
+    if absent:
+        raise ValueError(f"segments_info lists {absent[:5]} but no pixel of the PNG has these ids")
+    unlisted = (entities.ids == 0) & (ids != 0)
+    if unlisted.any():
+        extra = [int(i) for i in np.unique(ids[unlisted])]
+        raise ValueError(f"pixels have ids {extra[:5]} that segments_info does not list")
+    own = [number for number, crowd, _ in segments if not crowd]
+    return entities if own == listed else EntityMap.from_id_image(ids, own)
+
+
+def _from_npz(path: Path, size: tuple[int, int]) -> EntityMap:
+    arrays = _arrays(path)
+    scores = arrays.get("scores")
+    if scores is not None and scores.dtype.kind not in "fiu":
+        raise ValueError(f"scores must be numbers (E,), got {scores.dtype}")
+    if "masks" in arrays:
+        masks = arrays["masks"]
+        if masks.ndim != 3 or masks.dtype.kind not in "bui":
+            raise ValueError(f"masks must be bool (E, H, W), got {masks.dtype} {masks.shape}")
+        check_size(masks.shape[1:], size)
+        return EntityMap.from_masks(masks, scores)
+    if "ids" in arrays:
+        ids = arrays["ids"]
+        if ids.ndim != 2 or ids.dtype.kind not in "ui":
+            raise ValueError(f"ids must be int32 (H, W), got {ids.dtype} {ids.shape}")
+        check_size(ids.shape, size)
+        if ids.min() < 0:
+            raise ValueError(f"ids holds {int(ids.min())}; ids start at 1, and 0 is void")
+        return EntityMap.from_id_image(ids, scores=scores)
+    raise ValueError(f"holds {sorted(arrays)} but neither 'masks' (E, H, W) nor 'ids' (H, W)")
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("truncated or no npz archive; write it again with numpy.savez")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"truncated or damaged ({error}); write it again") from error

@@ -1,0 +1,247 @@
+"""Entity masks from a live segmenter: an image goes in, an `EntityMap` comes out.
+
+    segmenter = load_segmenter("sam:facebook/sam-vit-base", device="cuda")
+    entities = segmenter.segment(read_image("photo.jpg"), MaskLimits(min_area=100))
+
+A segmenter is named by a *spec*; class labels are dropped, since entities have none:
+
+    sam:PATH                    SAM, SAM-HQ, SAM 2: masks of everything, from a grid of points
+    transformers:PATH           Mask2Former, OneFormer, MaskFormer, DETR, EoMT: panoptic, instances
+    detectron2:CONFIG:WEIGHTS   any Detectron2 model that returns instances or panoptic_seg
+
+PATH is a folder that transformers' `save_pretrained` wrote, or a name on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gella.entities import EntityMap
+from gella.entity_sources import SOURCE_KINDS, LiveSource
+from gella.geometry import read_image
+
+KINDS = ("sam", "transformers", "detectron2")
+SPECS = "sam:PATH, transformers:PATH or detectron2:CONFIG:WEIGHTS"
+
+
+@dataclass(frozen=True)
+class MaskLimits:
+    """Which of a segmenter's masks become entities.
+
+    Attributes:
+        min_area: pixels; smaller masks are left out, as is what other masks leave of one.
+        min_score: masks scored lower are left out; None keeps all.
+        max_entities: this many masks of the highest scores are kept; None keeps all.
+
+    Raises ValueError for negative areas and for max_entities below 1.
+    """
+
+    min_area: int = 1
+    min_score: float | None = None
+    max_entities: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_area < 0:
+            raise ValueError(f"the smallest area is {self.min_area} pixels; give 0 or more")
+        if self.max_entities is not None and self.max_entities < 1:
+            raise ValueError(f"at most {self.max_entities} entities were asked for; give 1 or more")
+
+    def flatten(self, masks: np.ndarray, scores: np.ndarray) -> EntityMap:
+        """Turn masks bool (E, H, W), which may overlap, and scores float (E,) into entities.
+
+        The result is numbered 1..E' in the order of ``masks`` and may hold no entity. Overlaps are
+        resolved as `EntityMap.from_masks` does.
+        """
+        least = max(1, self.min_area)
+        keep = masks.sum(axis=(1, 2)) >= least
+        if self.min_score is not None:
+            keep &= scores >= self.min_score
+        chosen = np.flatnonzero(keep)
+        if self.max_entities is not None:
+            best = np.argsort(-scores[chosen], kind="stable")[: self.max_entities]
+            chosen = np.sort(chosen[best])
+        entities = EntityMap.from_masks(masks[chosen], scores[chosen])
+        # Slivers that the masks above have left are dropped too: nobody can point at them.
+        large = np.flatnonzero(entities.areas() >= least)
+        kept = EntityMap.from_id_image(
+            entities.ids, [int(k) + 1 for k in large], entities.scores[large]
+        )
+        return EntityMap(kept.ids, list(range(1, kept.num_entities + 1)), kept.scores)
+
+
+class Segmenter:
+    """Base of the live segmenters. A subclass says what its `predict` finds and its OPTIONS.
+
+    Attributes:
+        OPTIONS: what `load_segmenter` accepts for the kind: name -> (type of the value, meaning).
+    """
+
+    OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {}
+
+    def predict(self, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Find the masks of uint8 RGB images (H, W, 3) of any sizes.
+
+        Returns per image masks bool (E, H, W), which may overlap, and scores float32 (E,). The
+        result for an image does not depend on the others of the call.
+        """
+        raise NotImplementedError
+
+    def segment(self, image: np.ndarray, limits: MaskLimits | None = None) -> EntityMap:
+        """Entities of one uint8 RGB image (H, W, 3); the map may hold none."""
+        return self.segment_batch([image], limits)[0]
+
+    def segment_batch(
+        self, images: Sequence[np.ndarray], limits: MaskLimits | None = None
+    ) -> list[EntityMap]:
+        """Entities of several uint8 RGB images (H, W, 3), one map per image.
+
+        Raises ValueError for other arrays, and for a model that answers with masks of another size
+        or with scores that are no numbers.
+        """
+        for image in images:
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
+        results = []
+        with torch.inference_mode():
+            found = self.predict(images)
+        for image, (masks, scores) in zip(images, found):
+            if masks.ndim != 3 or masks.shape[1:] != image.shape[:2]:
+                raise ValueError(
+                    f"the segmenter gave masks of shape {masks.shape} for an image of "
+                    f"{image.shape[1]}x{image.shape[0]} (width x height)"
+                )
+            if not np.isfinite(scores).all():
+                raise ValueError("the segmenter gave scores that are no numbers; are its weights?")
+            results.append((limits or MaskLimits()).flatten(masks, scores))
+        return results
+
+
+class SegmenterSource(LiveSource):
+    """Entities of dataset records made on the spot, in the place of files.
+
+    The model is loaded at the first image, once per process. It is slow, and the processes of a
+    loader cannot share one GPU's model: for more than a look, write the masks to a file first
+    (``tools/precompute_entities.py``), or else set ``DATALOADER.NUM_WORKERS 0``.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        device: str | None = None,
+        options: Mapping[str, str] | None = None,
+        limits: MaskLimits | None = None,
+    ) -> None:
+        """Args: as `load_segmenter`, and which masks are kept. Only the spec's form is checked."""
+        _split_spec(spec)
+        super().__init__(self._find)
+        self._arguments = (spec, device, dict(options or {}))
+        self._limits = limits
+        self._segmenter: Segmenter | None = None
+
+    def __str__(self) -> str:
+        return self._arguments[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_segmenter": None}
+
+    def load(self, record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
+        """See `LiveSource.load`; without `image` the picture is read."""
+        return super().load(record, read_image(record["file_name"]) if image is None else image)
+
+    def _find(self, image: np.ndarray) -> EntityMap:
+        if self._segmenter is None:
+            self._segmenter = load_segmenter(*self._arguments)
+        return self._segmenter.segment(image, self._limits)
+
+
+SOURCE_KINDS["segmenter"] = SegmenterSource
+
+
+def load_segmenter(
+    spec: str, device: str | None = None, options: Mapping[str, str] | None = None
+) -> Segmenter:
+    """Load the segmenter that a spec (see the top of this file) names.
+
+    Args:
+        spec: ``sam:PATH``, ``transformers:PATH`` or ``detectron2:CONFIG:WEIGHTS``. Code and pickles
+            that come with a model are never run.
+        device: "cpu", "cuda", "cuda:1", ...; None takes CUDA where there is one.
+        options: values by name, as text; the names are the kind's OPTIONS. A Detectron2 model also
+            takes config keys (``MODEL.ROI_HEADS.SCORE_THRESH_TEST``).
+
+    Raises:
+        FileNotFoundError: a file or folder of the spec does not exist.
+        ValueError: a wrong spec, device, option, or a model that cannot be loaded; the message says
+            what to do.
+    """
+    kind, rest, weights = _split_spec(spec)
+    place = _checked_device(device)
+    given = dict(options or {})
+    if kind == "detectron2":
+        from gella.segmenters_detectron2 import Detectron2Segmenter
+
+        # Names of config keys start with a capital; they are checked by the config.
+        keys = {name: given.pop(name) for name in list(given) if name[:1].isupper()}
+        return Detectron2Segmenter(
+            rest, weights, place, keys, **parse_options(Detectron2Segmenter, given)
+        )
+    from gella.segmenters_transformers import SamSegmenter, UniversalSegmenter
+
+    cls: Any = SamSegmenter if kind == "sam" else UniversalSegmenter
+    return cls(rest, place, **parse_options(cls, given))
+
+
+def _split_spec(spec: str) -> tuple[str, str, str]:
+    """(kind, path or config, weights or "")"""
+    kind, _, path = spec.partition(":")
+    if kind not in KINDS or not path:
+        raise ValueError(f"segmenter {spec!r} is none of {SPECS}")
+    if kind != "detectron2":
+        return kind, path, ""
+    config, _, weights = path.partition(":")
+    if not config or not weights:
+        raise ValueError(f"segmenter {spec!r} lacks its weights; give detectron2:CONFIG:WEIGHTS")
+    return kind, config, weights
+
+
+def parse_options(cls: type[Segmenter], options: Mapping[str, str]) -> dict[str, Any]:
+    """Convert option values from text; ValueError names an unknown one or a wrong value."""
+    parsed = {}
+    for name, value in options.items():
+        if name not in cls.OPTIONS:
+            known = "; ".join(f"{key}: {text}" for key, (_, text) in cls.OPTIONS.items())
+            raise ValueError(f"segmenter option {name!r} is not known; there are {known}")
+        convert, text = cls.OPTIONS[name]
+        try:
+            parsed[name] = convert(value)
+        except ValueError as error:
+            raise ValueError(f"segmenter option {name}={value}: {error}; it is {text}") from error
+    return parsed
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Converter of an option that is one of a few words."""
+
+    def convert(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"not one of {', '.join(choices)}")
+        return value
+
+    return convert
+
+
+def _checked_device(device: str | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown; use cpu, cuda or cuda:NUMBER") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for but torch sees no CUDA; use --device cpu")
+    return device

@@ -1,0 +1,229 @@
+"""Live segmenters of transformers: SAM's masks of everything, and Mask2Former and its relatives."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from gella.entity_segmenters import Segmenter, one_of
+
+
+class SamSegmenter(Segmenter):
+    """Masks of everything by SAM, SAM-HQ or SAM 2: a grid of points, each asked for its masks.
+
+    Args:
+        path: folder that `save_pretrained` wrote, or a hub name.
+        device: as torch names it.
+        options: see OPTIONS; defaults are those of transformers' mask-generation pipeline.
+
+    Scores are SAM's own estimates of the masks' IoU.
+    """
+
+    OPTIONS = {
+        "points_per_side": (int, "side of the grid of points, default 32"),
+        "points_per_batch": (int, "points at a time, default 64; fewer need less memory"),
+        "crops": (int, "layers of crops that are asked again for small entities, default 0"),
+        "pred_iou_thresh": (float, "least score of a mask, default 0.88"),
+        "stability_score_thresh": (float, "least stability of a mask, default 0.95"),
+        "nms_thresh": (float, "IoU of boxes over which the lower scored goes, default 0.7"),
+    }
+    _NAMES = {
+        "points_per_side": "points_per_crop",
+        "crops": "crops_n_layers",
+        "nms_thresh": "crops_nms_thresh",
+    }
+
+    def __init__(self, path: str, device: str, **options: Any) -> None:
+        from transformers import AutoImageProcessor, AutoModelForMaskGeneration
+        from transformers.pipelines import MaskGenerationPipeline
+
+        for name in ("points_per_side", "points_per_batch"):
+            if options.get(name, 1) < 1:
+                raise ValueError(f"segmenter option {name}={options[name]} must be at least 1")
+        processor, model = _load("sam", path, AutoImageProcessor, AutoModelForMaskGeneration)
+        _spread_points(processor)
+        self._pipeline = MaskGenerationPipeline(
+            model=model.to(device).eval(), image_processor=processor, device=torch.device(device)
+        )
+        self._options = {self._NAMES.get(key, key): value for key, value in options.items()}
+
+    def predict(self, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """See `Segmenter.predict`; one image after the other, its points in batches."""
+        results = []
+        for image in images:
+            found = self._pipeline(Image.fromarray(image), **self._options)
+            masks = [np.asarray(mask, dtype=bool) for mask in found["masks"]]
+            stacked = np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), dtype=bool)
+            results.append((stacked, _to_numpy(found["scores"])))
+        return results
+
+
+def _spread_points(processor: Any) -> None:
+    """Make SAM 2's grid of points cover the whole of an image that is not square.
+
+    transformers scales the grid as for SAM, by the longest side, also where the processor squashes
+    the image to a square (SAM 2, EdgeTAM): the lower part of a wide image, and the right part of a
+    tall one, would never be asked.
+    """
+    size = processor.size
+    if size.get("longest_edge") is not None:
+        return
+    original = processor.generate_crop_boxes
+
+    @functools.wraps(original)
+    def generate(image: Any, target_size: int, *args: Any, **kwargs: Any) -> Any:
+        boxes, points, crops, labels = original(image, target_size, *args, **kwargs)
+        for place, crop in enumerate(crops):
+            height, width = crop.shape[-2:]
+            scale = target_size / max(height, width)
+            points[:, :, place, 0] *= size["width"] / int(width * scale + 0.5)
+            points[:, :, place, 1] *= size["height"] / int(height * scale + 0.5)
+        return boxes, points, crops, labels
+
+    processor.generate_crop_boxes = generate
+
+
+class UniversalSegmenter(Segmenter):
+    """Panoptic or instance segments by Mask2Former, OneFormer, MaskFormer, DETR or EoMT.
+
+    Args:
+        path: folder that `save_pretrained` wrote (model and processor), or a hub name.
+        device: as torch names it.
+        task: "panoptic" (no overlaps, stuff included) or "instance".
+        options: thresholds of the processor's post-processing, see OPTIONS.
+
+    Class labels are dropped, and segments of one class are never fused.
+    """
+
+    OPTIONS = {
+        "task": (one_of("panoptic", "instance"), "panoptic (default) or instance"),
+        "threshold": (float, "least score of a segment; default: the model's processor's"),
+        "mask_threshold": (float, "probability over which a pixel belongs to it, default 0.5"),
+        "overlap_mask_area_threshold": (float, "least share of it that stays visible, default 0.8"),
+    }
+
+    def __init__(self, path: str, device: str, task: str = "panoptic", **options: Any) -> None:
+        from transformers import (
+            AutoImageProcessor,
+            AutoModelForUniversalSegmentation,
+            AutoProcessor,
+        )
+
+        auto = (AutoImageProcessor, AutoProcessor)
+        processor, model = _load("transformers", path, auto, AutoModelForUniversalSegmentation)
+        self._model = model.to(device).eval()
+        self._processor = processor
+        self._device = device
+        # OneFormer is told its task in words, by a processor that holds a tokenizer.
+        self._told = {"task_inputs": [task]} if model.config.model_type == "oneformer" else {}
+        name = f"post_process_{task}_segmentation"
+        post = getattr(getattr(processor, "image_processor", processor), name, None)
+        if post is None:
+            raise ValueError(f"segmenter transformers:{path} has no {task} segmentation")
+        accepted = inspect.signature(inspect.unwrap(post)).parameters
+        unknown = sorted(options.keys() - accepted.keys())
+        if unknown:
+            raise ValueError(f"segmenter transformers:{path} has no option {unknown[0]} for {task}")
+        wanted = {"label_ids_to_fuse": set(), "return_binary_maps": True, **options}
+        arguments = {key: value for key, value in wanted.items() if key in accepted}
+        self._post = functools.partial(post, **arguments)
+
+    def predict(self, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """See `Segmenter.predict`; images of one size after preprocessing go in one batch."""
+        # Prepared one by one: padding to a common size would stretch the masks, which are scaled to
+        # the image as if no pixel were padding.
+        prepared = [self._prepare(image) for image in images]
+        groups: dict[Any, list[int]] = {}
+        for place, inputs in enumerate(prepared):
+            shapes = tuple((key, tuple(value.shape)) for key, value in inputs.items())
+            groups.setdefault(shapes, []).append(place)
+        results: list[Any] = [None] * len(images)
+        for places in groups.values():
+            batch = {
+                key: torch.cat([prepared[place][key] for place in places]).to(self._device)
+                for key in prepared[places[0]]
+            }
+            outputs = self._model(**batch)
+            sizes = [images[place].shape[:2] for place in places]
+            for place, found in zip(places, self._post(outputs, target_sizes=sizes)):
+                results[place] = _segments(found, images[place].shape[:2])
+        return results
+
+    def _prepare(self, image: np.ndarray) -> dict[str, torch.Tensor]:
+        inputs = self._processor(images=Image.fromarray(image), return_tensors="pt", **self._told)
+        mask = inputs.get("pixel_mask")
+        if mask is not None and not bool(mask.all()):
+            raise ValueError(
+                "the segmenter's processor pads every image to a fixed size, which would shift its "
+                'masks; set "pad_size": null in its preprocessor_config.json'
+            )
+        accepted = inspect.signature(self._model.forward).parameters
+        tensors = {key: value for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+        return {key: value for key, value in tensors.items() if key in accepted}
+
+
+def _segments(found: dict[str, Any], size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Masks bool (E, H, W) and scores (E,) from what post-processing says of one image."""
+    segments, drawn = found["segments_info"], found["segmentation"]
+    if not segments:
+        return np.zeros((0, *size), dtype=bool), np.zeros(0, dtype=np.float32)
+    scores = np.array([segment["score"] for segment in segments], dtype=np.float32)
+    pixels = _to_numpy(drawn)
+    if pixels.ndim == 3:  # one map per instance, in the segments' order
+        return pixels > 0.5, scores
+    ids = np.array([segment["id"] for segment in segments])
+    return pixels[None] == ids[:, None, None], scores
+
+
+def _to_numpy(values: Any) -> np.ndarray:
+    tensor = torch.as_tensor(values).detach().cpu()
+    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+
+
+def _load(kind: str, path: str, processor_class: Any, model_class: Any) -> tuple[Any, Any]:
+    """Processor and model of a folder or hub name; weights that do not fit are refused.
+
+    ``processor_class`` may be a pair: the second serves OneFormer.
+    """
+    name = f"segmenter {kind}:{path}"
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and (looks_local or folder.exists()):
+        raise FileNotFoundError(
+            f"{name}: folder {path} does not exist; give one that save_pretrained wrote, or a "
+            "hub name (OWNER/MODEL)"
+        )
+    source = str(folder) if folder.is_dir() else path
+    try:
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, weights_only=True, trust_remote_code=False
+        )
+        if isinstance(processor_class, tuple):
+            processor_class = processor_class[model.config.model_type == "oneformer"]
+        processor = processor_class.from_pretrained(source, trust_remote_code=False)
+    except ImportError as error:
+        raise ValueError(f"{name} needs a package: {_one_line(error)}") from error
+    except Exception as error:  # transformers raises many types: no model, another kind, damaged
+        hint = "is it a model of this kind, saved with its processor"
+        hint += "?" if folder.is_dir() else ", and is the hub reachable?"
+        raise ValueError(f"{name} cannot be loaded ({_one_line(error)}); {hint}") from error
+    lacking = sorted(info["missing_keys"])
+    odd = sorted(str(entry) for entry in info["mismatched_keys"])
+    if lacking or odd:
+        raise ValueError(
+            f"{name}: {len(lacking)} weights are missing and {len(odd)} have another shape, for "
+            f"instance {(lacking + odd)[0]}; they would stay random, copy the model again"
+        )
+    return processor, model
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if 0 < len(text) <= 300 else (text[:300] + " ..." if text else type(error).__name__)

@@ -1,0 +1,467 @@
+"""The check of a dataset: every kind of damage is found, named, and does not hide the others."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dataset_scripts import copied, prepare_small_shapes, registered, script
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from gella.data import datasets, shapes
+from gella.data.checking import check_dataset
+from gella.data.known_counts import known_counts
+
+FIRST = shapes.image_id_of("val", 0)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return prepare_small_shapes(tmp_path_factory.mktemp("data") / "shapes")
+
+
+@pytest.fixture
+def root(prepared, tmp_path):
+    return copied(prepared, tmp_path / "shapes")
+
+
+def check(root: Path, form: str, **options: Any) -> Any:
+    """The report on one form of the held-out scenes below a root."""
+    notes = root / "annotations"
+    where = (root / "val", notes / "panoptic_val", notes / "panoptic_val.json")
+    if form == "panoptic":
+        entered = registered(datasets.register_panoptic, *where)
+    elif form == "png":
+        entered = registered(datasets.register_png, *where, notes / "png_shapes_val.json")
+    elif form == "captions":
+        where = (root / "train", notes / "panoptic_train", notes / "panoptic_train.json")
+        entered = registered(datasets.register_captions, *where, notes / "captions_train.jsonl")
+    elif form == "entityseg":
+        entered = registered(
+            datasets.register_entityseg,
+            root / "refcoco" / "instances.json",
+            notes / "captions_train.jsonl",
+            root / "train",
+        )
+    else:
+        entered = registered(
+            datasets.register_refcoco, root / "refcoco", "unc", "val", root / "val"
+        )
+    with entered as name:
+        return check_dataset(name, **options)
+
+
+@pytest.mark.parametrize("form", ["panoptic", "png", "captions", "entityseg", "refcoco"])
+def test_a_sound_dataset_has_no_error_and_is_counted(root, form):
+    report = check(root, form)
+    assert report.findings == [] and report.number("error") == 0
+    figures = report.figures
+    expected = {
+        "panoptic": ("images", 4),
+        "png": ("narratives", 4),
+        "captions": ("captions", 12),
+        "entityseg": ("captions", 12),
+        "refcoco": ("images", 4),
+    }[form]
+    assert figures[expected[0]] == expected[1]
+    assert figures["images opened"] == (6 if form in ("captions", "entityseg") else 4)
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(change(content) or content))
+
+
+def panoptic(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    return lambda root: edit(root / "annotations" / "panoptic_val.json", change)
+
+
+def narratives(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    return lambda root: edit(root / "annotations" / "png_shapes_val.json", change)
+
+
+def instances(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    return lambda root: edit(root / "refcoco" / "instances.json", change)
+
+
+def captions(change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
+    def apply(root: Path) -> None:
+        path = root / "annotations" / "captions_train.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = change(lines) or lines
+        path.write_text("".join((v if isinstance(v, str) else json.dumps(v)) + "\n" for v in lines))
+
+    return apply
+
+
+def refs(change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
+    def apply(root: Path) -> None:
+        path = root / "refcoco" / "refs(unc).p"
+        content = pickle.loads(path.read_bytes())
+        path.write_bytes(pickle.dumps(change(content) or content, protocol=2))
+
+    return apply
+
+
+def picture(change: Callable[[Image.Image], Image.Image]) -> Callable[[Path], None]:
+    def apply(root: Path) -> None:
+        path = root / "val" / f"{FIRST:012d}.png"
+        with Image.open(path) as image:
+            image.load()
+        change(image).save(path)
+
+    return apply
+
+
+def masks(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    def apply(root: Path) -> None:
+        path = root / "annotations" / "panoptic_val" / f"{FIRST:012d}.png"
+        with Image.open(path) as image:
+            pixels = np.array(image)
+        Image.fromarray(change(pixels)).save(path)
+
+    return apply
+
+
+def cut(name: str, keep: float = 0.6) -> Callable[[Path], None]:
+    def apply(root: Path) -> None:
+        path = next(root.glob(name))
+        data = path.read_bytes()
+        path.write_bytes(data[: int(len(data) * keep)])
+
+    return apply
+
+
+def removed(name: str) -> Callable[[Path], None]:
+    return lambda root: next(root.glob(name)).unlink()
+
+
+def painted(pixels: np.ndarray) -> np.ndarray:
+    pixels[:3, :5] = (1, 2, 0)  # id 513
+    return pixels
+
+
+def first_segment(content: Any) -> dict[str, Any]:
+    return content["annotations"][0]["segments_info"][0]
+
+
+def with_crowds(content: Any) -> None:
+    for segment in content["annotations"][0]["segments_info"]:
+        segment["iscrowd"] = 1
+
+
+def first_noun(content: Any) -> dict[str, Any]:
+    return next(s for s in content[0]["segments"] if s["segment_ids"])
+
+
+def first_of_val(content: Any) -> dict[str, Any]:
+    return next(ref for ref in content if ref["split"] == "val")
+
+
+def outline(content: Any, value: Any) -> None:
+    owner = next(a for a in content["annotations"] if a["image_id"] == FIRST)
+    owner["segmentation"] = value
+
+
+EMPTY = {"size": [96, 96], "counts": [96 * 96]}
+BARE = {"size": [96, 96]}
+OTHER = {"size": [90, 96], "counts": [90 * 96]}
+
+# (form, damage, kind of the finding, what its text has to say)
+DAMAGE = {
+    "no image": ("panoptic", removed("val/*01.png"), "missing-image", "does not exist"),
+    "image cut": ("panoptic", cut("val/*01.png"), "damaged-image", "decoded"),
+    "image size": (
+        "panoptic",
+        picture(lambda i: i.resize((80, 96))),
+        "image-size",
+        "80x96 .* 96x96",
+    ),
+    "no masks": (
+        "panoptic",
+        removed("annotations/panoptic_val/*01.png"),
+        "missing-masks",
+        "does not exist",
+    ),
+    "masks cut": ("panoptic", cut("annotations/panoptic_val/*01.png"), "damaged-masks", "decoded"),
+    "masks grey": ("panoptic", masks(lambda p: p[..., 0]), "mask-mode", "mode is L"),
+    "masks size": ("panoptic", masks(lambda p: p.repeat(2, 0)), "mask-size", "96x192 .* 96x96"),
+    "unlisted": ("panoptic", masks(painted), "unlisted-id", "15 pixels have id 513"),
+    "absent": (
+        "panoptic",
+        panoptic(lambda c: c["annotations"][0]["segments_info"].append(
+            {"id": 77, "category_id": 1, "iscrowd": 0, "area": 5}
+        )),
+        "absent-id",
+        "id 77",
+    ),
+    "zero area": (
+        "panoptic",
+        panoptic(lambda c: first_segment(c).update(area=0)),
+        "zero-area",
+        "area is 0",
+    ),
+    "other area": (
+        "panoptic",
+        panoptic(lambda c: first_segment(c).update(area=7)),
+        "area",
+        "pixels but area 7",
+    ),
+    "crowd only": ("panoptic", panoptic(with_crowds), "no-entity", "no entity among"),
+    "category": (
+        "panoptic",
+        panoptic(lambda c: first_segment(c).update(category_id=99)),
+        "unknown-category",
+        "category 99",
+    ),
+    "segment twice": (
+        "panoptic",
+        panoptic(lambda c: c["annotations"][0]["segments_info"].append(first_segment(c))),
+        "duplicate-segment",
+        "twice",
+    ),
+    "image twice": (
+        "panoptic",
+        panoptic(lambda c: c["images"].append(c["images"][0])),
+        "duplicate-image",
+        "twice",
+    ),
+    "annotated twice": (
+        "panoptic",
+        panoptic(lambda c: c["annotations"].append(c["annotations"][0])),
+        "duplicate-annotation",
+        "twice",
+    ),
+    "unannotated": (
+        "panoptic",
+        panoptic(lambda c: c["annotations"].pop(0) and None),
+        "unannotated",
+        "no annotation",
+    ),
+    "stranger": (
+        "panoptic",
+        panoptic(lambda c: c["annotations"].append({**c["annotations"][0], "image_id": 5})),
+        "unknown-image",
+        "image 5",
+    ),
+    "no field": (
+        "panoptic",
+        panoptic(lambda c: first_segment(c).pop("category_id") and None),
+        "field",
+        "category_id",
+    ),
+    "no number": (
+        "panoptic",
+        panoptic(lambda c: c["images"][0].update(height="tall")),
+        "field",
+        "'height' is 'tall'",
+    ),
+    "json cut": ("panoptic", cut("annotations/panoptic_val.json"), "file", "not a JSON file"),
+    "no json": ("png", removed("annotations/png_shapes_val.json"), "file", "does not exist"),
+    "no list": ("png", narratives(lambda c: {"a": c}), "file", "dict, not a list"),
+    "unknown segment": (
+        "png",
+        narratives(lambda c: first_noun(c).update(segment_ids=["513"])),
+        "phrase-without-mask",
+        "'513'",
+    ),
+    "unaligned": (
+        "png",
+        narratives(lambda c: first_noun(c).update(utterance="zebra")),
+        "unaligned",
+        "'zebra'",
+    ),
+    "narrative twice": ("png", narratives(lambda c: c + c[:1]), "duplicate-narrative", "again"),
+    "other split": (
+        "png",
+        narratives(lambda c: c[0].update(image_id="12")),
+        "unknown-image",
+        "image 12 is not in",
+    ),
+    "says nothing": (
+        "png",
+        narratives(lambda c: [s.update(segment_ids=[], noun=False) for s in c[0]["segments"]]
+                   and None),
+        "no-noun",
+        "names nothing",
+    ),
+    "no caption": ("png", narratives(lambda c: c[0].pop("caption") and None) , "field", "caption"),
+    "line": ("captions", captions(lambda v: ['{"a": ', *v]), "line", "line 1 is no JSON"),
+    "noun": (
+        "captions",
+        captions(lambda v: v[0].update(nouns=["zebra"])),
+        "noun-not-in-text",
+        "'zebra'",
+    ),
+    "no noun": ("captions", captions(lambda v: v[0].update(nouns=[])), "no-noun", "no noun"),
+    "caption twice": ("captions", captions(lambda v: v + v[:1]), "duplicate-caption", "again"),
+    "caption of another": (
+        "captions",
+        captions(lambda v: v[0].update(file_name="x.jpg")),
+        "other-image",
+        "x.jpg",
+    ),
+    "caption of none": (
+        "entityseg",
+        captions(lambda v: v[0].update(image_id=12)),
+        "unknown-image",
+        "no such image",
+    ),
+    "unknown object": (
+        "refcoco",
+        refs(lambda v: first_of_val(v).update(ann_id=3)),
+        "phrase-without-mask",
+        "object 3",
+    ),
+    "ref twice": (
+        "refcoco",
+        refs(lambda v: [*v, first_of_val(v)]),
+        "duplicate-ref",
+        "twice",
+    ),
+    "no sentence": ("refcoco", refs(lambda v: first_of_val(v).update(sentences=[])), "empty", "0"),
+    "empty mask": ("refcoco", instances(lambda c: outline(c, EMPTY)), "zero-area", "no pixel"),
+    "other mask": ("refcoco", instances(lambda c: outline(c, OTHER)), "bad-mask", "96x90.*96x96"),
+    "broken mask": ("refcoco", instances(lambda c: outline(c, BARE)), "bad-mask", "segment"),
+}  # fmt: skip
+WARNINGS = {"area", "unannotated", "unaligned", "duplicate-narrative", "no-noun of png",
+            "duplicate-caption"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_found_and_named(root, name):
+    form, damage, kind, message = DAMAGE[name]
+    damage(root)
+    report = check(root, form)
+    found = [f for f in report.findings if f.kind == kind]
+    assert found, report.as_text()
+    first = found[0]
+    level = "warning" if kind in WARNINGS or f"{kind} of {form}" in WARNINGS else "error"
+    assert first.level == level
+    assert re.search(message, first.message), first.message
+    assert first.file and first.record and "\n" not in first.message
+    assert report.number("error") == 0 or level == "error"
+    # What the damage does not touch is not complained about.
+    related = {"missing-masks", "reader"} if kind == "field" else set()
+    others = {f.kind for f in report.findings if f.level == "error"} - {kind} - related
+    assert not others, report.as_text()
+
+
+def test_all_problems_are_collected(root):
+    for name in ("no image", "unlisted", "unknown segment", "narrative twice"):
+        DAMAGE[name][1](root)
+    removed("annotations/panoptic_val/*02.png")(root)
+    kinds = {f.kind for f in check(root, "png").findings}
+    assert kinds == {
+        "missing-image", "missing-masks", "unlisted-id", "area", "phrase-without-mask",
+        "duplicate-narrative",
+    }  # fmt: skip
+
+
+def test_workers_and_limits(root):
+    DAMAGE["unlisted"][1](root)
+    assert check(root, "panoptic", workers=2).as_dict() == check(root, "panoptic").as_dict()
+    limited = check(root, "panoptic", limit=0)
+    assert limited.findings == [] and limited.figures["images opened"] == 0
+    assert limited.figures["images to open"] == 4
+
+
+def test_phrases_that_no_entity_can_be_meant_by_are_counted(root):
+    content = json.loads((root / "annotations" / "png_shapes_val.json").read_text())
+    nouns = [s for n in content for s in n["segments"] if s["noun"] or s["segment_ids"]]
+    target = int(first_noun(content)["segment_ids"][0])
+
+    def crowded(panoptic_content: Any) -> None:
+        for segment in panoptic_content["annotations"][0]["segments_info"]:
+            segment["iscrowd"] = int(segment["id"] == target)
+
+    panoptic(crowded)(root)
+    figures = check(root, "png").figures
+    assert figures["noun phrases"] == len(nouns)
+    assert figures["ungrounded nouns"] == sum(not s["segment_ids"] for s in nouns) > 0
+    assert figures["crowd-only phrases"] == sum(s["segment_ids"] == [str(target)] for s in nouns)
+    assert figures["crowd segments"] == 1 and figures["crowd-only phrases"] > 0
+
+
+def test_a_dataset_of_unknown_files_is_checked_by_its_records(root):
+    records = list(
+        datasets.load_coco_panoptic(
+            root / "annotations" / "panoptic_val.json",
+            root / "annotations" / "panoptic_val",
+            root / "val",
+        )
+    )
+    records[1].pop("height")
+    records[2]["entities"]["file_name"] = "nowhere.png"
+    DatasetCatalog.register("gella_test_plain", lambda: records)
+    try:
+        report = check_dataset("gella_test_plain")
+    finally:
+        DatasetCatalog.remove("gella_test_plain")
+    assert sorted(f.kind for f in report.findings) == ["field", "masks"]
+    assert report.figures["records"] == 4 and report.figures["images opened"] == 3
+
+
+def test_known_counts_are_compared(root, monkeypatch):
+    meta = MetadataCatalog.get("gella_coco_panoptic_val2017")
+    assert known_counts("gella_coco_panoptic_val2017", meta)["images"].value == 5000
+    unc = known_counts("gella_refcocoplus_unc_testA_panoptic", meta)
+    assert {k: v.value for k, v in unc.items()} == {
+        "refs": 1975, "images": 750, "expressions": 5726
+    }  # fmt: skip
+    totals = [
+        known_counts(f"gella_refcoco_unc_{s}", meta)["refs"].value
+        for s in ("train", "val", "testA", "testB")
+    ]
+    assert sum(totals) == 50_000 and sum(totals[2:]) == 3_785
+    name = "gella_shapes_panoptic_val"
+    meta = MetadataCatalog.get(name)
+    values = {**meta.as_dict(), "image_root": str(root / "val")}
+    fake = type("Meta", (), values)
+    assert known_counts(name, fake)["images"].value == 4
+
+
+def test_a_part_of_a_published_dataset_is_an_error(root, monkeypatch):
+    from gella.data import checking
+    from gella.data.known_counts import Known
+
+    known = {"images": Known(5, "a page"), "segments": Known(1, "a paper", exact=False)}
+    monkeypatch.setattr(checking, "known_counts", lambda name, metadata: known)
+    report = check(root, "panoptic")
+    assert [(f.kind, f.record, f.level) for f in report.findings] == [
+        ("count", "images", "error"),
+        ("count", "segments", "warning"),
+    ]
+    assert "4 images, but a page has 5" in report.findings[0].message
+    assert "known: 5" in report.as_text() and "known: about 1" in report.as_text()
+
+
+def test_the_command_line(root, tmp_path, capsys):
+    main = script("check").main
+    notes = root / "annotations"
+    where = (root / "val", notes / "panoptic_val", notes / "panoptic_val.json")
+    out = tmp_path / "report.json"
+    with registered(datasets.register_panoptic, *where) as name:
+        assert main([name, "--workers", "1", "--json", str(out)]) == 0
+        assert json.loads(out.read_text())["ok"] is True
+        removed("val/*03.png")(root)
+        assert main([name, "--workers", "1", "--json", str(out)]) == 1
+        assert main([name, "--workers", "1", "--limit", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "error: missing-image: 1" in printed and f"next: python datasets/check.py {name}" in printed
+    )
+    report = json.loads(out.read_text())
+    assert (report["errors"], report["ok"], report["figures"]["images"]) == (1, False, 4)
+    assert report["findings"][0]["kind"] == "missing-image"
+    assert main(["gella_shapes_png_vol"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "gella_shapes_png_val" in message
+    assert message.count("\n") == 1

@@ -1,0 +1,403 @@
+"""The tool that writes captions, against a server that misbehaves: nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from caption_server import (
+    KEY,
+    ChatServer,
+    answer,
+    chat_server,
+    cut,
+    cut_chunked,
+    good_answer,
+    hang_up,
+    save_tiny_llava,
+    send,
+    stall,
+    status,
+    wait_until,
+    write_pictures,
+)
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = ROOT / "tools" / "describe_images.py"
+BAD_NOUNS = json.dumps({"description": "A wall.", "nouns": ["unicorn", "dragon"]})
+
+
+def _load_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gella_describe_images", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = _load_tool()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Any:
+    with chat_server() as running:
+        monkeypatch.setenv("GELLA_API_URL", running.url)
+        monkeypatch.setenv("GELLA_API_MODEL", "tiny-model")
+        monkeypatch.setenv("GELLA_API_KEY", KEY)
+        yield running
+
+
+@pytest.fixture
+def run(tmp_path: Path, capfd: Any) -> Any:
+    """Call the tool on tmp_path/images with quick limits; returns (code, stdout, stderr)."""
+
+    def call(*extra: str, inputs: tuple[str, ...] = ("--input", str(tmp_path / "images"))) -> tuple:
+        quick = ["--timeout", "2", "--backoff", "0.01", "--output", str(tmp_path / "c.jsonl")]
+        capfd.readouterr()
+        try:
+            code = tool.main([*quick, *inputs, *extra])
+        except SystemExit as ended:
+            code = ended.code
+        out, err = capfd.readouterr()
+        assert KEY not in out + err
+        return code, out, err
+
+    return call
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def check_complete(path: Path, truth: dict[int, str]) -> None:
+    """Each picture has each prompt exactly once, with the description of that very picture."""
+    lines = read(path)
+    pairs = Counter((line["image_id"], line["prompt_id"]) for line in lines)
+    assert pairs == Counter((number, p) for number in truth for p in ("overview", "details"))
+    for line in lines:
+        color = truth[line["image_id"]]
+        assert line == {
+            "image_id": line["image_id"],
+            "file_name": f"{line['image_id']:012d}.png",
+            "description": f"There is a {color} wall behind two dogs.",
+            "nouns": [f"{color} wall", "two dogs"],
+            "model": "tiny-model",
+            "prompt_id": line["prompt_id"],
+        }
+
+
+def test_nothing_is_lost_and_nothing_twice_whatever_the_server_does(server, run, tmp_path):
+    truth = write_pictures(tmp_path / "images", 9)
+    server.script = [
+        stall,
+        status(429, Retry_After="0.2"),
+        cut,
+        status(200, b"{broken"),
+        status(500, KEY.encode()),
+        answer("I cannot write JSON."),
+        answer(BAD_NOUNS),
+        cut_chunked,
+        status(429, Retry_After="0.1"),
+        hang_up,
+        answer("```json\n" + json.dumps({"description": "x"}) + "\n```"),
+        status(503),
+    ]
+    server.default = answer(pause=0.02)
+    report = tmp_path / "report.json"
+    options = ("--price-in", "1000", "--price-out", "10000", "--answer-attempts", "4")
+    code, out, err = run("--concurrency", "3", "--json", str(report), *options)
+    assert code == 0, err
+    check_complete(tmp_path / "c.jsonl", truth)
+    assert server.most_at_once == 3
+    counts = json.loads(report.read_text())["counts"]
+    # 12 bad responses, 3 of which are answers of the model that could not be used
+    assert len(server.requests) == counts["requests"] == 18 + 12
+    assert counts["rejected"] == 3 and counts["answers"] == 21
+    assert counts["retries"] == 9 and counts["rate_limited"] == 2
+    assert counts["prompt_tokens"] == 2100 and counts["completion_tokens"] == 210
+    assert "18 captions written, 0 were there, 0 failed, 0 to do" in out
+    assert "2100 asked, 210 answered; cost 4.2000" in out and "docs/CAPTIONS.md" in out
+    assert "9/9" not in err and "18/18" in err
+    # Everything is there: no further request, and no model is needed.
+    code, out, _ = run()
+    assert code == 0 and len(server.requests) == 30 and "18 captions, of which 18" in out
+
+
+def test_failures_are_counted_listed_and_tried_again_by_the_next_run(server, run, tmp_path):
+    truth = write_pictures(tmp_path / "images", 3)
+    (tmp_path / "images" / "000000000004.png").write_bytes(b"no picture")
+
+    def picky(handler: Any, request: Any, state: ChatServer) -> None:
+        text = good_answer(request)
+        if "green" in text:
+            return answer(BAD_NOUNS)(handler, request, state)
+        if "blue" in text:
+            return send(handler, 400, b'{"error": {"message": "not allowed"}}')
+        return answer(text)(handler, request, state)
+
+    server.default = picky
+    report = tmp_path / "report.json"
+    code, out, _ = run("--json", str(report), "--answer-attempts", "2")
+    assert code == 1 and "2 captions written, 0 were there, 6 failed, 6 to do" in out
+    assert "run the same command again" in out
+    content = json.loads(report.read_text())
+    failures = {(f["file_name"], f["prompt_id"]): f["reason"] for f in content["failures"]}
+    assert len(failures) == 6
+    assert "2 of 2 nouns" in failures["000000000001.png", "details"]
+    assert "not allowed" in failures["000000000002.png", "overview"]
+    assert "no picture" in failures["000000000004.png", "overview"]
+    assert content["captions"] == {"written": 2, "there_before": 0, "failed": 6, "open": 6}
+    assert content["counts"]["rejected"] == 4 and content["counts"]["nouns_missing"] == 8
+    (tmp_path / "images" / "000000000004.png").unlink()
+    server.default = answer()
+    code, out, _ = run()
+    assert code == 0 and "4 captions written, 2 were there" in out
+    check_complete(tmp_path / "c.jsonl", truth)
+
+
+def test_hopeless_runs_end_early(server, run, tmp_path):
+    write_pictures(tmp_path / "images", 30)
+    server.default = status(401, f'{{"error": {{"message": "{KEY} is wrong"}}}}'.encode())
+    code, out, err = run("--concurrency", "2")
+    assert code == 2 and len(server.requests) <= 2
+    assert "error: " in err.splitlines()[-1] and "*** is wrong; check the key" in err
+    server.requests.clear()
+    server.default = status(400)
+    code, out, err = run("--concurrency", "1", "--max-failures", "4")
+    assert code == 2 and "4 captions in a row failed" in err and len(server.requests) == 4
+    server.requests.clear()
+    server.default = status(429, Retry_After="900")
+    code, out, err = run("--concurrency", "1")
+    assert code == 2 and "wait 900 s" in err and len(server.requests) == 1
+    assert (tmp_path / "c.jsonl").read_text() == ""
+
+
+def start(tmp_path: Path, *extra: str) -> subprocess.Popen:
+    command = [sys.executable, str(TOOL), "--input", str(tmp_path / "images"), *extra]
+    command += ["--output", str(tmp_path / "c.jsonl"), "--concurrency", "3", "--backoff", "0.01"]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
+    def there() -> bool:
+        assert process.poll() is None, process.communicate()
+        return path.exists() and path.read_bytes().count(b"\n") >= count
+
+    wait_until(there, 60)
+
+
+def test_resume_is_exact_after_kill_9(server, run, tmp_path):
+    truth = write_pictures(tmp_path / "images", 12)
+    path = tmp_path / "c.jsonl"
+    server.default = answer(pause=0.1)
+    process = start(tmp_path)
+    wait_for_lines(path, 5, process)
+    process.send_signal(signal.SIGKILL)
+    out, err = process.communicate(timeout=20)
+    assert KEY not in out + err
+    kept = path.read_bytes()
+    asked = len(server.requests)
+    done = kept.count(b"\n")
+    assert 5 <= done < 24
+    # What a kill in the middle of a write would have left.
+    path.write_bytes(kept + b'{"image_id": 3, "file_na')
+    server.default = answer()
+    code, out, err = run()
+    assert code == 0 and f"{24 - done} captions written, {done} were there" in out
+    assert "half-written last line" in err
+    assert path.read_bytes().startswith(kept)
+    assert len(server.requests) - asked == 24 - done  # only what was missing
+    check_complete(path, truth)
+
+
+def test_ctrl_c_keeps_what_is_paid_and_says_how_to_go_on(server, run, tmp_path):
+    truth = write_pictures(tmp_path / "images", 12)
+    path = tmp_path / "c.jsonl"
+    server.default = answer(pause=0.3)
+    process = start(tmp_path)
+    wait_for_lines(path, 3, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and KEY not in out + err
+    assert "Traceback" not in err and "run the same command again" in out
+    assert len(read(path)) == len(server.requests) < 24  # every answer is there
+    assert "requests under way are finished" in err
+    server.default = answer()
+    assert run()[0] == 0
+    check_complete(path, truth)
+
+
+def test_a_second_ctrl_c_cuts_the_requests(server, tmp_path):
+    write_pictures(tmp_path / "images", 4)
+    server.default = stall
+    process = start(tmp_path, "--timeout", "600")
+    wait_until(lambda: len(server.requests) >= 3, 60)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 130 and "Traceback" not in err and "8 to do" in out
+
+
+def test_no_file_holds_the_key(server, run, tmp_path):
+    write_pictures(tmp_path / "images", 2)
+    server.script = [status(500, KEY.encode()), status(400, KEY.encode())]
+    server.default = answer(json.dumps({"description": f"A wall, {KEY}.", "nouns": ["wall"]}))
+    code, _, err = run("--json", str(tmp_path / "r.json"), "--verbose", "--key", KEY)
+    assert code == 1 and "again in" in err
+    code, _, err = run("--kye", KEY)
+    assert code == 2 and "not known" in err
+    texts = [p.read_text() for p in tmp_path.rglob("*") if p.suffix in (".json", ".jsonl")]
+    assert len(texts) == 2 and not [text for text in texts if KEY in text]
+
+
+def test_images_come_from_files_json_or_a_dataset(server, run, tmp_path):
+    truth = write_pictures(tmp_path / "images" / "deep", 3)
+    images = [
+        {"id": number + 100, "file_name": f"deep/{number:012d}.png"} for number in sorted(truth)
+    ]
+    listing = tmp_path / "list.json"
+    listing.write_text(json.dumps({"images": images}))
+    places = ("--images-json", str(listing), "--image-root", str(tmp_path / "images"))
+    assert run("--prompt", "details", "--limit", "2", inputs=places)[0] == 0
+    lines = read(tmp_path / "c.jsonl")
+    assert sorted((x["image_id"], x["file_name"], x["prompt_id"]) for x in lines) == [
+        (101, "deep/000000000001.png", "details"),
+        (102, "deep/000000000002.png", "details"),
+    ]
+    (tmp_path / "c.jsonl").unlink()
+    records = [
+        {"image_id": i["id"], "file_name": str(tmp_path / "images" / i["file_name"])}
+        for i in images
+        for _ in range(2)  # several records of one image: it is described once
+    ]
+    DatasetCatalog.register("captions_test", lambda: records)
+    MetadataCatalog.get("captions_test").set(image_root=str(tmp_path / "images"))
+    try:
+        prompts = tmp_path / "prompts.json"
+        prompts.write_text('{"short": "Say what you see."}')
+        assert run("--prompts", str(prompts), inputs=("--dataset", "captions_test"))[0] == 0
+    finally:
+        DatasetCatalog.remove("captions_test")
+    lines = read(tmp_path / "c.jsonl")
+    assert sorted((x["image_id"], x["file_name"], x["prompt_id"]) for x in lines) == [
+        (i["id"], i["file_name"], "short") for i in images
+    ]
+    text = server.requests[-1][2]["messages"][0]["content"][0]["text"]
+    assert text.startswith("Say what you see.") and '"nouns"' in text
+
+
+def test_the_captions_are_read_by_the_loader(server, run, tmp_path):
+    """FORMATS section 4, as the training reads it."""
+    from gella.data.narratives import load_captions
+
+    truth = write_pictures(tmp_path / "images", 2)
+    assert run()[0] == 0
+    panoptic = {
+        "images": [
+            {"id": i, "file_name": f"{i:012d}.png", "height": 24, "width": 32} for i in truth
+        ],
+        "annotations": [
+            {"image_id": i, "file_name": f"{i}.png", "segments_info": []} for i in truth
+        ],
+        "categories": [],
+    }
+    (tmp_path / "panoptic.json").write_text(json.dumps(panoptic))
+    records = load_captions(
+        tmp_path / "c.jsonl", tmp_path / "panoptic.json", tmp_path, tmp_path / "images"
+    )
+    assert len(records) == 4
+    for record in records:
+        for phrase in record["phrases"]:
+            assert record["caption"][phrase["start"] : phrase["end"]] == phrase["text"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--dataset", "nowhere"), "not registered; there are: gella_"),
+        (("--input", "nowhere"), "nowhere does not exist"),
+        (("--images-json", "x.json"), "needs --image-root"),
+        (("--images-json", "x.json", "--image-root", "."), "x.json does not exist"),
+        ((), "exactly one of"),
+        (("--input", "images", "--prompt", "poem"), "no prompt 'poem'; there are: overview"),
+        (("--input", "images", "--url", "host"), "https://host/v1"),
+        (("--input", "images", "--extra", "{"), "--extra is no JSON"),
+        (("--input", "images", "--extra", "3"), "--extra must be an object"),
+        (("--input", "images", "--timeout", "nan"), "--timeout is nan"),
+        (("--input", "images", "--concurrency", "0"), "--concurrency is 0"),
+        (("--input", "images", "--min-found", "2"), "--min-found is 2"),
+        (("--input", "images", "--local", "m", "--key", "k"), "exclude each other"),
+        (("--input", "images", "--local", "./none"), "no model folder"),
+        (("--input", "empty"), "there is no image"),
+        (("--input", "images", "twins"), "have one id, 1"),
+    ],
+)
+def test_wrong_input_is_one_line(server, run, tmp_path, monkeypatch, arguments, reason):
+    write_pictures(tmp_path / "images", 1)
+    write_pictures(tmp_path / "twins", 1)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(inputs=arguments)
+    assert code == 2 and not server.requests
+    assert err.startswith("error: ") and reason in err and err.count("\n") == 1
+
+
+def test_captions_of_other_images_with_the_same_ids_are_not_mixed(server, run, tmp_path):
+    write_pictures(tmp_path / "images", 1)
+    assert run()[0] == 0
+    (tmp_path / "images" / "000000000001.png").rename(tmp_path / "images" / "1.png")
+    code, _, err = run()
+    assert code == 2 and "000000000001.png there, but 1.png here" in err
+
+
+def test_a_missing_endpoint_says_what_to_set(run, tmp_path, monkeypatch):
+    write_pictures(tmp_path / "images", 1)
+    monkeypatch.delenv("GELLA_API_URL", raising=False)
+    code, _, err = run()
+    assert code == 2 and "use --url or set GELLA_API_URL" in err
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_a_local_model_takes_the_place_of_the_endpoint(run, tmp_path, tokenizer_dir):
+    """Random weights write garbage: it is rejected with a count, and nothing of it is written."""
+    write_pictures(tmp_path / "images", 2)
+    save_tiny_llava(tmp_path / "llava", tokenizer_dir)
+    report = tmp_path / "report.json"
+    limits = ("--max-tokens", "5", "--answer-attempts", "2", "--json", str(report))
+    code, out, _ = run("--local", str(tmp_path / "llava"), *limits)
+    assert code == 1 and "0 captions written, 0 were there, 4 failed" in out
+    assert json.loads(report.read_text())["counts"]["rejected"] == 8
+    assert (tmp_path / "c.jsonl").read_text() == ""
+
+
+def test_a_local_model_that_writes_well(run, tmp_path, tokenizer_dir, monkeypatch):
+    from gella.caption_local import LocalCaptioner
+    from gella.captioners import Reply
+
+    write_pictures(tmp_path / "images", 2)
+    save_tiny_llava(tmp_path / "llava", tokenizer_dir)
+
+    def ask(self: Any, text: str, picture: Any, *, attempt: int = 0) -> Reply:
+        return Reply("A dog on sand." if picture is not None else "dog, sand", 9, 5)
+
+    monkeypatch.setattr(LocalCaptioner, "ask", ask)
+    assert run("--local", str(tmp_path / "llava"))[0] == 0
+    lines = read(tmp_path / "c.jsonl")
+    assert len(lines) == 4 and {line["model"] for line in lines} == {"llava"}
+    assert all(line["nouns"] == ["dog", "sand"] for line in lines)

@@ -1,0 +1,417 @@
+"""Live segmenters: tiny random models saved by their own libraries, and what is done with masks."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_segmenters import save_mask2former, save_sam, save_sam2, save_toy
+
+from gella.entity_segmenters import MaskLimits, Segmenter, SegmenterSource, load_segmenter
+from gella.entity_sources import load_from_record, source_for
+from gella.segmenters_detectron2 import resized_size
+
+# A random SAM trusts none of its masks: take them all, and let boxes that are nearly equal stay.
+SAM_OPTIONS = {
+    "points_per_side": "4",
+    "pred_iou_thresh": "-1000",
+    "stability_score_thresh": "0",
+    "nms_thresh": "0.99",
+}
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Blocks of random colours."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
+    return blocks.repeat(8, 0).repeat(8, 1)[:height, :width]
+
+
+@pytest.fixture(scope="module")
+def sam(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sam(tmp_path_factory.mktemp("sam"))
+
+
+@pytest.fixture(scope="module")
+def mask2former(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mask2former(tmp_path_factory.mktemp("mask2former"))
+
+
+# -- which masks become entities -------------------------------------------------------------------
+
+
+def boxes(*corners: tuple[int, int, int, int]) -> np.ndarray:
+    masks = np.zeros((len(corners), 10, 12), dtype=bool)
+    for mask, (top, left, bottom, right) in zip(masks, corners):
+        mask[top:bottom, left:right] = True
+    return masks
+
+
+def test_limits_leave_out_small_weak_and_surplus_masks():
+    masks = boxes((0, 0, 4, 4), (0, 6, 2, 8), (5, 0, 9, 4), (5, 6, 9, 10))
+    scores = np.array([0.5, 0.99, 0.9, 0.8], dtype=np.float32)
+    everything = MaskLimits().flatten(masks, scores)
+    assert everything.segment_ids == [1, 2, 3, 4]
+    assert (everything.bitmasks() == masks).all()
+    cut = MaskLimits(min_area=5, min_score=0.6).flatten(masks, scores)
+    assert (cut.bitmasks() == masks[[2, 3]]).all() and cut.segment_ids == [1, 2]
+    np.testing.assert_allclose(cut.scores, [0.9, 0.8])
+    best = MaskLimits(max_entities=2).flatten(masks, scores)
+    assert (best.bitmasks() == masks[[1, 2]]).all()
+
+
+def test_what_is_left_of_a_covered_mask_counts():
+    masks = boxes((0, 0, 5, 5), (0, 0, 5, 4), (6, 6, 10, 12))
+    scores = np.array([0.2, 0.9, 0.5], dtype=np.float32)
+    assert MaskLimits(min_area=5).flatten(masks, scores).areas().tolist() == [5, 20, 24]
+    kept = MaskLimits(min_area=6).flatten(masks, scores)
+    assert kept.areas().tolist() == [20, 24] and kept.segment_ids == [1, 2]
+    assert kept.ids[0, 4] == 0  # the sliver is nobody's
+    none = MaskLimits(min_score=1.0).flatten(masks, scores)
+    assert none.num_entities == 0 and none.size == (10, 12)
+
+
+@pytest.mark.parametrize("wrong", [{"min_area": -1}, {"max_entities": 0}])
+def test_impossible_limits_are_refused(wrong):
+    with pytest.raises(ValueError, match="give"):
+        MaskLimits(**wrong)
+
+
+class Fixed(Segmenter):
+    """Answers with what it is given."""
+
+    def __init__(self, masks: np.ndarray, scores: Any) -> None:
+        self.answer = (masks, np.array(scores, dtype=np.float32))
+
+    def predict(self, images):
+        return [self.answer for _ in images]
+
+
+@pytest.mark.parametrize(
+    ("segmenter", "image", "message"),
+    [
+        (Fixed(boxes((0, 0, 4, 4)), [1]), np.zeros((12, 10, 3), np.uint8), r"10x12 \(width x"),
+        (Fixed(boxes((0, 0, 4, 4)), [np.nan]), np.zeros((10, 12, 3), np.uint8), "no numbers"),
+        (Fixed(boxes(), []), np.zeros((10, 12), np.uint8), "uint8"),
+        (Fixed(boxes(), []), np.zeros((10, 12, 3), np.float32), "float32"),
+    ],
+)
+def test_wrong_answers_and_images_are_refused(segmenter, image, message):
+    with pytest.raises(ValueError, match=message):
+        segmenter.segment(image)
+
+
+# -- transformers ----------------------------------------------------------------------------------
+
+
+def test_sam_gives_the_masks_of_the_pipeline(sam):
+    from transformers import pipeline
+
+    image = picture(48, 70)
+    segmenter = load_segmenter(f"sam:{sam}", "cpu", SAM_OPTIONS)
+    ((masks, scores),) = segmenter.predict([image])
+    reference = pipeline("mask-generation", model=str(sam), device="cpu")(
+        Image.fromarray(image),
+        points_per_crop=4,
+        pred_iou_thresh=-1000,
+        stability_score_thresh=0,
+        crops_nms_thresh=0.99,
+    )
+    assert masks.shape[0] >= 2 and masks.shape[1:] == (48, 70)
+    assert (masks == np.stack([np.asarray(mask) for mask in reference["masks"]])).all()
+    np.testing.assert_allclose(scores, np.asarray(reference["scores"]), rtol=1e-6)
+    entities = segmenter.segment(image)
+    assert entities.size == (48, 70) and entities.num_entities >= 2
+
+
+def test_sam_that_trusts_no_mask_gives_an_empty_map(sam):
+    image = picture(40, 64)
+    options = {"points_per_side": "2", "pred_iou_thresh": "1000"}
+    segmenter = load_segmenter(f"sam:{sam}", "cpu", options)
+    entities = segmenter.segment(image)
+    assert entities.num_entities == 0 and entities.size == (40, 64)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("size", [(48, 96), (96, 40), (64, 64)])
+def test_sam2_asks_all_of_an_image_that_is_not_square(tmp_path_factory, layers, size):
+    """The grid of points, brought back by the processor's own rule, spreads over every crop."""
+    from transformers import Sam2Processor
+
+    folder = save_sam2(tmp_path_factory.mktemp("sam2"))
+    segmenter = load_segmenter(f"sam:{folder}", "cpu")
+    processor = segmenter._pipeline.image_processor
+    image = Image.fromarray(picture(*size))
+    crop_boxes, points, crops, _ = processor.generate_crop_boxes(image, 128, layers, 0.3, 4)
+    assert len(crops) == (1 if layers == 0 else 5)
+    steps = (torch.arange(4) + 0.5) / 4
+    for place, crop in enumerate(crops):
+        height, width = crop.shape[-2:]
+        pixels = torch.stack(torch.meshgrid(steps * width, steps * height, indexing="xy"), -1)
+        asked = Sam2Processor(processor, target_size=128)(
+            images=Image.fromarray(crop.permute(1, 2, 0).numpy().astype(np.uint8)),
+            input_points=[[pixels.reshape(-1, 2).tolist()]],
+            return_tensors="pt",
+        )["input_points"]
+        torch.testing.assert_close(points[0, :, place], asked[0, 0].float(), rtol=0, atol=1e-3)
+
+
+def test_sam2_runs_end_to_end(tmp_path):
+    segmenter = load_segmenter(f"sam:{save_sam2(tmp_path / 'm')}", "cpu", SAM_OPTIONS)
+    images = [picture(48, 96), picture(64, 40, seed=1)]
+    for image, entities in zip(images, segmenter.segment_batch(images)):
+        assert entities.size == image.shape[:2] and entities.num_entities >= 1
+
+
+def test_mask2former_gives_the_segments_of_its_post_processing(mask2former):
+    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+
+    image = picture(50, 64)
+    loose = {"threshold": 0.0, "mask_threshold": 0.0, "overlap_mask_area_threshold": 0.0}
+    options = {key: str(value) for key, value in loose.items()}
+    segmenter = load_segmenter(f"transformers:{mask2former}", "cpu", options)
+    ((masks, scores),) = segmenter.predict([image])
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(mask2former).eval()
+    processor = AutoImageProcessor.from_pretrained(mask2former)
+    with torch.no_grad():
+        outputs = model(**processor(images=Image.fromarray(image), return_tensors="pt"))
+    found = processor.post_process_panoptic_segmentation(
+        outputs, label_ids_to_fuse=set(), target_sizes=[(50, 64)], **loose
+    )[0]
+    assert len(found["segments_info"]) == len(masks) >= 2
+    for mask, score, segment in zip(masks, scores, found["segments_info"]):
+        assert (mask == (found["segmentation"].numpy() == segment["id"])).all()
+        assert score == pytest.approx(segment["score"])
+    assert masks.sum(0).max() == 1  # panoptic: no overlaps
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+def test_other_images_of_a_batch_change_nothing(mask2former, task):
+    """Padding to a common size would stretch the masks of the smaller image."""
+    images = [picture(48, 64), picture(96, 64, seed=1), picture(48, 64, seed=2)]
+    options = {"task": task, "threshold": "0.0", "overlap_mask_area_threshold": "0.0"}
+    segmenter = load_segmenter(f"transformers:{mask2former}", "cpu", options)
+    together = segmenter.predict(images)
+    for image, (masks, scores) in zip(images, together):
+        assert masks.shape[1:] == image.shape[:2] and len(masks) >= 1
+        ((alone, alone_scores),) = segmenter.predict([image])
+        assert (masks == alone).all()
+        np.testing.assert_allclose(scores, alone_scores, atol=1e-5)
+
+
+def test_instances_of_a_model_may_overlap_and_none_may_be_found(mask2former):
+    spec, image = f"transformers:{mask2former}", picture(48, 64)
+    loose = load_segmenter(spec, "cpu", {"task": "instance", "threshold": "0"})
+    ((masks, _),) = loose.predict([image])
+    assert len(masks) >= 2 and masks.sum(0).max() >= 2
+    entities = loose.segment(image)
+    assert 1 <= entities.num_entities <= len(masks)
+    for task in ("panoptic", "instance"):
+        strict = load_segmenter(spec, "cpu", {"task": task, "threshold": "1.1"})
+        assert strict.segment(image).num_entities == 0
+
+
+def test_a_processor_that_pads_to_a_fixed_size_is_refused(mask2former, tmp_path):
+    from transformers import Mask2FormerImageProcessor
+
+    folder = shutil.copytree(mask2former, tmp_path / "padded")
+    Mask2FormerImageProcessor(
+        size={"shortest_edge": 64, "longest_edge": 128}, pad_size={"height": 256, "width": 256}
+    ).save_pretrained(folder)
+    with pytest.raises(ValueError, match="pad_size"):
+        load_segmenter(f"transformers:{folder}", "cpu").segment(picture(48, 64))
+
+
+def test_weights_that_are_missing_are_refused(mask2former, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(mask2former, tmp_path / "lacking")
+    weights = load_file(folder / "model.safetensors")
+    name = next(key for key in weights if "class_predictor" in key)
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"1 weights are missing.*{name}"):
+        load_segmenter(f"transformers:{folder}", "cpu")
+
+
+# -- Detectron2 ------------------------------------------------------------------------------------
+
+
+def reds_and_blues(height: int = 20, width: int = 30) -> np.ndarray:
+    image = np.full((height, width, 3), 10, dtype=np.uint8)
+    image[2:8, 3:9, 0] = 250
+    image[10:18, 12:28, 2] = 250
+    return image
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_detectron2_instances(tmp_path, order):
+    spec = save_toy(tmp_path, f"  FORMAT: {order}")
+    entities = load_segmenter(spec, "cpu").segment(reds_and_blues())
+    assert entities.bitmasks().shape == (2, 20, 30)
+    assert entities.bitmasks()[0].nonzero()[0].min() == 2  # red is first, in both orders
+    assert entities.areas().tolist() == [36, 128]
+    np.testing.assert_allclose(entities.scores, [0.9, 0.6])
+    black = load_segmenter(spec, "cpu").segment(np.zeros((9, 7, 3), np.uint8))
+    assert black.num_entities == 0 and black.size == (9, 7)
+
+
+def test_detectron2_panoptic_and_overrides(tmp_path):
+    spec = save_toy(tmp_path)
+    given = {"setup": "tiny_segmenters:add_toy_config", "TOY_PANOPTIC": "True"}
+    panoptic = load_segmenter(spec, "cpu", given).segment(reds_and_blues())
+    assert panoptic.areas().tolist() == [36, 128] and panoptic.scores.tolist() == [1.0, 1.0]
+    scored = load_segmenter(spec, "cpu", {**given, "output": "instances"})
+    np.testing.assert_allclose(scored.segment(reds_and_blues()).scores, [0.9, 0.6])
+    lacking = load_segmenter(spec, "cpu", {"output": "panoptic_seg"})
+    with pytest.raises(ValueError, match="gives instances but no panoptic_seg"):
+        lacking.segment(reds_and_blues())
+
+
+def test_detectron2_resizes_as_at_test_time(tmp_path):
+    spec = save_toy(tmp_path)
+    options = {"INPUT.MIN_SIZE_TEST": "40", "INPUT.MAX_SIZE_TEST": "50"}
+    segmenter = load_segmenter(spec, "cpu", options)
+    segmenter.segment_batch([reds_and_blues(20, 30), reds_and_blues(20, 20)])
+    assert segmenter._model.seen == [(33, 50, 20, 30), (40, 40, 20, 20)]
+    assert resized_size(480, 640, 800, 1333) == (800, 1067)
+    assert resized_size(200, 1000, 800, 1333) == (267, 1333)
+    assert resized_size(33, 44, 0, 10) == (33, 44)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_detectron2_weights_of_the_model_zoo(tmp_path, protocol):
+    spec = save_toy(tmp_path)
+    weights = tmp_path / "zoo.pkl"
+    arrays = {"levels": np.array([128, 128], dtype=np.float32)}
+    with weights.open("wb") as stream:
+        pickle.dump({"model": arrays, "__author__": "a model zoo"}, stream, protocol)
+    config = spec.split(":")[1]
+    entities = load_segmenter(f"detectron2:{config}:{weights}", "cpu").segment(reds_and_blues())
+    assert entities.areas().tolist() == [36, 128]
+
+
+class Evil:
+    """A pickle of this would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_detectron2_weights_never_run_code(tmp_path, suffix):
+    config, trap = save_toy(tmp_path).split(":")[1], tmp_path / "trap"
+    weights = tmp_path / f"evil{suffix}"
+    content = {"model": {"levels": Evil(trap)}}
+    if suffix == ".pkl":
+        weights.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, weights)
+    with pytest.raises(ValueError, match=f"{weights} cannot be read"):
+        load_segmenter(f"detectron2:{config}:{weights}", "cpu")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "1 missing.*levels"),
+        ({"levels": torch.zeros(3)}, "1 of another shape.*levels"),
+        ([1, 2], "hold no tensors by key"),
+    ],
+)
+def test_detectron2_weights_that_do_not_fit(tmp_path, state, message):
+    config = save_toy(tmp_path).split(":")[1]
+    torch.save({"model": state} if isinstance(state, dict) else state, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=message):
+        load_segmenter(f"detectron2:{config}:{tmp_path / 'w.pth'}", "cpu")
+
+
+# -- specs, options, devices -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "error", "message"),
+    [
+        ("yolo:x", {}, ValueError, "none of sam:PATH"),
+        ("sam:", {}, ValueError, "none of sam:PATH"),
+        ("detectron2:{toy}/toy.yaml", {}, ValueError, "lacks its weights"),
+        ("sam:{toy}/nowhere", {}, FileNotFoundError, "nowhere does not exist"),
+        ("transformers:./nowhere", {}, FileNotFoundError, "nowhere does not exist"),
+        ("sam:{toy}", {}, ValueError, "cannot be loaded.*saved with its processor"),
+        ("sam:{mask2former}", {}, ValueError, "cannot be loaded.*of this kind"),
+        ("transformers:{sam}", {}, ValueError, "cannot be loaded.*of this kind"),
+        ("sam:{cut}", {}, ValueError, "cannot be loaded"),
+        ("sam:{sam}", {"size": "3"}, ValueError, "'size' is not known.*points_per_side"),
+        ("sam:{sam}", {"points_per_side": "many"}, ValueError, "points_per_side=many.*side of"),
+        ("sam:{sam}", {"points_per_side": "0"}, ValueError, "at least 1"),
+        ("transformers:{mask2former}", {"task": "semantic"}, ValueError, "panoptic, instance"),
+        ("detectron2:{toy}/no.yaml:{toy}/toy.pth", {}, FileNotFoundError, "no.yaml does not"),
+        ("detectron2:{toy}/toy.yaml:{toy}/no.pth", {}, FileNotFoundError, "no.pth do not"),
+        ("detectron2:{toy}/toy.yaml:{toy}/toy.pth", {"NO.KEY": "1"}, ValueError, "NO.KEY.*setup"),
+        ("detectron2:{toy}/toy.yaml:{toy}/toy.pth", {"setup": "a.b:c"}, ValueError, "setup=a.b:c"),
+        ("detectron2:{toy}/toy.yaml:{toy}/cut.pth", {}, ValueError, "cut.pth cannot be read"),
+        ("detectron2:{toy}/arch.yaml:{toy}/toy.pth", {}, ValueError, "Unheard.*setup="),
+        ("detectron2:{toy}/code.yaml:{toy}/toy.pth", {}, ValueError, "code.yaml"),
+    ],
+)
+def test_one_clear_error(tmp_path, sam, mask2former, spec, options, error, message):
+    toy = tmp_path / "toy"
+    save_toy(toy)
+    whole = (toy / "toy.pth").read_bytes()
+    (toy / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    (toy / "arch.yaml").write_text("MODEL: {META_ARCHITECTURE: Unheard}\n")
+    (toy / "code.yaml").write_text(
+        f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n"
+    )
+    cut = shutil.copytree(sam, tmp_path / "cut")
+    with (cut / "model.safetensors").open("r+b") as stream:
+        stream.truncate(1000)
+    spec = spec.format(toy=toy, sam=sam, mask2former=mask2former, cut=cut)
+    with pytest.raises(error, match=message) as caught:
+        load_segmenter(spec, "cpu", options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_device_that_is_not_there_is_refused(sam, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cpu"):
+        load_segmenter(f"sam:{sam}", "cuda:0")
+    with pytest.raises(ValueError, match="'gpu' is unknown"):
+        load_segmenter(f"sam:{sam}", "gpu")
+
+
+# -- as a source of a dataset ----------------------------------------------------------------------
+
+
+def test_a_segmenter_is_a_source_that_a_config_can_name(tmp_path):
+    Image.fromarray(reds_and_blues()).save(tmp_path / "a.png")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "b.png")
+    spec = save_toy(tmp_path)
+    source = source_for([["my_*", "segmenter", spec]], "my_set")
+    assert isinstance(source, SegmenterSource) and spec in str(source)
+    record = {"file_name": str(tmp_path / "a.png"), "image_id": 3, "height": 20, "width": 30}
+    assert source.missing([record]) == []
+    entities = load_from_record({**record, "entities": {"source": source}})
+    assert entities.areas().tolist() == [36, 128]
+    given = np.zeros((20, 30, 3), np.uint8)
+    given[:3, :3, 0] = 255
+    assert source.load(record, given).areas().tolist() == [9]  # the decoded picture is used
+    copy = pickle.loads(pickle.dumps(source))  # without its model, to other processes
+    assert copy._segmenter is None and copy.load(record).num_entities == 2
+    empty = {"file_name": str(tmp_path / "b.png"), "image_id": "b"}
+    with pytest.raises(ValueError, match="image b .*found no entity"):
+        source.load(empty)
+    with pytest.raises(ValueError, match="lacks its weights"):
+        source_for([["*", "segmenter", "detectron2:x"]], "my_set")

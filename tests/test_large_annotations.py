@@ -1,0 +1,161 @@
+"""Many records: compact, shared by forked readers, and equal to what plain dicts would be."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dataset_scripts import script
+
+from gella.data.coco_panoptic import load_coco_panoptic
+from gella.data.narratives import load_png
+from gella.data.record_store import (
+    RecordStore,
+    concatenated,
+    indices_with_task,
+    mapped,
+    selected,
+)
+from gella.data.task_sampling import GroundingDataset
+
+needs_smaps = pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="/proc/self/smaps_rollup is Linux's"
+)
+
+
+def plain_records(images: int = 3, each: int = 2) -> list[dict]:
+    """Dicts as readers of one's own may return them: several of one image hold one ``entities``."""
+    records = []
+    for image_id in range(images):
+        entities = {"format": "npz", "file_name": f"{image_id}.npz", "segments_info": [{"id": 5}]}
+        for k in range(each):
+            records.append(
+                {
+                    "image_id": image_id if image_id else "zero",
+                    "tasks": ("ground",) if image_id % 2 else ("extract", "ground"),
+                    "entities": entities,
+                    "caption": f"caption {k} of {image_id}",
+                }
+            )
+    return records
+
+
+def test_a_store_gives_back_what_was_put_in():
+    records = plain_records()
+    store = RecordStore.pack(records)
+    assert len(store) == 6 and list(store) == records == store[:] == store[0:6]
+    assert store[-1] == records[-1] and store[np.int64(2)] == records[2]
+    assert store[1::2] == records[1::2]
+    for index in (6, -7):
+        with pytest.raises(IndexError, match=f"record {index} of 6"):
+            store[index]
+    store[0]["entities"]["segments_info"].clear()  # of a copy
+    assert store[0] == records[0]
+    assert list(pickle.loads(pickle.dumps(store))) == records
+    assert list(RecordStore.pack([{"name": 1}, {"name": 2}])) == [{"name": 1}, {"name": 2}]
+
+
+def test_what_records_share_is_held_once():
+    records = plain_records(images=20, each=1)
+    for record in records:
+        record["entities"]["segments_info"] = list(range(5000))
+    once = RecordStore.pack(records).num_bytes
+    several = [{**record, "caption": str(k)} for record in records for k in range(5)]
+    assert RecordStore.pack(several).num_bytes < 1.1 * once
+    # Equal records of different images are not mixed up, nor are other tasks of one image.
+    changed = [{**several[0], "tasks": ("refer",)}, *several]
+    assert list(RecordStore.pack(changed)) == changed
+
+
+def test_views_of_a_store():
+    records = plain_records()
+    store = RecordStore.pack(records)
+    joined = concatenated([records[:2], store, []])
+    assert list(joined) == records[:2] + records and len(concatenated([])) == 0
+    assert joined[7] == records[5] and joined[-1] == records[-1]
+    some = selected(joined, [7, 0, 2])
+    assert list(some) == [records[5], records[0], records[0]]
+    shouted = mapped(some, lambda record: {**record, "caption": record["caption"].upper()})
+    assert shouted[0]["caption"] == "CAPTION 1 OF 2" and shouted[1:][0]["image_id"] == "zero"
+    for view in (store, joined, some, shouted):
+        for task in ("extract", "ground", "refer"):
+            expected = [i for i, record in enumerate(view) if task in record["tasks"]]
+            assert indices_with_task(view, task).tolist() == expected
+        assert view.image_ids().tolist() == [str(record["image_id"]) for record in view]
+    assert indices_with_task(records, "extract").tolist() == [0, 1, 4, 5]
+
+
+def test_a_large_file_is_read_like_a_small_one(tmp_path):
+    """Against an independent reading of the same files, with several narratives an image."""
+    script("benchmark_loading").write_files(tmp_path, images=40, narratives=120)
+    store = load_png(
+        tmp_path / "png.json", tmp_path / "panoptic.json", tmp_path / "p", tmp_path / "i"
+    )
+    content = json.loads((tmp_path / "panoptic.json").read_text())
+    segments = {a["image_id"]: a["segments_info"] for a in content["annotations"]}
+    isthing = {c["id"]: bool(c["isthing"]) for c in content["categories"]}
+    narratives = json.loads((tmp_path / "png.json").read_text())
+    assert len(store) == len(narratives) == 120
+    for record, narrative in zip(store, narratives):
+        image_id = int(narrative["image_id"])
+        assert record["image_id"] == image_id and record["caption"] == narrative["caption"]
+        assert record["entities"]["segments_info"] == [
+            {**s, "isthing": isthing[s["category_id"]]} for s in segments[image_id]
+        ]
+        nouns = [s for s in narrative["segments"] if s["noun"]]
+        assert [p["segment_ids"] for p in record["phrases"]] == [
+            [int(i) for i in s["segment_ids"]] for s in nouns
+        ]
+        assert [p["text"].lower() for p in record["phrases"]] == [s["utterance"] for s in nouns]
+    images = load_coco_panoptic(
+        tmp_path / "panoptic.json", tmp_path / "p", tmp_path / "i", ("ground",)
+    )
+    assert store.derived().num_bytes == images.derived().num_bytes  # whatever is told of them
+
+
+def heavy_records(count: int) -> list[dict]:
+    rng = random.Random(0)
+    return [
+        {
+            "image_id": k,
+            "tasks": ("ground",),
+            "caption": f"{k} " + "word " * 30,
+            "entities": {"segments_info": [{"id": rng.random(), "name": str(i)} for i in range(9)]},
+        }
+        for k in range(count)
+    ]
+
+
+@needs_smaps
+def test_forked_readers_share_the_records():
+    """A list of dicts would be copied into each reader: every look at an object is a write."""
+    bench = script("benchmark_loading")
+    records = heavy_records(8_000)
+    dataset = GroundingDataset(records, lambda record, **key: len(record["caption"]))
+    size = dataset.records.num_bytes
+    assert size > 3 * 2**20
+    del records
+    grown = bench.grown_by_reading(dataset, 2)
+    assert max(grown) < size / 4
+
+
+@needs_smaps
+def test_the_measure_sees_what_is_not_shared():
+    """Control of the test before: the same readers on the same records as plain dicts."""
+    bench = script("benchmark_loading")
+
+    class Plain:
+        records = heavy_records(8_000)
+
+        def __len__(self):
+            return len(self.records)
+
+        def __getitem__(self, key):
+            return [dict(s) for s in self.records[key[0]]["entities"]["segments_info"]]
+
+    size = RecordStore.pack(Plain.records).num_bytes
+    assert min(bench.grown_by_reading(Plain(), 2)) > size

@@ -1,0 +1,147 @@
+"""docs/OWN_DATA.md runs as it stands; modules of the user's own are imported once, or named."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gella import load_config
+from gella.plugins import import_modules
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "own_dataset"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Runs the page's blocks in one process: the model's libraries take seconds to import.
+DRIVER = """
+import json, runpy, shlex, sys
+from pathlib import Path
+for kind, text in json.load(sys.stdin):
+    if kind == "python":
+        exec(compile(text, "OWN_DATA.md", "exec"), {"__name__": "block"})
+        continue
+    for line in text.splitlines():
+        python, script, *sys.argv[1:] = shlex.split(line)
+        assert python == "python", line
+        sys.argv[0], sys.path[0] = script, str(Path(script).resolve().parent)
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, (line, end.code)
+"""
+
+
+def blocks() -> list[tuple[str, str]]:
+    """(language, text) of every code block of the page that names its language."""
+    return BLOCK.findall((ROOT / "docs" / "OWN_DATA.md").read_text(encoding="utf-8"))
+
+
+def modules(*names: object) -> SimpleNamespace:
+    """A config that names modules."""
+    return SimpleNamespace(DATASETS=SimpleNamespace(MODULES=tuple(map(str, names))))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder that has the project's scripts and configs, but none of its data."""
+    for name in ("examples", "tools", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_page_shows_the_files_and_the_example_is_short():
+    texts = [text for _, text in blocks()]
+    for name in ("my_dataset.py", "own_dataset.yaml"):
+        assert (EXAMPLE / name).read_text(encoding="utf-8") in texts
+    lines = (EXAMPLE / "my_dataset.py").read_text(encoding="utf-8").splitlines()
+    code = [line for line in lines if line.strip()]
+    assert len(code) < 30
+    assert f"Register it: {len(code)} lines" in (ROOT / "docs" / "OWN_DATA.md").read_text()
+
+
+def test_every_block_of_the_page_runs(here):
+    shown = (EXAMPLE / "my_dataset.py").read_text(encoding="utf-8")
+    # The listing of my_dataset.py is run by what follows it; run here too, it would register twice.
+    jobs = [(kind, text) for kind, text in blocks() if kind != "yaml" and text != shown]
+    assert [kind for kind, _ in jobs] == ["bash", "python", "bash", "python", "bash"]
+    environment = {k: v for k, v in os.environ.items() if k != "DETECTRON2_DATASETS"}
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(jobs),
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first = "There is a red box and a blue ball on the floor."
+    assert f"{first} [('a red box', [1]), ('a blue ball', [2]), ('the floor', [0])]" in done.stdout
+    assert "torch.Size([3, 96, 96]) 3" in done.stdout
+    results = json.loads((here / "output/own_dataset/results.json").read_text())
+    assert results["png"]["n"] == 6 and results["png"]["oracle_AR"] == pytest.approx(100)
+    written = {path.name for path in (here / "output/own_dataset/demo").iterdir()}
+    assert written == {"4_grounding.png", "4_colormap.png", "4.json"}
+    assert "loader, 0 workers" in done.stdout
+
+
+def test_the_key_is_empty_by_default_and_taken_from_the_command_line():
+    config = ROOT / "configs" / "gella_tiny_shapes.yaml"
+    assert import_modules(load_config(config)) == []
+    cfg = load_config(config, ["DATASETS.MODULES", "['a.py','b.c']"])
+    assert list(cfg.DATASETS.MODULES) == ["a.py", "b.c"]
+
+
+def test_a_module_runs_once_however_it_is_named(here):
+    count = "import pathlib\nwith open('ran.txt', 'a') as f:\n    f.write(__name__ + '\\n')\n"
+    for folder in ("one", "two"):
+        (here / folder).mkdir()
+        (here / folder / "data.py").write_text(count)
+    first = import_modules(modules("one/data.py", here / "one" / "data.py", "json"))
+    second = import_modules(modules("one/../one/data.py"))
+    assert first[0] is first[1] is second[0] and first[2] is json
+    assert len((here / "ran.txt").read_text().splitlines()) == 1
+    import_modules(modules("two/data.py"))  # another file of the same name
+    assert len(set((here / "ran.txt").read_text().splitlines())) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\nimport no_such_library\n", "ModuleNotFoundError: No module.*line 2"),
+        ("x = (1\n", "SyntaxError"),
+        ("\n\nraise RuntimeError('two\\nlines')\n", r"RuntimeError: two.*line 3"),
+    ],
+)
+def test_a_broken_module_is_named_with_its_line_and_can_be_mended(here, text, message):
+    (here / "data.py").write_text(text)
+    for _ in range(2):  # not taken for imported after it failed
+        with pytest.raises(ValueError, match=r"(?s)DATASETS\.MODULES.*data\.py.*" + message):
+            import_modules(modules("data.py"))
+    (here / "data.py").write_text("ANSWER = 42\n")
+    assert import_modules(modules("data.py"))[0].ANSWER == 42
+
+
+def test_missing_modules_are_named(here):
+    with pytest.raises(FileNotFoundError, match=r"MODULES.*absent\.py.*current folder"):
+        import_modules(modules("absent.py"))
+    with pytest.raises(ValueError, match=r"MODULES.*no_such_package\.data"):
+        import_modules(modules("no_such_package.data"))
+
+
+@pytest.mark.parametrize("tool", ["train_net.py", "demo.py"])
+def test_the_tools_report_a_missing_module_in_one_line(here, tool):
+    command = [sys.executable, f"tools/{tool}"]
+    config = ["--config-file", "configs/gella_tiny_shapes.yaml"]
+    override = ["DATASETS.MODULES", "['absent.py']"]
+    more = ["--dataset", "own_val", "--opts", *override] if tool == "demo.py" else override
+    done = subprocess.run([*command, *config, *more], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert "absent.py" in line and "Traceback" not in done.stderr

@@ -1,0 +1,436 @@
+"""The tool that writes a segmenter's masks: complete, resumable, clear about what went wrong."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_segmenters
+from detectron2.data import DatasetCatalog
+from PIL import Image
+from tiny_segmenters import TOY_SETUP, save_mask2former, save_sam, save_toy
+
+from gella.entity_segmenters import load_segmenter
+from gella.entity_sources import load_entities
+from gella.mask_journal import MaskJournal
+from gella.segmenters_transformers import SamSegmenter, UniversalSegmenter
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = ROOT / "tools" / "precompute_entities.py"
+
+
+def _load_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gella_precompute", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = _load_tool()
+
+
+def draw(seed: int, height: int = 40, width: int = 56) -> np.ndarray:
+    """A grey picture with a red box and a larger blue one."""
+    rng = np.random.default_rng(seed)
+    image = np.full((height, width, 3), 20, dtype=np.uint8)
+    top, left = rng.integers(0, 10, 2)
+    image[top : top + 6, left : left + 5, 0] = 250
+    image[top + 12 : top + 25, left : left + 30, 2] = 250
+    return image
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Six pictures of two sizes; COCO's names, but for one."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(5):
+        size = (40, 56) if k % 2 else (48, 64)
+        Image.fromarray(draw(k, *size)).save(folder / f"{k:012d}.png")
+    Image.fromarray(draw(9)).save(folder / "street.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> str:
+    return save_toy(tmp_path / "toy")
+
+
+@pytest.fixture
+def run(pictures: Path, toy: str, tmp_path: Path, capsys: Any) -> Any:
+    """Call the tool with good arguments, some of them replaced (None: left out)."""
+
+    def call(*extra: str, **changes: Any) -> tuple[int, str, str]:
+        options = {"segmenter": toy, "images": pictures, "output": tmp_path / "masks.json"}
+        options["device"] = "cpu"
+        arguments = []
+        for name, value in {**options, **changes}.items():
+            arguments += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        try:
+            code = tool.main([*arguments, *extra])
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def ids_of(path: Path) -> int | str:
+    return int(path.stem) if path.stem.isdecimal() else path.stem
+
+
+# -- what is written -------------------------------------------------------------------------------
+
+OPTIONS = {"sam": SamSegmenter.OPTIONS, "transformers": UniversalSegmenter.OPTIONS}
+SAM = ("points_per_side=3", "pred_iou_thresh=-1000", "stability_score_thresh=0", "nms_thresh=0.99")
+MASK2FORMER = ("threshold=0", "mask_threshold=0", "overlap_mask_area_threshold=0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "save", "options"),
+    [("sam", save_sam, SAM), ("transformers", save_mask2former, MASK2FORMER)],
+)
+def test_end_to_end_with_a_model_of_transformers(run, pictures, tmp_path, kind, save, options):
+    spec = f"{kind}:{save(tmp_path / 'model')}"
+    given = [part for option in options for part in ("--option", option)]
+    code, out, _ = run(*given, segmenter=spec)
+    assert code == 0 and "6 of 6" in out and "tools/demo.py" in out
+    segmenter = load_segmenter(spec, "cpu", dict(option.split("=") for option in options))
+    for path in sorted(pictures.glob("*.png")):
+        image = np.asarray(Image.open(path))
+        expected = segmenter.segment(image)
+        read = load_entities(tmp_path / "masks.json", *image.shape[:2], image_id=ids_of(path))
+        assert read.num_entities == expected.num_entities >= 1
+        assert (read.ids == expected.ids).all()
+        np.testing.assert_allclose(read.scores, expected.scores, atol=1e-5)
+    results = json.loads((tmp_path / "masks.json").read_text())
+    assert {type(result["image_id"]) for result in results} == {int, str}
+    assert set(results[0]) == {"image_id", "category_id", "segmentation", "score"}
+    assert not (tmp_path / "masks.json.journal").exists()
+
+
+@pytest.mark.parametrize("size", [2, 4, 10])
+def test_the_batch_size_changes_nothing(run, tmp_path, size):
+    assert run()[0] == 0
+    code, _, _ = run(output=tmp_path / "batched.json", batch_size=size)
+    assert code == 0
+    assert (tmp_path / "batched.json").read_bytes() == (tmp_path / "masks.json").read_bytes()
+
+
+def test_limits_and_report(run, pictures, tmp_path):
+    Image.new("RGB", (30, 20)).save(pictures / "dark.png")
+    code, out, _ = run(min_area=40, max_entities=3)
+    assert code == 0
+    report = json.loads((tmp_path / "masks.json.report.json").read_text())
+    assert report["images"] == report["done"] == 7 and report["failed"] == {}
+    assert report["without_mask"] == [str(pictures / "dark.png")]
+    assert report["entities"] == 6  # the red boxes of 30 pixels are too small
+    assert report["entities_per_image"] == {"mean": 6 / 7, "min": 0, "max": 1}
+    assert report["seconds_per_image"] > 0
+    assert "1 images without any mask" in out and str(pictures / "dark.png") in out
+    with pytest.raises(ValueError, match="image dark"):
+        load_entities(tmp_path / "masks.json", 20, 30, image_id="dark")
+    code, _, _ = run(min_score=0.7, output=tmp_path / "red.json")
+    results = json.loads((tmp_path / "red.json").read_text())
+    assert code == 0 and [result["score"] for result in results] == [0.9] * 6
+
+
+def test_a_photograph_is_segmented_upright(run, pictures, tmp_path):
+    picture = Image.fromarray(draw(3))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # shown after a quarter turn
+    picture.save(pictures / "photo.png", exif=exif)
+    assert run()[0] == 0
+    entities = load_entities(tmp_path / "masks.json", 56, 40, image_id="photo")
+    assert entities.areas().tolist() == [30, 390]
+
+
+@pytest.fixture
+def dataset(pictures: Path) -> Any:
+    """A registered dataset with two captions for each of three pictures, turned by EXIF or not."""
+    picture = Image.fromarray(draw(3))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(pictures / "street.png", exif=exif)
+    names = [("000000000003.png", 30), ("000000000001.png", 10), ("street.png", 20)]
+    records = [
+        {"file_name": str(pictures / name), "image_id": number, "height": 40, "width": 56}
+        for name, number in names
+    ]
+    DatasetCatalog.register("precompute_toys", lambda: [*records, *records])
+    yield records
+    DatasetCatalog.remove("precompute_toys")
+
+
+def test_a_registered_dataset(run, dataset, tmp_path):
+    code, out, _ = run(images=None, dataset="precompute_toys")
+    assert code == 0 and "3 of 3" in out
+    command = shlex.split(out.splitlines()[-1])
+    chosen = ast.literal_eval(command[command.index("INPUT.GELLA.ENTITY_SOURCES") + 1])
+    assert chosen == [["precompute_toys", "coco_results", str(tmp_path / "masks.json")]]
+    results = json.loads((tmp_path / "masks.json").read_text())
+    assert [result["image_id"] for result in results] == [30, 30, 10, 10, 20, 20]
+    # COCO's annotations are of the stored pixels, so the turn is not made
+    assert load_entities(tmp_path / "masks.json", 40, 56, image_id=20).num_entities == 2
+
+
+def test_a_module_can_register_the_dataset(run, pictures, tmp_path):
+    record = {"file_name": str(pictures / "street.png"), "image_id": 5, "height": 40, "width": 56}
+    module = tmp_path / "register_toys.py"
+    module.write_text(
+        "from detectron2.data import DatasetCatalog\n"
+        f"DatasetCatalog.register('precompute_own', lambda: [{record!r}])\n"
+    )
+    try:
+        code, _, _ = run(images=None, dataset="precompute_own", module=module)
+    finally:
+        DatasetCatalog.remove("precompute_own")
+    assert code == 0
+    assert load_entities(tmp_path / "masks.json", 40, 56, image_id=5).num_entities == 2
+
+
+def test_a_picture_that_is_not_the_datasets_fails(run, dataset, tmp_path):
+    dataset[1]["height"], dataset[1]["width"] = 56, 40
+    code, out, _ = run(images=None, dataset="precompute_toys")
+    assert code == 1 and "56x40 pixels but the dataset says 40x56" in out
+    results = json.loads((tmp_path / "masks.json").read_text())
+    assert {result["image_id"] for result in results} == {30, 20}
+
+
+# -- what goes wrong -------------------------------------------------------------------------------
+
+
+def test_bad_images_do_not_stop_the_rest_and_are_tried_again(run, pictures, tmp_path, monkeypatch):
+    Image.fromarray(draw(7, 50, 60)).save(pictures / "heavy.png")
+    assert run(output=tmp_path / "whole.json")[0] == 0
+    cut = pictures / "000000000001.png"
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:60])
+    find = tiny_segmenters.ToyColorSegmenter.find
+
+    def find_or_fail(self, entry):
+        if entry["height"] == 50:
+            raise RuntimeError("out of\nmemory")
+        return find(self, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_segmenters.ToyColorSegmenter, "find", find_or_fail)
+        code, out, err = run(batch_size=3)
+    assert code == 1 and "2 images failed" in out and "run the same command" in out
+    report = json.loads((tmp_path / "masks.json.report.json").read_text())
+    assert set(report["failed"]) == {str(cut), str(pictures / "heavy.png")}
+    assert report["failed"][str(pictures / "heavy.png")].endswith("heavy.png: out of memory")
+    assert f"image {cut} is truncated" in err
+    assert report["done"] == 5
+    results = json.loads((tmp_path / "masks.json").read_text())
+    assert {result["image_id"] for result in results} == {0, 2, 3, 4, "street"}
+    cut.write_bytes(whole)
+    code, out, _ = run(batch_size=3)
+    assert code == 0 and "5 of 7 images are done" in out
+    assert (tmp_path / "masks.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_nothing_but_failures_can_be_repaired(run, pictures, tmp_path):
+    for path in pictures.glob("*.png"):
+        path.write_bytes(b"no picture")
+    code, out, _ = run()
+    assert code == 1 and "images   0 of 6" in out
+    assert json.loads((tmp_path / "masks.json").read_text()) == []
+    Image.fromarray(draw(1)).save(pictures / "street.png")
+    code, out, _ = run()
+    assert code == 1 and "images   1 of 6" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": None}, "--images"),
+        ({"dataset": "x"}, "not allowed with"),
+        ({"images": "{tmp}/nowhere"}, "nowhere does not exist"),
+        ({"images": "{tmp}/toy"}, "has no pictures"),
+        ({"images": None, "dataset": "precompute_unheard"}, "is not registered"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"min_area": -3}, "-3 pixels"),
+        ({"max_entities": 0}, "at most 0"),
+        ({"option": "threshold"}, "no KEY=VALUE"),
+        ({"option": "threshold=0.5"}, "'threshold' is not known"),
+        ({"segmenter": "toy"}, "none of sam:PATH"),
+        ({"segmenter": "sam:{tmp}/nowhere"}, "nowhere does not exist"),
+        ({"output": "{tmp}"}, "is a folder"),
+        ({"module": "{tmp}/none.py"}, "none.py"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(run, tmp_path, changes, message):
+    changes = {
+        key: value.format(tmp=tmp_path) if isinstance(value, str) else value
+        for key, value in changes.items()
+    }
+    code, _, err = run(**changes)
+    assert code == 2 and message in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    # and the corrected command runs
+    assert run()[0] == 0
+
+
+def test_two_pictures_of_one_id(run, pictures):
+    Image.fromarray(draw(1)).save(pictures / "1.png")
+    code, _, err = run()
+    assert code == 2 and "000000000001.png" in err and "1.png have one image id, 1" in err
+
+
+# -- going on --------------------------------------------------------------------------------------
+
+
+def half_done(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: int) -> Path:
+    """Stop the tool by Ctrl-C after some images; returns its journal."""
+    add, count = MaskJournal.add, 0
+
+    def add_and_stop(self, job, entities):
+        nonlocal count
+        if count == images:
+            raise KeyboardInterrupt
+        count += 1
+        add(self, job, entities)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskJournal, "add", add_and_stop)
+        code, _, err = run()
+    assert code == 130 and "goes on where it stopped" in err
+    assert not (tmp_path / "masks.json").exists()
+    return tmp_path / "masks.json.journal"
+
+
+def test_ctrl_c_and_going_on(run, tmp_path, monkeypatch):
+    assert run(output=tmp_path / "whole.json")[0] == 0
+    for _ in range(2):
+        journal = half_done(run, tmp_path, monkeypatch, images=2)
+        with journal.open("ab") as stream:
+            stream.write(b'{"image_id": 4, "bytes": 12, "resu')  # killed while it wrote
+    code, out, _ = run()
+    assert code == 0 and "4 of 6 images are done" in out
+    assert (tmp_path / "masks.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    report = json.loads((tmp_path / "masks.json.report.json").read_text())
+    assert report["done"] == 6
+
+
+def test_stopped_before_the_first_image(run, tmp_path, monkeypatch):
+    journal = half_done(run, tmp_path, monkeypatch, images=0)
+    assert not journal.exists()
+    assert run(min_area=10)[0] == 0  # other settings are free again
+
+
+def test_other_settings_are_refused(run, tmp_path, monkeypatch):
+    journal = half_done(run, tmp_path, monkeypatch, images=2)
+    before = journal.read_bytes()
+    for changes in ({"min_area": 7}, {"option": "output=instances"}):
+        code, _, err = run(**changes)
+        assert code == 2 and "other settings" in err and str(journal) in err
+    assert journal.read_bytes() == before
+    assert run()[0] == 0
+
+
+def test_a_finished_output_is_not_made_anew(run, tmp_path):
+    assert run()[0] == 0
+    before = (tmp_path / "masks.json").read_bytes()
+    code, _, err = run()
+    assert code == 2 and "exists already" in err and str(tmp_path / "masks.json") in err
+    assert (tmp_path / "masks.json").read_bytes() == before
+
+
+def test_killed_between_output_and_tidying_up(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskJournal, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run()[0] == 130
+    before = (tmp_path / "masks.json").read_bytes()
+    code, out, _ = run()
+    assert code == 0 and "6 of 6 images are done" in out
+    assert (tmp_path / "masks.json").read_bytes() == before
+
+
+def test_a_picture_that_was_replaced_is_done_again(run, pictures, tmp_path, monkeypatch):
+    half_done(run, tmp_path, monkeypatch, images=3)
+    Image.new("RGB", (9, 7), (255, 0, 0)).save(pictures / "000000000000.png")
+    assert run()[0] == 0
+    assert load_entities(tmp_path / "masks.json", 7, 9, image_id=0).areas().tolist() == [63]
+    results = json.loads((tmp_path / "masks.json").read_text())
+    assert [result["image_id"] for result in results].count(0) == 1
+
+
+def test_a_damaged_journal_is_named(run, tmp_path, monkeypatch):
+    journal = half_done(run, tmp_path, monkeypatch, images=3)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[2] = b"{}\n"
+    journal.write_bytes(b"".join(lines))
+    code, _, err = run()
+    assert code == 2 and f"{journal}: line 3 is damaged" in err
+
+
+def test_two_processes_do_not_write_one_output(run, tmp_path):
+    pytest.importorskip("fcntl")
+    with MaskJournal(tmp_path / "masks.json", {}):
+        code, _, err = run()
+    assert code == 2 and "another process" in err
+
+
+def test_sigkill_in_the_middle(run, pictures, toy, tmp_path):
+    """A real process killed by the system; going on gives the file of an undisturbed run."""
+    for k in range(20, 40):
+        Image.fromarray(draw(k)).save(pictures / f"{k:012d}.png")
+    assert run(output=tmp_path / "whole.json")[0] == 0
+    command = [sys.executable, str(TOOL), "--segmenter", toy, "--images", str(pictures)]
+    command += ["--output", str(tmp_path / "masks.json"), "--device", "cpu"]
+    command += ["--option", TOY_SETUP, "--option", "TOY_SECONDS=0.1"]
+    paths = [str(ROOT / "tests"), str(ROOT / "projects"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    journal = tmp_path / "masks.json.journal"
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not (tmp_path / "masks.json").exists()
+    done = journal.read_bytes().count(b"\n") - 1
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert f"{done} of 26 images are done" in finished.stdout
+    assert (tmp_path / "masks.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        tool.parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert "--segmenter sam:" in text and "--images" in text and "journal" in text
+
+
+def test_the_commands_of_the_docs_are_right():
+    text = (ROOT / "docs" / "ENTITY_MASKS.md").read_text().replace("\\\n", " ")
+    commands = [line.strip() for line in text.splitlines() if "precompute_entities.py --" in line]
+    assert len(commands) >= 4
+    for command in commands:
+        args = tool.parse_args(shlex.split(command)[2:])
+        kind = args.segmenter.partition(":")[0]
+        options = {option.split("=")[0] for option in args.option}
+        assert kind in ("sam", "transformers", "detectron2")
+        assert kind == "detectron2" or options <= set(OPTIONS[kind])

@@ -1,0 +1,217 @@
+"""Tiny segmenters with random weights, saved as their libraries save them; shared by tests."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Instances
+from torch import nn
+
+
+def save_sam(folder: Path) -> Path:
+    """A SAM of 64-pixel input, as `save_pretrained` writes it, processor included."""
+    from transformers import (
+        SamConfig,
+        SamImageProcessor,
+        SamMaskDecoderConfig,
+        SamModel,
+        SamProcessor,
+        SamPromptEncoderConfig,
+        SamVisionConfig,
+    )
+
+    torch.manual_seed(0)
+    vision = SamVisionConfig(
+        hidden_size=16,
+        output_channels=16,
+        num_pos_feats=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=8,
+        mlp_dim=16,
+        window_size=4,
+        global_attn_indexes=[0],
+    )
+    prompt = SamPromptEncoderConfig(
+        hidden_size=16, image_size=64, patch_size=8, mask_input_channels=4
+    )
+    decoder = SamMaskDecoderConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        mlp_dim=16,
+        iou_head_hidden_dim=8,
+    )
+    config = SamConfig(
+        vision_config=vision.to_dict(),
+        prompt_encoder_config=prompt.to_dict(),
+        mask_decoder_config=decoder.to_dict(),
+    )
+    model = SamModel(config)
+    scatter(model)
+    model.save_pretrained(folder)
+    processor = SamImageProcessor(
+        size={"longest_edge": 64},
+        pad_size={"height": 64, "width": 64},
+        mask_size={"longest_edge": 16},
+        mask_pad_size={"height": 16, "width": 16},
+    )
+    SamProcessor(processor).save_pretrained(folder)
+    return folder
+
+
+def save_mask2former(folder: Path) -> Path:
+    """A Mask2Former of a few thousand weights over a tiny Swin, processor included."""
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
+
+    torch.manual_seed(0)
+    swin = SwinConfig(
+        image_size=64,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = Mask2FormerConfig(
+        backbone_config=swin,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        dim_feedforward=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=8,
+        num_labels=5,
+    )
+    model = Mask2FormerForUniversalSegmentation(config)
+    with torch.no_grad():
+        model.class_predictor.weight.normal_(0, 1.0)
+    model.save_pretrained(folder)
+    Mask2FormerImageProcessor(
+        size={"shortest_edge": 64, "longest_edge": 128}, size_divisor=32
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_sam2(folder: Path) -> Path:
+    """A SAM 2 of 128-pixel input; its processor squashes images to a square."""
+    from transformers import (
+        Sam2Config,
+        Sam2HieraDetConfig,
+        Sam2ImageProcessor,
+        Sam2MaskDecoderConfig,
+        Sam2Model,
+        Sam2PromptEncoderConfig,
+        Sam2VisionConfig,
+    )
+
+    torch.manual_seed(0)
+    hiera = Sam2HieraDetConfig(
+        hidden_size=8,
+        image_size=[128, 128],
+        blocks_per_stage=[1, 1, 1, 1],
+        embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1, 1, 2, 2],
+        window_size_per_stage=[4, 4, 4, 4],
+        global_attention_blocks=[],
+    )
+    vision = Sam2VisionConfig(
+        backbone_config=hiera.to_dict(),
+        backbone_channel_list=[64, 32, 16, 8],
+        backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]],
+        fpn_hidden_size=16,
+    )
+    prompt = Sam2PromptEncoderConfig(hidden_size=16, image_size=128, mask_input_channels=4)
+    decoder = Sam2MaskDecoderConfig(
+        hidden_size=16,
+        mlp_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        iou_head_hidden_dim=8,
+    )
+    config = Sam2Config(
+        vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder
+    )
+    model = Sam2Model(config)
+    scatter(model)
+    model.save_pretrained(folder)
+    Sam2ImageProcessor(
+        size={"height": 128, "width": 128}, mask_size={"height": 32, "width": 32}
+    ).save_pretrained(folder)
+    return folder
+
+
+def scatter(model: nn.Module) -> None:
+    """Spread the weights; at the initial scale every mask is the same flat value."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.5)
+
+
+@META_ARCH_REGISTRY.register()
+class ToyColorSegmenter(nn.Module):
+    """A Detectron2 model that finds the reddish and the bluish pixels of its input.
+
+    Its two weights say how reddish and how bluish; `slowly` makes it take a while for each image.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.levels = nn.Parameter(torch.full((2,), 1000.0))  # finds nothing until it is loaded
+        self.rgb = cfg.INPUT.FORMAT == "RGB"
+        self.seconds = float(cfg.get("TOY_SECONDS", 0.0))
+        self.panoptic = bool(cfg.get("TOY_PANOPTIC", False))
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [self.find(entry) for entry in inputs]
+
+    def find(self, entry: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(self.seconds)
+        size = (entry["height"], entry["width"])
+        self.seen.append((*entry["image"].shape[-2:], *size))
+        red, blue = entry["image"][[0, 2] if self.rgb else [2, 0]]
+        maps = torch.stack([red, blue]) > self.levels[:, None, None]
+        full = nn.functional.interpolate(maps[None].float(), size=size)[0] > 0.5
+        present = full.flatten(1).any(1)
+        scores = torch.tensor([0.9, 0.6])
+        found = Instances(size, pred_masks=full[present], scores=scores[present])
+        answer: dict[str, Any] = {"instances": found}
+        if self.panoptic:
+            ids = (full * torch.tensor([7, 9])[:, None, None]).amax(0)
+            segments = [{"id": i, "category_id": 0} for i in (7, 9) if bool((ids == i).any())]
+            answer["panoptic_seg"] = (ids, segments)
+        return answer
+
+
+def add_toy_config(cfg: Any) -> None:
+    """Add the keys of `ToyColorSegmenter` to a Detectron2 config."""
+    cfg.TOY_SECONDS = 0.0
+    cfg.TOY_PANOPTIC = False
+
+
+def save_toy(folder: Path, *lines: str) -> str:
+    """Config and weights of a `ToyColorSegmenter` in `folder`; returns its spec."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = ["MODEL:", "  META_ARCHITECTURE: ToyColorSegmenter", "INPUT:", "  MIN_SIZE_TEST: 0"]
+    (folder / "toy.yaml").write_text("\n".join([*text, *lines, ""]))
+    torch.save({"model": {"levels": torch.tensor([128.0, 128.0])}}, folder / "toy.pth")
+    return f"detectron2:{folder / 'toy.yaml'}:{folder / 'toy.pth'}"
+
+
+TOY_SETUP = "setup=tiny_segmenters:add_toy_config"
