@@ -26,6 +26,8 @@ $(STAMP): setup.py constraints.txt tools/setup_detectron2.py
 	$(BIN)/python tools/setup_detectron2.py
 	@touch $(STAMP)
 
+# The demo keeps to this folder, wherever the user's own datasets are.
+demo: export DETECTRON2_DATASETS := datasets
 demo: $(STAMP)
 	$(BIN)/python datasets/prepare_shapes.py
 	$(BIN)/python tools/train_net.py --config-file $(CONFIG)

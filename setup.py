@@ -34,7 +34,6 @@ REQUIREMENTS = [
     "tabulate>=0.9",  # result tables
     "termcolor>=3.0",  # coloured log
     "tensorboard>=2.20",  # training curves
-    "cloudpickle>=3.1",  # datasets shared between loader processes
     "tqdm>=4.67",  # progress bars
     # projects/detectron2_core is installed without isolation, by the setuptools of the environment
     "setuptools>=70.1",
@@ -48,6 +47,9 @@ EXTRAS = {
         "pytest-xdist>=3.8",  # two test processes
         "ruff>=0.17",  # make lint: style and format
         "mypy>=2.4",  # make lint: types
+        # what the original Detectron2 imports, for tests with its checkout on PYTHONPATH
+        "cloudpickle>=3.1",
+        "omegaconf>=2.4",
     ],
     "upstream": [
         # The originals; everything here runs without them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from setuptools import find_packages, setup
 
-needs = "cloudpickle fvcore iopath numpy tabulate tensorboard termcolor torch tqdm yacs"
+needs = "fvcore iopath numpy tabulate tensorboard termcolor torch yacs"
 setup(
     name="detectron2",
     version="0.6+core",

@@ -104,6 +104,12 @@ def _add_decoders(cfg: Any, node: type) -> None:
     language.NUM_KEY_VALUE_HEADS = 32
     language.RMS_NORM_EPS = 1e-5
     language.ROPE_THETA = 10000.0
+    # One matrix for word embedding and output layer. LLaMA has two; a small decoder trained from
+    # scratch learns to copy the caption's words sooner with one.
+    language.TIE_EMBEDDINGS = False
+    # Standard deviation of the initial weights. LLaMA's 0.02 suits a width of 4,096
+    # (1.28 / sqrt(width)); a narrow decoder needs more or its attention starts out uniform.
+    language.INIT_STD = 0.02
     language.MAX_POSITIONS = 4096  # tokens, image tokens included
     language.PROJECTOR = "mlp2x_gelu"  # eq. 3: "mlp2x_gelu" (LLaVA-1.5) or "linear" (the paper)
     # CLIP's grid is average-pooled by this factor per side before it becomes tokens; 1 keeps all.

@@ -6,8 +6,11 @@ ranks and with any number of workers, draws the batches of an uninterrupted run.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
+import signal
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -23,6 +26,7 @@ from gella.prompts import TASKS
 
 SampleKey = tuple[int, str, tuple[int, int, int]]
 
+_PR_SET_PDEATHSIG = 1  # of prctl(2): the signal a process gets when its parent ends
 _BLOCK = 4096  # iterations whose tasks are drawn at once
 # Keep the streams of chance apart: SeedSequence pads with zeros, so lengths alone do not.
 _TASK_STREAM, _ORDER_STREAM = 0x7A5C, 0x0D3E
@@ -183,7 +187,7 @@ class GroundingTrainLoader:
             batch_sampler=self.sampler,
             num_workers=self.num_workers,
             collate_fn=_as_list,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             generator=generator,
         )
         return iter(loader)
@@ -247,5 +251,8 @@ def _as_list(batch: list[Any]) -> list[Any]:
     return batch
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # A killed trainer cannot stop its workers, and one that waits to hand a batch over never ends.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -88,7 +88,8 @@ class LanguageDecoder(nn.Module):
             rms_norm_eps=node.RMS_NORM_EPS,
             rope_theta=node.ROPE_THETA,
             max_position_embeddings=node.MAX_POSITIONS,
-            tie_word_embeddings=False,
+            tie_word_embeddings=node.TIE_EMBEDDINGS,
+            initializer_range=node.INIT_STD,
             attn_implementation="sdpa",
         )
         return dict(
