@@ -21,7 +21,7 @@ from detectron2.data import DatasetCatalog
 
 import gella
 from gella.data.checking import check_dataset
-from gella.results import write_json
+from gella.evaluation.results import write_json
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import gella.data  # noqa: F401  (registers the datasets)
 from gella.data.spans import alignment_report
-from gella.results import write_json
+from gella.evaluation.results import write_json
 
 SHOWN = 20  # unaligned utterances on the screen; --json has all
 

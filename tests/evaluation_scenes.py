@@ -12,7 +12,7 @@ from PIL import Image
 
 from gella import evaluation
 from gella.entities import EntityMap, id_to_rgb
-from gella.truth import TruthReader
+from gella.evaluation.truth import TruthReader
 
 CATEGORIES = [
     {"id": 1, "name": "circle", "isthing": 1},

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
+import benchmark_colormap
+import benchmark_data
+import benchmark_scenes
+import benchmark_stages
 import numpy as np
 import pytest
 import torch
@@ -15,12 +18,6 @@ from PIL import Image
 from gella.entity_sources import load_from_record
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))  # its parts import each other by name, as scripts do
-
-import benchmark_colormap  # noqa: E402
-import benchmark_data  # noqa: E402
-import benchmark_scenes  # noqa: E402
-import benchmark_stages  # noqa: E402
 
 SMALL = ["--size", "64x48", "--images", "2", "--segments", "5", "--repeat", "1", "--seconds", "0"]
 PIXELS = ["INPUT.GELLA.COLORMAP_SIZE", "96", "MODEL.IMAGE_ENCODER.IMAGE_SIZE", "56"]

@@ -34,16 +34,7 @@ from caption_server import (
 from PIL import Image
 
 from gella.alignment import locate_phrases
-from gella.caption_endpoint import EndpointCaptioner, EndpointSettings
-from gella.caption_file import CaptionFile
-from gella.caption_text import (
-    AnswerError,
-    clean_description,
-    match_nouns,
-    parse_json_answer,
-    parse_noun_list,
-)
-from gella.captioners import (
+from gella.captions.captioner import (
     PROMPTS,
     EndpointError,
     Picture,
@@ -55,6 +46,15 @@ from gella.captioners import (
     load_picture,
     read_prompts,
     token_cost,
+)
+from gella.captions.endpoint import EndpointCaptioner, EndpointSettings
+from gella.captions.file import CaptionFile
+from gella.captions.text import (
+    AnswerError,
+    clean_description,
+    match_nouns,
+    parse_json_answer,
+    parse_noun_list,
 )
 
 # -- answers ---------------------------------------------------------------------------------------
@@ -652,7 +652,7 @@ def llava_dir(tmp_path_factory: Any, tokenizer_dir: Path) -> Path:
 
 
 def test_a_local_model_answers_about_the_picture(llava_dir):
-    from gella.caption_local import LocalCaptioner
+    from gella.captions.local import LocalCaptioner
 
     captioner = LocalCaptioner(str(llava_dir), max_tokens=6)
     pictures = [load_picture(np.full((20, 30, 3), shade, np.uint8)) for shade in (0, 250)]
@@ -672,7 +672,7 @@ def test_a_local_model_answers_about_the_picture(llava_dir):
 def test_a_local_model_is_asked_in_its_own_template(llava_dir, monkeypatch):
     import torch
 
-    from gella.caption_local import LocalCaptioner
+    from gella.captions.local import LocalCaptioner
 
     captioner = LocalCaptioner(str(llava_dir), max_tokens=400)
     seen = []
@@ -700,7 +700,7 @@ def test_a_local_model_is_asked_in_its_own_template(llava_dir, monkeypatch):
 
 
 def test_local_models_that_cannot_be_read(tmp_path, tokenizer_dir):
-    from gella.caption_local import LocalCaptioner
+    from gella.captions.local import LocalCaptioner
 
     with pytest.raises(FileNotFoundError, match="no model folder"):
         LocalCaptioner(str(tmp_path / "none"))
@@ -712,7 +712,7 @@ def test_local_models_that_cannot_be_read(tmp_path, tokenizer_dir):
 
 def test_no_heavy_library_is_imported_before_it_is_needed():
     code = (
-        "import sys, gella.caption_local, gella.caption_run; print('transformers' in sys.modules)"
+        "import sys, gella.captions.local, gella.captions.run; print('transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -387,8 +387,8 @@ def test_a_local_model_takes_the_place_of_the_endpoint(run, tmp_path, tokenizer_
 
 
 def test_a_local_model_that_writes_well(run, tmp_path, tokenizer_dir, monkeypatch):
-    from gella.caption_local import LocalCaptioner
-    from gella.captioners import Reply
+    from gella.captions.captioner import Reply
+    from gella.captions.local import LocalCaptioner
 
     write_pictures(tmp_path / "images", 2)
     save_tiny_llava(tmp_path / "llava", tokenizer_dir)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from gella import evaluation
 from gella.entities import EntityMap, rgb_to_id
-from gella.truth import TruthReader
+from gella.evaluation.truth import TruthReader
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -18,8 +18,8 @@ MAX_LINES = 350
 CORE_MAX_LINES = 2000
 
 # What a module may import of gella, besides other modules of its own group. A module that no line
-# names belongs to the group of its folder ("data", "modeling"); a new file of the top folder needs
-# a line here, which is the moment to think about where it belongs.
+# names belongs to the group of its folder ("data", "modeling", "evaluation", ...); a new file of
+# the top folder needs a line here, which is the moment to think about where it belongs.
 ARROWS: dict[str, set[str]] = {
     # leaves
     "config": set(),
@@ -27,6 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "prompts": set(),
     "metrics": set(),
     "checkpoint": set(),
+    "plugins": set(),
     "text_layout": set(),
     "zero": set(),
     # one step up
@@ -39,7 +40,9 @@ ARROWS: dict[str, set[str]] = {
     "data": {"entities", "entity_sources", "prompts", "geometry"},
     "modeling": set(),  # every file but the one that composes them
     "modeling.meta_arch": {"modeling", "entities", "prompts"},
-    "evaluation": {"metrics", "entities", "prompts"},
+    "evaluation": {"metrics", "entities", "entity_sources", "prompts"},
+    "captions": {"geometry"},
+    "segmenters": {"entities", "entity_sources", "geometry", "checkpoint"},
     "predictor": {
         "checkpoint",
         "config",
@@ -58,10 +61,10 @@ ARROWS: dict[str, set[str]] = {
 GROUPS = {
     "alignment": "prompts",
     "metrics_panoptic": "metrics",
-    "results": "evaluation",
-    "truth": "evaluation",
-    "evaluation_base": "evaluation",
-    "evaluation_png": "evaluation",
+    "entity_runs": "entities",
+    "color_choice": "entities",
+    "entity_files": "entity_sources",
+    "entity_json": "entity_sources",
 }
 # Leaves of modeling do not even see each other: only these arrows inside the room.
 MODELING_ARROWS = {
@@ -76,7 +79,8 @@ HOMES: dict[str, set[str]] = {
         "modeling.language_decoder",
         "modeling.mask_decoder",
         "modeling.criterion",
-        "entity_sources",
+        "segmenters.from_transformers",
+        "captions.local",
         "prompts",
         "data.shapes_tokens",  # writes the tokenizer of the synthetic scenes
     },

@@ -22,10 +22,10 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 from tiny_segmenters import TOY_SETUP, save_mask2former, save_sam, save_toy
 
-from gella.entity_segmenters import load_segmenter
 from gella.entity_sources import load_entities
-from gella.mask_journal import MaskJournal
-from gella.segmenters_transformers import SamSegmenter, UniversalSegmenter
+from gella.segmenters.from_transformers import SamSegmenter, UniversalSegmenter
+from gella.segmenters.journal import MaskJournal
+from gella.segmenters.segmenter import load_segmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "precompute_entities.py"

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Costs of a configuration.
+"""What a configuration costs, and how fast the data path is.
 
     python tools/benchmark.py cost --config-file configs/gella_swin_t.yaml
+    python tools/benchmark.py data --json data.json
 
 ``cost`` builds the model on the meta device, which needs no memory for weights, and prints the
 parameters of each part of the paper's Figure 2, beside published sizes where the config has them.
+``data`` times the mapper, the loader and the colormap; see tools/benchmark_data.py.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import benchmark_data
 import torch
 from detectron2.modeling import build_model
 from tabulate import tabulate
@@ -130,11 +133,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cost = commands.add_parser("cost", help="parameters per part, on the meta device")
     cost.add_argument("--config-file", required=True, metavar="FILE")
     cost.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    data = commands.add_parser("data", help="images per second of mapper and loader")
+    benchmark_data.add_arguments(data)
     args = parser.parse_args(arguments)
     try:
+        if args.command == "data":
+            benchmark_data.run(args)
+            return 0
         cfg = load_config(args.config_file, args.opts)
         print(f"{args.config_file}\n\n{cost_table(cfg)}")
-    except (OSError, ValueError) as error:
+    except (KeyError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

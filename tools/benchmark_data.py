@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from gella import add_gella_config, load_config
 from gella.data.dataset_mapper import GroundingMapper
+from gella.evaluation.results import write_json
 from gella.plugins import import_modules
 from gella.prompts import TASKS
-from gella.results import write_json
 from gella.trainer import load_records
 
 STREAM = 48  # id maps of 640 x 480; with their colormaps more than a processor's cache

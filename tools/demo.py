@@ -35,6 +35,7 @@ from detectron2.data import DatasetCatalog
 
 from gella.checkpoint import write_atomically
 from gella.config_file import load_config
+from gella.data.entity_choice import choose_entities
 from gella.entities import EntityMap
 from gella.entity_sources import load_entities, load_from_record
 from gella.geometry import read_image
@@ -143,14 +144,15 @@ def find_segments(panoptic_json: str, mask_name: str) -> list[dict[str, Any]]:
         raise ValueError(f"{panoptic_json} is no COCO panoptic file ({error!r})") from error
 
 
-def read_dataset(args: argparse.Namespace) -> list[Job]:
+def read_dataset(args: argparse.Namespace, cfg: Any) -> list[Job]:
     """Take the first ``--num`` pictures of a registered dataset, with their first captions."""
     names = DatasetCatalog.list()
     if args.dataset not in names:
         known = ", ".join(sorted(name for name in names if name.startswith("gella_")))
         raise ValueError(f"dataset {args.dataset} is not registered; there are: {known}")
     jobs: dict[str, Job] = {}
-    for record in DatasetCatalog.get(args.dataset):
+    records = DatasetCatalog.get(args.dataset)
+    for record in choose_entities(records, args.dataset, cfg, is_train=False):
         if len(jobs) == args.num:
             break
         name = Path(record["file_name"]).stem
@@ -204,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
         cfg.MODEL.WEIGHTS = args.weights
     if args.device is not None:
         cfg.MODEL.DEVICE = args.device
-    jobs = read_own_input(args) if args.dataset is None else read_dataset(args)
+    jobs = read_own_input(args) if args.dataset is None else read_dataset(args, cfg)
     predictor = GellaPredictor(cfg, config_file=args.config_file)
     if not cfg.MODEL.WEIGHTS:
         print("no weights: the model is untrained, and the output is labelled so")

@@ -36,20 +36,20 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import gella.data  # noqa: F401  registers the datasets
-from gella.caption_endpoint import EndpointCaptioner, EndpointSettings
-from gella.caption_file import CaptionFile
-from gella.caption_local import LocalCaptioner
-from gella.caption_run import CaptionRun, Job, Source
-from gella.captioners import (
+from gella.captions.captioner import (
     MODES,
     PROMPTS,
     EndpointError,
     Tally,
     read_prompts,
 )
+from gella.captions.endpoint import EndpointCaptioner, EndpointSettings
+from gella.captions.file import CaptionFile
+from gella.captions.local import LocalCaptioner
+from gella.captions.run import CaptionRun, Job, Source
 from gella.data.reading import field, read_json
+from gella.evaluation.results import write_json
 from gella.predictor import image_id_of
-from gella.results import write_json
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 LISTED = 10  # failures that the screen shows; --json has all
@@ -326,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     level = logging.INFO if args.verbose else logging.WARNING
-    logging.getLogger("gella.caption_endpoint").setLevel(level)
+    logging.getLogger("gella.captions.endpoint").setLevel(level)
     try:
         with logging_redirect_tqdm():
             return execute(args)

@@ -44,12 +44,12 @@ from tqdm import tqdm
 
 import gella  # noqa: F401  registers the datasets
 from gella.entities import EntityMap
-from gella.entity_segmenters import SPECS, MaskLimits, Segmenter, load_segmenter
+from gella.evaluation.results import write_json
 from gella.geometry import read_image
-from gella.mask_journal import MaskJournal, PictureJob
 from gella.plugins import import_modules
 from gella.predictor import image_id_of
-from gella.results import write_json
+from gella.segmenters.journal import MaskJournal, PictureJob
+from gella.segmenters.segmenter import SPECS, MaskLimits, Segmenter, load_segmenter
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LISTED = 10  # names that the summary prints before it refers to the report

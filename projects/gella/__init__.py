@@ -7,7 +7,7 @@ Importing this package fills Detectron2's registries (``META_ARCH_REGISTRY``: ``
 
 from __future__ import annotations
 
-from gella import data, modeling
+from gella import data, modeling, segmenters
 from gella.config import add_gella_config
 from gella.config_file import load_config
 from gella.entities import EntityMap
@@ -23,4 +23,5 @@ __all__ = [
     "data",
     "load_config",
     "modeling",
+    "segmenters",
 ]

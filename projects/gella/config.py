@@ -18,7 +18,8 @@ def add_gella_config(cfg: Any) -> None:
     node = type(cfg)
     cfg.MODEL.META_ARCHITECTURE = "GELLA"
     _add_encoders(cfg, node)
-    _add_decoders(cfg, node)
+    _add_mask_decoder(cfg, node)
+    _add_language(cfg, node)
     _add_inference(cfg, node)
     _add_data_and_training(cfg, node)
 
@@ -67,7 +68,7 @@ def _add_encoders(cfg: Any, node: type) -> None:
     blend.POSITION = True
 
 
-def _add_decoders(cfg: Any, node: type) -> None:
+def _add_mask_decoder(cfg: Any, node: type) -> None:
     cfg.MODEL.SEM_SEG_HEAD.NAME = "Mask2FormerHead"
     cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     decoder = cfg.MODEL.MASK_DECODER = node()
@@ -93,6 +94,8 @@ def _add_decoders(cfg: Any, node: type) -> None:
     decoder.OVERSAMPLE_RATIO = 3.0
     decoder.IMPORTANCE_SAMPLE_RATIO = 0.75
 
+
+def _add_language(cfg: Any, node: type) -> None:
     language = cfg.MODEL.LANGUAGE = node()
     # A directory (or hub name) that transformers' AutoTokenizer reads. <SEG> is added to it.
     language.TOKENIZER = ""

@@ -46,8 +46,8 @@ def load_refcoco(
         tasks: what the records can train and serve.
 
     Returns:
-        Dicts of the image with ``expressions``: ``{"text", "segment_ids": [id], "sent_id",
-        "ref_id"}`` each. The refs' own file names are no names of images and are not used.
+        Dicts of the image with ``expressions``: ``{"text", "segment_ids", "sent_id", "ref_id"}``.
+        The refs' own file names are no names of images and are not used.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -56,8 +56,7 @@ def load_refcoco(
     """
     if per not in ("expression", "image") or match not in ("id", "overlap"):
         raise ValueError(
-            f"load_refcoco: per '{per}' has to be 'expression' or 'image', match '{match}' 'id' or "
-            "'overlap'"
+            f"per {per!r} must be 'expression' or 'image', and match {match!r} 'id' or 'overlap'"
         )
     instances_json = Path(folder, "instances.json")
     refs_file = Path(folder, f"refs({split_by}).p")

@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gella.data.record_store import as_records, indices_with_task
+from gella.geometry import received, to_send
 from gella.prompts import TASKS
 
 SampleKey = tuple[int, str, tuple[int, int, int]]
@@ -186,11 +187,13 @@ class GroundingTrainLoader:
             self.dataset,
             batch_sampler=self.sampler,
             num_workers=self.num_workers,
-            collate_fn=_as_list,
+            collate_fn=_to_send if self.num_workers else _as_list,
             worker_init_fn=_start_worker,
             generator=generator,
         )
-        return iter(loader)
+        if not self.num_workers:
+            return iter(loader)
+        return ([received(item) for item in batch] for batch in loader)
 
 
 def build_train_loader(
@@ -249,6 +252,10 @@ def _task_block(seed: int, block: int, ratios: tuple[float, ...]) -> np.ndarray:
 
 def _as_list(batch: list[Any]) -> list[Any]:
     return batch
+
+
+def _to_send(batch: list[Any]) -> list[Any]:
+    return [to_send(item) for item in batch]
 
 
 def _start_worker(worker: int) -> None:

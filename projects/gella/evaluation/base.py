@@ -10,8 +10,8 @@ import numpy as np
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from gella.results import write_json
-from gella.truth import TruthReader
+from gella.evaluation.results import write_json
+from gella.evaluation.truth import TruthReader
 
 
 def percent(summary: dict[str, float]) -> dict[str, float]:

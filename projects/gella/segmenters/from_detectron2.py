@@ -17,7 +17,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from PIL import Image
 
-from gella.entity_segmenters import Segmenter, one_of
+from gella.segmenters.segmenter import Segmenter, one_of
 
 
 class Detectron2Segmenter(Segmenter):

@@ -21,15 +21,15 @@ from PIL import Image
 
 from gella import metrics, metrics_panoptic
 from gella.entities import id_to_rgb
-from gella.evaluation_base import (
+from gella.evaluation.base import (
     GatheringEvaluator,
     encode_mask,
     percent,
     sized_mask,
     to_array,
 )
-from gella.evaluation_png import PNGEvaluator
-from gella.results import format_results, save_results
+from gella.evaluation.png import PNGEvaluator
+from gella.evaluation.results import format_results, save_results
 
 __all__ = [
     "EVALUATORS",

@@ -1,7 +1,7 @@
 """Captions from other models: a picture goes in, a description and its nouns come out.
 
-A captioner answers one question about one picture. ``gella.caption_endpoint.EndpointCaptioner``
-asks a chat endpoint, ``gella.caption_local.LocalCaptioner`` a model in this process; whatever has
+A captioner answers one question about one picture. ``gella.captions.endpoint.EndpointCaptioner``
+asks a chat endpoint, ``gella.captions.local.LocalCaptioner`` a model in this process; whatever has
 their ``ask`` works::
 
     captioner = EndpointCaptioner.from_environment()
@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from gella.caption_text import (
+from gella.captions.text import (
     AnswerError,
     clean_description,
     match_nouns,

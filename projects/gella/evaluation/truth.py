@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from gella.entities import EntityMap, rgb_to_id
+from gella.entity_json import decode_segmentation
 from gella.metrics_panoptic import VOID, check_segments
 
 _KEPT = 4  # images held decoded; the captions of one image usually come one after the other
@@ -48,28 +49,6 @@ class Truth:
     def mask(self, segment_ids: Sequence[int | str]) -> np.ndarray:
         """Union of the named segments, bool (H, W)."""
         return self.regions.union(self.indices(segment_ids))
-
-
-def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """COCO polygons (their union), RLE or a list of both -> bool (height, width).
-
-    Raises:
-        ValueError: an RLE of another size, with both sizes.
-    """
-    from pycocotools import mask as mask_api
-
-    parts = segmentation if isinstance(segmentation, list) else [segmentation]
-    polygons = [part for part in parts if not isinstance(part, dict)]
-    rles = mask_api.frPyObjects(polygons, height, width) if polygons else []
-    for part in (part for part in parts if isinstance(part, dict)):
-        if list(part["size"]) != [height, width]:
-            raise ValueError(f"RLE of size {part['size']} for an image of {[height, width]}")
-        raw = isinstance(part["counts"], list)
-        rles.append(mask_api.frPyObjects(part, height, width) if raw else part)
-    mask = np.zeros((height, width), dtype=bool)
-    for rle in rles:  # one by one: parts of an object may overlap, and overlap is inside
-        mask |= mask_api.decode(rle).astype(bool)
-    return mask
 
 
 class TruthReader:
@@ -112,7 +91,7 @@ class TruthReader:
             height, width = sample["height"], sample["width"]
             return self(sample).mask(wanted) if wanted else np.zeros((height, width), bool)
         masks = [
-            decode_segmentation(outlines[i], sample["height"], sample["width"]) for i in wanted
+            decode_segmentation(outlines[i], (sample["height"], sample["width"])) for i in wanted
         ]
         return np.logical_or.reduce(masks)
 

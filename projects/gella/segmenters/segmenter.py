@@ -183,14 +183,14 @@ def load_segmenter(
     place = _checked_device(device)
     given = dict(options or {})
     if kind == "detectron2":
-        from gella.segmenters_detectron2 import Detectron2Segmenter
+        from gella.segmenters.from_detectron2 import Detectron2Segmenter
 
         # Names of config keys start with a capital; they are checked by the config.
         keys = {name: given.pop(name) for name in list(given) if name[:1].isupper()}
         return Detectron2Segmenter(
             rest, weights, place, keys, **parse_options(Detectron2Segmenter, given)
         )
-    from gella.segmenters_transformers import SamSegmenter, UniversalSegmenter
+    from gella.segmenters.from_transformers import SamSegmenter, UniversalSegmenter
 
     cls: Any = SamSegmenter if kind == "sam" else UniversalSegmenter
     return cls(rest, place, **parse_options(cls, given))

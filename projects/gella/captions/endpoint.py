@@ -14,15 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from gella.caption_http import (
-    Response,
-    Transport,
-    TransportError,
-    full_address,
-    is_loopback,
-    retry_after,
-)
-from gella.captioners import (
+from gella.captions.captioner import (
     AnswerError,
     EndpointError,
     Picture,
@@ -32,6 +24,14 @@ from gella.captioners import (
     Tally,
     count_usage,
     redact,
+)
+from gella.captions.http import (
+    Response,
+    Transport,
+    TransportError,
+    full_address,
+    is_loopback,
+    retry_after,
 )
 
 __all__ = ["EndpointCaptioner", "EndpointSettings"]

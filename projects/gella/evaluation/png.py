@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gella import metrics
-from gella.evaluation_base import GatheringEvaluator, encode_mask, percent, sized_mask
-from gella.truth import Truth
+from gella.evaluation.base import GatheringEvaluator, encode_mask, percent, sized_mask
+from gella.evaluation.truth import Truth
 
 
 def match_grounding(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from gella.captioners import Picture, Reply, StoppedError, Tally, count_usage
+from gella.captions.captioner import Picture, Reply, StoppedError, Tally, count_usage
 
 __all__ = ["LocalCaptioner"]
 

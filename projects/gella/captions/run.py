@@ -14,8 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gella.caption_file import CaptionFile
-from gella.captioners import (
+from gella.captions.captioner import (
     AnswerError,
     Caption,
     EndpointError,
@@ -26,6 +25,7 @@ from gella.captioners import (
     load_picture,
     token_cost,
 )
+from gella.captions.file import CaptionFile
 
 __all__ = ["CaptionRun", "Interrupts", "Job", "Outcome", "Source", "run_jobs"]
 
@@ -155,10 +155,10 @@ class CaptionRun:
         captioner: the model; besides ``ask`` it has ``stop`` and ``abort``.
         file: where the captions go.
         prompts: text by id.
-        mode, attempts, min_found: as :func:`gella.captioners.describe`.
+        mode, attempts, min_found: as :func:`gella.captions.captioner.describe`.
         workers: questions at once.
         max_failures: captions that fail in a row before the run ends itself.
-        max_side, upright: as :func:`gella.captioners.load_picture`.
+        max_side, upright: as :func:`gella.captions.captioner.load_picture`.
         tally: gets the counts of ``describe``.
 
     Attributes:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gella.entity_segmenters import Segmenter, one_of
+from gella.segmenters.segmenter import Segmenter, one_of
 
 
 class SamSegmenter(Segmenter):

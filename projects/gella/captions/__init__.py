@@ -1,0 +1,1 @@
+"""Captions and their nouns from multimodal models: endpoints, local models, the file, the run."""
