@@ -27,7 +27,7 @@ __all__ = [
     "make_sample",
 ]
 
-VERSION = 1  # of the drawing and the grammar; a prepared dataset of another version is redone
+VERSION = 2  # of the drawing and the grammar; a prepared dataset of another version is redone
 SPLITS = ("train", "val")
 MAX_SCENES = 500_000  # of one split, so that segment ids stay within the 24 bits of a PNG
 

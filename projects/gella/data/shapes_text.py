@@ -23,6 +23,8 @@ MAX_WORDS = 60  # of a narrative
 _PICTURE_WORDS = ("picture", "photo", "image")
 _CLOSE = 4.0  # pixels; relations closer than this are not stated
 
+_ARTICLES = ("a", "an", "the")
+
 Piece = tuple[str, "Unit | None"]  # text and, for a noun, the unit it names
 
 
@@ -60,7 +62,12 @@ def write_narrative(scene: Scene, rng: np.random.Generator, held_out: bool = Fal
         nouns = sum(unit is not None for _, unit in pieces)
         if 4 <= nouns <= 8 and len(units) >= 3 and len(caption.split()) <= MAX_WORDS:
             break
-    split = [unit is not None and unit.determiner and rng.random() < 0.25 for _, unit in pieces]
+    # Articles only: which words belong to a noun must follow from the caption, or no model could
+    # extract it ("two stars" or "stars" from the same sentence).
+    split = [
+        unit is not None and unit.determiner in _ARTICLES and rng.random() < 0.25
+        for _, unit in pieces
+    ]
     lower, apart = rng.random() < 0.7, rng.random() < 0.6
     return _to_narrative(caption, pieces, split, lower, apart)
 
@@ -114,15 +121,13 @@ def _sentences(
 
 
 def _opening(rng: np.random.Generator, plural: bool) -> list[Piece]:
-    """Open the caption; "picture" is often an ungrounded noun, as in the benchmark."""
+    """Open the caption; "picture" is an ungrounded noun, as in the benchmark."""
     there = "there are" if plural else "there is"
     if rng.random() < 0.35:
         return [(str(rng.choice(["Here we can see", "We can see", f"Here {there}"])), None)]
     word = str(rng.choice(_PICTURE_WORDS))
     end = str(rng.choice(["we can see", "I can see", there]))
-    if rng.random() < 0.5:
-        return [("In", None), (f"this {word}", Unit("this", word, ())), (end, None)]
-    return [(f"In this {word} {end}", None)]
+    return [("In", None), (f"this {word}", Unit("this", word, ())), (end, None)]
 
 
 def _sentence(scene: Scene, rng: np.random.Generator, rest: list[Unit]) -> list[Piece]:
