@@ -76,6 +76,8 @@ def test_every_task_has_the_same_losses_and_reaches_every_parameter(shapes, quer
     model = make_model(cfg).train()
     losses = model(batch_of(cfg, shapes, task, is_train=True))
     assert {name.rstrip("_0123456789") for name in losses} == LOSSES
+    names = model.criterion.loss_names(model.mask_decoder.num_outputs)
+    assert sorted([*names, "loss_answer"]) == sorted(losses)
     assert all(loss.ndim == 0 and torch.isfinite(loss) for loss in losses.values())
     sum(losses.values()).backward()
     lost = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]

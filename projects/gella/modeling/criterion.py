@@ -122,6 +122,12 @@ class GellaCriterion(nn.Module):
                 )
         return self.weigh(losses)
 
+    def loss_names(self, num_outputs: int) -> list[str]:
+        """Names of all losses for a decoder with that many outputs, the last one included."""
+        layers = [f"_{i}" for i in range(num_outputs - 1)] if self.deep_supervision else []
+        parts = ("loss_entity", "loss_mask", "loss_dice")
+        return [part + layer for layer in [*layers, ""] for part in parts] + ["loss_association"]
+
     def weigh(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Multiply each loss by its weight; KeyError for a loss that has none."""
         weighted = {}

@@ -80,6 +80,7 @@ class Mask2FormerHead(nn.Module):
         super().__init__()
         _check_sizes(input_shape, queries, hidden_dim, num_heads)
         self.queries, self.num_heads, self.shape_size = queries, num_heads, shape_size
+        self.num_outputs = decoder_layers + 1  # the queries before the first layer predict too
         self.in_features = list(input_shape)
         self._self_attention_bias: Tensor | None = None
         self.pixel_decoder, self.transformer = _build_decoders(

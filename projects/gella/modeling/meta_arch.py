@@ -35,8 +35,8 @@ class GELLA(nn.Module):
     """Ground the nouns of a caption in given entity masks (arXiv 2402.02555, Figure 2).
 
     Training and inference share one path up to the heads. The module knows nothing of
-    parallelism: every part runs in every training step, and what a task does not use enters the
-    losses with weight 0.
+    parallelism: every parameter takes part in the losses of every training step, with weight 0 in
+    what a task does not train.
     """
 
     pixel_mean: Tensor
@@ -143,22 +143,30 @@ class GELLA(nn.Module):
         if not self.training:
             with torch.no_grad():
                 return self.inference(batched_inputs)
-        decoder_output, image_grid = self.encode(batched_inputs)
-        language, logits = self.associate(batched_inputs, decoder_output, image_grid)
-        targets, known = zip(*(self._association_targets(x) for x in batched_inputs))
-        losses = self.criterion(
-            decoder_output,
-            target_masks=[self._entity_masks(x["entities"]) for x in batched_inputs],
-            association_logits=logits,
-            association_targets=list(targets),
-            association_valid=list(known),
-        )
-        # Describing trains the language part only (section 3.4); the weight is 0, not absent, so
-        # that every rank has the same graph.
-        segments = float(batched_inputs[0]["task"] != "describe")
-        losses = {name: loss * segments for name, loss in losses.items()}
+        if batched_inputs[0]["task"] == "describe":
+            losses, language = self._describe(batched_inputs)
+        else:
+            decoder_output, image_grid = self.encode(batched_inputs)
+            language, logits = self.associate(batched_inputs, decoder_output, image_grid)
+            targets, known = zip(*(self._association_targets(x) for x in batched_inputs))
+            losses = self.criterion(
+                decoder_output,
+                target_masks=[self._entity_masks(x["entities"]) for x in batched_inputs],
+                association_logits=logits,
+                association_targets=list(targets),
+                association_valid=list(known),
+            )
         losses["loss_answer"] = language.loss_answer * self.answer_weight
         return losses
+
+    def _describe(self, batched_inputs: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Any]:
+        # Describing trains the language part only (section 3.4). The other losses are 0 and depend
+        # on every parameter, so that all steps have the same losses and all ranks the same
+        # gradients to exchange, without the cost of the parts that are not needed.
+        idle = sum(p.sum() * 0.0 for p in self.parameters() if p.requires_grad)
+        losses = {n: idle for n in self.criterion.loss_names(self.mask_decoder.num_outputs)}
+        grids = self.image_encoder(self._pixels(batched_inputs, "image"))
+        return losses, self._answer(batched_inputs, grids["penultimate"])
 
     def encode(self, batched_inputs: list[dict[str, Any]]) -> tuple[MaskDecoderOutput, Tensor]:
         """Run the vision side.
@@ -167,10 +175,8 @@ class GELLA(nn.Module):
             the mask decoder's output, and CLIP's penultimate grid (B, C, g, g) for the language
             decoder.
         """
-        image = torch.stack([x["image"] for x in batched_inputs]).to(self.device)
-        colormap = torch.stack([x["colormap"] for x in batched_inputs]).to(self.device)
-        grids = self.image_encoder((image - self.image_mean) / self.image_std)
-        pyramid = self.colormap_encoder((colormap - self.pixel_mean) / self.pixel_std)
+        grids = self.image_encoder(self._pixels(batched_inputs, "image"))
+        pyramid = self.colormap_encoder(self._pixels(batched_inputs, "colormap"))
         fused = self.resoblend(grids["last"], pyramid)  # Z_vc
         masks = [self._entity_masks(x["entities"]) for x in batched_inputs]
         valid = nn.utils.rnn.pad_sequence(
@@ -191,14 +197,23 @@ class GELLA(nn.Module):
         Returns:
             the language decoder's output, and per image (P_i, Q) association logits.
         """
-        language = self.language_decoder(
+        language = self._answer(batched_inputs, image_grid)
+        logits = self.association(language.seg_embeddings, decoder_output.query_embeddings)
+        return language, logits
+
+    def _answer(self, batched_inputs: list[dict[str, Any]], image_grid: Tensor) -> Any:
+        return self.language_decoder(
             image_grid,
             [x["input_ids"].to(self.device) for x in batched_inputs],
             [x["labels"].to(self.device) for x in batched_inputs],
             [x["seg_positions"].to(self.device) for x in batched_inputs],
         )
-        logits = self.association(language.seg_embeddings, decoder_output.query_embeddings)
-        return language, logits
+
+    def _pixels(self, batched_inputs: list[dict[str, Any]], key: str) -> Tensor:
+        pixels = torch.stack([x[key] for x in batched_inputs]).to(self.device)  # B 3 H W, uint8
+        if key == "image":
+            return (pixels - self.image_mean) / self.image_std
+        return (pixels - self.pixel_mean) / self.pixel_std
 
     def _entity_masks(self, entities: Any) -> Tensor:
         ids = torch.as_tensor(entities.ids, device=self.device)
