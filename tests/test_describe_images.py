@@ -303,7 +303,7 @@ def test_images_come_from_files_json_or_a_dataset(server, run, tmp_path):
 
 
 def test_the_captions_are_read_by_the_loader(server, run, tmp_path):
-    """FORMATS section 4, as the training reads it."""
+    """docs/FORMATS.md 4, as the training reads it."""
     from gella.data.narratives import load_captions
 
     truth = write_pictures(tmp_path / "images", 2)

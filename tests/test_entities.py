@@ -210,7 +210,7 @@ def test_separated_colors_lie_farther_apart_than_random_ones() -> None:
         )
         for name in ("random", "separated")
     }
-    assert gap["separated"] > 2 * gap["random"] and gap["separated"] > 90  # DESIGN 5.2: 45 to 120
+    assert gap["separated"] > 2 * gap["random"] and gap["separated"] > 90
 
 
 def test_location_colors_depend_on_the_place_only() -> None:

@@ -33,7 +33,7 @@ def locate_phrases(caption: str, phrases: Sequence[str]) -> list[tuple[int, int]
 
 
 def align_utterances(caption: str, utterances: Sequence[str]) -> list[tuple[int, int] | None]:
-    """Spans (start, end) of utterances that partition `caption` in order (PNG, FORMATS section 2).
+    """Spans (start, end) of utterances that partition `caption` in order (PNG, docs/FORMATS.md 2).
 
     Utterances may differ from the caption in case, white space (also inside words, as in "is" +
     "n't"), quotes and punctuation. Where letters differ too, both texts are aligned as wholes, and

@@ -1,4 +1,4 @@
-"""Entity masks of one image from a file: every format of FORMATS section 5 becomes an `EntityMap`.
+"""Entity masks of one image from a file: every format of docs/FORMATS.md 5 becomes an `EntityMap`.
 
 Whatever is wrong with a file is said in one line that names the file and the image.
 """

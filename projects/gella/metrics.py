@@ -87,7 +87,7 @@ def average_recall(ious: Sequence[float] | np.ndarray) -> float:
 
 
 def png_summary(units: Sequence[NounUnit], protocol: str = "hard") -> dict[str, float]:
-    """Average recall of all nouns and of the subsets, with the size of each (FORMATS, PNG).
+    """Average recall of all nouns and of the subsets, with the size of each (docs/FORMATS.md 2).
 
     Returns:
         ``AR``, ``acc@0.5`` (share of IoUs strictly above), ``n`` and, for each name of
@@ -260,7 +260,7 @@ def normalize_noun(noun: str) -> str:
 
 
 def noun_recall(reference: Iterable[str], found: Iterable[str]) -> tuple[int, int]:
-    """Reference nouns that occur in the answer, each answer noun used once (FORMATS 6).
+    """Reference nouns that occur in the answer, each answer noun used once (docs/FORMATS.md 6).
 
     Returns:
         hits and the number of reference nouns; hits / len(found) is the precision.
@@ -273,7 +273,7 @@ def noun_recall(reference: Iterable[str], found: Iterable[str]) -> tuple[int, in
 def cumulative_iou(
     intersections: Sequence[int] | np.ndarray, unions: Sequence[int] | np.ndarray
 ) -> dict[str, float]:
-    """Referring segmentation scores from pixel counts, one pair per expression (FORMATS 3).
+    """Referring segmentation scores from pixel counts, one pair per expression (docs/FORMATS.md 3).
 
     Returns:
         ``cIoU`` sum of intersections / sum of unions; ``gIoU`` mean IoU, where an empty truth met

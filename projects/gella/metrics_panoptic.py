@@ -114,7 +114,7 @@ def pq_counts(
     categories: Sequence[dict[str, Any]],
     image_id: Any = "?",
 ) -> PQCounts:
-    """Match one image's prediction to its truth by the COCO panoptic rules (FORMATS 1).
+    """Match one image's prediction to its truth by the COCO panoptic rules (docs/FORMATS.md 1).
 
     Args:
         gt_ids, pred_ids: int (H, W), 0 = void.

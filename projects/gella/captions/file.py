@@ -25,7 +25,7 @@ _START = b'{"image_id"'  # of every line written here
 
 
 class CaptionFile:
-    """Captions on disk, one JSON object a line (FORMATS section 4); opens to continue the file.
+    """Captions on disk, one JSON object a line (docs/FORMATS.md 4); opens to continue the file.
 
     A line is on the disk when :meth:`append` returns. What a kill left of a last line is removed on
     opening. One process at a time may hold the file.

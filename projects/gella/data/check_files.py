@@ -17,7 +17,7 @@ Images = dict[str, tuple[str, tuple[int, int]] | None]
 
 
 def check_panoptic(report: Report, metadata: Any) -> Jobs:
-    """Look through a panoptic JSON (FORMATS section 1).
+    """Look through a panoptic JSON (docs/FORMATS.md 1).
 
     Args:
         report: takes the findings, and the figures "images" (annotated ones), "segments" and
@@ -85,7 +85,7 @@ def _panoptic_segments(
 
 
 def check_instances(report: Report, metadata: Any) -> Jobs:
-    """Look through a COCO-style instance JSON (FORMATS sections 3 and 4).
+    """Look through a COCO-style instance JSON (docs/FORMATS.md 3 and 4).
 
     Args:
         report: takes the findings, and the figures "annotated images" and "objects".

@@ -18,7 +18,7 @@ __all__ = ["check_captions", "check_narratives", "check_refs"]
 
 
 def check_narratives(report: Report, metadata: Any, jobs: Jobs) -> set[str]:
-    """Look through narratives in the form of PNG (FORMATS section 2).
+    """Look through narratives in the form of PNG (docs/FORMATS.md 2).
 
     Args:
         report: takes the findings and the figures, among them "ungrounded nouns" (no segment) and
@@ -102,7 +102,7 @@ def _check_spans(
 
 
 def check_captions(report: Report, metadata: Any, jobs: Jobs) -> set[str]:
-    """Look through generated captions, JSON lines of FORMATS section 4; as `check_narratives`."""
+    """Look through generated captions, JSON lines of docs/FORMATS.md 4; as `check_narratives`."""
     path = metadata.json_file
     report.start("captions", "images with captions", "nouns")
     lines = report.attempt("file", path, "the file", lambda: list(json_lines(path))) or []
@@ -154,7 +154,7 @@ def _check_nouns(report: Report, path: str, where: str, caption: str, nouns: lis
 
 
 def check_refs(report: Report, metadata: Any, jobs: Jobs) -> set[str]:
-    """Look through the refs of a split (FORMATS section 3); as `check_narratives`."""
+    """Look through the refs of a split (docs/FORMATS.md 3); as `check_narratives`."""
     path, split = metadata.json_file, metadata.split
     report.start("refs", "images", "expressions")
     refs = report.attempt("file", path, "the file", read_refs, path) or []

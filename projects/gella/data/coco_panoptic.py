@@ -79,7 +79,7 @@ def load_coco_panoptic(
     """Read COCO panoptic annotations, one dataset dict per annotated image.
 
     Args:
-        panoptic_json: ``images``, ``annotations`` and ``categories`` (FORMATS section 1).
+        panoptic_json: ``images``, ``annotations`` and ``categories`` (docs/FORMATS.md 1).
         panoptic_root: folder of the PNG files.
         image_root: folder of the images.
         tasks: what the records can train and serve.

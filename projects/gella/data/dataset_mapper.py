@@ -26,7 +26,7 @@ from gella.prompts import (
 
 
 class GroundingMapper:
-    """Callable that maps one dataset dict for one task (DESIGN section 4, "Mapped dict").
+    """Callable that maps one dataset dict for one task (docs/FORMATS.md 7).
 
     The result depends only on the record, the task and `rng_seed`; at test the colours come from
     the image id, so results repeat.
@@ -122,7 +122,7 @@ class GroundingMapper:
         """Map one record; the record is not changed.
 
         Args:
-            record: dataset dict (DESIGN section 4).
+            record: dataset dict (docs/FORMATS.md 7).
             task: "describe", "extract", "ground", "panoptic" or "refer". "ground" of a record
                 without caption means its expressions, or else its panoptic categories.
             rng_seed: integers that fix every random choice; None: from the image id.

@@ -1,4 +1,4 @@
-"""EntitySeg: images of any domain with entity masks, and generated captions (FORMATS section 4)."""
+"""EntitySeg: images of any domain with entity masks, and generated captions (docs/FORMATS.md 4)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Leaving the RefCOCO val and test images out of training on COCO train2017.
 
-All of these images lie inside train2017 (FORMATS section 3), so a model that is trained on it has
+All of these images lie inside train2017 (docs/FORMATS.md 3), so a model that is trained on it has
 seen, with masks, the pictures that RefCOCO's scores are measured on.
 """
 

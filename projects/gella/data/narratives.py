@@ -23,7 +23,7 @@ def load_png(
     image_root: str | Path,
     tasks: tuple[str, ...] = ("ground",),
 ) -> RecordStore:
-    """Read Panoptic Narrative Grounding, one dataset dict per narrative (FORMATS section 2).
+    """Read Panoptic Narrative Grounding, one dataset dict per narrative (docs/FORMATS.md 2).
 
     Args:
         png_json: the narratives.
@@ -142,7 +142,7 @@ def load_captions(
     image_root: str | Path,
     tasks: tuple[str, ...] = ("describe", "extract"),
 ) -> RecordStore:
-    """Read generated captions, one dataset dict per line (FORMATS section 4).
+    """Read generated captions, one dataset dict per line (docs/FORMATS.md 4).
 
     Args:
         captions_jsonl: lines ``{image_id, file_name, description, nouns, model, prompt_id}``.

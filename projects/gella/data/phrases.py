@@ -12,7 +12,7 @@ from gella.prompts import spoken_name
 
 
 class EntityMatcher:
-    """Finds the input entities behind segment ids (DESIGN section 5.6).
+    """Finds the input entities behind segment ids (docs/FORMATS.md 7).
 
     Where the input entities are the annotation's own, a segment is the entity of its id. Where they
     come from a segmenter, a segment is every entity that overlaps it with enough IoU, which may be

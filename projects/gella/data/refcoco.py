@@ -26,7 +26,7 @@ def load_refcoco(
     names_of_2017: bool = False,
     tasks: tuple[str, ...] = ("ground", "refer"),
 ) -> RecordStore:
-    """Read the refs of one split (FORMATS section 3).
+    """Read the refs of one split (docs/FORMATS.md 3).
 
     Args:
         folder: holds ``instances.json`` and ``refs({split_by}).p``.

@@ -18,7 +18,7 @@ def alignment_report(png_json: str | Path) -> dict[str, Any]:
     """Align every utterance of a file of narratives with its caption.
 
     Args:
-        png_json: in the form of Panoptic Narrative Grounding (FORMATS section 2).
+        png_json: in the form of Panoptic Narrative Grounding (docs/FORMATS.md 2).
 
     Returns:
         ``file``; the numbers ``narratives``, ``utterances`` (blank ones are not counted, they say

@@ -46,7 +46,7 @@ class PNGEvaluator(GatheringEvaluator):
     baselines = ("oracle", "random", "largest", "all")
 
     def __init__(self, output_folder: str | Path | None = None, protocol: str = "hard") -> None:
-        """``protocol``: "hard", "official" or "flmm" (FORMATS 2)."""
+        """``protocol``: "hard", "official" or "flmm" (docs/FORMATS.md 2)."""
         self._protocol = metrics.check_protocol(protocol)
         super().__init__(output_folder)
 
