@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_the_paper_s_model_has_the_published_sizes(benchmark, paper):
 
 
 def test_published_sizes_are_compared_and_misses_are_shown(benchmark, paper):
-    text = benchmark.cost_table(paper)
+    text = benchmark.cost_table(benchmark.measure_cost(paper))
     assert text.count("equal") == 2 and "differs" not in text
     assert "6,738,415,616" in text and "304,293,888" in text
     other = paper.clone()
@@ -66,11 +67,16 @@ def test_published_sizes_are_compared_and_misses_are_shown(benchmark, paper):
     assert language.difference == -2 * 3 * 4096
 
 
-def test_a_model_without_published_size_gets_no_comparison(benchmark, capsys):
+def test_a_model_without_published_size_gets_no_comparison(benchmark, capsys, tmp_path):
     config = str(ROOT / "configs" / "gella_tiny_shapes.yaml")
-    assert benchmark.main(["cost", "--config-file", config]) == 0
+    file = tmp_path / "cost.json"
+    assert benchmark.main(["cost", "--config-file", config, "--json", str(file)]) == 0
     out = capsys.readouterr().out
-    assert "association" in out and "published" not in out
+    assert "association" in out and "published model" not in out
+    figures = json.loads(file.read_text())
+    assert figures["published"] == []
+    for part, size in figures["parts"].items():
+        assert f"{size['parameters']:,}" in out, part
 
 
 def test_counting_takes_shared_parameters_once(benchmark):

@@ -24,6 +24,7 @@ from tabulate import tabulate
 from torch import nn
 
 from gella import load_config
+from gella.evaluation.results import write_json
 
 # Figure 2's boxes and the module of each; what is left over is listed too.
 PARTS = (
@@ -105,17 +106,42 @@ def published_sizes(cfg: Any) -> list[Published]:
     return found
 
 
-def cost_table(cfg: Any) -> str:
-    """The printed tables of ``cost``."""
+def measure_cost(cfg: Any) -> dict[str, Any]:
+    """Figures of ``cost``.
+
+    Returns:
+        ``parts``: ``{part: {"parameters", "trained"}}``, the last one "all"; ``published``: a dict
+        per comparable published model: its ``name`` and ``parameters``, ``ours`` counted by its
+        ``rule``.
+    """
     sizes = part_sizes(build_on_meta(cfg))
-    rows = [(part, f"{count:,}", f"{trained:,}") for part, count, trained in sizes]
-    text = tabulate(rows, ["part", "parameters", "trained"], colalign=("left", "right", "right"))
     counts = {part: count for part, count, _ in sizes}
+    published = [
+        {
+            "name": item.name,
+            "parameters": item.count,
+            "ours": counts[item.part] + item.difference,
+            "rule": item.rule,
+        }
+        for item in published_sizes(cfg)
+    ]
+    parts = {part: {"parameters": count, "trained": trained} for part, count, trained in sizes}
+    return {"parts": parts, "published": published}
+
+
+def cost_table(figures: dict[str, Any]) -> str:
+    """The printed tables of ``cost``."""
+    rows = [
+        (part, f"{size['parameters']:,}", f"{size['trained']:,}")
+        for part, size in figures["parts"].items()
+    ]
+    text = tabulate(rows, ["part", "parameters", "trained"], colalign=("left", "right", "right"))
     lines = []
-    for item in published_sizes(cfg):
-        ours = counts[item.part] + item.difference
-        verdict = "equal" if ours == item.count else f"differs by {ours - item.count:+,}"
-        lines.append((item.name, f"{item.count:,}", f"{ours:,}", verdict, item.rule))
+    for item in figures["published"]:
+        difference = item["ours"] - item["parameters"]
+        verdict = f"differs by {difference:+,}" if difference else "equal"
+        count = f"{item['parameters']:,}"
+        lines.append((item["name"], count, f"{item['ours']:,}", verdict, item["rule"]))
     if lines:
         head = ["published model", "published", "ours", "", "counted"]
         text += "\n\n" + tabulate(
@@ -132,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     cost = commands.add_parser("cost", help="parameters per part, on the meta device")
     cost.add_argument("--config-file", required=True, metavar="FILE")
+    cost.add_argument("--json", metavar="FILE", help="write the figures there too")
     cost.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     data = commands.add_parser("data", help="images per second of mapper and loader")
     benchmark_data.add_arguments(data)
@@ -141,7 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             benchmark_data.run(args)
             return 0
         cfg = load_config(args.config_file, args.opts)
-        print(f"{args.config_file}\n\n{cost_table(cfg)}")
+        figures = measure_cost(cfg)
+        print(f"{args.config_file}\n\n{cost_table(figures)}")
+        if args.json:
+            write_json(args.json, figures)
+            print(f"\nwrote {args.json}")
     except (KeyError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
