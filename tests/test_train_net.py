@@ -207,6 +207,22 @@ def test_dataset_errors(train_net, capsys, tmp_path, tokenizer_dir):
     assert "DATASETS.TRAIN is empty" in refused(train_net, capsys, *common, "DATASETS.TRAIN", "()")
 
 
+def test_a_damaged_test_set_ends_the_run_before_it_trains(scenes, tmp_path):
+    narratives = scenes / "shapes" / "annotations" / "png_shapes_val.json"
+    kept = narratives.read_text()
+    content = json.loads(kept)
+    next(s for s in content[0]["segments"] if s["segment_ids"])["segment_ids"] = ["99"]
+    narratives.write_text(json.dumps(content))
+    try:
+        process = run(scenes, tmp_path)
+    finally:
+        narratives.write_text(kept)
+    assert process.returncode == 2
+    (line,) = [x for x in process.stderr.splitlines() if x.startswith("error: ")]
+    assert "png_shapes_val.json" in line and "segment id 99" in line
+    assert "Starting training" not in process.stdout
+
+
 def test_bugs_keep_their_traceback(train_net):
     with pytest.raises(ZeroDivisionError), train_net.user_errors():
         raise ZeroDivisionError

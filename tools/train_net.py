@@ -29,7 +29,7 @@ from gella import load_config
 from gella.checkpoint import load_weights
 from gella.evaluation import format_results, save_results
 from gella.plugins import import_modules
-from gella.trainer import GellaTrainer
+from gella.trainer import GellaTrainer, load_records
 
 LOGGER = logging.getLogger("detectron2")
 # What a wrong file, name or value raises while a run is set up. Other exceptions are bugs.
@@ -102,7 +102,18 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> tuple[dict[str, dict[str, float]]
             )
         model = GellaTrainer.build_model(cfg)
         load_weights(model, weights, cfg)
+        check_test_datasets(cfg)
     return GellaTrainer.test(cfg, model), weights
+
+
+def check_test_datasets(cfg: CfgNode) -> None:
+    """Read the annotations of ``DATASETS.TEST`` once, so that wrong ones end a run at its start.
+
+    Raises:
+        OSError, KeyError, ValueError: what the readers refuse, naming file and record.
+    """
+    for name in cfg.DATASETS.TEST:
+        load_records([name], "DATASETS.TEST", cfg)
 
 
 def newest_checkpoint(folder: str) -> str:
@@ -128,6 +139,7 @@ def train(cfg: CfgNode, *, resume: bool) -> tuple[dict[str, dict[str, float]] | 
     with user_errors():
         trainer = GellaTrainer(cfg)
         trainer.resume_or_load(resume=resume)
+        check_test_datasets(cfg)
     return trainer.train(), os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
 
 
