@@ -256,6 +256,9 @@ def _two_processes(folder):
     comm.synchronize()
     with open(os.path.join(folder, f"rank{rank}.json"), "w") as file:
         json.dump(report, file)
+    # The original leaves the group to the end of the interpreter, whose threads may then abort it.
+    del ddp, trainer, checkpointer
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(

@@ -57,3 +57,7 @@ def _worker(local_rank: int, main_func, args: tuple, count: int, machine: int, g
         torch.cuda.set_device(local_rank)
     comm.synchronize()  # nobody runs on before all have joined
     main_func(*args)
+    if dist.is_initialized():
+        # Threads of the backend that still run when the interpreter ends would abort the process.
+        comm.synchronize()
+        dist.destroy_process_group()
