@@ -161,9 +161,14 @@ class GELLA(nn.Module):
 
     def _describe(self, batched_inputs: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Any]:
         # Describing trains the language part only (section 3.4). The other losses are 0 and depend
-        # on every parameter, so that all steps have the same losses and all ranks the same
-        # gradients to exchange, without the cost of the parts that are not needed.
-        idle = sum(p.sum() * 0.0 for p in self.parameters() if p.requires_grad)
+        # on every parameter outside it, so that all steps have the same losses and all ranks the
+        # same gradients to exchange, without the cost of the parts that are not needed. The
+        # language part, billions of parameters, is trained by its own loss.
+        idle = sum(
+            p.sum() * 0.0
+            for name, p in self.named_parameters()
+            if p.requires_grad and not name.startswith("language_decoder.")
+        )
         losses = {n: idle for n in self.criterion.loss_names(self.mask_decoder.num_outputs)}
         grids = self.image_encoder(self._pixels(batched_inputs, "image"))
         return losses, self._answer(batched_inputs, grids["penultimate"])
