@@ -11,6 +11,7 @@ import yaml
 from detectron2.config import get_cfg
 
 from gella import add_gella_config, load_config
+from gella.optimizer import with_epochs
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").rglob("*.yaml"))
 
@@ -44,6 +45,7 @@ def test_only_differences_are_stated(path):
 
 def test_the_paper_s_schedule():
     cfg = load_config(next(path for path in CONFIGS if path.stem == "gella_swin_t"))
+    cfg = with_epochs(cfg, num_records=1)
     epoch = 134_272 // cfg.SOLVER.IMS_PER_BATCH
     assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR, cfg.SOLVER.GAMMA) == (16, 1e-5, 0.1)
     assert cfg.SOLVER.MAX_ITER == 50 * epoch

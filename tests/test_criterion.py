@@ -215,7 +215,8 @@ def test_several_ranks_give_what_one_process_gives(monkeypatch):
     targets = [torch.ones(3, 4), torch.ones(1, 1)]
     criterion = on_full_grid(build())
     whole = criterion(output, masks, logits, targets)
-    totals = iter([5.0, 13.0] * 2)  # entities, then pairs of nouns and queries: 3 * 4 + 1
+    # entities, queries by weight, then pairs of nouns and queries: 3 * 4 + 1
+    totals = iter([5.0, 5.0, 13.0] * 2)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.fill_(next(totals)))
@@ -228,7 +229,7 @@ def test_several_ranks_give_what_one_process_gives(monkeypatch):
             output.query_valid[i : i + 1],
         )
         parts.append(criterion(half, masks[i : i + 1], logits[i : i + 1], targets[i : i + 1]))
-    for name in ("loss_mask", "loss_dice", "loss_association"):
+    for name in ("loss_entity", "loss_mask", "loss_dice", "loss_association"):
         average = (parts[0][name] + parts[1][name]) / 2
         torch.testing.assert_close(average, whole[name])
 

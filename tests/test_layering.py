@@ -29,6 +29,8 @@ ARROWS: dict[str, set[str]] = {
     "checkpoint": set(),
     "plugins": set(),
     "text_layout": set(),
+    "optimizer": set(),
+    "training_hooks": set(),
     "zero": set(),
     # one step up
     "config_file": {"config"},
@@ -54,8 +56,18 @@ ARROWS: dict[str, set[str]] = {
         "prompts",
         "visualizer",
     },
+    "training_step": {"modeling"},  # what the losses of a step divide by
     # the top
-    "trainer": {"checkpoint", "config", "data", "evaluation", "zero"},
+    "trainer": {
+        "checkpoint",
+        "config",
+        "data",
+        "evaluation",
+        "optimizer",
+        "training_hooks",
+        "training_step",
+        "zero",
+    },
 }
 # Files that were split off another for length stay in its group.
 GROUPS = {
@@ -63,13 +75,15 @@ GROUPS = {
     "metrics_panoptic": "metrics",
     "entity_runs": "entities",
     "color_choice": "entities",
+    "zero_branch": "zero",
     "colormap_kernel": "entities",
     "entity_files": "entity_sources",
     "entity_json": "entity_sources",
 }
 # Leaves of modeling do not even see each other: only these arrows inside the room.
 MODELING_ARROWS = {
-    "modeling.criterion": {"modeling.mask_decoder"},
+    "modeling.criterion": {"modeling.mask_decoder", "modeling.loss_counts"},
+    "modeling.language_decoder": {"modeling.loss_counts"},
     "modeling.meta_arch": {"*"},
     "modeling": {"*"},  # its __init__ registers everything
 }
@@ -85,7 +99,7 @@ HOMES: dict[str, set[str]] = {
         "prompts",
         "data.shapes_tokens",  # writes the tokenizer of the synthetic scenes
     },
-    "deepspeed": {"zero"},
+    "deepspeed": {"zero", "zero_branch"},
     "numba": {"colormap_kernel"},  # which only functions import
     "llvmlite": {"colormap_kernel"},
     "gradio": set(),  # tools/app.py only

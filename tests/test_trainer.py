@@ -13,16 +13,13 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.solver import build_lr_scheduler
 from torch import nn
 
 from gella import add_gella_config
-from gella.trainer import (
-    GellaTrainer,
-    GradientClipper,
-    IterationSeed,
-    build_optimizer,
-    load_records,
-)
+from gella.optimizer import build_optimizer, role_of, split_off, with_epochs
+from gella.trainer import GellaTrainer, load_records
+from gella.training_hooks import GradientClipper, IterationSeed
 
 TOY = "GellaTrainerToy"
 
@@ -205,6 +202,24 @@ def test_random_numbers_depend_on_seed_and_iteration_only(cfg):
     assert torch.equal(hook.trainer.model(torch.rand(8)), free)
 
 
+def test_ranks_draw_what_one_process_draws_part_by_part(monkeypatch):
+    def draws(rank, accumulate):
+        monkeypatch.setattr("gella.training_hooks.comm.get_rank", lambda: rank)
+        hook, model = IterationSeed(1), nn.Dropout(0.5)
+        inner = SimpleNamespace(accumulate=accumulate, micro_step=0)
+        hook.trainer = SimpleNamespace(model=model, iter=5, _trainer=inner)
+        hook.before_train()
+        out = []
+        for inner.micro_step in range(accumulate):
+            out.append(model(torch.ones(64)).tolist())
+        return out
+
+    alone = draws(0, 4)
+    assert [*draws(0, 2), *draws(1, 2)] == alone
+    assert [draws(rank, 1)[0] for rank in range(4)] == alone
+    assert len({tuple(part) for part in alone}) == 4
+
+
 def test_evaluation_leaves_the_generators_alone():
     model = nn.Identity()
     hook = IterationSeed(3)
@@ -222,7 +237,9 @@ def test_optimizer_groups(cfg):
     cfg.SOLVER.WEIGHT_DECAY = 0.05
     cfg.SOLVER.LANGUAGE_MULTIPLIER = 2.0
     cfg.SOLVER.VISION_MULTIPLIER = 0.5
+    cfg.SOLVER.HEADS_MULTIPLIER = 3.0
     model = Toy(cfg)
+    model.association = nn.Linear(1, 1, bias=False)
     optimizer = build_optimizer(cfg, model)
     assert isinstance(optimizer, torch.optim.AdamW)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -239,7 +256,104 @@ def test_optimizer_groups(cfg):
         "norm.bias": (vision, 0.0),
         "language_decoder.weight": (language, 0.05),
         "language_decoder.bias": (language, 0.0),
+        "association.weight": (pytest.approx(0.15), 0.05),
     }  # frozen.* is absent
+    assert {g["name"]: g["role"] for g in optimizer.param_groups} == {
+        "heads": "heads",
+        "language": "language",
+        "language_no_decay": "language",
+        "vision_no_decay": "vision",
+    }
+
+
+def test_roles():
+    names = ["language_decoder.projector.0.weight", "resoblend.x", "association.scale"]
+    names += ["mask_decoder.entity_head.bias", "mask_decoder.entity_queries.embedding"]
+    names += ["mask_decoder.pixel_decoder.x", "image_encoder.x", "colormap_encoder.x"]
+    heads = ["heads"] * 4
+    assert [role_of(n) for n in names] == ["language", *heads, "vision", "vision", "vision"]
+
+
+def test_split_off_keeps_the_schedule_in_one_place(cfg):
+    cfg.SOLVER.LANGUAGE_MULTIPLIER = 2.0
+    model = Toy(cfg)
+    whole = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, whole)
+    language, sources = split_off(whole, "language")
+    held = {id(p) for group in language.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.language_decoder.parameters()}
+    left = {id(p) for group in whole.param_groups for p in group["params"]}
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert left == trained - held and len(whole.param_groups) == 3
+    (-model.norm.weight.sum()).backward()
+    whole.step()  # also with groups that are empty
+    whole.load_state_dict(whole.state_dict())
+    scheduler.step()
+    assert [whole.param_groups[i]["name"] for i in sources] == ["language_no_decay", "language"]
+    for i in sources:
+        assert whole.param_groups[i]["lr"] == pytest.approx(2 * whole.param_groups[-1]["lr"])
+    with pytest.raises(ValueError, match="language side"):
+        split_off(whole, "language")
+
+
+def test_epochs_become_iterations(cfg):
+    assert with_epochs(cfg, 100) is cfg
+    cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.SOLVER.IMS_PER_BATCH = 50, (46, 48), 16
+    found = with_epochs(cfg, 134_272).SOLVER
+    assert (found.MAX_ITER, found.STEPS) == (419_600, (386_032, 402_816))
+    cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS = 2, (1,)
+    found = with_epochs(cfg, 25).SOLVER  # 1.56 iterations an epoch: the second ends in the fourth
+    assert (found.MAX_ITER, found.STEPS) == (4, (2,))
+    cfg.SOLVER.EPOCH_SIZE = 160
+    assert with_epochs(cfg, 25).SOLVER.MAX_ITER == 20
+    for wrong in [(2,), (0,), (1, 1), (1.5, 1)]:
+        cfg.SOLVER.STEP_EPOCHS = wrong
+        with pytest.raises(ValueError, match="SOLVER.STEP_EPOCHS"):
+            with_epochs(cfg, 25)
+
+
+def test_epochs_end_the_run(cfg, monkeypatch, caplog):
+    monkeypatch.setattr(ToyLoader, "dataset", range(12), raising=False)
+    cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.SOLVER.IMS_PER_BATCH = 3, (2,), 3
+    cfg.SOLVER.WARMUP_ITERS = 0
+    with caplog.at_level("INFO", "gella.trainer"):
+        trainer = start(cfg)
+    assert "3 epochs of 12 images" in caplog.text and "SOLVER.MAX_ITER 12" in caplog.text
+    rates = []
+
+    class Watch(HookBase):
+        def before_step(self):
+            rates.append(self.trainer.optimizer.param_groups[0]["lr"])
+
+    trainer.register_hooks([Watch()])
+    trainer.train()
+    assert rates == pytest.approx([0.1 / 2] * 8 + [0.005] * 4)
+
+
+def test_accumulation_makes_the_step_of_the_whole_batch(cfg, tmp_path):
+    cfg.SOLVER.IMS_PER_BATCH = 3
+    losses = {1: [], 3: []}
+    trained = {}
+    for accumulate, seen in losses.items():
+
+        class Watch(HookBase):
+            def after_step(self, seen=seen):
+                seen.append(self.trainer.storage.latest()["total_loss"][0])
+
+        cfg.OUTPUT_DIR, cfg.SOLVER.ACCUMULATE = str(tmp_path / str(accumulate)), accumulate
+        trainer = trained[accumulate] = start(cfg)
+        trainer.model.dropout.p = 0.0
+        trainer.register_hooks([Watch()])
+        trainer.train()
+    for a, b in zip(trained[1].model.parameters(), trained[3].model.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+    assert len(losses[1]) == 10 and losses[1] == pytest.approx(losses[3], rel=1e-4)
+
+
+def test_a_batch_that_cannot_be_divided(cfg):
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = 4, 3
+    with pytest.raises(ValueError, match="IMS_PER_BATCH is 4, SOLVER.ACCUMULATE 3 and 1 process"):
+        ToyTrainer(cfg)
 
 
 def test_optimizer_refuses_what_it_does_not_know(cfg):
@@ -279,6 +393,10 @@ def test_clipping_by_the_norm_of_the_whole_model():
     torch.testing.assert_close(model.weight.grad, torch.tensor([[0.5, 0.0]]))
     with pytest.raises(ValueError, match="CLIP_TYPE is 'both'"):
         GradientClipper("both", 1.0, 2.0)
+    GradientClipper("full_model", 1.0, 2.0).check_zero()
+    for wrong in [("norm", 1.0, 2.0), ("full_model", 1.0, 1.0)]:
+        with pytest.raises(ValueError, match="only 'full_model' and 2.0"):
+            GradientClipper(*wrong).check_zero()
 
 
 def test_training_clips_logs_and_evaluates(cfg):

@@ -5,6 +5,14 @@
     python tools/train_net.py --config-file ... --resume
     python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../model_final.pth
 
+On several GPUs or machines, by --num-gpus and --num-machines, or started by torchrun or srun (then
+without these two; docs/TRAINING.md):
+
+    torchrun --nnodes 2 --nproc-per-node 8 ... tools/train_net.py --config-file ...
+
+SIGTERM and SIGINT (Ctrl-C) finish the step, save a checkpoint and end with status 0; a second one
+ends at once.
+
 Writes to OUTPUT_DIR: checkpoints, config.yaml, log.txt, metrics.json, TensorBoard events,
 inference/<dataset>/ and results.json ({task: {metric: score}}).
 """
@@ -22,37 +30,55 @@ from typing import Any
 import detectron2
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from gella import load_config
+from gella.agreement import (
+    UnequalRanks,
+    check_agreement,
+    config_facts,
+    file_facts,
+    record_facts,
+)
 from gella.checkpoint import load_weights
 from gella.evaluation import format_results, save_results
+from gella.evaluation_hooks import with_subset
+from gella.launching import LaunchError, launch_from_environment
 from gella.plugins import import_modules
+from gella.stopping import RunStopped, resume_command
 from gella.trainer import GellaTrainer, load_records
 
 LOGGER = logging.getLogger("detectron2")
 # What a wrong file, name or value raises while a run is set up. Other exceptions are bugs.
-USER_ERRORS = (KeyError, ValueError, OSError)
+USER_ERRORS = (KeyError, ValueError, OSError, ImportError)
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(types: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
     """End the process with one line and status 2 if a user's mistake is met inside.
+
+    Args:
+        types: the exceptions that are one.
 
     Only the set-up runs in here; the training loop does not, so that its errors keep their
     traceback. ``GELLA_TRACEBACK=1`` shows the traceback of the set-up too.
     """
     try:
         yield
-    except USER_ERRORS as error:
+    except types as error:
         if os.getenv("GELLA_TRACEBACK") == "1":
             traceback.print_exc()
         # str() of a KeyError quotes its message
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         if isinstance(error, KeyError) and " " not in text:
             text = f"KeyError {text} (GELLA_TRACEBACK=1 shows where)"
-        print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        shared = isinstance(error, UnequalRanks)  # raised on all ranks
+        if comm.is_main_process() or not shared:
+            print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        if shared:
+            comm.synchronize()  # the first to end takes the others down
         raise SystemExit(2) from None
 
 
@@ -73,6 +99,8 @@ def setup(args: Any) -> CfgNode:
     import_modules(cfg)
     cfg.freeze()
     default_setup(cfg, args)
+    # Detectron2 sets its own loggers up only.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gella")
     LOGGER.info(
         "detectron2 %s from %s", detectron2.__version__, os.path.dirname(detectron2.__file__)
     )
@@ -100,20 +128,36 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> tuple[dict[str, dict[str, float]]
                 "--eval-only has nothing to evaluate: give MODEL.WEIGHTS FILE at the end of the"
                 " command, or --resume for the newest checkpoint of OUTPUT_DIR"
             )
+        check_agreement({**test_facts(cfg), **file_facts("the weights", weights)})
         model = GellaTrainer.build_model(cfg)
         load_weights(model, weights, cfg)
-        check_test_datasets(cfg)
-    return GellaTrainer.test(cfg, model), weights
+    return GellaTrainer.test(with_subset(cfg, 0), model), weights
 
 
-def check_test_datasets(cfg: CfgNode) -> None:
+def test_facts(cfg: CfgNode) -> dict[str, str]:
     """Read the annotations of ``DATASETS.TEST`` once, so that wrong ones end a run at its start.
+
+    Returns:
+        what must be equal on all ranks, for ``check_agreement``.
 
     Raises:
         OSError, KeyError, ValueError: what the readers refuse, naming file and record.
     """
+    facts = {}
     for name in cfg.DATASETS.TEST:
-        load_records([name], "DATASETS.TEST", cfg)
+        facts |= record_facts(f"test set {name}", load_records([name], "DATASETS.TEST", cfg))
+    return facts
+
+
+def train_facts(trainer: GellaTrainer, *, resume: bool) -> dict[str, str]:
+    """What of the training data and the weights must be equal on all ranks."""
+    facts = record_facts("DATASETS.TRAIN", trainer.data_loader.dataset.records)
+    facts |= file_facts("MODEL.WEIGHTS", trainer.cfg.MODEL.WEIGHTS)
+    if resume:
+        found = trainer.checkpointer.has_checkpoint()
+        checkpoint = trainer.checkpointer.get_checkpoint_file() if found else ""
+        facts |= file_facts("the checkpoint to resume from", checkpoint)
+    return facts
 
 
 def newest_checkpoint(folder: str) -> str:
@@ -138,8 +182,8 @@ def train(cfg: CfgNode, *, resume: bool) -> tuple[dict[str, dict[str, float]] | 
     """
     with user_errors():
         trainer = GellaTrainer(cfg)
+        check_agreement({**train_facts(trainer, resume=resume), **test_facts(cfg)})
         trainer.resume_or_load(resume=resume)
-        check_test_datasets(cfg)
     return trainer.train(), os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
 
 
@@ -163,21 +207,20 @@ def main(args: Any) -> None:
     """Run one process of the training or evaluation that the arguments describe."""
     with user_errors():
         cfg = setup(args)
+        check_agreement(config_facts(cfg))
     if args.eval_only:
         results, weights = evaluate(cfg, resume=args.resume)
     else:
-        results, weights = train(cfg, resume=args.resume)
+        try:
+            results, weights = train(cfg, resume=args.resume)
+        except RunStopped as stopped:
+            if comm.is_main_process():
+                print(f"{stopped}\nNext:     {resume_command(sys.argv)}", flush=True)
+            return
     if comm.is_main_process():
         report(cfg, args.config_file, results, weights)
 
 
 if __name__ == "__main__":
-    ARGS = default_argument_parser(epilog=__doc__).parse_args()
-    launch(
-        main,
-        ARGS.num_gpus,
-        num_machines=ARGS.num_machines,
-        machine_rank=ARGS.machine_rank,
-        dist_url=ARGS.dist_url,
-        args=(ARGS,),
-    )
+    with user_errors((LaunchError,)):
+        launch_from_environment(main, default_argument_parser(epilog=__doc__).parse_args())

@@ -21,7 +21,9 @@ def add_gella_config(cfg: Any) -> None:
     _add_mask_decoder(cfg, node)
     _add_language(cfg, node)
     _add_inference(cfg, node)
-    _add_data_and_training(cfg, node)
+    _add_data(cfg, node)
+    _add_training(cfg, node)
+    _add_watching(cfg, node)
 
 
 def _add_encoders(cfg: Any, node: type) -> None:
@@ -150,7 +152,7 @@ def _add_inference(cfg: Any, node: type) -> None:
     cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED = []
 
 
-def _add_data_and_training(cfg: Any, node: type) -> None:
+def _add_data(cfg: Any, node: type) -> None:
     cfg.INPUT.FORMAT = "RGB"
     gella = cfg.INPUT.GELLA = node()
     gella.COLORMAP_SIZE = 896  # pixels; the padded square side of the colormap. Swin: n x 224
@@ -184,13 +186,49 @@ def _add_data_and_training(cfg: Any, node: type) -> None:
     # same on every rank.
     cfg.DATALOADER.TASK_RATIOS = [0.2, 0.2, 0.6]
 
+
+def _add_training(cfg: Any, node: type) -> None:
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     cfg.SOLVER.BETAS = [0.9, 0.999]
-    # Learning rate of a group = BASE_LR x its multiplier.
+    # Learning rate of a group = BASE_LR x its multiplier, throughout warm-up and decay. Heads are
+    # the parts without public pretrained weights: ResoBlend, association, entity head and queries.
     cfg.SOLVER.LANGUAGE_MULTIPLIER = 1.0
     cfg.SOLVER.VISION_MULTIPLIER = 1.0
+    cfg.SOLVER.HEADS_MULTIPLIER = 1.0
+    # An iteration is one optimiser step on IMS_PER_BATCH images over all processes. Each process
+    # takes its share in this many forward and backward passes: less memory, the same step.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Above 0, MAX_ITER and STEPS are computed and what they are set to does not count: an epoch is
+    # EPOCH_SIZE images, or with 0 as many as DATASETS.TRAIN has records, whichever task each is
+    # drawn for. To try a few iterations: SOLVER.EPOCHS 0 SOLVER.MAX_ITER 2.
+    cfg.SOLVER.EPOCHS = 0
+    cfg.SOLVER.STEP_EPOCHS = (46, 48)  # the rate is multiplied by GAMMA after these epochs
+    cfg.SOLVER.EPOCH_SIZE = 0
+    # A DeepSpeed JSON file, such as configs/zero/stage2.json: the language decoder trains under
+    # ZeRO, the rest as always. "": plain training.
+    cfg.SOLVER.ZERO = node()
+    cfg.SOLVER.ZERO.CONFIG = ""
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"  # one norm over all parameters
     # Images per forward pass of each process at test; does not change the results.
     cfg.TEST.IMS_PER_BATCH = 1
+    # Images per dataset, evenly spaced over it, in the evaluations of every TEST.EVAL_PERIOD
+    # iterations; 0 takes all. The final evaluation and --eval-only always take all.
+    cfg.TEST.SUBSET = 0
+    # "task/metric", such as "png/AR": the checkpoint model_best has the best score so far in these
+    # evaluations. "" keeps none. BEST_MODE: "max" or "min".
+    cfg.TEST.BEST_METRIC = ""
+    cfg.TEST.BEST_MODE = "max"
     # Rule of PNG's average recall: "hard", "official" or "flmm"; rows of two rules do not compare.
     cfg.TEST.PNG_PROTOCOL = "hard"
+
+
+def _add_watching(cfg: Any, node: type) -> None:
+    # VIS_PERIOD (Detectron2's own key): every so many iterations a picture of one training sample
+    # goes to TensorBoard, with its truth and the model's answer; 0: none.
+
+    # What happens when a loss or a gradient is NaN or infinite on any rank: "stop" ends the run at
+    # once; "skip" leaves the parameters as they are and goes on. The images concerned are listed in
+    # OUTPUT_DIR/nonfinite_<iteration>.json.
+    cfg.SOLVER.NONFINITE = "stop"
+    # Steps that "skip" may leave out in the whole run, resumed parts included.
+    cfg.SOLVER.NONFINITE_LIMIT = 10

@@ -1,18 +1,15 @@
-"""Training and evaluation the Detectron2 way: the trainer, its hooks and the optimiser's groups."""
+"""Training and evaluation the Detectron2 way: the trainer joins data, step and hooks."""
 
 from __future__ import annotations
 
 import logging
 import os
-import random
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
@@ -25,6 +22,21 @@ from gella.data.record_store import Records, concatenated
 from gella.data.task_sampling import build_train_loader
 from gella.data.unmatched import CountedLoader, UnmatchedPhrases
 from gella.evaluation import build_evaluator
+from gella.evaluation_hooks import EvaluationInTraining, undisturbed, with_subset
+from gella.evaluation_split import RealSamples, build_even_loader, evenly_spaced
+from gella.optimizer import build_optimizer, split_off, with_epochs
+from gella.picture_panel import PicturePanel
+from gella.run_control import NonFiniteGuard
+from gella.stopping import StopOnSignal
+from gella.training_hooks import (
+    ForwardAfterBackward,
+    GradientClipper,
+    IterationSeed,
+    WholeCheckpoints,
+)
+from gella.training_step import StepTrainer
+from gella.watching import RunScalars
+from gella.zero import ZeroHook, hide_from_ddp, read_config
 
 # The task by which the model answers for a dataset of each evaluator type.
 TEST_TASKS = {
@@ -33,141 +45,10 @@ TEST_TASKS = {
     "noun_extraction": "extract",
     "refcoco": "refer",
 }
-# Parameters under this attribute of the model take SOLVER.LANGUAGE_MULTIPLIER.
-LANGUAGE_PREFIX = "language_decoder."
+# The child of the model that SOLVER.ZERO.CONFIG puts under DeepSpeed.
+LANGUAGE = "language_decoder"
 
 __all__ = ["GellaTrainer", "GradientClipper", "IterationSeed", "build_optimizer", "load_records"]
-
-
-class IterationSeed(HookBase):
-    """Seed the random generators anew before each training forward pass.
-
-    The seed depends on (``seed``, iteration, rank) alone, so that a resumed run draws the numbers
-    of an uninterrupted one although no generator's state is stored. It is set between the data and
-    the forward pass because starting a data loader draws a number too, once per start.
-    """
-
-    def __init__(self, seed: int) -> None:
-        """``seed``: ``cfg.SEED``; a negative one leaves the generators alone, as in Detectron2."""
-        self._seed = seed
-        self._handle: Any = None
-
-    def before_train(self) -> None:
-        """Watch the model's forward passes."""
-        if self._seed >= 0:
-            self._handle = self.trainer.model.register_forward_pre_hook(self._reseed)
-
-    def after_train(self) -> None:
-        """Stop watching."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def _reseed(self, model: nn.Module, inputs: Any) -> None:
-        if not model.training:
-            return
-        key = np.random.SeedSequence([self._seed, self.trainer.iter, comm.get_rank()])
-        draws = key.generate_state(3)
-        torch.manual_seed(int(draws[0]))
-        np.random.seed(int(draws[1]))
-        random.seed(int(draws[2]))
-
-
-class GradientClipper(HookBase):
-    """Clip gradients after the backward pass as ``SOLVER.CLIP_GRADIENTS`` says; log their norm.
-
-    ``full_model`` scales all gradients by one factor so that their joint norm is at most
-    ``CLIP_VALUE``; ``norm`` does so for each parameter alone, ``value`` clamps each number.
-    """
-
-    TYPES = ("full_model", "norm", "value")
-
-    def __init__(self, clip_type: str, clip_value: float, norm_type: float) -> None:
-        """The three keys of ``SOLVER.CLIP_GRADIENTS``; ValueError for an unknown type."""
-        if clip_type not in self.TYPES:
-            raise ValueError(
-                f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip_type!r}: use one of {self.TYPES}"
-            )
-        self._type, self._value, self._norm = clip_type, clip_value, norm_type
-
-    def after_backward(self) -> None:
-        """Clip, and put ``grad_norm`` (before clipping, over all parameters) into the storage."""
-        inner = self.trainer._trainer
-        scaler = getattr(inner, "grad_scaler", None)
-        if scaler is not None:
-            scaler.unscale_(inner.optimizer)  # the limit is meant for the true gradients
-        groups = inner.optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters], self._norm)
-        if self._type == "full_model":
-            nn.utils.clip_grads_with_norm_(parameters, self._value, norm)
-        elif self._type == "norm":
-            for parameter in parameters:
-                nn.utils.clip_grad_norm_(parameter, self._value, self._norm)
-        elif self._type == "value":
-            nn.utils.clip_grad_value_(parameters, self._value)
-        self.trainer.storage.put_scalar("grad_norm", float(norm))
-
-
-class _ForwardAfterBackward(HookBase):
-    """Hand the inner trainer's ``after_backward`` on to the hooks of the outer trainer.
-
-    Detectron2's default trainer runs its steps in an inner trainer, and registers hooks outside.
-    """
-
-    def __init__(self, outer: GellaTrainer) -> None:
-        self._outer = weakref.proxy(outer)
-
-    def after_backward(self) -> None:
-        self._outer.after_backward()
-
-
-def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """Each trainable parameter once: its name, itself, and whether it takes weight decay."""
-    seen: set[int] = set()
-    for module_name, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            # Norms, biases and scales have one dimension or none.
-            embedding = isinstance(module, nn.Embedding) or "embed" in leaf
-            decays = parameter.ndim > 1 and not embedding
-            yield f"{module_name}.{leaf}" if module_name else leaf, parameter, decays
-
-
-def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW with up to four groups: language or vision, with or without weight decay.
-
-    Args:
-        cfg: ``SOLVER``: ``OPTIMIZER``, ``BASE_LR``, ``BETAS``, ``WEIGHT_DECAY``,
-            ``LANGUAGE_MULTIPLIER``, ``VISION_MULTIPLIER``.
-        model: parameters below ``language_decoder`` are language, all others vision; frozen ones
-            are left out; norms, biases and embeddings do not decay.
-
-    Raises:
-        ValueError: another optimiser than ADAMW, or a model without a trainable parameter.
-    """
-    solver = cfg.SOLVER
-    if solver.OPTIMIZER.upper() != "ADAMW":
-        raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: only ADAMW is known")
-    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter, decays in _named_parameters(model):
-        key = (name.startswith(LANGUAGE_PREFIX), decays)
-        members.setdefault(key, []).append(parameter)
-    if not members:
-        raise ValueError("every parameter of the model is frozen: there is nothing to train")
-    groups = [
-        {
-            "params": parameters,
-            "lr": solver.BASE_LR
-            * (solver.LANGUAGE_MULTIPLIER if language else solver.VISION_MULTIPLIER),
-            "weight_decay": solver.WEIGHT_DECAY if decays else 0.0,
-        }
-        for (language, decays), parameters in sorted(members.items(), key=lambda item: item[0])
-    ]
-    # One fused update instead of a dozen small ones per tensor: it matters for tiny models.
-    return torch.optim.AdamW(groups, lr=solver.BASE_LR, betas=tuple(solver.BETAS), fused=True)
 
 
 def load_records(names: Any, key: str, cfg: Any = None) -> Records:
@@ -205,26 +86,38 @@ class GellaTrainer(DefaultTrainer):
     uninterrupted one: the data order and all random numbers depend on the iteration alone.
     """
 
+    cfg: Any
+    _trainer: Any
+
     def __init__(self, cfg: Any) -> None:
         """Build everything that ``cfg`` describes.
 
         Raises:
-            ValueError: mixed precision without a CUDA device, and whatever the parts refuse.
+            ValueError: mixed precision without a CUDA device, a batch that cannot be divided, and
+                whatever the parts refuse.
+            ImportError: ``SOLVER.ZERO.CONFIG`` without DeepSpeed.
         """
         if cfg.SOLVER.AMP.ENABLED and not str(cfg.MODEL.DEVICE).startswith("cuda"):
             raise ValueError(
                 f"SOLVER.AMP.ENABLED needs a CUDA device but MODEL.DEVICE is {cfg.MODEL.DEVICE}:"
                 " set SOLVER.AMP.ENABLED False"
             )
+        batch, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE * comm.get_world_size()
+        if cfg.SOLVER.ACCUMULATE < 1 or batch % parts:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH is {batch}, SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE} and"
+                f" {comm.get_world_size()} process(es): make the batch a multiple of their product"
+            )
+        self._zero: ZeroHook | None = None
         super().__init__(cfg)
-        self._trainer.register_hooks([_ForwardAfterBackward(self)])
-        if cfg.SOLVER.AMP.ENABLED and torch.cuda.is_bf16_supported():
-            # bfloat16 has float32's range and needs no loss scaling.
-            self._trainer.precision = torch.bfloat16
-            self._trainer.grad_scaler = torch.amp.GradScaler("cuda", enabled=False)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks with seeding and clipping after the timer, over our checkpointer."""
+        """Detectron2's hooks with ours after the timer, over our checkpointer and step.
+
+        The base class calls it last, so everything that it built is replaced here.
+        """
+        self._compute_epochs()
+        self._replace_step()
         cfg = self.cfg
         # The base class has just made a checkpointer; the hooks below must see the strict one.
         self.checkpointer = GellaCheckpointer(
@@ -234,12 +127,98 @@ class GellaTrainer(DefaultTrainer):
             allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
             trainer=weakref.proxy(self),
         )
-        own: list[HookBase] = [IterationSeed(cfg.SEED), UnmatchedPhrases()]
+        own: list[HookBase] = [IterationSeed(cfg.SEED), UnmatchedPhrases(), RunScalars()]
         clip = cfg.SOLVER.CLIP_GRADIENTS
         if clip.ENABLED:
             own.append(GradientClipper(clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE))
-        hooks = super().build_hooks()
-        return [*hooks[:1], *own, *hooks[1:]]
+        built = super().build_hooks()
+        if self._zero is not None:
+            if clip.ENABLED:
+                own[-1].check_zero()  # type: ignore[attr-defined]
+            own.insert(0, self._zero)
+            built = [h for h in built if not isinstance(h, hooks.PeriodicCheckpointer)]
+            place = next(i for i, h in enumerate(built) if isinstance(h, hooks.EvalHook))
+            built.insert(place, WholeCheckpoints(self._zero, cfg.SOLVER.CHECKPOINT_PERIOD))
+        guard = NonFiniteGuard(cfg.SOLVER.NONFINITE, cfg.SOLVER.NONFINITE_LIMIT, cfg.OUTPUT_DIR)
+        self._trainer.guard = guard  # looks at the norms that the clipper has put down
+        # Behind the scheduler, whose state is saved, and before what takes time.
+        late = [StopOnSignal(self._save_whole)]
+        if cfg.VIS_PERIOD > 0:
+            late.append(PicturePanel(cfg.VIS_PERIOD, cfg.OUTPUT_DIR))
+        evaluation = EvaluationInTraining.from_config(cfg, self._evaluate, self._save_whole)
+        built = [evaluation if isinstance(h, hooks.EvalHook) else h for h in built]
+        return [*built[:1], *own, guard, *built[1:2], *late, *built[2:]]
+
+    def _evaluate(self, num_images: int) -> dict[str, dict[str, float]]:
+        return self.test(with_subset(self.cfg, num_images), self.model)
+
+    def _save_whole(self, iteration: int, name: str = "") -> None:
+        """Save ``model_<iteration>``, or a name, with what is under ZeRO; all ranks call it."""
+
+        def save() -> None:
+            self.checkpointer.save(name or f"model_{iteration:07d}", iteration=iteration)
+
+        if self._zero is None:
+            save()
+        else:
+            self._zero.save_whole(save)
+
+    def _compute_epochs(self) -> None:
+        """Set ``MAX_ITER`` and ``STEPS`` from ``SOLVER.EPOCHS``, now that the data are known."""
+        records = getattr(self.data_loader, "dataset", ())
+        cfg = with_epochs(self.cfg, len(records))
+        if cfg is self.cfg:
+            return
+        self.cfg, self.max_iter = cfg, cfg.SOLVER.MAX_ITER
+        self.scheduler = self.build_lr_scheduler(cfg, self.optimizer)
+        logging.getLogger(__name__).info(
+            "%g epochs of %s images (%s) in batches of %d: SOLVER.MAX_ITER %d, SOLVER.STEPS %s",
+            *(cfg.SOLVER.EPOCHS, f"{cfg.SOLVER.EPOCH_SIZE or len(records):,}"),
+            "SOLVER.EPOCH_SIZE" if cfg.SOLVER.EPOCH_SIZE else "one per training record",
+            *(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS),
+        )
+
+    def _replace_step(self) -> None:
+        """Put our step in the place of Detectron2's, and the language decoder under ZeRO."""
+        old, solver = self._trainer, self.cfg.SOLVER
+        precision, scaler = None, None
+        if solver.AMP.ENABLED:
+            precision, scaler = torch.float16, old.grad_scaler
+            if torch.cuda.is_bf16_supported():
+                # bfloat16 has float32's range and needs no loss scaling.
+                precision, scaler = torch.bfloat16, None
+        step = StepTrainer(
+            old.model,
+            old.data_loader,
+            old.optimizer,
+            accumulate=solver.ACCUMULATE,
+            precision=precision,
+            grad_scaler=scaler,
+        )
+        if solver.ZERO.CONFIG:
+            if precision is torch.float16:
+                raise ValueError("SOLVER.ZERO.CONFIG with SOLVER.AMP needs a GPU with bfloat16")
+            parts = solver.ACCUMULATE * comm.get_world_size()
+            config = read_config(
+                solver.ZERO.CONFIG,
+                micro_batch=solver.IMS_PER_BATCH // parts,
+                accumulate=solver.ACCUMULATE,
+                bf16=precision is not None,
+            )
+            model = getattr(old.model, "module", old.model)
+            language, sources = split_off(old.optimizer, "language")
+            self._zero = ZeroHook(model, LANGUAGE, language, sources, config)
+            step.zero = self._zero
+        step.register_hooks([ForwardAfterBackward(self)])
+        self._trainer = step
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continue from the newest checkpoint of ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``."""
+        super().resume_or_load(resume)
+        if self._zero is not None and self.start_iter > 0:
+            logging.getLogger(__name__).warning(
+                "The language decoder's weights are restored; its optimiser's averages start anew"
+            )
 
     def train(self) -> dict[str, dict[str, float]] | None:
         """Train from ``start_iter`` to the end.
@@ -256,6 +235,8 @@ class GellaTrainer(DefaultTrainer):
     def build_model(cls, cfg: Any) -> nn.Module:
         """Build the model of ``cfg`` on its device and log how many parameters it trains."""
         model = super().build_model(cfg)
+        if cfg.SOLVER.ZERO.CONFIG:
+            hide_from_ddp(model, LANGUAGE)
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logging.getLogger(__name__).info(
@@ -283,12 +264,13 @@ class GellaTrainer(DefaultTrainer):
             ValueError: the dataset's metadata has no evaluator type that is known here.
         """
         records = load_records([dataset_name], "DATASETS.TEST", cfg)
+        records = evenly_spaced(records, cfg.TEST.SUBSET)
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
         if kind not in TEST_TASKS:
             raise ValueError(
                 f"dataset {dataset_name}: evaluator_type is {kind!r}, known: {sorted(TEST_TASKS)}"
             )
-        loader = build_detection_test_loader(
+        loader = build_even_loader(
             records,
             mapper=GroundingMapper(
                 cfg, is_train=False, dataset_names=[dataset_name], task=TEST_TASKS[kind]
@@ -302,19 +284,21 @@ class GellaTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
         """The evaluators of the dataset's type; they write below ``OUTPUT_DIR/inference``."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        return build_evaluator(cfg, dataset_name, folder)
+        return RealSamples(build_evaluator(cfg, dataset_name, folder))
 
     @classmethod
     def test(
         cls, cfg: Any, model: nn.Module, evaluators: Any = None
     ) -> dict[str, dict[str, float]]:
-        """Evaluate on all of ``DATASETS.TEST``.
+        """Evaluate on ``DATASETS.TEST``, of each set ``TEST.SUBSET`` images; the model and the
+        random generators are left as they were.
 
         Returns:
             ``{task: {metric: score}}`` over all datasets, on the main process. Where two datasets
             report the same task, the later one's key is ``task@dataset``.
         """
-        results = super().test(cfg, model, evaluators)
+        with undisturbed(model):
+            results = super().test(cfg, model, evaluators)
         if len(cfg.DATASETS.TEST) == 1:
             return dict(results or {})
         merged: dict[str, dict[str, float]] = {}

@@ -9,8 +9,11 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -263,3 +266,19 @@ def _start_worker(worker: int) -> None:
     # A killed trainer cannot stop its workers, and one that waits to hand a batch over never ends.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A terminal's Ctrl-C and a cluster's SIGTERM reach the whole group. The trainer finishes its
+    # step then, for which it needs its workers; they end when it ends them.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)  # the trainer's, inherited
+    parent = multiprocessing.parent_process()
+    if parent is not None and hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_obey_the_parent, args=(parent.pid,), daemon=True).start()
+
+
+def _obey_the_parent(parent: int) -> None:
+    """End this process at the SIGTERM of its parent, whose loader ends its workers so."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

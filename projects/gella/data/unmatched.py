@@ -25,7 +25,8 @@ class _Tally:
         self.grounded, self.unmatched = 0, 0
 
     def add(self, batch: Sequence[dict[str, Any]]) -> None:
-        """Count a batch of mapped dicts."""
+        """Count a batch of mapped dicts, without samples that only fill up a rank's share."""
+        batch = [sample for sample in batch if not sample.get("is_padding")]
         self.grounded += sum(int(sample.get("num_grounded", 0)) for sample in batch)
         self.unmatched += sum(int(sample.get("num_unmatched", 0)) for sample in batch)
 

@@ -9,6 +9,8 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gella.modeling.loss_counts import mean_over_parts
+
 Match = tuple[Tensor, Tensor]  # query indices and entity indices, int64, the same length
 
 
@@ -21,7 +23,7 @@ class GellaCriterion(nn.Module):
     matching, layer by layer; ``entity`` queries by their number.
 
     All means are over the batch as a whole: an image with many entities weighs more, as in
-    Mask2Former. Mask and association losses divide by counts averaged over the ranks, so that
+    Mask2Former. All of them divide by counts averaged over the ranks (``loss_counts.py``), so that
     several ranks give what one process gives on their joined batch.
     """
 
@@ -192,7 +194,12 @@ class GellaCriterion(nn.Module):
         visible = [mask.flatten(1).any(dim=1) for mask in targets]
         # What has no pixel cannot be reconstructed: no mask loss, and it counts as no object.
         count = sum(int(v.sum()) for v in visible)
-        num_masks = _mean_over_ranks(float(count), output.query_valid.device)
+        device = output.query_valid.device
+        num_masks = mean_over_parts("masks", float(count), device)
+        # Every layer pairs as many queries, whichever they are.
+        paired = sum(int(v[e].sum()) for (_, e), v in zip(matches, visible))
+        others = self.terms.empty_weight[1] * (output.query_valid.sum() - paired)
+        num_queries = mean_over_parts("queries", paired + others, device)
         losses: dict[str, Tensor] = {}
         wanted = None
         for layer in layers:
@@ -203,7 +210,7 @@ class GellaCriterion(nn.Module):
             suffix = "" if layer == last else f"_{layer}"
             if count and (wanted is None or self.queries == "learned"):
                 wanted = torch.cat([t[e] for t, (_, e) in zip(targets, pairs)]).float()  # M H W
-            terms = self._layer(output, layer, wanted, pairs, num_masks)
+            terms = self._layer(output, layer, wanted, pairs, num_masks, num_queries)
             losses.update({name + suffix: loss for name, loss in terms.items()})
         return losses
 
@@ -214,28 +221,29 @@ class GellaCriterion(nn.Module):
         wanted: Tensor | None,
         pairs: list[Match],
         num_masks: Tensor,
+        num_queries: Tensor,
     ) -> dict[str, Tensor]:
         mask_logits, entity_logits = output.mask_logits[layer], output.entity_logits[layer]
         valid = output.query_valid
-        # The batch is laid out as one image that holds every valid query: then padding queries do
-        # not count as examples of "no object".
         image = torch.cat([torch.full_like(q, i) for i, (q, _) in enumerate(pairs)])
         query = torch.cat([q for q, _ in pairs])
-        everyone = torch.arange(len(query), device=valid.device)
         if wanted is not None and len(query):
             chosen = mask_logits[image, query].float()  # M h w
             terms = self._mask_terms(chosen, wanted, num_masks)
         else:
             terms = {"loss_mask": mask_logits.sum() * 0.0, "loss_dice": mask_logits.sum() * 0.0}
-        if valid.any():
-            place = (valid.flatten().cumsum(0) - 1).view_as(valid)[image, query]
-            terms["loss_entity"] = self.terms.loss_labels(
-                entity_logits[valid].float()[None],
-                [torch.zeros_like(everyone)],
-                [(place, everyone)],
-            )["loss_cross_entropy"]
-        else:
-            terms["loss_entity"] = entity_logits.sum() * 0.0
+        # Mask2FormerLoss.loss_labels with another divisor than this rank's own sum of weights.
+        wanted_class = torch.ones_like(valid, dtype=torch.int64)  # 0 entity, 1 no object
+        wanted_class[image, query] = 0
+        terms["loss_entity"] = (
+            F.cross_entropy(
+                entity_logits[valid].float(),
+                wanted_class[valid],
+                weight=self.terms.empty_weight,
+                reduction="sum",
+            )
+            / num_queries
+        )
         return terms
 
     def _mask_terms(self, chosen: Tensor, wanted: Tensor, num_masks: Tensor) -> dict[str, Tensor]:
@@ -293,17 +301,4 @@ class GellaCriterion(nn.Module):
                 scores.float(), wanted, reduction="sum"
             )
             pairs += scores.numel()
-        return total / _mean_over_ranks(float(pairs), query_valid.device)
-
-
-def _mean_over_ranks(count: float, device: torch.device) -> Tensor:
-    """The count averaged over all ranks, at least 1: a 0-dimensional float32 tensor.
-
-    DistributedDataParallel averages gradients; a sum divided by this average then becomes the sum
-    over all ranks divided by the count over all ranks.
-    """
-    value = torch.tensor(count, device=device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(value)
-        value = value / torch.distributed.get_world_size()
-    return value.clamp(min=1.0)
+        return total / mean_over_parts("pairs", float(pairs), query_valid.device)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
+from gella.modeling.loss_counts import mean_over_parts
+
 # The placeholder that `input_ids` hold where an image token goes, and the label that has no loss.
 IMAGE_TOKEN_ID = -200
 IGNORE_INDEX = -100
@@ -139,7 +141,10 @@ class LanguageDecoder(nn.Module):
         supervised = targets != IGNORE_INDEX
         logits = self.llama.lm_head(hidden[:, :-1][supervised])
         total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-        return total / supervised.sum().clamp(min=1)
+        count = supervised.sum()
+        if self.training:  # only then do all ranks come here together
+            return total / mean_over_parts("answer", count, total.device)
+        return total / count.clamp(min=1)
 
     def _embed(
         self, image_grid: Tensor, input_ids: list[Tensor], padding_side: str

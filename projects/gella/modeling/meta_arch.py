@@ -20,6 +20,7 @@ from gella import prompts
 from gella.modeling.association import Association
 from gella.modeling.criterion import GellaCriterion
 from gella.modeling.language_decoder import LanguageDecoder
+from gella.modeling.loss_counts import count_terms
 from gella.modeling.mask_decoder import MaskDecoderOutput
 from gella.modeling.postprocessing import (
     gather_candidates,
@@ -158,6 +159,12 @@ class GELLA(nn.Module):
             )
         losses["loss_answer"] = language.loss_answer * self.answer_weight
         return losses
+
+    def loss_counts(self, batched_inputs: list[dict[str, Any]]) -> dict[str, float]:
+        """What the losses of this batch divide by; see :func:`count_terms`."""
+        learned = self.mask_decoder.queries == "learned"
+        count = len(self.mask_decoder.transformer.queries_features.weight) if learned else None
+        return count_terms(batched_inputs, count, float(self.criterion.terms.empty_weight[1]))
 
     def _describe(self, batched_inputs: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Any]:
         # Describing trains the language part only (section 3.4). The other losses are 0 and depend

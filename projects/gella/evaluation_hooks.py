@@ -1,0 +1,286 @@
+"""Evaluation while training: on small splits, without a trace in the training, keeping the best.
+
+``TEST.EVAL_PERIOD`` is Detectron2's key: iterations between two evaluations. ``TEST.SUBSET`` makes
+these small; the final evaluation and ``--eval-only`` always take all images. ``TEST.BEST_METRIC``
+keeps the weights with the best score so far as the checkpoint ``model_best``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+from torch import nn
+
+from gella.evaluation.results import write_json
+
+__all__ = ["BestCheckpoint", "EvaluationInTraining", "undisturbed", "with_subset"]
+
+BEST_NAME = "model_best"
+SUBSET_PREFIX = "subset/"
+"""Before the names of scores of a subset, which do not compare with those of all images."""
+
+_logger = logging.getLogger(__name__)
+
+
+def with_subset(cfg: Any, num_images: int) -> Any:
+    """A frozen copy of a config whose test loaders take so many images per dataset, 0 for all."""
+    changed = cfg.clone()
+    changed.defrost()
+    changed.TEST.SUBSET = num_images
+    changed.freeze()
+    return changed
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Leave the random generators and each module's training flag as they were before.
+
+    Covers torch (CPU and current CUDA device), numpy and Python. Inside, generation works under
+    ZeRO stage 3: all ranks take as many forward passes as the longest of their answers. All ranks
+    must then evaluate equally many batches (``evaluation_split.EvenLoader``).
+    """
+    decoder = _language_decoder(model)
+    # Under ZeRO the decoder is no submodule of the model.
+    modules = {*model.modules(), *(decoder.modules() if decoder is not None else ())}
+    flags = [(module, module.training) for module in modules]
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices), _generation_in_step(model):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        for module, flag in flags:
+            module.training = flag
+
+
+def _language_decoder(model: nn.Module) -> nn.Module | None:
+    inner = getattr(model, "module", model)  # without the distributed wrapper
+    decoder = getattr(inner, "language_decoder", None)
+    return getattr(getattr(decoder, "engine", None), "module", decoder)
+
+
+@contextlib.contextmanager
+def _generation_in_step(model: nn.Module) -> Iterator[None]:
+    llama = getattr(_language_decoder(model), "llama", None)
+    # DeepSpeed gives each parameter that it has partitioned a number.
+    if llama is None or not any(hasattr(p, "ds_id") for p in llama.parameters()):
+        yield
+        return
+    # transformers has the switch, but turns it on by itself only for engines that it has made.
+    llama.generate = functools.partial(llama.generate, synced_gpus=comm.get_world_size() > 1)
+    try:
+        yield
+    finally:
+        del llama.generate
+
+
+class BestCheckpoint:
+    """The checkpoint ``model_best``: the weights with the best score of one metric so far.
+
+    What is best is also written to ``best.json``, so that a resumed run compares with it. Only
+    evaluations on the same images should be offered.
+    """
+
+    def __init__(
+        self, save: Callable[[int, str], None], folder: str | Path, metric: str, mode: str
+    ) -> None:
+        """Args:
+            save: called on all ranks with the iteration and the checkpoint's name.
+            folder: of ``best.json``.
+            metric: "task/metric", such as "png/AR" (``TEST.BEST_METRIC``).
+            mode: "max" or "min" (``TEST.BEST_MODE``).
+
+        Raises:
+            ValueError: another mode.
+        """
+        if mode not in ("max", "min"):
+            raise ValueError(f'TEST.BEST_MODE is {mode!r}: use "max" or "min"')
+        self._save, self._path = save, Path(folder) / "best.json"
+        self._metric, self._mode = metric, mode
+        self.value: float | None = None
+        self.iteration: int | None = None
+
+    def start(self, start_iteration: int) -> None:
+        """Take up what an earlier part of the run found; every rank must call this.
+
+        Args:
+            start_iteration: where the run goes on. A best of later iterations, which the resumed
+                run will reach again, or of another metric counts no more.
+        """
+        known = self._read() if comm.is_main_process() and start_iteration > 0 else None
+        known = comm.all_gather(known)[0]
+        if known is None:
+            return
+        if (known["metric"], known["mode"]) != (self._metric, self._mode):
+            _logger.warning(
+                "%s is about %s (%s), TEST.BEST_METRIC is %s (%s): the best is looked for anew",
+                *(self._path, known["metric"], known["mode"], self._metric, self._mode),
+            )
+        elif known["iteration"] < start_iteration:
+            self.value, self.iteration = known["value"], known["iteration"]
+
+    def offer(self, scores: dict[str, float], iteration: int) -> bool:
+        """Save the present weights if they are better; every rank must call this.
+
+        Args:
+            scores: {"task/metric": score} on the main process; not looked at on others.
+            iteration: the last one done.
+
+        Returns:
+            whether they are; False for a score that is missing (an error is logged) or no number.
+        """
+        value = comm.all_gather(scores.get(self._metric))[0]
+        if value is None:
+            if comm.is_main_process():
+                _logger.error(
+                    "TEST.BEST_METRIC %s is none of the scores (%s): %s is not written",
+                    *(self._metric, ", ".join(sorted(scores)) or "there are none", BEST_NAME),
+                )
+            return False
+        value = float(value)
+        if not math.isfinite(value) or not self._better(value):
+            return False
+        before = "" if self.value is None else f", before {self.value:.4f} at {self.iteration}"
+        self.value, self.iteration = value, iteration
+        self._save(iteration, BEST_NAME)
+        if comm.is_main_process():  # after the weights: it must not tell of what is not there
+            score = {"metric": self._metric, "mode": self._mode, "value": value}
+            write_json(self._path, {**score, "iteration": iteration, "checkpoint": BEST_NAME})
+        _logger.info(
+            "best %s so far: %.4f at iteration %d%s; saved as %s",
+            *(self._metric, value, iteration, before, BEST_NAME),
+        )
+        return True
+
+    def _better(self, value: float) -> bool:
+        if self.value is None:
+            return True
+        return value > self.value if self._mode == "max" else value < self.value
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            known = json.loads(self._path.read_text(encoding="utf-8"))
+            return {k: known[k] for k in ("metric", "mode", "value", "iteration")}
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            _logger.warning(
+                "%s cannot be read (%s): the best is looked for anew", self._path, error
+            )
+            return None
+
+
+class EvaluationInTraining(HookBase):
+    """Evaluates every ``period`` iterations, and all images after a successful training.
+
+    Scores go into the storage as "task/metric", those of a subset as "subset/task/metric". After
+    the last iteration the weights are offered as the best too, judged on the same images as before.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        evaluate: Callable[[int], dict[str, Any]],
+        *,
+        subset: int = 0,
+        best: BestCheckpoint | None = None,
+    ) -> None:
+        """Args:
+            period: ``TEST.EVAL_PERIOD``; 0 evaluates at the end only.
+            evaluate: called on all ranks with the number of images per dataset, 0 for all; returns
+                a nested dict of numbers on the main process.
+            subset: ``TEST.SUBSET``, for all evaluations but the last.
+            best: takes the scores; None keeps no best checkpoint.
+
+        Raises:
+            ValueError: a negative number, or a best checkpoint without a period.
+        """
+        if period < 0 or subset < 0:
+            raise ValueError(
+                f"TEST.EVAL_PERIOD is {period} and TEST.SUBSET {subset}: neither may be negative"
+            )
+        if best is not None and period == 0:
+            raise ValueError(
+                "TEST.BEST_METRIC is set but TEST.EVAL_PERIOD is 0, so nothing is compared: set"
+                " TEST.EVAL_PERIOD to a number of iterations"
+            )
+        self._period, self._evaluate, self._subset = period, evaluate, subset
+        self._best = best
+        self._is_done = False  # with the evaluation of all images
+
+    @classmethod
+    def from_config(
+        cls,
+        cfg: Any,
+        evaluate: Callable[[int], dict[str, Any]],
+        save: Callable[[int, str], None],
+    ) -> EvaluationInTraining:
+        """Read ``TEST.EVAL_PERIOD, SUBSET, BEST_METRIC, BEST_MODE`` and ``OUTPUT_DIR``.
+
+        ``evaluate`` as in the constructor, ``save`` as in :class:`BestCheckpoint`.
+        """
+        test = cfg.TEST
+        best = None
+        if test.BEST_METRIC:
+            best = BestCheckpoint(save, cfg.OUTPUT_DIR, test.BEST_METRIC, test.BEST_MODE)
+        return cls(test.EVAL_PERIOD, evaluate, subset=test.SUBSET, best=best)
+
+    def before_train(self) -> None:
+        """Find out what was best before a resume."""
+        if self._best is not None:
+            self._best.start(self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        """Evaluate where it is due."""
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter:
+            # All images are evaluated when the run has ended well, which is not yet known; the best
+            # is saved by a step, as checkpoints are.
+            if self._best is not None:
+                self._best.offer(self._run(self._subset), self.trainer.iter)
+        elif self._period > 0 and done % self._period == 0:
+            scores = self._run(self._subset)
+            if self._best is not None:
+                self._best.offer(scores, self.trainer.iter)
+
+    def after_train(self) -> None:
+        """Evaluate all images unless the run failed or that is done already."""
+        if self.trainer.iter + 1 >= self.trainer.max_iter and not self._is_done:
+            self._run(0)
+        del self._evaluate  # it holds the trainer
+
+    def _run(self, num_images: int) -> dict[str, float]:
+        trainer = self.trainer
+        results = self._evaluate(num_images) or {}
+        if num_images == 0:
+            # Detectron2's name, which its verification of expected results reads.
+            trainer._last_eval_results = results
+            self._is_done = trainer.iter + 1 >= trainer.max_iter
+        flat = {name: _number(name, x) for name, x in flatten_results_dict(results).items()}
+        prefix = SUBSET_PREFIX if num_images else ""
+        named = {prefix + name: value for name, value in flat.items()}
+        trainer.storage.put_scalars(**named, smoothing_hint=False)
+        comm.synchronize()  # ranks may differ in evaluation time
+        return flat
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"evaluation: {name} is {value!r}, not a number") from error

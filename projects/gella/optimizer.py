@@ -1,0 +1,145 @@
+"""AdamW and its groups: which parameters take which learning rate and weight decay; epochs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["ROLES", "build_optimizer", "role_of", "split_off", "with_epochs"]
+
+# Parts without public pretrained weights start from nothing and may want a higher rate.
+HEADS = ("resoblend.", "association.", "mask_decoder.entity_head.", "mask_decoder.entity_queries.")
+LANGUAGE_PREFIX = "language_decoder."
+ROLES = ("heads", "language", "vision")
+
+
+def role_of(name: str) -> str:
+    """Whose learning rate a parameter of the model takes: "language", "heads" or "vision".
+
+    Language is everything below ``language_decoder``, its image projector included. Heads are the
+    parts that no public weights exist for: ResoBlend, association, the entity classifier and entity
+    queries. Vision is the rest: colormap encoder, image encoder, mask decoder.
+    """
+    if name.startswith(LANGUAGE_PREFIX):
+        return "language"
+    return "heads" if name.startswith(HEADS) else "vision"
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """Each trainable parameter once: its name, itself, and whether it takes weight decay."""
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            # Norms, biases and scales have one dimension or none.
+            embedding = isinstance(module, nn.Embedding) or "embed" in leaf
+            decays = parameter.ndim > 1 and not embedding
+            yield f"{module_name}.{leaf}" if module_name else leaf, parameter, decays
+
+
+def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW with up to six groups: heads, language or vision, with or without weight decay.
+
+    Args:
+        cfg: ``SOLVER``: ``OPTIMIZER``, ``BASE_LR``, ``BETAS``, ``WEIGHT_DECAY``,
+            ``HEADS_MULTIPLIER``, ``LANGUAGE_MULTIPLIER``, ``VISION_MULTIPLIER``.
+        model: :func:`role_of` tells the role of its parameters, which every group carries as
+            ``role``, beside a ``name`` of its own; frozen ones are left out; norms, biases and
+            embeddings do not decay.
+
+    Raises:
+        ValueError: another optimiser than ADAMW, or a model without a trainable parameter.
+    """
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER.upper() != "ADAMW":
+        raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: only ADAMW is known")
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter, decays in _named_parameters(model):
+        members.setdefault((role_of(name), decays), []).append(parameter)
+    if not members:
+        raise ValueError("every parameter of the model is frozen: there is nothing to train")
+    multipliers = {
+        "heads": solver.HEADS_MULTIPLIER,
+        "language": solver.LANGUAGE_MULTIPLIER,
+        "vision": solver.VISION_MULTIPLIER,
+    }
+    groups = [
+        {
+            "params": parameters,
+            "name": role if decays else f"{role}_no_decay",
+            "role": role,
+            "lr": solver.BASE_LR * multipliers[role],
+            "weight_decay": solver.WEIGHT_DECAY if decays else 0.0,
+        }
+        for (role, decays), parameters in sorted(members.items(), key=lambda item: item[0])
+    ]
+    # One fused update instead of a dozen small ones per tensor: it matters for tiny models.
+    return torch.optim.AdamW(groups, lr=solver.BASE_LR, betas=tuple(solver.BETAS), fused=True)
+
+
+def split_off(
+    optimizer: torch.optim.Optimizer, role: str
+) -> tuple[torch.optim.Optimizer, list[int]]:
+    """Move the parameters of one role into an optimiser of their own.
+
+    Their groups stay in ``optimizer`` without parameters, so that one schedule still drives the
+    rates of all groups.
+
+    Returns:
+        the new optimiser, and for each of its groups the number of the group in ``optimizer`` that
+        it came from (not the group itself, which loading a state replaces).
+
+    Raises:
+        ValueError: no parameter has the role.
+    """
+    numbered = list(enumerate(optimizer.param_groups))
+    sources = [i for i, g in numbered if g.get("role") == role and g["params"]]
+    if not sources:
+        raise ValueError(f"no trainable parameter belongs to the {role} side")
+    groups = [{**optimizer.param_groups[i]} for i in sources]
+    for i in sources:
+        optimizer.param_groups[i]["params"] = []
+    kept = ("lr", "betas", "eps", "weight_decay", "fused")
+    return torch.optim.AdamW(groups, **{key: optimizer.defaults[key] for key in kept}), sources
+
+
+def with_epochs(cfg: Any, num_records: int) -> Any:
+    """The config with ``SOLVER.MAX_ITER`` and ``SOLVER.STEPS`` computed from epochs.
+
+    An epoch is ``SOLVER.EPOCH_SIZE`` images, or one image per training record where that is 0,
+    whichever tasks they are drawn for. Iterations are optimiser steps of ``SOLVER.IMS_PER_BATCH``
+    images; the iteration in which an epoch ends is its last one.
+
+    Args:
+        cfg: not changed; returned as it is when ``SOLVER.EPOCHS`` is 0.
+        num_records: length of the training set.
+
+    Raises:
+        ValueError: ``SOLVER.STEP_EPOCHS`` that do not rise within 0 to ``SOLVER.EPOCHS``.
+    """
+    solver = cfg.SOLVER
+    if solver.EPOCHS <= 0:
+        return cfg
+    steps = [float(epoch) for epoch in solver.STEP_EPOCHS]
+    if steps != sorted(set(steps)) or not all(0 < epoch < solver.EPOCHS for epoch in steps):
+        raise ValueError(
+            f"SOLVER.STEP_EPOCHS is {tuple(solver.STEP_EPOCHS)}: give rising epochs between 0 and"
+            f" SOLVER.EPOCHS, which is {solver.EPOCHS}"
+        )
+    size = solver.EPOCH_SIZE or num_records
+
+    def iteration(epoch: float) -> int:
+        return math.ceil(epoch * size / solver.IMS_PER_BATCH)
+
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.MAX_ITER = iteration(solver.EPOCHS)
+    cfg.SOLVER.STEPS = tuple(iteration(epoch) for epoch in steps)
+    cfg.freeze()
+    return cfg

@@ -1,0 +1,164 @@
+"""One optimiser step of k micro batches, on one process or many, with or without ZeRO."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from torch import Tensor, nn
+
+from gella.modeling.loss_counts import planned_counts
+
+__all__ = ["StepTrainer"]
+
+
+class StepTrainer(SimpleTrainer):
+    """Detectron2's simple trainer whose step may be made of several micro batches.
+
+    An iteration is one optimiser step. This rank's share of its batch is cut into ``accumulate``
+    contiguous parts of equal size, which go through the model one by one; their mean gradient is
+    that of the whole share (each loss divides by the count of the whole step, which a model tells
+    by ``loss_counts(batch)``; a model without this method has its losses averaged over the parts).
+
+    Attributes:
+        micro_step: the part that is in the model, 0 to accumulate - 1.
+        zero: what holds the language decoder under ZeRO, or None (``zero.ZeroHook``).
+        guard: asked by ``losses_ok(losses, batch)`` before each backward pass whether to go on, or
+            None. All ranks get the same answer; after False no parameter changes.
+        drop_step: a hook may set it in ``after_backward`` so that no parameter changes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        accumulate: int = 1,
+        precision: torch.dtype | None = None,
+        grad_scaler: Any = None,
+    ) -> None:
+        """Args:
+        model: maps a list of inputs to a dict of scalar losses; may be wrapped for
+            distributed training.
+        data_loader: endless iterable of lists.
+        optimizer: of all parameters that are not under ZeRO.
+        accumulate: micro batches per step, at least 1.
+        precision: of autocast; None for none.
+        grad_scaler: for float16; None for none.
+        """
+        super().__init__(model, data_loader, optimizer)
+        self.accumulate, self.precision = accumulate, precision
+        self.grad_scaler = grad_scaler or torch.amp.GradScaler("cuda", enabled=False)
+        self.micro_step = 0
+        self.zero: Any = None
+        self.guard: Any = None
+        self.drop_step = False
+
+    def run_step(self) -> None:
+        """Do one iteration; the model must be in training mode (``AssertionError``)."""
+        if not self.model.training:
+            raise AssertionError("the model was changed to eval mode during training")
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        parts = self._parts(batch)
+        counts = self._counts(parts)
+        self.optimizer.zero_grad()
+        self.drop_step = False
+        means: dict[str, Tensor] = {}
+        for self.micro_step, part in enumerate(parts):
+            losses = self._forward_backward(part, counts)
+            if losses is None:
+                self._drop()
+                return
+            for name, loss in losses.items():
+                means[name] = means.get(name, 0.0) + loss.detach() / len(parts)
+        self.after_backward()
+        if self.drop_step:
+            self._drop()
+            return
+        self._write_metrics(means, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        if self.zero is not None:
+            self.zero.step()
+
+    def _parts(self, batch: Sequence[Any]) -> list[Sequence[Any]]:
+        if self.accumulate == 1:
+            return [batch]
+        size, rest = divmod(len(batch), self.accumulate)
+        if rest or not size:
+            raise ValueError(
+                f"SOLVER.ACCUMULATE is {self.accumulate} but this process has {len(batch)} images"
+                " per iteration; make SOLVER.IMS_PER_BATCH a multiple of processes x ACCUMULATE"
+            )
+        return [batch[i * size : (i + 1) * size] for i in range(self.accumulate)]
+
+    def _counts(self, parts: list[Sequence[Any]]) -> dict[str, float] | None:
+        """Mean counts over all parts of all ranks; None leaves it to the losses (one part)."""
+        inner: Any = getattr(self.model, "module", self.model)
+        if len(parts) == 1 or not hasattr(inner, "loss_counts"):
+            return None
+        own = [inner.loss_counts(part) for part in parts]
+        names = sorted(own[0])
+        device = next(inner.parameters()).device
+        total = torch.tensor([sum(c[name] for c in own) for name in names], device=device)
+        total /= len(parts)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+            total /= torch.distributed.get_world_size()
+        return dict(zip(names, total.tolist(), strict=True))
+
+    def _forward_backward(
+        self, part: Sequence[Any], counts: dict[str, float] | None
+    ) -> Mapping[str, Tensor] | None:
+        """Losses of one part, whose gradients were added; None if the guard says no."""
+        last = self.micro_step == self.accumulate - 1
+        device = next(self.model.parameters()).device.type
+        sync = contextlib.nullcontext() if last else _no_sync(self.model)
+        if self.zero is not None:
+            self.zero.before_forward(last)
+        with sync, planned_counts(counts):
+            autocast = torch.autocast(device, self.precision, enabled=self.precision is not None)
+            with autocast:
+                losses = self.model(part)
+            if isinstance(losses, Tensor):
+                losses = {"total_loss": losses}
+            if self.guard is not None and not self.guard.losses_ok(losses, part):
+                return None
+            total = sum(losses.values())
+            if self.zero is not None:
+                self.zero.backward(total)
+            else:
+                self.grad_scaler.scale(total / self.accumulate).backward()
+        return losses
+
+    def _drop(self) -> None:
+        """Forget the gradients of this step."""
+        self.optimizer.zero_grad()
+        if self.zero is not None:
+            self.zero.discard()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Add the scaler's state where there is one."""
+        state = super().state_dict()
+        if self.grad_scaler.is_enabled():
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the scaler's state as well where there is one."""
+        super().load_state_dict(state_dict)
+        if self.grad_scaler.is_enabled() and "grad_scaler" in state_dict:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _no_sync(model: nn.Module) -> Any:
+    """The model's ``no_sync()``, which keeps gradients on this rank; nothing if it has none."""
+    no_sync = getattr(model, "no_sync", None)
+    return contextlib.nullcontext() if no_sync is None else no_sync()

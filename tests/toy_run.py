@@ -1,0 +1,111 @@
+"""A run of our trainer on a model of a few numbers, for tests of its hooks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.utils import comm
+from torch import nn
+
+from gella import add_gella_config
+from gella.trainer import GellaTrainer
+
+TASKS = ("describe", "extract", "ground", "refer")
+
+
+class ToyRunModel(nn.Module):
+    """A line on numbers, with dropout, batch statistics and a language side.
+
+    An item's "poison" makes the loss NaN, or its gradient infinite while the loss stays finite.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.layer = nn.Linear(1, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.dropout = nn.Dropout(0.3)
+        self.language_decoder = nn.Linear(4, 1)
+
+    def forward(self, batch):
+        numbers = torch.tensor([[float(item["number"])] for item in batch])
+        y = self.language_decoder(self.dropout(self.norm(self.layer(numbers / 40))))
+        if not self.training:
+            return y.tolist()
+        loss = (y - numbers / 40).square().mean()
+        for item in batch:
+            if item["poison"] == "loss":
+                loss = loss * math.nan
+            elif item["poison"] == "gradient":
+                # sqrt has an infinite slope at 0
+                loss = loss + (self.layer.weight[0, 0] * 0).abs().sqrt()
+        return {"loss_toy": loss, "loss_other": 0.5 * loss}
+
+
+if "ToyRunModel" not in META_ARCH_REGISTRY:
+    META_ARCH_REGISTRY.register(ToyRunModel)
+
+
+class ToyRunLoader:
+    """Batch i holds the numbers 4 i to 4 i + 3; ``poisoned`` says which number has which poison.
+
+    Ranks take contiguous shares.
+    """
+
+    def __init__(self, poisoned):
+        self.start_iteration, self.poisoned = 0, poisoned
+
+    def __iter__(self):
+        for i in range(self.start_iteration, 1000):
+            share = 4 // comm.get_world_size()
+            first = 4 * i + share * comm.get_rank()
+            yield [self.item(number) for number in range(first, first + share)]
+
+    def item(self, number):
+        """One mapped dict, as far as the toy needs it."""
+        return {
+            "number": number,
+            "poison": self.poisoned.get(number, "none"),
+            "file_name": f"images/{number}.jpg",
+            "image_id": number,
+            "task": TASKS[number // 4 % len(TASKS)],
+        }
+
+
+class ToyRun(GellaTrainer):
+    """Our trainer with the toy's data."""
+
+    poisoned: dict = {}
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return ToyRunLoader(cls.poisoned)
+
+
+def toy_config(folder, iterations=8):
+    """A config for the toy on the CPU, without evaluation."""
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "ToyRunModel"
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.SEED = 7
+    cfg.DATASETS.TEST = ()
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    cfg.SOLVER.BASE_LR = 0.05
+    cfg.SOLVER.MAX_ITER = iterations
+    cfg.SOLVER.STEPS = ()
+    cfg.SOLVER.WARMUP_ITERS = 2
+    cfg.SOLVER.CHECKPOINT_PERIOD = 3
+    cfg.OUTPUT_DIR = str(folder)
+    return cfg
+
+
+def toy_run(cfg, poisoned=None, resume=False):
+    """A trainer of the toy with fixed initial weights, ready to train."""
+    torch.manual_seed(0)
+    run_class = type("ToyRun", (ToyRun,), {"poisoned": dict(poisoned or {})})
+    trainer = run_class(cfg)
+    trainer.resume_or_load(resume=resume)
+    return trainer
