@@ -24,6 +24,7 @@ REQUIREMENTS = [
     "scipy>=1.15.3",  # Hungarian matching of learned queries
     # -- data, metrics, pictures
     "numpy>=2.2.6",  # masks and metrics
+    "numba>=0.68",  # the colormap's loop: byte shuffles that NumPy does not offer
     "pillow>=12.3",  # reading images, drawing scenes and results
     "pycocotools>=2.0.11",  # RLE masks and COCO average precision
     "matplotlib>=3.10.9",  # colours and fonts of the pictures

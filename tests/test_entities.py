@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from gella import colormap_kernel
 from gella.entities import (
     ASSIGNMENTS,
     EntityMap,
@@ -237,6 +242,83 @@ def test_colormap_shows_each_entity_in_its_color_and_black_elsewhere() -> None:
     assert not colormap[entities.ids == 0].any()
     with pytest.raises(ValueError, match="colours"):
         paint_colormap(entities, colors[:-1])
+
+
+# One table serves 31 colours; pictures are made in pieces of 65,536 pixels, 32 at once.
+SIZES = [(1, 1), (1, 31), (33, 1), (7, 13), (1, 65536), (257, 256), (65537, 2)]
+
+
+def indexed(ids: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """The colormap by plain indexing."""
+    return np.concatenate((np.zeros((1, 3), np.uint8), colors))[ids]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [0, 1, 30, 31, 32, 62, 63, 255, 256, 700])
+def test_colormap_is_a_table_look_up(size: tuple[int, int], count: int) -> None:
+    rng = np.random.default_rng(count)
+    ids = rng.integers(0, count + 1, size)
+    colors = rng.integers(0, 256, (count, 3), dtype=np.uint8)
+    result = paint_colormap(EntityMap(ids, list(range(1, count + 1))), colors)
+    assert result.shape == (*size, 3) and result.dtype == np.uint8
+    assert result.transpose(2, 0, 1).flags.c_contiguous  # as the page promises
+    np.testing.assert_array_equal(result, indexed(ids, colors))
+
+
+def test_colormap_of_any_memory_layout() -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 41, (60, 94)).astype(np.int32)
+    colors = rng.integers(0, 256, (40, 3), dtype=np.uint8)
+    fixed = ids.copy()
+    fixed.setflags(write=False)
+    shifted = np.frombuffer(b"." + ids.tobytes(), np.int32, offset=1).reshape(ids.shape)
+    for view in (ids[::2, ::3], ids[::-1, ::-1], np.asfortranarray(ids), ids.T, fixed, shifted):
+        for other in (view, view.astype(">i4"), view.astype(np.uint8)):
+            before = other.copy()
+            expected = indexed(other.astype(int), colors)
+            planes = colormap_kernel.paint_planes(other, colors)
+            np.testing.assert_array_equal(planes.transpose(1, 2, 0), expected)
+            names = list(range(1, 41))
+            np.testing.assert_array_equal(paint_colormap(EntityMap(other, names), colors), expected)
+            np.testing.assert_array_equal(other, before)
+    strided = np.repeat(colors, 2, axis=0)[::2]
+    expected = indexed(ids, colors)
+    np.testing.assert_array_equal(paint_colormap(EntityMap(ids, names), strided), expected)
+
+
+def test_a_number_without_a_color_is_black_and_reads_no_foreign_memory() -> None:
+    ids = np.array([[-(2**31), -1, 0, 1, 2, 3, 31, 32, 33, 64, 256, 257, 65537, 2**31 - 1]])
+    for count in (2, 32):
+        colors = np.full((count, 3), 9, np.uint8)
+        expected = np.where((ids > 0) & (ids <= count), 9, 0)
+        for plane in colormap_kernel.paint_planes(ids, colors):
+            np.testing.assert_array_equal(plane, expected)
+
+
+def test_threads_paint_at_once() -> None:
+    rng = np.random.default_rng(3)
+    jobs = [
+        (rng.integers(0, 21, (300, 301)), rng.integers(0, 256, (20, 3), dtype=np.uint8))
+        for _ in range(24)
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda job: colormap_kernel.paint_planes(*job), jobs))
+    for planes, job in zip(results, jobs):
+        np.testing.assert_array_equal(planes.transpose(1, 2, 0), indexed(*job))
+
+
+def test_other_processors_paint_the_same_and_numba_waits_for_the_first_colormap() -> None:
+    code = """
+import sys, numpy as np, gella
+from gella.entities import EntityMap, paint_colormap
+assert "numba" not in sys.modules and "llvmlite" not in sys.modules
+rng = np.random.default_rng(0)
+ids, colors = rng.integers(0, 41, (150, 501)), rng.integers(0, 256, (40, 3), dtype=np.uint8)
+result = paint_colormap(EntityMap(ids, list(range(1, 41))), colors)
+assert (result == np.concatenate((np.zeros((1, 3), np.uint8), colors))[ids]).all()
+"""
+    plain = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    subprocess.run([sys.executable, "-c", code], env=plain, check=True, timeout=120)
 
 
 def test_mask_iou_equals_pycocotools() -> None:

@@ -75,21 +75,6 @@ def test_derived_maps_agree_with_maps_made_of_their_pixels() -> None:
         )
 
 
-@pytest.mark.parametrize("noisy", [False, True])
-def test_painting_agrees_with_a_table_look_up(noisy: bool) -> None:
-    rng = np.random.default_rng(1)
-    ids = rng.integers(0, 6, (24, 100))
-    ids = ids if noisy else np.sort(ids, axis=1)
-    entities = EntityMap(ids, [5, 4, 3, 2, 1])
-    colors = rng.integers(0, 256, (5, 3), dtype=np.uint8)
-    expected = np.concatenate((np.zeros((1, 3), np.uint8), colors))[ids]
-    result = paint_colormap(entities, colors)
-    assert result.shape == (24, 100, 3) and result.dtype == np.uint8
-    np.testing.assert_array_equal(result, expected)
-    if not noisy:
-        assert result.transpose(2, 0, 1).flags.c_contiguous  # as the page promises
-
-
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 300])
 def test_masks_of_any_number_of_entities(count: int) -> None:
     ids = np.arange(-44, 316).clip(0, count).reshape(12, 30)

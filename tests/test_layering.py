@@ -63,6 +63,7 @@ GROUPS = {
     "metrics_panoptic": "metrics",
     "entity_runs": "entities",
     "color_choice": "entities",
+    "colormap_kernel": "entities",
     "entity_files": "entity_sources",
     "entity_json": "entity_sources",
 }
@@ -85,6 +86,8 @@ HOMES: dict[str, set[str]] = {
         "data.shapes_tokens",  # writes the tokenizer of the synthetic scenes
     },
     "deepspeed": {"zero"},
+    "numba": {"colormap_kernel"},  # which only functions import
+    "llvmlite": {"colormap_kernel"},
     "gradio": set(),  # tools/app.py only
 }
 # Imported inside the function that needs them, never when gella is imported.

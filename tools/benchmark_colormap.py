@@ -124,8 +124,8 @@ def compare_encoding(
 
     Returns:
         Per frame: "encode", "copy" and their ratio "copies", over different pictures; the same
-        with "_warm" for one picture again and again; and "with_runs": from a bare id map, whose
-        runs are not known yet.
+        with "_warm" for one picture again and again, and with "_checked" for making the entity map
+        of bare numbers first, which checks every one of them.
     """
     rng, height, width = np.random.default_rng(2), *maps[0].shape
     scenes = [EntityMap.from_id_image(ids) for ids in maps]
@@ -142,15 +142,19 @@ def _encoding(
     scenes: Sequence[EntityMap], colors: Sequence[np.ndarray], repeat: int
 ) -> dict[str, float]:
     pictures = [np.ascontiguousarray(paint_colormap(*job)) for job in zip(scenes, colors)]
+
+    def paint(i: int) -> np.ndarray:
+        return paint_colormap(scenes[i], colors[i])
+
+    def check_and_paint(i: int) -> np.ndarray:
+        return paint_colormap(EntityMap(scenes[i].ids, scenes[i].segment_ids), colors[i])
+
     figures: dict[str, float] = {}
-    for suffix, places in (("", range(len(scenes))), ("_warm", [0] * len(scenes))):
-        paint = median_ms(lambda i: paint_colormap(scenes[i], colors[i]), places, repeat)
+    all_, one = range(len(scenes)), [0] * len(scenes)
+    ways = (("", paint, all_), ("_warm", paint, one), ("_checked", check_and_paint, all_))
+    for suffix, way, places in ways:
+        encode = median_ms(way, places, repeat)
         copy = median_ms(lambda i: pictures[i].copy(), places, repeat)
-        figures.update({f"encode{suffix}": paint, f"copy{suffix}": copy})
-        figures[f"copies{suffix}"] = paint / copy
-    figures["with_runs"] = median_ms(
-        lambda i: paint_colormap(EntityMap(scenes[i].ids, scenes[i].segment_ids), colors[i]),
-        range(len(scenes)),
-        repeat,
-    )
+        figures.update({f"encode{suffix}": encode, f"copy{suffix}": copy})
+        figures[f"copies{suffix}"] = encode / copy
     return figures

@@ -44,8 +44,8 @@ class EntityMap:
         self.ids = np.ascontiguousarray(self.ids, dtype=np.int32)
         if self.ids.ndim != 2 or 0 in self.ids.shape:
             raise ValueError(f"ids must be (H, W) with at least a pixel, got {self.ids.shape}")
-        highest = int(self.ids.max())
-        if int(self.ids.min()) < 0:
+        highest = int(self.ids.view(np.uint32).max())  # a negative number is 2^31 or more here
+        if highest >= 1 << 31:
             raise ValueError(f"ids holds {int(self.ids.min())}; entity numbers start at 0")
         self.segment_ids = [int(i) for i in self.segment_ids] or list(range(1, highest + 1))
         count = len(self.segment_ids)
@@ -293,7 +293,7 @@ def paint_colormap(entities: EntityMap, colors: np.ndarray) -> np.ndarray:
     """The colormap (paper, section 3.2): uint8 (H, W, 3), black where no entity is.
 
     In memory each channel is a plane of its own: `transpose(2, 0, 1)` is contiguous, as models
-    want it.
+    want it. A process's first call compiles the loop, which takes a second.
 
     Args:
         colors: uint8 RGB (E, 3), one per entity.
@@ -301,12 +301,9 @@ def paint_colormap(entities: EntityMap, colors: np.ndarray) -> np.ndarray:
     colors = np.asarray(colors, dtype=np.uint8)
     if colors.shape != (entities.num_entities, 3):
         raise ValueError(f"{entities.num_entities} entities but colours of shape {colors.shape}")
-    table = np.concatenate((np.zeros((1, 3), np.uint8), colors))
-    runs = entities.runs()
-    if not _few(runs):
-        return np.take(table, entities.ids, axis=0)
-    planes = np.ascontiguousarray(table.T).take(runs.values, axis=1)  # (3, R)
-    return runs.paint(planes).transpose(1, 2, 0)
+    from gella.colormap_kernel import paint_planes  # imports numba and compiles
+
+    return paint_planes(entities.ids, colors).transpose(1, 2, 0)
 
 
 def mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
