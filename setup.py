@@ -21,6 +21,7 @@ REQUIREMENTS = [
     "transformers>=5.20",  # language decoder (LLaMA) and Mask2Former's modules
     "tokenizers>=0.23",  # the small tokenizer of the synthetic shapes
     "safetensors>=0.8",  # weight files
+    "huggingface_hub>=1.0",  # planning of weight shards; transformers brings it
     "scipy>=1.15.3",  # Hungarian matching of learned queries
     # -- data, metrics, pictures
     "numpy>=2.2.6",  # masks and metrics
@@ -42,12 +43,22 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "zero": ["deepspeed>=0.19.8"],  # ZeRO training of the 7B and 13B language decoder
+    "lora": ["peft>=0.21"],  # MODEL.LANGUAGE.LORA: adapters instead of full fine-tuning
+    "quantization": [  # MODEL.LANGUAGE.QUANTIZATION: 4- and 8-bit inference
+        "bitsandbytes>=0.50",
+        "accelerate>=1.15",
+    ],
     "app": ["gradio>=5"],  # tools/app.py
     "dev": [
         "pytest>=9",  # make test
         "pytest-xdist>=3.8",  # two test processes
         "ruff>=0.17",  # make lint: style and format
         "mypy>=2.4",  # make lint: types
+        # the optional parts under test: ZeRO, adapters, quantisation
+        "deepspeed>=0.19.8",
+        "peft>=0.21",
+        "bitsandbytes>=0.50",
+        "accelerate>=1.15",
         # what the original Detectron2 imports, for tests with its checkout on PYTHONPATH
         "cloudpickle>=3.1",
         "omegaconf>=2.4",

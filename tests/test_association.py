@@ -27,6 +27,22 @@ def test_equals_the_dot_product_of_both_projections():
             assert float(logits[p, q]) == pytest.approx(float(expected), abs=1e-5)
 
 
+def test_the_deeper_structure_of_table_10_is_fc_relu_fc_on_both_sides():
+    association = make_association("fc_relu_fc", calibrated=False)
+    nouns, entities = torch.randn(3, 6), torch.randn(5, 4)
+
+    def literal(name: str, x: torch.Tensor) -> torch.Tensor:
+        weights = dict(association.named_parameters())
+        first, second = (f"{name}_branch.{layer}" for layer in (0, 2))
+        hidden = (x @ weights[f"{first}.weight"].T + weights[f"{first}.bias"]).clamp(min=0)
+        return hidden @ weights[f"{second}.weight"].T + weights[f"{second}.bias"]
+
+    expected = literal("noun", nouns) @ literal("entity", entities).T
+    logits = association([nouns], entities[None])[0]
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert len(list(association.parameters())) == 8
+
+
 def test_calibration_starts_at_one_over_root_dim_and_the_given_bias():
     plain, calibrated = make_association(calibrated=False), make_association()
     nouns, entities = [torch.randn(2, 6)], torch.randn(1, 3, 4)

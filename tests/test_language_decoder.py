@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.config import get_cfg
+from tiny_language import EOS, PAD, VOCAB, make_batch, make_config, make_decoder
 
-from gella.modeling.language_decoder import IGNORE_INDEX, IMAGE_TOKEN_ID, LanguageDecoder
-
-VOCAB, SEG, EOS, PAD = 50, 49, 2, 0
-
-
-def make_decoder(projector: str = "mlp2x_gelu", stride: int = 1) -> LanguageDecoder:
-    torch.manual_seed(0)
-    llama = dict(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attn_implementation="sdpa",
-        # Large enough that every token matters.
-        initializer_range=0.3,
-    )
-    decoder = LanguageDecoder(
-        llama=llama, image_dim=6, projector=projector, image_token_stride=stride
-    )
-    return decoder.eval()
-
-
-def make_batch(lengths: list[int], image_tokens: int = 4) -> tuple[torch.Tensor, list, list, list]:
-    generator = torch.Generator().manual_seed(1)
-    grid = torch.randn(len(lengths), 6, 2, 2, generator=generator)
-    input_ids, labels, positions = [], [], []
-    for length in lengths:
-        words = torch.randint(3, SEG, (length,), generator=generator)
-        words[[length // 2, length - 2]] = SEG
-        head = torch.tensor([1, *[IMAGE_TOKEN_ID] * image_tokens])
-        ids = torch.cat([head, words])
-        label = ids.clone()
-        label[: len(head) + length // 3] = IGNORE_INDEX
-        input_ids.append(ids)
-        labels.append(label)
-        positions.append((ids == SEG).nonzero().flatten())
-    return grid, input_ids, labels, positions
+from gella.config import add_gella_config
+from gella.modeling.causal_lm import build_causal_lm, llama_config, read_config
+from gella.modeling.language_decoder import IGNORE_INDEX, LanguageDecoder
 
 
 def test_equals_transformers_on_the_same_embeddings():
@@ -97,24 +66,6 @@ def test_image_tokens_follow_the_grid_and_are_pooled():
     assert make_decoder().image_tokens(grid).shape == (1, 16, 32)
 
 
-def test_generation_is_greedy_and_its_embeddings_equal_a_parallel_pass():
-    decoder = make_decoder()
-    grid, input_ids, _, _ = make_batch([4, 9])
-    options = dict(max_new_tokens=12, eos_token_id=EOS, pad_token_id=PAD)
-    answers = decoder.generate(grid, input_ids, **options)
-    for i in range(2):
-        alone = decoder.generate(grid[i : i + 1], input_ids[i : i + 1], **options)[0]
-        assert torch.equal(answers[i], alone)
-        full = torch.cat([input_ids[i], answers[i]])
-        everywhere = torch.arange(len(full))
-        labels = torch.full_like(full, IGNORE_INDEX)
-        output = decoder(grid[i : i + 1], [full], [labels], [everywhere])
-        logits = decoder.llama.lm_head(output.seg_embeddings[0])
-        start = len(input_ids[i])
-        # Every generated token is the most probable one after what precedes it.
-        assert torch.equal(logits[start - 1 : len(full) - 1].argmax(-1), answers[i])
-
-
 def test_wrong_input_is_named():
     decoder = make_decoder()
     grid, input_ids, labels, positions = make_batch([6], image_tokens=3)
@@ -127,6 +78,9 @@ def test_wrong_input_is_named():
         make_decoder(projector="mlp")
 
 
+# -- precision and memory --------------------------------------------------------------------------
+
+
 def test_bfloat16_is_finite_and_close():
     decoder = make_decoder()
     batch = make_batch([5, 8])
@@ -134,3 +88,187 @@ def test_bfloat16_is_finite_and_close():
     half = decoder.to(torch.bfloat16)(batch[0].to(torch.bfloat16), *batch[1:])
     assert half.loss_answer.dtype == torch.float32
     assert float(half.loss_answer) == pytest.approx(float(full.loss_answer), rel=0.05)
+
+
+def test_bfloat16_parameters_take_and_give_float32():
+    """The rest of the model stays float32, whatever MODEL.LANGUAGE.DTYPE is."""
+    batch = make_batch([5, 8])
+    decoder = make_decoder(dtype="bfloat16")
+    assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
+    output = decoder(*batch)
+    assert output.seg_embeddings[0].dtype == torch.float32
+    expected = make_decoder()(*batch)
+    assert float(output.loss_answer) == pytest.approx(float(expected.loss_answer), rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_autocast_runs_forward_and_backward(checkpointing):
+    decoder = make_decoder(gradient_checkpointing=checkpointing).train()
+    batch = make_batch([5, 8])
+    exact = float(decoder(*batch).loss_answer)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = decoder(*batch)
+        loss = output.loss_answer + sum(e.square().mean() for e in output.seg_embeddings)
+    loss.backward()
+    assert float(output.loss_answer) == pytest.approx(exact, rel=0.05)
+    gradients = [p.grad for p in decoder.parameters()]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+    assert max(float(g.abs().max()) for g in gradients) > 0
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    batch = make_batch([5, 14, 9])
+    calls = {}
+    plain, saving = make_decoder().train(), make_decoder(gradient_checkpointing=True).train()
+    for name, decoder in (("plain", plain), ("saving", saving)):
+        layer = decoder.llama.model.layers[0].input_layernorm
+        layer.register_forward_hook(lambda *_, n=name: calls.update({n: calls.get(n, 0) + 1}))
+        output = decoder(*batch)
+        (output.loss_answer + sum(e.sum() for e in output.seg_embeddings)).backward()
+    assert calls == {"plain": 1, "saving": 2}  # it does compute the layers again
+    for (name, a), (_, b) in zip(plain.named_parameters(), saving.named_parameters()):
+        assert torch.allclose(a.grad, b.grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_is_chosen_by_key(attention):
+    decoder = make_decoder(attention=attention)
+    assert decoder.llama.config._attn_implementation == attention
+    batch = make_batch([5, 14])
+    loss = float(decoder(*batch).loss_answer)
+    assert loss == pytest.approx(float(make_decoder()(*batch).loss_answer), abs=1e-5)
+
+
+def test_logits_are_computed_at_supervised_positions_only():
+    decoder = make_decoder()
+    grid, input_ids, labels, positions = make_batch([5, 14])
+    shapes = []
+    head = decoder.llama.get_output_embeddings()
+    head.register_forward_hook(lambda m, args, out: shapes.append(tuple(out.shape)))
+    decoder(grid, input_ids, labels, positions)
+    supervised = sum(int((label[1:] != IGNORE_INDEX).sum()) for label in labels)
+    assert shapes == [(supervised, VOCAB)]
+
+
+# -- other architectures ---------------------------------------------------------------------------
+
+
+def language_node(**changes: Any) -> Any:
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    node = cfg.MODEL.LANGUAGE
+    sizes = dict(VOCAB_SIZE=VOCAB, HIDDEN_SIZE=32, INTERMEDIATE_SIZE=48, NUM_LAYERS=1)
+    sizes.update(NUM_HEADS=4, NUM_KEY_VALUE_HEADS=4, MAX_POSITIONS=64, **changes)
+    for key, value in sizes.items():
+        setattr(node, key, value)
+    return cfg
+
+
+def test_default_keys_are_llama_7b():
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    with torch.device("meta"):
+        decoder = LanguageDecoder(cfg, 1024)
+    assert sum(p.numel() for p in decoder.llama.parameters()) == 6_738_415_616 + 2 * 4096
+    assert type(decoder.llama).__name__ == "LlamaForCausalLM"
+    assert decoder.image_tokens(torch.empty(1, 1024, 24, 24, device="meta")).shape == (1, 576, 4096)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Config", "MistralConfig", "PhiConfig", "GPTNeoXConfig"])
+def test_another_architecture_through_its_config_file(tmp_path, kind):
+    make_config(kind).save_pretrained(tmp_path)
+    cfg = language_node(CONFIG=str(tmp_path), HIDDEN_SIZE=999)
+    cfg.MODEL.LANGUAGE.VOCAB_SIZE = VOCAB + 1
+    torch.manual_seed(0)
+    decoder = LanguageDecoder(cfg, 6).eval()
+    assert decoder.llama.config.model_type.replace("_", "") in kind.lower()
+    assert decoder.hidden_size == 32  # the file's, not the key's
+    assert decoder.llama.get_input_embeddings().num_embeddings == VOCAB + 1
+    grid, input_ids, labels, positions = make_batch([5, 14])
+    joint = decoder(grid, input_ids, labels, positions)
+    single = decoder(grid[:1], input_ids[:1], labels[:1], positions[:1])
+    assert torch.allclose(joint.seg_embeddings[0], single.seg_embeddings[0], atol=1e-5)
+    # The model's own loss, of its own logits at every position.
+    words = decoder.llama.get_input_embeddings()(input_ids[0].clamp(min=0))
+    embeds = torch.cat([words[:1], decoder.image_tokens(grid)[0], words[5:]])[None]
+    reference = decoder.llama(inputs_embeds=embeds, labels=labels[0][None], use_cache=False).loss
+    assert torch.allclose(single.loss_answer, reference, atol=1e-5)
+    options = dict(max_new_tokens=6, eos_token_id=EOS, pad_token_id=PAD)
+    together = decoder.generate(grid, input_ids, **options)
+    assert torch.equal(together[0], decoder.generate(grid[:1], input_ids[:1], **options)[0])
+
+
+def test_a_multimodal_config_gives_its_language_part(tmp_path):
+    from transformers import CLIPVisionConfig, LlavaConfig
+
+    LlavaConfig(vision_config=CLIPVisionConfig(), text_config=make_config()).save_pretrained(
+        tmp_path
+    )
+    config = read_config(str(tmp_path), vocab_size=VOCAB + 1, max_positions=64)
+    assert (config.model_type, config.hidden_size, config.vocab_size) == ("llama", 32, VOCAB + 1)
+
+
+def test_wrong_config_folders_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"MODEL.LANGUAGE.CONFIG is '.*none'"):
+        read_config(str(tmp_path / "none"), vocab_size=VOCAB, max_positions=64)
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(ValueError, match="no model that transformers knows"):
+        read_config(str(tmp_path), vocab_size=VOCAB, max_positions=64)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", ')
+    with pytest.raises(ValueError, match="no model that transformers knows"):
+        read_config(str(tmp_path), vocab_size=VOCAB, max_positions=64)
+    write_t5(tmp_path)
+    with pytest.raises(ValueError, match="'t5', which is no causal language model"):
+        read_config(str(tmp_path), vocab_size=VOCAB, max_positions=64)
+    make_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="50 words, MODEL.LANGUAGE.VOCAB_SIZE is 49: set it to 51"):
+        read_config(str(tmp_path), vocab_size=VOCAB - 1, max_positions=64)
+    with pytest.raises(ValueError, match="64 positions, MODEL.LANGUAGE.MAX_POSITIONS is 65"):
+        read_config(str(tmp_path), vocab_size=VOCAB, max_positions=65)
+
+
+def write_t5(folder: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(vocab_size=VOCAB).save_pretrained(folder)
+
+
+def test_unknown_choices_are_named():
+    config = make_config()
+    with pytest.raises(ValueError, match=r"ATTENTION is 'flash'; it must be one of 'sdpa'"):
+        build_causal_lm(config, attention="flash")
+    with pytest.raises(ValueError, match=r"DTYPE is 'half'; it must be one of 'float32'"):
+        build_causal_lm(config, dtype="half")
+    with pytest.raises(ValueError, match=r"QUANTIZATION is '2bit'"):
+        make_decoder(quantization="2bit")
+    with pytest.raises(ValueError, match="PROMPT_LOOKUP_TOKENS is -1; 0 turns it off"):
+        make_decoder(prompt_lookup_tokens=-1)
+    # Its logits are capped behind the output layer.
+    with pytest.raises(ValueError, match=r"gemma2 with final_logit_softcapping = 30\.0"):
+        build_causal_lm(make_config("Gemma2Config", head_dim=8))
+
+
+def test_missing_fused_attention_is_named():
+    pytest.importorskip("transformers")
+    if has_flash_attention():
+        pytest.skip("flash-attn is installed")
+    with pytest.raises(ValueError, match=r"'flash_attention_2', which is not available here"):
+        build_causal_lm(make_config(), attention="flash_attention_2", dtype="bfloat16")
+
+
+def has_flash_attention() -> bool:
+    from transformers.utils import is_flash_attn_2_available
+
+    return bool(is_flash_attn_2_available())
+
+
+def test_size_keys_reach_the_model():
+    cfg = language_node(INIT_STD=0.5, TIE_EMBEDDINGS=True, ROPE_THETA=500.0)
+    config = llama_config(copy.deepcopy(cfg.MODEL.LANGUAGE))
+    assert config.rope_parameters["rope_theta"] == 500.0
+    torch.manual_seed(0)
+    decoder = LanguageDecoder(cfg, 6)
+    model = decoder.llama
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert float(model.get_output_embeddings().weight.detach().std()) == pytest.approx(0.5, rel=0.1)
+    assert decoder.max_positions == 64

@@ -26,12 +26,13 @@ ARROWS: dict[str, set[str]] = {
     "entities": set(),
     "prompts": set(),
     "metrics": set(),
-    "checkpoint": set(),
+    "checkpoint": {"modeling.state_dicts.files"},
     "plugins": set(),
     "text_layout": set(),
     "optimizer": set(),
     "training_hooks": set(),
     "zero": set(),
+    "modeling.state_dicts.files": set(),  # reads and writes weight files; knows no model
     # one step up
     "config_file": {"config"},
     "entity_sources": {"entities"},
@@ -72,6 +73,7 @@ ARROWS: dict[str, set[str]] = {
 # Files that were split off another for length stay in its group.
 GROUPS = {
     "alignment": "prompts",
+    "overlong": "prompts",
     "metrics_panoptic": "metrics",
     "entity_runs": "entities",
     "color_choice": "entities",
@@ -83,7 +85,29 @@ GROUPS = {
 # Leaves of modeling do not even see each other: only these arrows inside the room.
 MODELING_ARROWS = {
     "modeling.criterion": {"modeling.mask_decoder", "modeling.loss_counts"},
-    "modeling.language_decoder": {"modeling.loss_counts"},
+    "modeling.mask_decoder": {"modeling.entity_queries"},
+    "modeling.upstream_mask_decoder": {"modeling.mask_decoder"},
+    "modeling.language_decoder": {
+        "modeling.adapters",
+        "modeling.causal_lm",
+        "modeling.generation",
+        "modeling.loss_counts",
+    },
+    "modeling.state_dicts.backbones": {"modeling.state_dicts.layout"},
+    "modeling.state_dicts.clip": {"modeling.state_dicts.layout"},
+    "modeling.state_dicts.llava": {"modeling.state_dicts.layout"},
+    "modeling.state_dicts.mask2former": {
+        "modeling.state_dicts.backbones",
+        "modeling.state_dicts.layout",
+    },
+    "modeling.state_dicts.assembly": {"modeling.state_dicts.layout"},
+    "modeling.state_dicts": {  # its __init__ lists the formats
+        "modeling.state_dicts.backbones",
+        "modeling.state_dicts.clip",
+        "modeling.state_dicts.layout",
+        "modeling.state_dicts.llava",
+        "modeling.state_dicts.mask2former",
+    },
     "modeling.meta_arch": {"*"},
     "modeling": {"*"},  # its __init__ registers everything
 }
@@ -91,7 +115,9 @@ HOMES: dict[str, set[str]] = {
     "open_clip": {"modeling.image_encoder"},
     "timm": {"modeling.colormap_encoder"},
     "transformers": {
-        "modeling.language_decoder",
+        "modeling.adapters",  # its quantised layers
+        "modeling.causal_lm",
+        "modeling.generation",  # its cache
         "modeling.mask_decoder",
         "modeling.criterion",
         "segmenters.from_transformers",
@@ -100,12 +126,29 @@ HOMES: dict[str, set[str]] = {
         "data.shapes_tokens",  # writes the tokenizer of the synthetic scenes
     },
     "deepspeed": {"zero", "zero_branch"},
+    "peft": {"modeling.adapters"},
+    "bitsandbytes": {"modeling.adapters"},
+    "accelerate": {"modeling.adapters"},
+    "safetensors": {"modeling.state_dicts.files"},
+    "huggingface_hub": {"modeling.state_dicts.files"},
     "numba": {"colormap_kernel"},  # which only functions import
     "llvmlite": {"colormap_kernel"},
+    "mask2former": {"modeling.upstream_mask_decoder"},
     "gradio": set(),  # tools/app.py only
 }
 # Imported inside the function that needs them, never when gella is imported.
-LAZY = {"open_clip", "timm", "transformers", "deepspeed", "gradio", "tokenizers"}
+LAZY = {
+    "open_clip",
+    "timm",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "deepspeed",
+    "mask2former",
+    "gradio",
+}
 
 
 def modules(package: Path) -> Iterator[tuple[str, Path]]:

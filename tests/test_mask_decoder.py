@@ -11,12 +11,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_sem_seg_head
 
 from gella.config import add_gella_config
-from gella.modeling.mask_decoder import (
-    EntityQueries,
-    Mask2FormerHead,
-    crop_masks,
-    mask_geometry,
-)
+from gella.modeling.entity_queries import EntityQueries, crop_masks, mask_geometry
+from gella.modeling.mask_decoder import Mask2FormerHead
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 SHAPES = {name: ShapeSpec(channels=16, stride=s) for name, s in STRIDES.items()}

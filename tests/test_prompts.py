@@ -15,6 +15,7 @@ from gella.prompts import (
     IGNORE_INDEX,
     IMAGE_TOKEN_ID,
     SEG_TOKEN,
+    OverlongPrompt,
     align_utterances,
     build_prompt,
     decode_answer,
@@ -25,6 +26,7 @@ from gella.prompts import (
     panoptic_answer,
     panoptic_sentence,
     parse_nouns,
+    question_text,
     spoken_name,
     task_text,
 )
@@ -238,6 +240,11 @@ def test_too_long_a_prompt_names_both_numbers(tokenizer: Any) -> None:
     build_prompt(tokenizer, "Hi", "Ho", max_length=length, **options)
     with pytest.raises(ValueError, match=rf"{length} tokens.*{length - 1} fit"):
         build_prompt(tokenizer, "Hi", "Ho", max_length=length - 1, **options)
+    # Without an answer there must be room for one token of it.
+    length = len(build_prompt(tokenizer, "Hi", None, max_length=999, **options).input_ids)
+    build_prompt(tokenizer, "Hi", None, max_length=length + 1, **options)
+    with pytest.raises(OverlongPrompt, match=rf"{length} tokens.*{length - 1} fit, with one left"):
+        build_prompt(tokenizer, "Hi", None, max_length=length, **options)
 
 
 def test_texts_of_the_tasks() -> None:
@@ -255,6 +262,11 @@ def test_texts_of_the_tasks() -> None:
     question, answer = task_text("panoptic", "", ["dog", "cat"])
     assert question.endswith("There might exist a dog and a cat.")
     assert answer == panoptic_answer(["dog", "cat"])
+    assert question_text("describe", "", instruction_index=5) == DESCRIBE_INSTRUCTIONS[1]
+    assert question_text("extract", " A dog ") == EXTRACT_INSTRUCTIONS[0].format(caption="A dog")
+    assert question_text("panoptic", "", ["dog", "cat"]) == question
+    with pytest.raises(ValueError, match="empty"):
+        question_text("extract", " ")
     for task in ("describe", "extract", "refer"):
         with pytest.raises(ValueError, match="empty"):
             task_text(task, "  ", ["a dog"])

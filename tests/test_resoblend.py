@@ -69,6 +69,28 @@ def test_without_cross_attention_the_image_has_no_influence(fusion):
         seen = (full(image, pyramid)["res2"] - full(-image, pyramid)["res2"]).abs().max()
     assert all(torch.equal(one[n], two[n]) for n in one)
     assert seen > 1e-3
+    # A trained image encoder must have a gradient, or DistributedDataParallel refuses it.
+    image.requires_grad_()
+    trained = model(image, pyramid)
+    assert all(torch.equal(one[n], trained[n]) for n in one)
+    sum(feature.sum() for feature in trained.values()).backward()
+    assert image.grad is not None and not image.grad.any()
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_with_all_parts_off_only_the_projection_of_each_level_is_left(fusion):
+    # Table 6: colormap encoding and decoding alone.
+    model = build(fusion=fusion, **{switch: False for switch in SWITCHES})
+    assert {name.split(".")[2] for name, _ in model.named_parameters()} == {"lateral"}
+    image, pyramid = inputs()
+    with torch.no_grad():
+        out = model(image, pyramid)
+        for name, level in model.levels.items():
+            conv, norm = level.lateral
+            flat = torch.einsum("oc,bchw->bohw", conv.weight[..., 0, 0], pyramid[name])
+            flat = flat + conv.bias[None, :, None, None]
+            expected = F.group_norm(flat, norm.num_groups, norm.weight, norm.bias)
+            torch.testing.assert_close(out[name], expected, atol=1e-5, rtol=1e-5)
 
 
 def literal_attention(module, query, key, value):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from typing import Any
 
 # Tokenizers of annotation tools rewrite quotes and dashes; one character stands for each family.
 _SAME = str.maketrans({"\u2018": "'", "\u2019": "'", "`": "'", "\u201c": '"', "\u201d": '"'})
@@ -30,6 +31,15 @@ def locate_phrases(caption: str, phrases: Sequence[str]) -> list[tuple[int, int]
         spans.append(found.span() if found else None)
         cursor = found.end() if found else cursor
     return spans
+
+
+def located(caption: str, nouns: Sequence[str]) -> list[dict[str, Any]]:
+    """Phrases (``text``, ``start``, ``end``) of nouns; -1 and -1 where one is not in `caption`."""
+    spans = locate_phrases(caption, nouns)
+    return [
+        {"text": noun, "start": start, "end": end}
+        for noun, (start, end) in zip(nouns, (span or (-1, -1) for span in spans))
+    ]
 
 
 def align_utterances(caption: str, utterances: Sequence[str]) -> list[tuple[int, int] | None]:

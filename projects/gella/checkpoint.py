@@ -13,6 +13,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from gella.modeling.state_dicts.files import main_file, read_torch, read_weights
+
 # Keys of each kind that an error message lists before it only counts.
 _LISTED_KEYS = 10
 
@@ -161,7 +163,8 @@ class GellaCheckpointer(DetectionCheckpointer):
         """Load a checkpoint file; the empty path leaves the model as it was initialised.
 
         Args:
-            path: local file or an address that Detectron2's path manager knows.
+            path: local file or folder, or an address that Detectron2's path manager knows. Weights
+                alone may also be a ``.safetensors`` file, an index of shards, or a folder of these.
             checkpointables: names of what to load besides the weights; None loads all of them.
 
         Returns:
@@ -171,8 +174,10 @@ class GellaCheckpointer(DetectionCheckpointer):
             FileNotFoundError: there is no such file.
             ValueError: not a checkpoint, a damaged one, or weights that do not fit the model.
         """
-        if path and "://" not in path and not os.path.isfile(path):
-            raise FileNotFoundError(f"weights file {path} does not exist: check MODEL.WEIGHTS")
+        if path and "://" not in path:
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"weights file {path} does not exist: check MODEL.WEIGHTS")
+            path = str(main_file(path))  # Detectron2's checkpointer takes files only
         self._source = path
         return super().load(path, checkpointables, **kwargs)
 
@@ -194,13 +199,11 @@ class GellaCheckpointer(DetectionCheckpointer):
         if f.endswith(".pkl"):
             raise ValueError(
                 f"weights {f} are a pickle, which could run code: convert them to a .pth file that"
-                ' holds {"model": {key: tensor}}'
+                ' holds {"model": {key: tensor}} (tools/convert_weights.py knows public models)'
             )
-        try:
-            loaded = torch.load(f, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many types for a damaged file
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"weights {f} cannot be read ({reason})") from error
+        if f.endswith((".safetensors", ".json")):
+            return {"model": read_weights(f)}
+        loaded = read_torch(f)
         if not isinstance(loaded, dict) or not isinstance(loaded.get("model", {}), dict):
             raise ValueError(f'weights {f} hold no "model" dictionary of tensors by key')
         return loaded if "model" in loaded else {"model": loaded}

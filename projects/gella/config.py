@@ -20,6 +20,7 @@ def add_gella_config(cfg: Any) -> None:
     _add_encoders(cfg, node)
     _add_mask_decoder(cfg, node)
     _add_language(cfg, node)
+    _add_association(cfg, node)
     _add_inference(cfg, node)
     _add_data(cfg, node)
     _add_training(cfg, node)
@@ -71,6 +72,8 @@ def _add_encoders(cfg: Any, node: type) -> None:
 
 
 def _add_mask_decoder(cfg: Any, node: type) -> None:
+    # "Mask2FormerHead", ours over transformers, or "MaskFormerHead", upstream's own: its repository
+    # on PYTHONPATH, learned queries only.
     cfg.MODEL.SEM_SEG_HEAD.NAME = "Mask2FormerHead"
     cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     decoder = cfg.MODEL.MASK_DECODER = node()
@@ -101,6 +104,10 @@ def _add_language(cfg: Any, node: type) -> None:
     language = cfg.MODEL.LANGUAGE = node()
     # A directory (or hub name) that transformers' AutoTokenizer reads. <SEG> is added to it.
     language.TOKENIZER = ""
+    # A folder with transformers' config.json of any causal language model (LLaMA, Qwen2, Mistral,
+    # Phi, ...; of LLaVA its language part), which replaces the size keys from HIDDEN_SIZE to
+    # INIT_STD. Weights come from MODEL.WEIGHTS, never from this folder.
+    language.CONFIG = ""
     language.VOCAB_SIZE = 32001  # rows of the embedding: LLaMA's 32,000 and <SEG>
     language.HIDDEN_SIZE = 4096
     language.INTERMEDIATE_SIZE = 11008
@@ -115,7 +122,17 @@ def _add_language(cfg: Any, node: type) -> None:
     # Standard deviation of the initial weights. LLaMA's 0.02 suits a width of 4,096
     # (1.28 / sqrt(width)); a narrow decoder needs more or its attention starts out uniform.
     language.INIT_STD = 0.02
-    language.MAX_POSITIONS = 4096  # tokens, image tokens included
+    # The longest prompt with its answer in tokens, image tokens included; answers end there.
+    language.MAX_POSITIONS = 4096
+    # "sdpa" (PyTorch's fused attention), "flash_attention_2" (needs flash-attn and half precision)
+    # or "eager".
+    language.ATTENTION = "sdpa"
+    # Of the parameters: "float32", "bfloat16" or "float16". Training in float32 with SOLVER.AMP, or
+    # through ZeRO, keeps small steps; half precision halves the memory of inference and of LoRA.
+    language.DTYPE = "float32"
+    # In training keep the input of each layer only and compute the rest again: less memory, a third
+    # more time.
+    language.GRADIENT_CHECKPOINTING = False
     language.PROJECTOR = "mlp2x_gelu"  # eq. 3: "mlp2x_gelu" (LLaVA-1.5) or "linear" (the paper)
     # CLIP's grid is average-pooled by this factor per side before it becomes tokens; 1 keeps all.
     language.IMAGE_TOKEN_STRIDE = 1
@@ -125,7 +142,16 @@ def _add_language(cfg: Any, node: type) -> None:
     )
     language.ANSWER_WEIGHT = 1.0  # of L_ans, eq. 10
     language.MAX_NEW_TOKENS = 512
+    # Prompt lookup: noun extraction of a single caption drafts up to this many tokens at a time by
+    # copying from the prompt, and checks them in one pass: the same answer in fewer passes. 0: off.
+    language.PROMPT_LOOKUP_TOKENS = 10
+    # "8bit" or "4bit" rounds the weights of the linear layers (bitsandbytes) when the model is
+    # first used, after loading; for inference, or for training LoRA in one process.
+    language.QUANTIZATION = ""
+    _add_lora(language, node)
 
+
+def _add_association(cfg: Any, node: type) -> None:
     association = cfg.MODEL.ASSOCIATION = node()
     association.DIM = 256  # channels in which nouns and entities meet (eq. 9)
     association.STRUCTURE = "fc"  # "fc" or "fc_relu_fc" (Table 10)
@@ -136,10 +162,30 @@ def _add_language(cfg: Any, node: type) -> None:
     association.WEIGHT = 1.0  # of L_asso, eq. 10
 
 
+def _add_lora(language: Any, node: type) -> None:
+    # Low-rank adapters (peft) instead of full fine-tuning. To start from weights without adapters:
+    # MODEL.WEIGHTS_ALLOW_MISSING "['*.lora_*']".
+    lora = language.LORA = node()
+    lora.ENABLED = False
+    lora.RANK = 128
+    lora.ALPHA = 256  # adapters are scaled by ALPHA / RANK
+    lora.DROPOUT = 0.05
+    lora.TARGETS = [  # last names of linear layers
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    lora.TRAIN_EMBEDDINGS = True  # input embedding and output layer too, where <SEG> is new
+
+
 def _add_inference(cfg: Any, node: type) -> None:
     gella = cfg.MODEL.GELLA = node()
-    # A query whose mask meets an input entity with an IoU over SNAP_IOU returns that entity's own
-    # full-resolution mask.
+    # A query whose mask meets an input entity with an IoU of at least SNAP_IOU returns the entity's
+    # own full-resolution mask; an entity query always returns its own.
     gella.SNAP = True
     gella.SNAP_IOU = 0.5
     gella.ENTITY_SCORE_THRESHOLD = 0.5  # learned queries below this probability are no entities
@@ -174,6 +220,11 @@ def _add_data(cfg: Any, node: type) -> None:
     # Absent category names listed with the present ones when a panoptic image trains grounding;
     # -1 lists every category.
     gella.PANOPTIC_NEGATIVES = -1
+    # A caption whose prompt has more than MODEL.LANGUAGE.MAX_POSITIONS tokens: "error" names both
+    # numbers; "cut" shortens it behind the last noun that fits (a description, and a caption whose
+    # nouns are to be extracted: at the end of a sentence). Cut nouns are counted and logged, and
+    # evaluation scores them as not found.
+    gella.OVERLONG_CAPTION = "error"
 
     # Python files (paths from the current folder) and importable modules that are imported before
     # anything is looked up, to register datasets or parts of a model. Their code is run.

@@ -37,6 +37,7 @@ class Grounding:
         own_masks: True when ``entity_ids`` number masks that the model decoded itself (learned
             queries without snapping) instead of the input's. With snapping, an id below 0 is such
             a mask.
+        cut_nouns: nouns of a caption too long for the model that were left out; not in ``phrases``.
         config: the config file, "" if there was none.
         weights: the checkpoint file, "" for untrained weights.
     """
@@ -48,6 +49,7 @@ class Grounding:
     colormap: np.ndarray
     task: str = "ground"
     own_masks: bool = False
+    cut_nouns: list[str] = field(default_factory=list)
     config: str = ""
     weights: str = ""
 
@@ -82,6 +84,7 @@ class Grounding:
                 }
                 for phrase in self.phrases
             ],
+            "cut_nouns": list(self.cut_nouns),
         }
 
     def plot(self) -> Image.Image:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from gella.entities import EntityMap
 from gella.entity_sources import load_entities
 from gella.geometry import image_token_count, make_view, read_image
 from gella.grounding import Grounding, PanopticResult
+from gella.overlong import fit_prompt
 
 _logger = logging.getLogger(__name__)
 
@@ -155,6 +156,9 @@ class GellaPredictor:
             nouns: its noun phrases in the order of the caption; a noun that is not in it is
                 grounded all the same and has the span -1. None: the model extracts them.
 
+        A caption that is too long is an error, or cut (``INPUT.GELLA.OVERLONG_CAPTION``): the
+        result then lists the nouns that were left out.
+
         Raises:
             ValueError: the caption is empty, or there is no noun, or the text is too long.
             RuntimeError: no image was set.
@@ -189,10 +193,8 @@ class GellaPredictor:
         _require_text("caption", caption)
         if not phrases:
             raise ValueError(f'caption without nouns: "{caption}"; give at least one noun')
-        nouns = [phrase["text"] for phrase in phrases]
-        instruction, answer = prompts.task_text("ground", caption, nouns)
         plain = [_phrase(phrase["text"], phrase["start"], phrase["end"]) for phrase in phrases]
-        return self._grounding("ground", caption, plain, instruction, answer)
+        return self._grounding("ground", caption, plain)
 
     def refer(self, expression: str) -> Grounding:
         """Find what a referring expression names; the result has one phrase, the expression.
@@ -201,9 +203,7 @@ class GellaPredictor:
             ValueError: the expression is empty or too long.
         """
         _require_text("expression", expression)
-        instruction, answer = prompts.task_text("refer", expression, [])
-        phrases = [_phrase(expression, 0, len(expression))]
-        return self._grounding("refer", expression, phrases, instruction, answer)
+        return self._grounding("refer", expression, [_phrase(expression, 0, len(expression))])
 
     def panoptic(self, categories: Sequence[dict[str, Any] | str]) -> PanopticResult:
         """Give every entity one of the categories.
@@ -222,13 +222,12 @@ class GellaPredictor:
             for number, item in enumerate(categories, start=1)
         ]
         names = [prompts.spoken_name(category["name"]) for category in full]
-        instruction, answer = prompts.task_text("panoptic", "", names)
         sentence = prompts.panoptic_sentence(names)
         phrases = [
             {**_phrase(name, *span), "category_id": item["id"], "isthing": item["isthing"]}
             for name, span, item in zip(names, _spans(sentence, names), full, strict=True)
         ]
-        result = self._ask("panoptic", sentence, phrases, instruction, answer)
+        result, _ = self._ask("panoptic", sentence, phrases)
         ids, segments_info = result["panoptic_seg"]
         image, _ = self._current()
         ids = np.asarray(ids.cpu(), dtype=np.int32)
@@ -236,8 +235,7 @@ class GellaPredictor:
 
     def describe(self) -> str:
         """Return a description of the picture, generated greedily."""
-        instruction = prompts.DESCRIBE_INSTRUCTIONS[0]
-        return self._text(self._ask("describe", "", [], instruction, None))
+        return self._text(self._ask("describe", "", [])[0])
 
     def extract_nouns(self, caption: str) -> list[str]:
         """Return the noun phrases of a caption as the model generates them, in its order.
@@ -246,9 +244,7 @@ class GellaPredictor:
             ValueError: the caption is empty or too long.
         """
         _require_text("caption", caption)
-        instruction = prompts.EXTRACT_INSTRUCTIONS[0].replace("{caption}", caption.strip())
-        result = self._ask("extract", caption, [], instruction, None)
-        return prompts.parse_nouns(self._text(result))
+        return prompts.parse_nouns(self._text(self._ask("extract", caption, [])[0]))
 
     def _current(self) -> tuple[np.ndarray, EntityMap]:
         if self._image is None or self._entities is None:
@@ -265,15 +261,8 @@ class GellaPredictor:
             self._tokenizer = prompts.load_tokenizer(self.cfg.MODEL.LANGUAGE.TOKENIZER)
         return self._tokenizer
 
-    def _grounding(
-        self,
-        task: str,
-        caption: str,
-        phrases: list[dict[str, Any]],
-        instruction: str,
-        answer: str | None,
-    ) -> Grounding:
-        result = self._ask(task, caption, phrases, instruction, answer)
+    def _grounding(self, task: str, caption: str, phrases: list[dict[str, Any]]) -> Grounding:
+        result, num_cut = self._ask(task, caption, phrases)
         image, entities = self._current()
         height, width = self._view["valid_size"]
         model = self.cfg.MODEL
@@ -285,45 +274,53 @@ class GellaPredictor:
             colormap=self._view["colormap"].numpy().transpose(1, 2, 0)[:height, :width],
             task=task,
             own_masks=model.MASK_DECODER.QUERIES == "learned" and not model.GELLA.SNAP,
+            cut_nouns=[phrase["text"] for phrase in phrases[len(phrases) - num_cut :]],
             config=self.config_file,
             weights=model.WEIGHTS,
         )
 
     def _ask(
-        self,
-        task: str,
-        caption: str,
-        phrases: Iterable[dict[str, Any]],
-        instruction: str,
-        answer: str | None,
-    ) -> dict[str, Any]:
-        """Run the model on one mapped dict (the dataset mapper's contract) of the current image."""
+        self, task: str, caption: str, phrases: list[dict[str, Any]]
+    ) -> tuple[dict[str, Any], int]:
+        """Run the model on one mapped dict (the dataset mapper's contract) of the current image.
+
+        Returns its result, and how many of the phrases, the last ones, were cut from the caption.
+        """
         image, entities = self._current()
         encoder, language = self.cfg.MODEL.IMAGE_ENCODER, self.cfg.MODEL.LANGUAGE
-        prompt = prompts.build_prompt(
+        fitted = fit_prompt(
             self.tokenizer,
-            instruction,
-            answer,
+            task,
+            caption,
+            phrases,
+            policy=self.cfg.INPUT.GELLA.OVERLONG_CAPTION,
+            answered=task not in ("describe", "extract"),
             num_image_tokens=image_token_count(
                 encoder.IMAGE_SIZE, encoder.PATCH_SIZE, language.IMAGE_TOKEN_STRIDE
             ),
             system=language.SYSTEM,
             max_length=language.MAX_POSITIONS,
         )
+        if len(fitted.caption) < len(caption):
+            _logger.warning(
+                "the caption was cut to %d of %d characters, %d nouns left out: at most %d tokens "
+                "fit (MODEL.LANGUAGE.MAX_POSITIONS)",
+                *(len(fitted.caption), len(caption), fitted.num_cut, language.MAX_POSITIONS),
+            )
         mapped = {
             **self._view,
             "entities_full": entities,
-            "input_ids": torch.as_tensor(prompt.input_ids),
-            "labels": torch.as_tensor(prompt.labels),
-            "seg_positions": torch.as_tensor(prompt.seg_positions),
-            "phrases": list(phrases),
+            "input_ids": fitted.prompt.input_ids,
+            "labels": fitted.prompt.labels,
+            "seg_positions": fitted.prompt.seg_positions,
+            "phrases": phrases[: fitted.num_nouns],
             "caption": caption,
             "task": task,
             "height": image.shape[0],
             "width": image.shape[1],
         }
         with torch.no_grad():
-            return self.model([mapped])[0]
+            return self.model([mapped])[0], fitted.num_cut
 
 
 def _phrase(text: str, start: int, end: int) -> dict[str, Any]:

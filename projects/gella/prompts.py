@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gella.alignment import align_utterances, locate_phrases
+from gella.alignment import align_utterances, locate_phrases, located
 
 __all__ = [
     "DESCRIBE_INSTRUCTIONS",
@@ -23,17 +23,20 @@ __all__ = [
     "IMAGE_TOKEN_ID",
     "SEG_TOKEN",
     "TASKS",
+    "OverlongPrompt",
     "Prompt",
     "align_utterances",
     "build_prompt",
     "decode_answer",
     "load_tokenizer",
     "locate_phrases",
+    "located",
     "noun_answer",
     "number_in_words",
     "panoptic_answer",
     "panoptic_sentence",
     "parse_nouns",
+    "question_text",
     "spoken_name",
     "task_text",
 ]
@@ -58,30 +61,16 @@ EXTRACT_INSTRUCTIONS = (
     "Find all semantic nouns of the sentence. The sentence is {caption}",
 )
 
-_SMALL = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+).split()
 _TENS = ["-", "-", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _PANOPTIC_START = "There might exist "
+
+
+class OverlongPrompt(ValueError):
+    """A prompt has more tokens than the language model takes; the message has both numbers."""
 
 
 @dataclass
@@ -213,6 +202,22 @@ def parse_nouns(answer: str) -> list[str]:
     return nouns
 
 
+def question_text(
+    task: str, caption: str, nouns: Sequence[str] = (), instruction_index: int = 0
+) -> str:
+    """The question of a task, as text; arguments and errors as for `task_text`.
+
+    Only "panoptic" reads the nouns; "describe" does not read the caption.
+    """
+    if task == "describe":
+        return DESCRIBE_INSTRUCTIONS[instruction_index % len(DESCRIBE_INSTRUCTIONS)]
+    if task not in (*TASKS, "panoptic", "refer"):
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}, panoptic, refer")
+    sentence = panoptic_sentence(nouns) if task == "panoptic" else _sentence(task, caption)
+    template = EXTRACT_INSTRUCTIONS[instruction_index % len(EXTRACT_INSTRUCTIONS)]
+    return template.replace("{caption}", sentence)
+
+
 def task_text(
     task: str, caption: str, nouns: Sequence[str], instruction_index: int = 0
 ) -> tuple[str, str]:
@@ -225,21 +230,12 @@ def task_text(
         nouns: its nouns, in order; not read by "describe" and "refer".
         instruction_index: which phrasing, counted round; 0 is the paper's.
     """
+    instruction = question_text(task, caption, nouns, instruction_index)
     if task == "panoptic":
-        sentence, answer = panoptic_sentence(nouns), panoptic_answer(nouns)
-    elif not caption.strip():
-        raise ValueError(f"the caption is empty; task {task!r} needs a sentence")
-    elif task == "describe":
-        instruction = DESCRIBE_INSTRUCTIONS[instruction_index % len(DESCRIBE_INSTRUCTIONS)]
-        return instruction, caption.strip()
-    elif task in ("extract", "ground"):
-        sentence, answer = caption.strip(), noun_answer(nouns)
-    elif task == "refer":
-        sentence, answer = caption.strip(), noun_answer([caption])
-    else:
-        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}, panoptic, refer")
-    template = EXTRACT_INSTRUCTIONS[instruction_index % len(EXTRACT_INSTRUCTIONS)]
-    return template.replace("{caption}", sentence), answer
+        return instruction, panoptic_answer(nouns)
+    if task == "describe":
+        return instruction, _sentence(task, caption)
+    return instruction, noun_answer([caption] if task == "refer" else nouns)
 
 
 def build_prompt(
@@ -260,7 +256,8 @@ def build_prompt(
             labels ignored; those ids are a prefix of the ids with an answer.
         num_image_tokens: how many image tokens stand for the picture.
         system: the system line; "" starts the template with "USER: ".
-        max_length: most tokens allowed; a longer prompt is a ValueError with both numbers.
+        max_length: most tokens allowed; without an answer one of them is kept for it. A longer
+            prompt is an OverlongPrompt, a ValueError with both numbers.
     """
     specials = [t for t in tokenizer.all_special_tokens if t != SEG_TOKEN] + [IMAGE_MARK]
     _refuse(system, "system line", [*specials, SEG_TOKEN])
@@ -280,10 +277,12 @@ def build_prompt(
         reply = joined[len(tail) :] if same else _encode(tokenizer, f" {answer}")
         reply = [*reply, tokenizer.eos_token_id]
     length = len(prompt) + len(reply)
-    if length > max_length:
-        raise ValueError(
-            f"the prompt has {length} tokens ({num_image_tokens} of them image) but at most "
-            f"{max_length} fit; shorten the caption or raise MODEL.LANGUAGE.MAX_POSITIONS"
+    fits = max_length if reply else max_length - 1
+    if length > fits:
+        room = "" if reply else ", with one left for the answer"
+        raise OverlongPrompt(
+            f"the prompt has {length} tokens ({num_image_tokens} of them image) but at most {fits} "
+            f"fit{room}; shorten the caption or raise MODEL.LANGUAGE.MAX_POSITIONS"
         )
     input_ids = torch.tensor([*prompt, *reply], dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
@@ -311,6 +310,12 @@ def _refuse(text: str, what: str, marks: Sequence[str]) -> None:
             raise ValueError(
                 f"the {what} holds {mark!r}, which the template keeps for itself: {text[:80]!r}"
             )
+
+
+def _sentence(task: str, caption: str) -> str:
+    if not caption.strip():
+        raise ValueError(f"the caption is empty; task {task!r} needs a sentence")
+    return caption.strip()
 
 
 def _clean(noun: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,15 +15,16 @@ from gella.data.mirror import FLIP_TEXT, mirrored_words, names_a_side
 from gella.data.phrases import EntityMatcher, category_phrases
 from gella.entity_sources import annotation_of, load_entities, load_from_record
 from gella.geometry import image_token_count, make_view, read_image
+from gella.overlong import FittedPrompt, check_policy, fit_prompt
 from gella.prompts import (
     DESCRIBE_INSTRUCTIONS,
     EXTRACT_INSTRUCTIONS,
-    build_prompt,
     load_tokenizer,
     locate_phrases,
     panoptic_sentence,
-    task_text,
 )
+
+_logger = logging.getLogger(__name__)
 
 
 class GroundingMapper:
@@ -48,6 +50,7 @@ class GroundingMapper:
         num_image_tokens: int,
         system: str = "",
         max_length: int = 4096,
+        overlong: str = "error",
         categories: Sequence[dict[str, Any]] = (),
         task: str | None = None,
     ) -> None:
@@ -66,6 +69,7 @@ class GroundingMapper:
         num_image_tokens: image tokens of the prompt.
         system: the prompt's system line.
         max_length: most tokens of a prompt.
+        overlong: what becomes of a caption with more: "error" or "cut", see `overlong.fit_prompt`.
         categories: `id`, `name`, `isthing` of each category, for the task panoptic.
         task: the task of every call that gives none; None takes the record's first.
         """
@@ -77,7 +81,11 @@ class GroundingMapper:
         self.target_iou = target_iou
         self.panoptic_negatives = panoptic_negatives
         self.num_image_tokens, self.system, self.max_length = num_image_tokens, system, max_length
+        self.overlong = check_policy(overlong)
+        self._cut = [0, 0]  # captions and nouns so far
         self.categories = list(categories)
+        # Compiles here: forked workers would each do it again and keep 160 MiB of their own.
+        import gella.colormap_kernel  # noqa: F401
 
     @classmethod
     def from_config(
@@ -110,6 +118,7 @@ class GroundingMapper:
             ),
             "system": language.SYSTEM,
             "max_length": language.MAX_POSITIONS,
+            "overlong": own.OVERLONG_CAPTION,
             "categories": _shared_categories(dataset_names),
         }
 
@@ -215,32 +224,17 @@ class GroundingMapper:
             mirrored = not any(names_a_side(text, self.flip_text) for text in texts)
         if mirrored and self.flip_text == "swap":
             caption, phrases = mirrored_words(caption, phrases)
-        nouns = [phrase["text"] for phrase in phrases]
-        answer: str | None
-        instruction, answer = task_text(task, caption, nouns, phrasing)
-        if not self.is_train and task in ("describe", "extract"):
-            answer = None  # the model's to say
-        prompt = build_prompt(
-            self.tokenizer,
-            instruction,
-            answer,
-            num_image_tokens=self.num_image_tokens,
-            system=self.system,
-            max_length=self.max_length,
-        )
-        marked = task != "describe" and answer is not None
-        if marked and len(prompt.seg_positions) != len(phrases):
-            raise ValueError(
-                f"{len(phrases)} nouns but {len(prompt.seg_positions)} <SEG> tokens in the answer; "
-                "is <SEG> one token of this tokenizer?"
-            )
+        fitted = self._fit(record, task, caption, phrases, phrasing)
+        if self.is_train:
+            # At test the nouns that were cut stay: evaluators count them as not found.
+            caption, phrases = fitted.caption, phrases[: fitted.num_nouns]
         if task == "describe":
             phrases = []  # its answer names no noun
         matched = [matcher.entity_indices(phrase["segment_ids"]) for phrase in phrases]
         words = {
-            "input_ids": prompt.input_ids,
-            "labels": prompt.labels,
-            "seg_positions": prompt.seg_positions,
+            "input_ids": fitted.prompt.input_ids,
+            "labels": fitted.prompt.labels,
+            "seg_positions": fitted.prompt.seg_positions,
             "caption": caption,
             "phrases": [
                 {**phrase, "entity_indices": indices} for phrase, indices in zip(phrases, matched)
@@ -251,8 +245,42 @@ class GroundingMapper:
             "num_unmatched": sum(
                 bool(p["segment_ids"]) and not found for p, found in zip(phrases, matched)
             ),
+            "num_cut": fitted.num_cut,
         }
         return words, mirrored
+
+    def _fit(
+        self,
+        record: dict[str, Any],
+        task: str,
+        caption: str,
+        phrases: list[dict[str, Any]],
+        phrasing: int,
+    ) -> FittedPrompt:
+        # Outside training, descriptions and extracted nouns are the model's to say.
+        answered = self.is_train or task not in ("describe", "extract")
+        fitted = fit_prompt(
+            self.tokenizer,
+            task,
+            caption,
+            phrases,
+            policy=self.overlong,
+            phrasing=phrasing,
+            answered=answered,
+            num_image_tokens=self.num_image_tokens,
+            system=self.system,
+            max_length=self.max_length,
+        )
+        if len(fitted.caption) < len(caption):
+            self._cut = [self._cut[0] + 1, self._cut[1] + fitted.num_cut]
+            if self._cut[0] & (self._cut[0] - 1) == 0:  # the 1st, 2nd, 4th, ...: a readable log
+                _logger.warning(
+                    "image %s (%s): caption cut to %d of %d characters, %d of its nouns left out; "
+                    "so far %d nouns of %d captions in this process: more than %d tokens",
+                    *(record["image_id"], record["file_name"], len(fitted.caption), len(caption)),
+                    *(fitted.num_cut, self._cut[1], self._cut[0], self.max_length),
+                )
+        return fitted
 
     def _caption_and_phrases(
         self,

@@ -1,7 +1,8 @@
-"""Phrases whose segments no input entity covers: counted where batches pass, and logged.
+"""Phrases whose segments no input entity covers, and nouns cut from too long captions.
 
-With the annotation's own masks these are phrases of crowds; with a segmenter's masks they are what
-it missed or merged, and bound what any association can reach.
+Both are counted where batches pass, and logged. With the annotation's own masks the former are
+phrases of crowds; with a segmenter's masks they are what it missed or merged, and bound what any
+association can reach.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ class _Tally:
     """How many phrases with segments went by, and how many of them had no entity."""
 
     def __init__(self) -> None:
-        self.grounded, self.unmatched = 0, 0
+        self.grounded, self.unmatched, self.cut = 0, 0, 0
 
     def add(self, batch: Sequence[dict[str, Any]]) -> None:
         """Count a batch of mapped dicts, without samples that only fill up a rank's share."""
         batch = [sample for sample in batch if not sample.get("is_padding")]
         self.grounded += sum(int(sample.get("num_grounded", 0)) for sample in batch)
         self.unmatched += sum(int(sample.get("num_unmatched", 0)) for sample in batch)
+        self.cut += sum(int(sample.get("num_cut", 0)) for sample in batch)
 
     @property
     def share(self) -> float:
@@ -36,9 +38,13 @@ class _Tally:
         return self.unmatched / self.grounded if self.grounded else 0.0
 
     def report(self, what: str) -> None:
-        """Log one line, a warning if phrases are unmatched; nothing without phrases."""
+        """Log one line, a warning if phrases are unmatched, and one if nouns were cut."""
+        part = " in this process" if comm.get_world_size() > 1 else ""
+        if self.cut:
+            _logger.warning(
+                "%s%s: %d nouns were cut from captions too long for the model", what, part, self.cut
+            )
         if self.grounded:
-            part = " in this process" if comm.get_world_size() > 1 else ""
             _logger.log(
                 logging.WARNING if self.unmatched else logging.INFO,
                 "%s%s: %d of %d phrases with segments (%.2f %%) match no input entity",

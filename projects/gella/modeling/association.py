@@ -77,4 +77,6 @@ class Association(nn.Module):
         joined = torch.cat(nouns).to(entities.dtype)
         projected = self.noun_branch(joined).float().split(sizes)  # (P_i, dim) each
         keys = self.entity_branch(entities).float()  # B Q dim
-        return [self.scale * (p @ k.T) + self.bias for p, k in zip(projected, keys)]
+        # Autocast would round the logits to three digits: entities would tie, and thresholds shift.
+        with torch.autocast(keys.device.type, enabled=False):
+            return [self.scale * (p @ k.T) + self.bias for p, k in zip(projected, keys)]

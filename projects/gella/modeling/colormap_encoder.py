@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import Any
 
 from detectron2.config import configurable
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 _STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 _DIVISOR = 32
+_logger = logging.getLogger(__name__)
 
 
 @BACKBONE_REGISTRY.register()
@@ -20,6 +23,12 @@ class TimmColormapEncoder(Backbone):
     One class for every timm model with ``features_only`` that has the strides 4, 8, 16 and 32:
     MobileNetV2, Swin-T and Swin-L of the paper, LCNet for small machines, ConvNeXt and others.
     Weights are always random here; a checkpoint fills them.
+
+    Swin computes what Mask2Former's Swin computes where its windows fit every level whole: at sides
+    that are multiples of 224 pixels for windows of 7 cells (7 x 32) and of 384 for windows of 12
+    (``swin_large_patch4_window12_384``), at any size and shape. At other sides timm shifts before
+    it pads, Mask2Former pads before it shifts: maps of unit variance then differ by about 1. Any
+    side works, and training adapts, but public weights start best at whole windows.
     """
 
     @configurable
@@ -50,6 +59,9 @@ class TimmColormapEncoder(Backbone):
         # Swin-like transformers give channels-last maps straight from the residual stream, without
         # a norm; Mask2Former puts one LayerNorm on each, and so do we.
         self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
+        # Sides that are multiples of this have whole windows at every level.
+        self.window_stride = _DIVISOR * _window_size(self.body, arch)
+        self._warned = False
         self.norms = nn.ModuleDict()
         if self.channels_last:
             for name in self._out_features:
@@ -81,6 +93,8 @@ class TimmColormapEncoder(Backbone):
             ``{"res2": (B, c2, H/4, W/4), ..., "res5": (B, c5, H/32, W/32)}``, sizes rounded up.
         """
         height, width = x.shape[-2:]
+        if not self._warned and (height % self.window_stride or width % self.window_stride):
+            self._warn_of_cut_windows(height, width)
         # MobileNets round odd sizes up and ConvNeXt down; on multiples of 32 all agree.
         pad = (-width % _DIVISOR, -height % _DIVISOR)
         if any(pad):
@@ -94,6 +108,24 @@ class TimmColormapEncoder(Backbone):
             stride = _STRIDES[name]
             outputs[name] = feature[..., : -(-height // stride), : -(-width // stride)].contiguous()
         return outputs
+
+    def _warn_of_cut_windows(self, height: int, width: int) -> None:
+        self._warned = True
+        if self.window_stride > _DIVISOR:
+            _logger.warning(
+                "Colormaps of %d x %d pixels cut the windows of this Swin: it is not the function "
+                "that public weights were trained in. Set INPUT.GELLA.COLORMAP_SIZE to a multiple "
+                "of %d.",
+                width,
+                height,
+                self.window_stride,
+            )
+
+
+def _window_size(body: nn.Module, arch: str) -> int:
+    if not arch.startswith("swin_"):
+        return 1
+    return math.lcm(*(m.window_size[0] for m in body.modules() if hasattr(m, "window_size")))
 
 
 def _create(arch: str, in_channels: int) -> nn.Module:

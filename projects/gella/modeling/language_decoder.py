@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +12,16 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
 
+from gella.modeling.adapters import QUANTIZATIONS, add_lora, merge_lora, quantize
+from gella.modeling.causal_lm import build_causal_lm, llama_config, read_config
+from gella.modeling.generation import Drafts, greedy, with_drafts
 from gella.modeling.loss_counts import mean_over_parts
 
 # The placeholder that `input_ids` hold where an image token goes, and the label that has no loss.
 IMAGE_TOKEN_ID = -200
 IGNORE_INDEX = -100
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -24,7 +31,8 @@ class LanguageOutput:
     Attributes:
         loss_answer: scalar, mean cross-entropy over the batch's supervised tokens (eq. 5); 0 when
             none is supervised.
-        seg_embeddings: per sample (P_i, D): the final-norm hidden state at each <SEG> (E_vl).
+        seg_embeddings: per sample (P_i, D): the final-norm hidden state at each <SEG> (E_vl), of
+            the image grid's dtype.
     """
 
     loss_answer: Tensor
@@ -44,68 +52,110 @@ def build_projector(kind: str, in_dim: int, out_dim: int) -> nn.Module:
 
 
 class LanguageDecoder(nn.Module):
-    """LLaMA with an image projector, as in LLaVA: ``Z_vl = f_phi([W Z_v, H_t])`` (eq. 3 to 5).
+    """A causal language model with an image projector, as in LLaVA (eq. 3 to 5).
 
-    The same class is LLaMA-7B and the tiny model of the tests: sizes come from the config alone.
+    ``Z_vl = f_phi([W Z_v, H_t])``. The same class is LLaMA-13B and the tiny model of the tests.
+    The language model is the attribute ``llama`` whatever its architecture, so that its weights
+    have one name.
     """
 
     @configurable
     def __init__(
         self,
         *,
-        llama: dict[str, Any],
+        model_config: Any,
         image_dim: int,
         projector: str,
         image_token_stride: int,
+        max_positions: int,
+        attention: str = "sdpa",
+        dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+        lora: dict[str, Any] | None = None,
+        quantization: str = "",
+        prompt_lookup_tokens: int = 0,
     ) -> None:
         """Build an untrained decoder.
 
         Args:
-            llama: arguments of ``transformers.LlamaConfig``.
-            image_dim: channels of the image grid.
-            projector: ``linear`` or ``mlp2x_gelu``.
+            model_config: ``PretrainedConfig`` of the language model, see ``causal_lm.py``.
+            image_dim, projector: channels of the image grid; ``linear`` or ``mlp2x_gelu``.
             image_token_stride: the grid is average-pooled by this factor before it is projected.
+            max_positions: the longest prompt with its answer, in tokens, image tokens included.
+            attention, dtype, gradient_checkpointing: see ``causal_lm.build_causal_lm``; the
+                projector has the same dtype.
+            lora: arguments of ``adapters.add_lora``; None trains all weights.
+            quantization: "", ``8bit`` or ``4bit``. Weights are loaded into the plain model and
+                rounded at its first use; until then the language model stays on the CPU.
+            prompt_lookup_tokens: the longest draft of :meth:`generate`; 0 drafts nothing.
+
+        Raises:
+            ValueError, ImportError: a choice that is unknown or not installed.
         """
         super().__init__()
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        config = LlamaConfig(**llama)
-        self.projector = build_projector(projector, image_dim, config.hidden_size)
-        self.llama = LlamaForCausalLM(config)
+        if quantization not in QUANTIZATIONS:
+            raise ValueError(
+                f"MODEL.LANGUAGE.QUANTIZATION is {quantization!r}; it must be '', '8bit' or '4bit'"
+            )
+        if prompt_lookup_tokens < 0:
+            raise ValueError(
+                f"MODEL.LANGUAGE.PROMPT_LOOKUP_TOKENS is {prompt_lookup_tokens}; 0 turns it off"
+            )
+        self.projector = build_projector(projector, image_dim, model_config.hidden_size)
+        self.llama = build_causal_lm(
+            model_config,
+            attention=attention,
+            dtype=dtype,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        self.projector.to(self.llama.dtype)
+        if lora is not None:
+            add_lora(self.llama, **lora)
+        self.has_adapters = lora is not None
         self.image_token_stride = image_token_stride
-        self.hidden_size = config.hidden_size
-        self.max_positions = config.max_position_embeddings
+        self.hidden_size = model_config.hidden_size
+        self.max_positions = max_positions
+        self.prompt_lookup_tokens = prompt_lookup_tokens
+        self.quantization = quantization
+        self._waits_for_quantization = bool(quantization)
 
     @classmethod
     def from_config(cls, cfg: Any, image_dim: int) -> dict[str, Any]:
         """Read ``MODEL.LANGUAGE``; `image_dim` is the image encoder's width."""
         node = cfg.MODEL.LANGUAGE
-        llama = dict(
-            vocab_size=node.VOCAB_SIZE,
-            hidden_size=node.HIDDEN_SIZE,
-            intermediate_size=node.INTERMEDIATE_SIZE,
-            num_hidden_layers=node.NUM_LAYERS,
-            num_attention_heads=node.NUM_HEADS,
-            num_key_value_heads=node.NUM_KEY_VALUE_HEADS,
-            rms_norm_eps=node.RMS_NORM_EPS,
-            rope_theta=node.ROPE_THETA,
-            max_position_embeddings=node.MAX_POSITIONS,
-            tie_word_embeddings=node.TIE_EMBEDDINGS,
-            initializer_range=node.INIT_STD,
-            attn_implementation="sdpa",
+        if node.CONFIG:
+            model_config = read_config(
+                node.CONFIG, vocab_size=node.VOCAB_SIZE, max_positions=node.MAX_POSITIONS
+            )
+        else:
+            model_config = llama_config(node)
+        lora = dict(
+            rank=node.LORA.RANK,
+            alpha=node.LORA.ALPHA,
+            dropout=node.LORA.DROPOUT,
+            targets=list(node.LORA.TARGETS),
+            train_embeddings=node.LORA.TRAIN_EMBEDDINGS,
         )
         return dict(
-            llama=llama,
+            model_config=model_config,
             image_dim=image_dim,
             projector=node.PROJECTOR,
             image_token_stride=node.IMAGE_TOKEN_STRIDE,
+            max_positions=node.MAX_POSITIONS,
+            attention=node.ATTENTION,
+            dtype=node.DTYPE,
+            gradient_checkpointing=node.GRADIENT_CHECKPOINTING,
+            lora=lora if node.LORA.ENABLED else None,
+            quantization=node.QUANTIZATION,
+            prompt_lookup_tokens=node.PROMPT_LOOKUP_TOKENS,
         )
 
     def image_tokens(self, image_grid: Tensor) -> Tensor:
         """Project an image grid (B, C, g, g) to word-space tokens (B, N, D), row by row (eq. 3)."""
         if self.image_token_stride > 1:
             image_grid = F.avg_pool2d(image_grid, self.image_token_stride)
-        return self.projector(image_grid.flatten(2).transpose(1, 2))  # B N D
+        features = image_grid.flatten(2).transpose(1, 2)  # B N C
+        return self.projector(features.to(next(self.projector.parameters()).dtype))  # B N D
 
     def forward(
         self,
@@ -124,13 +174,19 @@ class LanguageDecoder(nn.Module):
 
         Raises:
             ValueError: a sample is longer than ``MODEL.LANGUAGE.MAX_POSITIONS`` or holds another
-                number of image placeholders than the image gives tokens.
+                number of image placeholders than the image gives tokens; quantised weights are
+                to be trained without adapters.
         """
+        if self.training and self.quantization and not self.has_adapters:
+            raise ValueError(
+                f"weights of MODEL.LANGUAGE.QUANTIZATION {self.quantization!r} cannot be trained: "
+                "set it to '', or MODEL.LANGUAGE.LORA.ENABLED True to train adapters beside them"
+            )
         embeds, attention_mask = self._embed(image_grid, input_ids, padding_side="right")
-        hidden = self.llama.model(
+        hidden = self.llama.base_model(
             inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state  # B L D
-        seg_embeddings = [h[p] for h, p in zip(hidden, seg_positions)]
+        seg_embeddings = [h[p].to(image_grid.dtype) for h, p in zip(hidden, seg_positions)]
         padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
         return LanguageOutput(self._answer_loss(hidden, padded), seg_embeddings)
 
@@ -139,7 +195,7 @@ class LanguageDecoder(nn.Module):
         # long caption would cost more memory than a decoder layer.
         targets = labels[:, 1:]
         supervised = targets != IGNORE_INDEX
-        logits = self.llama.lm_head(hidden[:, :-1][supervised])
+        logits = self.llama.get_output_embeddings()(hidden[:, :-1][supervised])
         total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
         count = supervised.sum()
         if self.training:  # only then do all ranks come here together
@@ -149,6 +205,9 @@ class LanguageDecoder(nn.Module):
     def _embed(
         self, image_grid: Tensor, input_ids: list[Tensor], padding_side: str
     ) -> tuple[Tensor, Tensor]:
+        if self._waits_for_quantization:
+            quantize(self.llama, self.quantization, image_grid.device)
+            self._waits_for_quantization = False
         tokens = self.image_tokens(image_grid)  # B N D
         for ids in input_ids:
             self._check(ids, tokens.shape[1])
@@ -182,8 +241,13 @@ class LanguageDecoder(nn.Module):
         max_new_tokens: int,
         eos_token_id: int,
         pad_token_id: int,
+        snippets: Sequence[Sequence[int]] | None = None,
+        streamer: Any = None,
     ) -> list[Tensor]:
-        """Answer prompts greedily, with a key-value cache.
+        """Answer prompts greedily, with a key-value cache; in evaluation mode.
+
+        An answer ends at `eos_token_id`, at `max_new_tokens`, or where prompt and answer fill
+        ``MODEL.LANGUAGE.MAX_POSITIONS``; the last two log a warning.
 
         Args:
             image_grid: (B, C, g, g) penultimate CLIP features.
@@ -191,22 +255,73 @@ class LanguageDecoder(nn.Module):
             max_new_tokens: the longest answer, in tokens.
             eos_token_id: the token that ends an answer.
             pad_token_id: what fills the answers of a batch that end early.
+            snippets: pieces that answers are made of, as token ids, for answers that repeat words
+                of their prompts, as noun extraction does. A single prompt is then decoded with
+                drafts of up to ``prompt_lookup_tokens`` tokens: the same tokens in fewer passes.
+                Several prompts share each pass instead. None: no drafts.
+            streamer: gets the tokens of a single prompt as they come, see ``generation.py``.
 
         Returns:
             per sample (T_i,) int64: the new tokens before the end token.
+
+        Raises:
+            ValueError: a prompt is too long, fills the context, or does not fit its image.
         """
-        embeds, attention_mask = self._embed(image_grid, input_ids, padding_side="left")
-        answers = self.llama.generate(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-        )
-        return [self._until(answer, eos_token_id) for answer in answers]
+        if self.training:
+            raise RuntimeError("generate needs evaluation mode: call eval() first")
+        limits = [min(max_new_tokens, self._room(ids)) for ids in input_ids]
+        # A prompt near the end of the context may answer less than the others of its batch.
+        together = [i for i, limit in enumerate(limits) if limit == max_new_tokens]
+        alone = [[i] for i, limit in enumerate(limits) if limit < max_new_tokens]
+        drafted = self.prompt_lookup_tokens
+        answers: dict[int, Tensor] = {}
+        for members in [together, *alone] if together else alone:
+            chosen = [input_ids[i] for i in members]
+            embeds, mask = self._embed(image_grid[members], chosen, padding_side="left")
+            options = dict(
+                max_new_tokens=limits[members[0]],
+                eos_token_id=eos_token_id,
+                streamer=streamer,
+            )
+            if snippets is not None and drafted and len(members) == 1:
+                drafts = Drafts(chosen[0][chosen[0] != IMAGE_TOKEN_ID].tolist(), snippets)
+                found = [with_drafts(self.llama, embeds, drafts, num_drafted=drafted, **options)]
+            else:
+                found = greedy(self.llama, embeds, mask, pad_token_id=pad_token_id, **options)
+            answers.update(zip(members, found))
+        return [
+            self._before_end(answers[i], limits[i], eos_token_id) for i in range(len(input_ids))
+        ]
+
+    def _room(self, ids: Tensor) -> int:
+        room = self.max_positions - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"A prompt has {len(ids)} tokens, MODEL.LANGUAGE.MAX_POSITIONS is "
+                f"{self.max_positions}: no token is left for the answer; shorten the caption or "
+                "raise the key"
+            )
+        return room
 
     @staticmethod
-    def _until(answer: Tensor, eos_token_id: int) -> Tensor:
-        ends = (answer == eos_token_id).nonzero()
-        return answer[: int(ends[0])] if len(ends) else answer
+    def _before_end(answer: Tensor, limit: int, eos_token_id: int) -> Tensor:
+        if len(answer) and int(answer[-1]) == eos_token_id:
+            return answer[:-1]
+        _logger.warning(
+            "an answer was cut off after %d tokens: MODEL.LANGUAGE.MAX_NEW_TOKENS or MAX_POSITIONS "
+            "allows no more",
+            limit,
+        )
+        return answer
+
+    def merge_adapters(self) -> None:
+        """Fold the LoRA adapters into the weights, whose keys are then those of a plain decoder."""
+        merge_lora(self.llama)
+        self.has_adapters = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageDecoder:
+        # Weights that wait to be rounded do not follow `.to(device)`, which may not hold them.
+        if self._waits_for_quantization:
+            self.projector._apply(fn)
+            return self
+        return super()._apply(fn, recurse)

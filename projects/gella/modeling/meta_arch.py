@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from typing import Any
 
 import torch
 from detectron2.config import configurable
-from detectron2.modeling import (
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    build_backbone,
-    build_sem_seg_head,
-)
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
@@ -29,6 +25,9 @@ from gella.modeling.postprocessing import (
     panoptic_from_scores,
 )
 from gella.modeling.resoblend import ResoBlend
+from gella.modeling.upstream_mask_decoder import build_mask_decoder
+
+_logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
@@ -88,6 +87,7 @@ class GELLA(nn.Module):
         self.tokenizer_path = tokenizer_path
         self.max_new_tokens = max_new_tokens
         self.inference_options = inference
+        self._most_entities = 0  # that a warning has told of
         for prefix, statistics in (("pixel", pixel_statistics), ("image", image_statistics)):
             for name, values in zip(("mean", "std"), statistics):
                 buffer = torch.tensor(values).view(3, 1, 1)
@@ -100,7 +100,7 @@ class GELLA(nn.Module):
         image_encoder = BACKBONE_REGISTRY.get(cfg.MODEL.IMAGE_ENCODER.NAME)(cfg, None)
         image_shape = image_encoder.output_shape()["last"]
         resoblend = ResoBlend(cfg, image_shape, colormap_encoder.output_shape())
-        mask_decoder = build_sem_seg_head(cfg, resoblend.output_shape())
+        mask_decoder = build_mask_decoder(cfg, resoblend.output_shape())
         language_decoder = LanguageDecoder(cfg, image_shape.channels)
         return dict(
             colormap_encoder=colormap_encoder,
@@ -162,9 +162,8 @@ class GELLA(nn.Module):
 
     def loss_counts(self, batched_inputs: list[dict[str, Any]]) -> dict[str, float]:
         """What the losses of this batch divide by; see :func:`count_terms`."""
-        learned = self.mask_decoder.queries == "learned"
-        count = len(self.mask_decoder.transformer.queries_features.weight) if learned else None
-        return count_terms(batched_inputs, count, float(self.criterion.terms.empty_weight[1]))
+        no_object = float(self.criterion.terms.empty_weight[1])
+        return count_terms(batched_inputs, self.mask_decoder.num_queries, no_object)
 
     def _describe(self, batched_inputs: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Any]:
         # Describing trains the language part only (section 3.4). The other losses are 0 and depend
@@ -190,6 +189,10 @@ class GELLA(nn.Module):
         grids = self.image_encoder(self._pixels(batched_inputs, "image"))
         pyramid = self.colormap_encoder(self._pixels(batched_inputs, "colormap"))
         fused = self.resoblend(grids["last"], pyramid)  # Z_vc
+        if self.mask_decoder.queries == "learned":
+            output = self.mask_decoder(fused)
+            self._warn_of_few_queries(batched_inputs, output.query_embeddings.shape[1])
+            return output, grids["penultimate"]
         masks = [self._entity_masks(x["entities"]) for x in batched_inputs]
         valid = nn.utils.rnn.pad_sequence(
             [m.new_ones(len(m)) for m in masks], batch_first=True
@@ -197,6 +200,16 @@ class GELLA(nn.Module):
         padded = nn.utils.rnn.pad_sequence(masks, batch_first=True)  # B E H W
         output = self.mask_decoder(fused, entity_masks=padded, entity_valid=valid)
         return output, grids["penultimate"]
+
+    def _warn_of_few_queries(self, batched_inputs: list[dict[str, Any]], num_queries: int) -> None:
+        most = max(x["entities"].num_entities for x in batched_inputs)
+        if most > max(num_queries, self._most_entities):
+            self._most_entities = most
+            _logger.warning(
+                "an image has %d entities, but MODEL.MASK_DECODER.NUM_QUERIES is %d: at most so "
+                "many can be found in it; raise it, or set MODEL.MASK_DECODER.QUERIES to entity",
+                *(most, num_queries),
+            )
 
     def associate(
         self,
@@ -268,6 +281,13 @@ class GELLA(nn.Module):
             results.append(result)
         return results
 
+    @cached_property
+    def noun_snippets(self) -> list[list[int]]:
+        """Token ids of pieces of extracted nouns, for drafts, each with the likeliest article."""
+        answers = [prompts.noun_answer(["the"] * n).split(prompts.SEG_TOKEN) for n in range(2, 31)]
+        texts = [" " + parts[0] for parts in answers] + [prompts.SEG_TOKEN + answers[1][1]]
+        return [self.tokenizer(t.rstrip(), add_special_tokens=False)["input_ids"] for t in texts]
+
     def _generate(self, inputs: list[dict[str, Any]], image_grid: Tensor) -> list[Tensor]:
         return self.language_decoder.generate(
             image_grid,
@@ -275,6 +295,8 @@ class GELLA(nn.Module):
             max_new_tokens=self.max_new_tokens,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
+            # The nouns of a caption are words of the prompt; a description has nothing to copy.
+            snippets=self.noun_snippets if all(x["task"] == "extract" for x in inputs) else None,
         )
 
     def _with_answer(self, inputs: dict[str, Any], answer: Tensor) -> tuple[str, dict[str, Any]]:
@@ -284,12 +306,7 @@ class GELLA(nn.Module):
         seg_id = self.tokenizer.convert_tokens_to_ids(prompts.SEG_TOKEN)
         seg_positions = (input_ids == seg_id).nonzero().flatten()
         text = prompts.decode_answer(self.tokenizer, answer.tolist())
-        nouns = prompts.parse_nouns(text)
-        spans = prompts.locate_phrases(inputs["caption"], nouns)
-        phrases = [
-            {"text": noun, "start": span[0] if span else -1, "end": span[1] if span else -1}
-            for noun, span in zip(nouns, spans)
-        ]
+        phrases = prompts.located(inputs["caption"], prompts.parse_nouns(text))
         return text, {
             **inputs,
             "input_ids": input_ids,
@@ -303,7 +320,7 @@ class GELLA(nn.Module):
     ) -> dict[str, Any]:
         options, queries = self.inference_options, self.mask_decoder.queries
         size = inputs["height"], inputs["width"]
-        probability = output.entity_logits[-1][index].softmax(-1)[:, 0]  # Q
+        probability = output.entity_logits[-1][index].float().softmax(-1)[:, 0]  # Q
         keep = output.query_valid[index]
         if queries == "learned":
             keep = keep & (probability > options.ENTITY_SCORE_THRESHOLD)

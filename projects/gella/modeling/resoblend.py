@@ -201,7 +201,12 @@ class ResoBlend(nn.Module):
             ``{name: z^s_w (B, dim, H/s, W/s)}`` with the same keys.
         """
         if not self.cross_attention:
-            return {n: self._mask_only(level, pyramid[n]) for n, level in self.levels.items()}
+            # An image encoder that is trained still has to take part in the step, with weight 0:
+            # the language decoder reads its penultimate layer, nobody else the last one.
+            idle = image_grid.sum() * 0.0 if image_grid.requires_grad else 0.0
+            return {
+                n: self._mask_only(level, pyramid[n]) + idle for n, level in self.levels.items()
+            }
         size = image_grid.shape[-2:]
         image = self.image_projection(image_grid.flatten(2).transpose(1, 2))  # B g*g D
         position = self._positions(size[0], size[1], image)

@@ -1,0 +1,322 @@
+"""Weight files: safetensors, torch's files and NumPy pickles, in one piece or in shards.
+
+Nothing here runs code from a file: torch's files are read with ``weights_only``, pickles by an
+unpickler that makes NumPy arrays and nothing else. Tensors are mapped into memory, not read, where
+the file allows it; a folder of shards is therefore opened without being held in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# The names of transformers, then what else is found in a folder of weights.
+_INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
+_TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
+_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES, ".pkl")
+# Keys and files that an error message lists before it only counts.
+_LISTED = 5
+
+__all__ = [
+    "main_file",
+    "new_folder",
+    "read_torch",
+    "read_weights",
+    "weight_files",
+    "write_shards",
+]
+
+
+def main_file(path: str | Path) -> Path:
+    """The file that stands for a path: itself, or of a folder its index or its only weight file.
+
+    Raises:
+        FileNotFoundError: no such path, or a folder without weights.
+        ValueError: a folder with several weight files and no index.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"weights {path} do not exist")
+    for name in (*_INDEX_NAMES, *_SINGLE_NAMES):
+        if (path / name).is_file():
+            return path / name
+    found = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise FileNotFoundError(f"the folder {path} holds no weights ({', '.join(_SUFFIXES)})")
+    raise ValueError(
+        f"the folder {path} holds {len(found)} weight files ({_some([p.name for p in found])}) and"
+        f" no {_INDEX_NAMES[0]}: restore the index, or name one file"
+    )
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """Every file that the weights of a path are made of, an index first."""
+    first = main_file(path)
+    if first.suffix != ".json":
+        return [first]
+    return [first, *(first.parent / name for name in sorted(set(_read_index(first).values())))]
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read tensors by key.
+
+    Args:
+        path: a ``.safetensors``, ``.bin``, ``.pth``, ``.pt``, ``.ckpt`` or ``.pkl`` file, an
+            ``*.index.json`` of shards, or a folder with one of these. ``{"model": ...}``,
+            ``{"state_dict": ...}`` and the prefix ``module.`` of a distributed wrapper are taken
+            off.
+
+    Raises:
+        FileNotFoundError: no such path, or a shard that the index names is missing.
+        ValueError: a damaged file, one that would need code to be run, or an index that its shards
+            do not fit.
+    """
+    first = main_file(path)
+    state = _read_shards(first) if first.suffix == ".json" else _read_file(first)
+    wrapper = "module."
+    if state and all(key.startswith(wrapper) for key in state):
+        state = {key[len(wrapper) :]: tensor for key, tensor in state.items()}
+    return state
+
+
+def read_torch(path: str | Path, *, mmap: bool = False) -> Any:
+    """What a file of ``torch.save`` holds, on the CPU; no code of it is run.
+
+    Args:
+        path: the file.
+        mmap: map the tensors instead of reading them, if the file's layout allows it.
+
+    Raises:
+        ValueError: a TorchScript archive, a damaged file, or objects other than plain data.
+    """
+    zipped = zipfile.is_zipfile(path)
+    if zipped and _is_torchscript(path):
+        raise ValueError(
+            f"weights {path} are a TorchScript archive, which is a program. If you trust it, write"
+            " its weights alone: torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(),"
+            " 'weights.pth'), or take the same model from open_clip or transformers"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+    except Exception as error:  # torch raises many types for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"weights {path} cannot be read ({reason})") from error
+
+
+def write_shards(
+    state: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    max_shard_size: str = "5GB",
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Write safetensors shards and ``model.safetensors.index.json``.
+
+    Only the shard that is being written is copied.
+
+    Args:
+        state: tensors by key.
+        folder: an existing folder; see :func:`new_folder`.
+        max_shard_size: such as "5GB"; a larger tensor gets a shard of its own.
+        dtype: of the floating-point tensors in the files; None keeps each tensor's own.
+
+    Returns:
+        Names of the shards.
+
+    Raises:
+        ValueError: a size that is none.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    kinds = {k: dtype if dtype and t.is_floating_point() else t.dtype for k, t in state.items()}
+    # Planned on empty tensors: what shares memory here is written twice, as two plain tensors.
+    plan = split_torch_state_dict_into_shards(
+        {k: torch.empty(t.shape, dtype=kinds[k], device="meta") for k, t in state.items()},
+        max_shard_size=max_shard_size,
+    )
+    for name, keys in tqdm(plan.filename_to_tensors.items(), "shards", leave=False):
+        shard = {
+            k: state[k].to(kinds[k], copy=True, memory_format=torch.contiguous_format) for k in keys
+        }
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        _to_disk(folder / name)
+    size = sum(t.numel() * kinds[k].itemsize for k, t in state.items())
+    weight_map = dict(sorted(plan.tensor_to_filename.items()))
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / _INDEX_NAMES[0]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _to_disk(folder / _INDEX_NAMES[0])
+    return list(plan.filename_to_tensors)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``path`` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        ValueError: ``path`` is there already and not an empty folder.
+        FileNotFoundError: the folder it lies in does not exist.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already: name a new folder, or remove it first")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist: make it first")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o777 & ~mask)  # mkdtemp makes folders that only the owner may read
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _to_disk(path: Path) -> None:
+    with open(path, "rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix == ".pkl":
+        return _tensors(_read_pickle(path), path)
+    if path.suffix in _TORCH_SUFFIXES:
+        return _tensors(read_torch(path, mmap=True), path)
+    known = ", ".join((*_SUFFIXES, ".index.json"))
+    raise ValueError(f"weights {path} have an unknown suffix {path.suffix!r}; known: {known}")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return {key: stream.get_tensor(key) for key in stream.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"weights {path} cannot be read ({error}); the file has {path.stat().st_size} bytes."
+            " Its copying or download may have been cut short: get it again"
+        ) from error
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+        # Shards lie beside their index; anything else would let a file reach into other folders.
+        odd = [n for n in names if not isinstance(n, str) or os.path.basename(n) != n or not n]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is no index of shards: it needs {{"weight_map": ...}}') from error
+    if odd or not names:
+        raise ValueError(f"{path} names no shard, or one in another folder: {odd[:1]}")
+    absent = sorted(name for name in names if not (path.parent / name).is_file())
+    if absent:
+        raise FileNotFoundError(
+            f"{path} names {len(names)} shards, {len(absent)} are missing: {_some(absent)}"
+        )
+    return weight_map
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map = _read_index(index)
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        shard = _read_file(index.parent / name)
+        named = {key for key, file in weight_map.items() if file == name}
+        absent, extra = sorted(named - shard.keys()), sorted(shard.keys() - named)
+        if absent or extra:
+            raise ValueError(
+                f"{index} and its shard {name} do not fit: {len(absent)} keys of the index are not"
+                f" in the shard ({_some(absent)}), {len(extra)} of the shard are not in the index"
+                f" ({_some(extra)}). Take both from the same model"
+            )
+        state.update(shard)
+    return state
+
+
+def _tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
+    for name in ("model", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded = loaded[name]
+            break
+    if not isinstance(loaded, dict) or not loaded:
+        raise ValueError(f"weights {path} hold no dictionary of tensors by key")
+    state = {}
+    for key, value in loaded.items():
+        if isinstance(value, np.ndarray) and value.dtype != object:
+            value = torch.from_numpy(np.array(value))  # a copy: pickled arrays may be read-only
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"weights {path}: key {key} is a {type(value).__name__}, no tensor")
+        state[key] = value
+    return state
+
+
+def _is_torchscript(path: str | Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(n.endswith("/constants.pkl") or "/code/" in n for n in archive.namelist())
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Makes plain Python values and NumPy arrays; refuses every other object before it is made."""
+
+    _allowed = frozenset(
+        {
+            ("collections", "OrderedDict"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("_codecs", "encode"),  # how old protocols store the bytes of an array
+            *(
+                (f"numpy.{core}.{module}", name)
+                for core in ("core", "_core")
+                for module, name in (
+                    ("multiarray", "_reconstruct"),
+                    ("numeric", "_frombuffer"),
+                )
+            ),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class or function of an allowed name; ValueError for others."""
+        if (module, name) not in self._allowed:
+            raise ValueError(f"it asks for {module}.{name}; only NumPy arrays are allowed")
+        # NumPy 2 renamed numpy.core; the old name still works but warns.
+        return super().find_class(module.replace("numpy.core.", "numpy._core."), name)
+
+
+def _read_pickle(path: Path) -> Any:
+    stream: IO[bytes]
+    with open(path, "rb") as stream:
+        try:
+            # Detectron2's model zoo has files of Python 2, whose strings are bytes.
+            return _ArrayUnpickler(stream, encoding="latin1").load()
+        except Exception as error:  # unpickling raises any type for a damaged file
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"weights {path} cannot be read as a pickle ({reason})") from error
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,450 @@
+"""Unusual scenes and captions, through the predictor and through mapper and model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_gella import (
+    NOUNS,
+    QUERIES,
+    make_caption,
+    make_cfg,
+    make_entities,
+    make_mapper,
+    make_model,
+    make_record,
+    same_result,
+    without_entities,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gella import prompts
+from gella.entities import EntityMap
+from gella.evaluation import PNGEvaluator
+from gella.overlong import fit_prompt
+from gella.predictor import GellaPredictor
+
+MANY = [NOUNS[i % len(NOUNS)] for i in range(60)]
+
+
+@pytest.fixture(scope="module", params=QUERIES)
+def cfg(request: pytest.FixtureRequest, tokenizer_dir: Path) -> Any:
+    """The tiny config, with each kind of queries."""
+    return make_cfg(tokenizer_dir, request.param)
+
+
+@pytest.fixture(scope="module")
+def model(cfg: Any) -> Any:
+    """A model of it with perturbed weights; tests leave it in evaluation mode."""
+    return make_model(cfg)
+
+
+@pytest.fixture
+def predictor(cfg: Any, model: Any) -> GellaPredictor:
+    """A predictor around the model."""
+    return GellaPredictor(cfg, model=model)
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def train(model: Any, batch: list[dict[str, Any]]) -> dict[str, float]:
+    """One step's losses, finite as all gradients are."""
+    model.train()
+    model.zero_grad()
+    try:
+        losses = model(batch)
+        sum(losses.values()).backward()
+    finally:
+        model.eval()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+    values = {name: float(loss.detach()) for name, loss in losses.items()}
+    assert np.isfinite(list(values.values())).all()
+    return values
+
+
+def check(result: Any, entities: EntityMap, nouns: list[str]) -> None:
+    """A complete answer: every noun, known ids, probabilities, a mask of the picture's size."""
+    assert [phrase["phrase"] for phrase in result.phrases] == nouns
+    for phrase in result.phrases:
+        assert phrase["mask"].shape == entities.size and phrase["mask"].dtype == bool
+        assert len(phrase["entity_ids"]) == len(phrase["scores"]) > 0
+        assert np.isfinite(phrase["scores"]).all()
+        known = [i for i in phrase["entity_ids"] if i in entities.segment_ids]
+        if known == phrase["entity_ids"]:  # snapped to input entities: their own masks
+            union = entities.union(entities.index_of(i) for i in known)
+            assert np.array_equal(phrase["mask"], union)
+    json.dumps(result.to_json())
+    assert result.plot().width > 0
+
+
+# -- entities --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_one_and_300_entities(cfg, model, predictor, tmp_path, caplog, count):
+    entities = make_entities(120, 90, count)
+    predictor.set_image(picture(120, 90), entities)
+    nouns = list(NOUNS[:3])
+    with caplog.at_level(logging.WARNING):
+        check(predictor.ground(make_caption(nouns)[0], nouns), entities, nouns)
+        panoptic = predictor.panoptic(["circle", "sand"])
+    assert panoptic.ids.shape == (120, 90)
+    record = make_record(tmp_path, "scene", (120, 90), entities, nouns)
+    mapped = make_mapper(cfg, is_train=True)(record, task="ground", rng_seed=(0,))
+    assert mapped["entities"].num_entities == count
+    assert train(model, [mapped])["loss_association"] > 0
+    # 8 learned queries can find 8 of 300 entities: said once, with both numbers and what to do.
+    said = [r.getMessage() for r in caplog.records if "NUM_QUERIES" in r.getMessage()]
+    if model.mask_decoder.queries == "learned" and count == 300:
+        assert len(said) == 1
+        assert all(w in said[0] for w in ("300 entities", "NUM_QUERIES is 8", "QUERIES to entity"))
+    else:
+        assert said == []
+        result = model([make_mapper(cfg, is_train=False)(record, task="ground")])[0]
+        if model.mask_decoder.queries == "entity":
+            assert len(result["instances"]) == count
+
+
+def test_no_entity_is_an_error_for_users_and_an_empty_answer_for_the_model(
+    cfg, model, predictor, tmp_path
+):
+    with pytest.raises(ValueError, match="no entity at all"):
+        predictor.set_image(picture(20, 30), EntityMap(np.zeros((20, 30), np.int32)))
+    record = make_record(tmp_path, "none", (20, 30), 0, NOUNS[:2])
+    with pytest.raises(ValueError, match=r"image none.*none_ids\.png.*no entity"):
+        make_mapper(cfg, is_train=True)(record, task="ground", rng_seed=(0,))
+    # Such a view beside another changes nothing for that one, and has an answer of its own.
+    full = make_record(tmp_path, "some", (20, 30), 5, NOUNS[:3])
+    mapper = make_mapper(cfg, is_train=False)
+    for task in ("ground", "panoptic"):
+        view = mapper(full, task=task)
+        empty = without_entities(view)
+        first, second = model([empty, view])
+        same_result(model([view])[0], second)
+        same_result(model([empty])[0], first)
+        if model.mask_decoder.queries == "entity":
+            if task == "panoptic":
+                assert not first["panoptic_seg"][0].any() and first["panoptic_seg"][1] == []
+            else:
+                assert [g["entity_ids"] for g in first["grounding"]] == [[]] * 3
+                assert not any(g["mask"].any() for g in first["grounding"])
+            assert len(first["instances"]) == 0
+    view = make_mapper(cfg, is_train=True)(full, task="ground", rng_seed=(0,))
+    for batch in ([without_entities(view)], [without_entities(view), view]):
+        losses = train(model, batch)
+        assert losses["loss_answer"] > 0
+        assert (losses["loss_mask"] == 0) == (len(batch) == 1)
+
+
+# -- shapes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (1, 40), (40, 160), (160, 40), (2, 700)])
+def test_sizes_and_shapes(cfg, model, predictor, tmp_path, size):
+    entities = make_entities(*size, min(3, size[0] * size[1]))
+    nouns = list(NOUNS[:2])
+    predictor.set_image(picture(*size), entities)
+    check(predictor.ground(make_caption(nouns)[0], nouns), entities, nouns)
+    record = make_record(tmp_path, "scene", size, entities, nouns)
+    mapped = make_mapper(cfg, is_train=True)(record, task="ground", rng_seed=(0,))
+    height, width = mapped["valid_size"]
+    assert max(height, width) == 96
+    assert min(height, width) == max(1, round(96 * min(size) / max(size)))
+    train(model, [mapped])
+
+
+def test_an_entity_of_one_pixel_and_one_that_is_everything(cfg, model, predictor, tmp_path):
+    ids = np.ones((300, 400), np.int32)
+    whole = EntityMap(ids.copy(), [5])
+    ids[123, 321] = 2  # of 12,000 pixels the colormap shows every twelfth
+    speck = EntityMap(ids, [5, 9])
+    for entities in (whole, speck):
+        predictor.set_image(picture(300, 400), entities)
+        nouns = ["the speck"]
+        result = predictor.ground("See the speck", nouns)
+        check(result, entities, nouns)
+        record = make_record(tmp_path, "scene", (300, 400), entities, nouns)
+        mapped = make_mapper(cfg, is_train=True)(record, task="ground", rng_seed=(0,))
+        assert mapped["entities"].num_entities == entities.num_entities
+        train(model, [mapped])
+    assert mapped["entities"].areas()[1] == 0  # gone from the colormap, not from the answer
+    if model.mask_decoder.queries == "entity":
+        (result,) = model([make_mapper(cfg, is_train=False)(record, task="ground")])
+        assert len(result["instances"]) == 2
+        shown = {i for g in result["grounding"] for i in g["entity_ids"]}
+        assert shown <= {5, 9}
+
+
+# -- nouns -----------------------------------------------------------------------------------------
+
+
+def test_no_noun_is_an_error_and_an_answer_without_nouns_an_empty_grounding(
+    cfg, model, predictor, tmp_path, monkeypatch
+):
+    predictor.set_image(picture(20, 30), make_entities(20, 30, 4))
+    with pytest.raises(ValueError, match='caption without nouns: "It rains"'):
+        predictor.ground("It rains", [])
+    record = make_record(tmp_path, "scene", (20, 30), 4, NOUNS[:2])
+    with pytest.raises(ValueError, match="image scene.*the caption has no noun: 'It rains'"):
+        make_mapper(cfg, True)({**record, "caption": "It rains", "phrases": []}, task="ground")
+    # A model that names nothing: the answer is text, and the grounding empty.
+    rains = torch.tensor(model.tokenizer("It rains.", add_special_tokens=False)["input_ids"])
+    monkeypatch.setattr(type(model), "_generate", lambda self, inputs, grid: [rains] * len(inputs))
+    mapper = make_mapper(cfg, is_train=False)
+    batch = [mapper(record, task=task) for task in ("extract", "ground")]
+    silent, other = model(batch)
+    assert silent["text"] == "It rains." and silent["grounding"] == []
+    assert len(other["grounding"]) == 2
+    assert model(batch[:1])[0]["grounding"] == []
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+def test_60_nouns_take_one_language_pass_and_little_memory(cfg, model, predictor, monkeypatch):
+    entities = make_entities(60, 80, 12)
+    predictor.set_image(picture(60, 80), entities)
+    passes: list[tuple[int, ...]] = []
+    llama = model.language_decoder.llama.base_model
+    handle = llama.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(tuple(kwargs["inputs_embeds"].shape)),
+        with_kwargs=True,
+    )
+    head = model.language_decoder.llama.get_output_embeddings()
+    rows: list[int] = []
+    counter = head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    associate, largest = type(model).associate, []
+
+    def measured(self: Any, *args: Any) -> Any:
+        with LargestTensor() as mode:
+            result = associate(self, *args)
+        largest.append(mode.elements)
+        return result
+
+    monkeypatch.setattr(type(model), "associate", measured)
+    for nouns in (MANY[:1], MANY):
+        check(predictor.ground(make_caption(MANY)[0], nouns), entities, nouns)
+    handle.remove()
+    counter.remove()
+    assert len(passes) == 2 and all(shape[0] == 1 for shape in passes)
+    # Nothing larger than the attention's mask, a layer's inner activations, the logits of the
+    # answer or the weights: no logits of the prompt, and nothing once per noun.
+    length, sizes = passes[1][1], model.language_decoder.llama.config
+    answer = model.tokenizer(" " + prompts.noun_answer(MANY), add_special_tokens=False)["input_ids"]
+    assert rows[1] <= len(answer) + 1 < length
+    weights = max(p.numel() for p in model.language_decoder.parameters())
+    inner = length * max(length, sizes.intermediate_size)
+    assert largest[1] <= max(inner, rows[1] * sizes.vocab_size, weights)
+
+
+def test_60_nouns_train(cfg, model, tmp_path):
+    record = make_record(tmp_path, "scene", (60, 80), 12, MANY)
+    mapped = make_mapper(cfg, is_train=True)(record, task="ground", rng_seed=(0,))
+    assert len(mapped["seg_positions"]) == len(mapped["phrases"]) == 60
+    assert train(model, [mapped])["loss_association"] > 0
+
+
+def test_equal_nouns_are_nouns_of_their_own(predictor):
+    entities = make_entities(60, 80, 6)
+    predictor.set_image(picture(60, 80), entities)
+    nouns = ["the star", "the star", "a lamp", "the star"]
+    caption = make_caption(nouns)[0]
+    result = predictor.ground(caption, nouns)
+    check(result, entities, nouns)
+    starts = [phrase["start"] for phrase in result.phrases]
+    assert starts == sorted(set(starts)) and starts[0] >= 0
+    assert all(caption[p["start"] : p["end"]] == p["phrase"] for p in result.phrases)
+    scores = [phrase["scores"][0] for phrase in result.phrases]
+    assert len({scores[0], scores[1], scores[3]}) == 3  # each has its own <SEG>
+
+
+# -- too long a caption ----------------------------------------------------------------------------
+
+
+def short_cfg(tokenizer_dir: Path, policy: str, positions: int = 400) -> Any:
+    return make_cfg(
+        tokenizer_dir,
+        "entity",
+        *("MODEL.LANGUAGE.MAX_POSITIONS", positions),
+        *("INPUT.GELLA.OVERLONG_CAPTION", policy),
+    )
+
+
+def answer_of(mapped: dict[str, Any], tokenizer: Any) -> str:
+    answer = mapped["labels"][mapped["labels"] != prompts.IGNORE_INDEX]
+    return prompts.decode_answer(tokenizer, answer.tolist())
+
+
+def test_too_long_a_caption_is_an_error_with_both_numbers(tokenizer_dir, tmp_path):
+    cfg = short_cfg(tokenizer_dir, "error")
+    record = make_record(tmp_path, "scene", (60, 80), 12, MANY)
+    for is_train, task in ((True, "ground"), (False, "ground"), (True, "describe")):
+        with pytest.raises(ValueError, match=r"image scene.*has \d{3,4} tokens.*at most 400 fit"):
+            make_mapper(cfg, is_train)(record, task=task, rng_seed=(0,))
+    predictor = GellaPredictor(cfg, model=make_model(cfg))
+    predictor.set_image(picture(60, 80), make_entities(60, 80, 12))
+    with pytest.raises(ValueError, match=r"has \d{4} tokens.*at most 400 fit.*MAX_POSITIONS"):
+        predictor.ground(record["caption"], MANY)
+    # One token is kept for an answer that is to be generated.
+    with pytest.raises(ValueError, match=r"has \d{3} tokens.*at most 399 fit, with one left for"):
+        predictor.extract_nouns(record["caption"])
+    with pytest.raises(ValueError, match="OVERLONG_CAPTION is 'shorten'.*'error', 'cut'"):
+        make_mapper(cfg, is_train=True, overlong="shorten")
+
+
+@pytest.mark.parametrize("task", ["ground", "extract"])
+def test_a_caption_is_cut_behind_the_last_noun_that_fits(tokenizer_dir, tmp_path, caplog, task):
+    cfg = short_cfg(tokenizer_dir, "cut")
+    record = make_record(tmp_path, "scene", (60, 80), 12, MANY)
+    mapper = make_mapper(cfg, is_train=True)
+    with caplog.at_level(logging.WARNING):
+        mapped = mapper(record, task=task, rng_seed=(0,))
+    kept = len(mapped["phrases"])
+    assert 3 < kept < 60 and mapped["num_cut"] == 60 - kept and len(mapped["input_ids"]) <= 400
+    # Every <SEG> has its noun, the caption ends with the last noun, and both say the same.
+    assert len(mapped["seg_positions"]) == kept
+    assert mapped["caption"] == record["caption"][: record["phrases"][kept - 1]["end"]]
+    assert mapped["caption"].endswith(MANY[kept - 1])
+    assert prompts.parse_nouns(answer_of(mapped, mapper.tokenizer)) == MANY[:kept]
+    asked = prompts.decode_answer(mapper.tokenizer, mapped["input_ids"].tolist())
+    assert f"{mapped['caption']} ASSISTANT:" in asked
+    assert f"{60 - kept} of its nouns left out" in caplog.text and "image scene" in caplog.text
+    # One noun more would not have fitted.
+    limits = dict(num_image_tokens=36, system="", max_length=400)
+    end = record["phrases"][kept]["end"]
+    asked = prompts.task_text(task, record["caption"][:end], MANY[: kept + 1], 0)
+    shortest = min(
+        len(prompts.build_prompt(mapper.tokenizer, q, asked[1], **{**limits, "max_length": 9999})
+            .input_ids)
+        for q in (template.format(caption=record["caption"][:end])
+                  for template in prompts.EXTRACT_INSTRUCTIONS)
+    )  # fmt: skip
+    assert shortest + 12 > 400  # the phrasings differ by a few tokens
+    # It trains, and a caption that fits is left alone.
+    assert train(make_model(cfg), [mapped])["loss_association"] > 0
+    whole = make_record(tmp_path, "short", (60, 80), 12, MANY[:3])
+    mapped = mapper(whole, task=task, rng_seed=(0,))
+    assert mapped["caption"] == whole["caption"] and mapped["num_cut"] == 0
+
+
+def test_cut_nouns_are_counted_and_logged_at_the_1st_2nd_4th(tokenizer_dir, tmp_path, caplog):
+    mapper = make_mapper(short_cfg(tokenizer_dir, "cut"), is_train=True)
+    record = make_record(tmp_path, "scene", (60, 80), 12, MANY)
+    with caplog.at_level(logging.WARNING):
+        cut = [mapper(record, task="ground", rng_seed=(i,))["num_cut"] for i in range(6)]
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == 3
+    for line, captions in zip(said, (1, 2, 4)):
+        assert f"so far {sum(cut[:captions])} nouns of {captions} captions" in line
+
+
+def test_evaluation_scores_cut_nouns_as_not_found(tokenizer_dir, tmp_path):
+    cfg = short_cfg(tokenizer_dir, "cut")
+    model = make_model(cfg)
+    record = make_record(tmp_path, "scene", (60, 80), 12, MANY)
+    for phrase in record["phrases"]:
+        phrase["segment_ids"] = record["phrases"][0]["segment_ids"]
+    mapped = make_mapper(cfg, is_train=False)(record, task="ground")
+    kept = len(mapped["seg_positions"])
+    assert len(mapped["phrases"]) == 60 and mapped["num_cut"] == 60 - kept > 0
+    (output,) = model([mapped])
+    assert [g["phrase"] for g in output["grounding"]] == MANY[:kept]
+    evaluator = PNGEvaluator()
+    evaluator.process([mapped], [output])
+    scores = evaluator.evaluate()["png"]
+    assert scores["n_without_prediction"] == 60 - kept
+
+
+def test_the_predictor_lists_the_nouns_that_it_cut(tokenizer_dir, caplog):
+    cfg = short_cfg(tokenizer_dir, "cut")
+    predictor = GellaPredictor(cfg, model=make_model(cfg))
+    entities = make_entities(60, 80, 12)
+    predictor.set_image(picture(60, 80), entities)
+    caption = make_caption(MANY)[0]
+    with caplog.at_level(logging.WARNING):
+        result = predictor.ground(caption, MANY)
+    kept = len(result.phrases)
+    check(result, entities, MANY[:kept])
+    assert result.cut_nouns == result.to_json()["cut_nouns"] == MANY[kept:] != []
+    assert f"{60 - kept} nouns left out" in caplog.text
+    assert predictor.ground(make_caption(MANY[:2])[0], MANY[:2]).cut_nouns == []
+    with pytest.raises(ValueError, match="at most 400 fit"):
+        predictor.refer(caption)  # is one noun
+    with pytest.raises(ValueError, match="at most 400 fit"):
+        predictor.panoptic([f"category {i}" for i in range(60)])
+
+
+def fit(tokenizer: Any, task: str, caption: str, phrases: Any, like: str, **options: Any) -> Any:
+    """`fit_prompt` with one token less than the caption `like` with the nouns in it would need."""
+    options |= {"num_image_tokens": 4, "system": ""}
+    inside = [p for p in phrases if p["end"] <= len(like)]
+    needed = fit_prompt(tokenizer, task, like, inside, policy="error", max_length=999, **options)
+    length = len(needed.prompt.input_ids) - 1
+    return fit_prompt(tokenizer, task, caption, phrases, policy="cut", max_length=length, **options)
+
+
+def test_what_lies_behind_the_last_noun_goes_first(tokenizer):
+    caption, phrases = make_caption(["a lamp", "the star"])
+    fitted = fit(tokenizer, "ground", caption, phrases, like=caption)
+    assert fitted.caption == "There is a lamp beside the star"
+    assert (fitted.num_nouns, fitted.num_cut) == (2, 0)
+
+
+def test_nested_unordered_and_absent_nouns_are_cut_whole(tokenizer):
+    caption = "A man in a red hat sees a lamp"
+    spans = [(0, 18), (9, 18), (0, 5), (-1, -1), (24, 30)]
+    texts = ["A man in a red hat", "a red hat", "A man", "a ghost", "a lamp"]
+    phrases = [{"text": t, "start": a, "end": b} for t, (a, b) in zip(texts, spans)]
+    fitted = fit(tokenizer, "ground", caption, phrases, like=caption)
+    # All nouns up to "red hat" fit there; the absent one goes with the noun before it.
+    assert fitted.caption == "A man in a red hat" and fitted.num_nouns == 4
+    assert len(fitted.prompt.seg_positions) == 4
+    with pytest.raises(ValueError, match="fit.*cut behind its first noun"):
+        fit(tokenizer, "ground", caption, phrases, like=fitted.caption)
+
+
+def test_descriptions_and_questions_are_cut_at_the_end_of_a_sentence(tokenizer):
+    caption = "Mr. Lamp stands. A dog! runs here. The sky is blue"
+    place = caption.index("A dog! runs")
+    phrases = [{"text": "A dog! runs", "start": place, "end": place + 11}]
+    for task, answered in (("describe", True), ("extract", False)):
+        shown = fit(tokenizer, task, caption, phrases, like=caption, answered=answered)
+        assert shown.caption == "Mr. Lamp stands. A dog! runs here." and shown.num_cut == 0
+        # Neither behind "Mr." nor inside the noun.
+        shown = fit(tokenizer, task, caption, phrases, like=shown.caption, answered=answered)
+        assert shown.caption == "Mr. Lamp stands." and shown.num_cut == 1
+        asked = prompts.decode_answer(tokenizer, shown.prompt.input_ids.tolist())
+        assert ("<SEG>" not in asked) and ("stands." in asked) and "dog" not in asked
+        with pytest.raises(ValueError, match="fit.*cut behind its first sentence"):
+            fit(tokenizer, task, caption, phrases, like=shown.caption, answered=answered)
+
+
+def test_a_tokenizer_without_seg_is_an_error(tokenizer_dir):
+    from transformers import AutoTokenizer
+
+    plain = AutoTokenizer.from_pretrained(tokenizer_dir)
+    caption, phrases = make_caption(["a lamp", "the star"])
+    with pytest.raises(ValueError, match="2 nouns but 0 <SEG>"):
+        fit(plain, "ground", caption, phrases, like=caption)

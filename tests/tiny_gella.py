@@ -1,0 +1,174 @@
+"""Whole GELLAs of tiny size with perturbed weights, and scenes on disk for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+
+from gella import prompts
+from gella.config_file import load_config
+from gella.data.dataset_mapper import GroundingMapper
+from gella.entities import EntityMap, id_to_rgb
+
+TINY = Path(__file__).resolve().parents[1] / "configs" / "gella_tiny_shapes.yaml"
+TOLERANCE = 1e-5
+QUERIES = ("entity", "learned")
+CATEGORIES = [
+    {"id": 3, "name": "circle", "isthing": 1},
+    {"id": 5, "name": "star", "isthing": 1},
+    {"id": 9, "name": "sand", "isthing": 0},
+]
+NOUNS = ("a red circle", "the star", "two squares", "the sand", "a lamp", "it", "the blue thing")
+
+
+def make_cfg(tokenizer_dir: Path, queries: str = "entity", *opts: Any) -> Any:
+    """The tiny config for the tests' tokenizer; learned queries all count as entities."""
+    return load_config(
+        TINY,
+        [
+            *("MODEL.LANGUAGE.TOKENIZER", str(tokenizer_dir)),
+            *("MODEL.LANGUAGE.MAX_POSITIONS", 2048),
+            *("MODEL.LANGUAGE.MAX_NEW_TOKENS", 12),
+            *("MODEL.MASK_DECODER.QUERIES", queries),
+            *("MODEL.MASK_DECODER.NUM_QUERIES", 8),
+            *("MODEL.GELLA.ENTITY_SCORE_THRESHOLD", 0.0),
+            *opts,
+        ],
+    )
+
+
+def make_model(cfg: Any, seed: int = 0) -> Any:
+    """A model in evaluation mode, none of whose weights are zero or one by initialisation."""
+    torch.manual_seed(seed)
+    model = build_model(cfg).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.04 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=0.2)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+    return model
+
+
+def make_entities(height: int, width: int, count: int, seed: int = 0) -> EntityMap:
+    """Cells around random points, with a strip of no entity; ids are neither 1..E nor sorted."""
+    rng = np.random.default_rng(seed)
+    places = rng.permutation(height * width)[:count]
+    y, x = np.mgrid[:height, :width]
+    ids = np.zeros((height, width), np.int32)
+    if count:
+        far = (y[..., None] - places // width) ** 2 + (x[..., None] - places % width) ** 2
+        ids = far.argmin(-1).astype(np.int32) + 1
+        ids[: height // 10] = 0
+        ids.flat[places] = np.arange(1, count + 1)
+    return EntityMap(ids, [11 + 7 * int(k) for k in rng.permutation(count)])
+
+
+def make_caption(nouns: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
+    """A sentence with these nouns, and its phrases without segments."""
+    caption = "There is " + " beside ".join(nouns) + " in the light."
+    spans = prompts.locate_phrases(caption, list(nouns))
+    known = {"segment_ids": [], "is_plural": False, "is_thing": True}
+    phrases = [
+        {"text": noun, "start": span[0], "end": span[1], **known}
+        for noun, span in zip(nouns, spans, strict=True)
+    ]
+    return caption, phrases
+
+
+def make_record(
+    folder: Path,
+    name: str,
+    size: tuple[int, int],
+    entities: int | EntityMap,
+    nouns: Sequence[str],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A dataset dict whose files lie in `folder`; noun i names the entities i and 2 i + 1."""
+    rng = np.random.default_rng((seed, 1))
+    if isinstance(entities, int):
+        entities = make_entities(*size, entities, seed)
+    picture = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(folder / f"{name}.png")
+    real = np.array([0, *entities.segment_ids], np.int32)[entities.ids]
+    Image.fromarray(id_to_rgb(real)).save(folder / f"{name}_ids.png")
+    caption, phrases = make_caption(nouns)
+    listed = entities.segment_ids
+    for i, phrase in enumerate(phrases):
+        phrase["segment_ids"] = sorted({listed[k] for k in (i, 2 * i + 1) if k < len(listed)})
+    return {
+        "file_name": str(folder / f"{name}.png"),
+        "image_id": name,
+        "height": size[0],
+        "width": size[1],
+        "entities": {
+            "format": "panoptic_png",
+            "file_name": str(folder / f"{name}_ids.png"),
+            "segments_info": [
+                {"id": i, "category_id": CATEGORIES[k % 3]["id"], "iscrowd": 0}
+                for k, i in enumerate(listed)
+            ],
+        },
+        "caption": caption,
+        "phrases": phrases,
+        "expressions": [{**phrases[0], "sent_id": 1}] if phrases else [],
+        "tasks": ("describe", "extract", "ground", "panoptic", "refer"),
+    }
+
+
+def make_mapper(cfg: Any, is_train: bool, **changes: Any) -> GroundingMapper:
+    """The mapper of a config, with `CATEGORIES`; training views are not mirrored."""
+    arguments = GroundingMapper.from_config(cfg, is_train, dataset_names=[])
+    return GroundingMapper(
+        **{**arguments, "categories": CATEGORIES, "flip": False, **changes},
+    )
+
+
+def without_entities(mapped: dict[str, Any]) -> dict[str, Any]:
+    """The same view with no entity at all."""
+    changed = {**mapped, "colormap": torch.zeros_like(mapped["colormap"])}
+    for key in ("entities", "entities_full"):
+        if key in mapped:
+            changed[key] = EntityMap(np.zeros_like(mapped[key].ids))
+    changed["phrases"] = [
+        {**phrase, "segment_ids": [], "entity_indices": []} for phrase in mapped["phrases"]
+    ]
+    return changed
+
+
+def farthest(a: Any, b: Any, relative: bool = False) -> float:
+    """The largest difference between two tensors; of their largest value if `relative`."""
+    a, b = torch.as_tensor(a).detach().double(), torch.as_tensor(b).detach().double()
+    assert a.shape == b.shape, (a.shape, b.shape)
+    if not a.numel():
+        return 0.0
+    scale = max(1.0, float(a.abs().max())) if relative else 1.0
+    return float((a - b).abs().max()) / scale
+
+
+def same_result(alone: dict[str, Any], joint: dict[str, Any]) -> None:
+    """Assert that two results of one image agree: scores to TOLERANCE, all else exactly."""
+    assert alone.get("text") == joint.get("text")
+    for a, b in zip(alone.get("grounding", ()), joint.get("grounding", ()), strict=True):
+        assert [a[k] for k in ("phrase", "start", "end")] == [
+            b[k] for k in ("phrase", "start", "end")
+        ]
+        assert a["entity_ids"] == b["entity_ids"]
+        assert farthest(a["scores"], b["scores"]) < TOLERANCE
+        assert np.array_equal(a["mask"], b["mask"])
+    if "instances" in alone:
+        assert torch.equal(alone["instances"].pred_masks, joint["instances"].pred_masks)
+        assert farthest(alone["instances"].scores, joint["instances"].scores) < TOLERANCE
+    if "panoptic_seg" in alone:
+        (ids, segments), (joint_ids, joint_segments) = alone["panoptic_seg"], joint["panoptic_seg"]
+        assert torch.equal(ids, joint_ids)
+        for a, b in zip(segments, joint_segments, strict=True):
+            assert farthest(a.pop("score"), b.pop("score")) < TOLERANCE and a == b

@@ -1,0 +1,89 @@
+"""Tiny public models with random weights, and the GELLA config of their sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = str(ROOT / "configs" / "gella_tiny_shapes.yaml")
+WORDS, ROWS = 48, 56  # words of the vocabulary, and rows of transformers' padded embedding
+VISION = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    image_size=32,
+    patch_size=8,
+)
+# What makes the tiny shapes' config fit the models below: KEY VALUE pairs.
+OPTS = """
+    MODEL.IMAGE_ENCODER.IMAGE_SIZE 32 MODEL.IMAGE_ENCODER.PATCH_SIZE 8
+    MODEL.IMAGE_ENCODER.WIDTH 32 MODEL.IMAGE_ENCODER.LAYERS 3 MODEL.IMAGE_ENCODER.HEAD_WIDTH 16
+    MODEL.IMAGE_ENCODER.STEM patch MODEL.IMAGE_ENCODER.QUICK_GELU True
+    MODEL.LANGUAGE.VOCAB_SIZE 49 MODEL.LANGUAGE.HIDDEN_SIZE 32 MODEL.LANGUAGE.INTERMEDIATE_SIZE 40
+    MODEL.LANGUAGE.NUM_LAYERS 2 MODEL.LANGUAGE.NUM_HEADS 2 MODEL.LANGUAGE.NUM_KEY_VALUE_HEADS 1
+    MODEL.LANGUAGE.TIE_EMBEDDINGS False MODEL.LANGUAGE.IMAGE_TOKEN_STRIDE 1
+""".split()
+# Mask decoder and colormap encoder have files and tests of their own.
+LEAVE_OUT = ["MODEL.WEIGHTS_ALLOW_MISSING", "['mask_decoder.*','colormap_encoder.*']"]
+
+
+def llava(seed: int = 0) -> Any:
+    """transformers' LLaVA-1.5 class, tiny; all weights random, norms and biases too."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    text = LlamaConfig(
+        vocab_size=ROWS,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rms_norm_eps=1e-5,
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION).to_dict(),
+        text_config=text.to_dict(),
+        image_token_index=WORDS,
+        vision_feature_layer=-2,
+        image_seq_length=16,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return perturb(LlavaForConditionalGeneration(config), seed)
+
+
+def perturb(model: Any, seed: int = 0) -> Any:
+    """Random values in every parameter, so that no two tensors can be mistaken for each other."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def load_gella(weights: str, opts: list[str] = OPTS, allow: list[str] = LEAVE_OUT) -> Any:
+    """The GELLA of the config above with the weights of a file, through its own checkpointer.
+
+    Args:
+        weights: file or folder.
+        opts: of the model.
+        allow: what may be missing, as an override; [] for nothing.
+    """
+    from detectron2.modeling import build_model
+
+    from gella import load_config
+    from gella.checkpoint import load_weights
+
+    cfg = load_config(CONFIG, [*opts, *allow])
+    model = build_model(cfg).eval()
+    load_weights(model, weights, cfg)
+    return model
