@@ -65,7 +65,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy_state)
         random.setstate(python_state)
         for module, flag in flags:
-            module.training = flag
+            pass
 
 
 def _language_decoder(model: nn.Module) -> nn.Module | None:

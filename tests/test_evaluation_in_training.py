@@ -1,0 +1,463 @@
+"""Evaluation while training: subsets, equal shares, no trace in it, the best checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data.samplers import InferenceSampler
+from detectron2.engine import HookBase, TrainerBase
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
+
+from gella import add_gella_config
+from gella.data.unmatched import CountedLoader
+from gella.evaluation_hooks import BestCheckpoint, EvaluationInTraining, undisturbed, with_subset
+from gella.evaluation_split import RealSamples, build_even_loader, even_share, evenly_spaced
+from gella.trainer import GellaTrainer
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = str(ROOT / "configs" / "gella_tiny_shapes.yaml")
+TOY = "EvaluationInTrainingToy"
+
+
+# -- which samples ---------------------------------------------------------------------------------
+
+
+def test_a_subset_takes_whole_images_evenly():
+    records = [{"image_id": i, "caption": c} for i in range(10) for c in "ab"]
+    images = [r["image_id"] for r in evenly_spaced(records, 4)]
+    assert images == [0, 0, 2, 2, 5, 5, 7, 7]
+    # the order of the records does not say what belongs together
+    mixed = records[::2] + records[1::2]
+    assert [r["image_id"] for r in evenly_spaced(mixed, 4)] == [0, 2, 5, 7, 0, 2, 5, 7]
+    for everything in (0, 10, 11):
+        assert len(evenly_spaced(records, everything)) == 20
+    nameless = [{"number": i} for i in range(9)]
+    assert [r["number"] for r in evenly_spaced(nameless, 3)] == [0, 3, 6]
+    assert [r["image_id"] for r in evenly_spaced(records, 1)] == [0, 0]
+
+
+@pytest.mark.parametrize(("size", "world"), itertools.product([1, 2, 3, 7, 8, 9], [1, 2, 3, 8]))
+def test_shares_are_equally_long_and_miss_nothing(size, world, monkeypatch):
+    shares = [even_share(size, rank, world) for rank in range(world)]
+    assert {len(places) for places, _ in shares} == {-(-size // world)}
+    real = [place for places, count in shares for place in places[:count]]
+    assert real == list(range(size))
+    assert all(0 <= place < size for places, _ in shares for place in places)
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: world)
+    for rank, (places, count) in enumerate(shares):
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+        assert list(InferenceSampler(size)) == places[:count]
+
+
+def test_an_empty_test_set_is_refused():
+    with pytest.raises(ValueError, match="without a record"):
+        even_share(0, 0, 2)
+
+
+class Seen(DatasetEvaluator):
+    """Remembers the numbers it is shown."""
+
+    def reset(self):
+        self.numbers, self.calls = [], 0
+
+    def process(self, inputs, outputs):
+        assert [i["number"] for i in inputs] == outputs
+        self.numbers += outputs
+        self.calls += 1
+
+    def evaluate(self):
+        return {"seen": {"n": float(len(self.numbers))}}
+
+
+def answers(batch):
+    """A model for Seen."""
+    return [sample["number"] for sample in batch]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("rank", "real"), [(0, [0, 1]), (1, [2, 3]), (2, [4])])
+def test_repeated_samples_are_run_but_not_counted(rank, real, workers, monkeypatch, caplog):
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 3)
+    monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: rank)
+    records = [{"image_id": i} for i in range(5)]
+    loader = build_even_loader(
+        records,
+        mapper=lambda r: {"number": r["image_id"], "num_grounded": 2, "num_unmatched": 1},
+        batch_size=1,
+        num_workers=workers,
+    )
+    assert len(loader) == 2 and loader.batch_size == 1
+    run, evaluator = [], Seen()
+
+    def model(batch):
+        run.extend(answers(batch))
+        return answers(batch)
+
+    logger = logging.getLogger("gella.data.unmatched")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    try:
+        results = inference_on_dataset(model, CountedLoader(loader, "D"), RealSamples(evaluator))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert len(run) == 2 and evaluator.numbers == real
+    assert evaluator.calls == len(real)  # no empty batch is passed on
+    assert results == {"seen": {"n": float(len(real))}}
+    assert f"{len(real)} of {2 * len(real)} phrases" in caplog.text
+
+
+def test_a_batch_of_real_and_repeated_samples():
+    evaluator = Seen()
+    evaluator.reset()
+    inputs = [{"number": 1}, {"number": 2, "is_padding": True}, {"number": 3}]
+    RealSamples(evaluator).process(inputs, [1, 2, 3])
+    assert evaluator.numbers == [1, 3]
+    with pytest.raises(ValueError, match="shorter"):
+        RealSamples(evaluator).process(inputs, [1, 2])
+
+
+# -- no trace --------------------------------------------------------------------------------------
+
+
+def test_generators_and_training_flags_come_back():
+    model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(3))
+    model.train()
+    model[1].eval()  # as a frozen part is
+    torch.manual_seed(1), np.random.seed(2), random.seed(3)
+    expected = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+    torch.manual_seed(1), np.random.seed(2), random.seed(3)
+    with pytest.raises(KeyError), undisturbed(model):
+        model.eval()
+        torch.rand(5), np.random.rand(5), random.random()
+        model.train()
+        raise KeyError
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected
+    assert [m.training for m in model.modules()] == [True, True, False]
+
+
+class Toy(nn.Module):
+    """Draws dropout's numbers, in training and (as a bad guest would) in evaluation."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.language_decoder = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, batch):
+        x = torch.tensor([[float(item["number"])] * 4 for item in batch])
+        y = nn.functional.dropout(self.norm(self.language_decoder(x)), 0.5, training=True)
+        if not self.training:
+            np.random.rand(), random.random()
+            return [item["number"] for item in batch]
+        return {"loss_toy": (y * torch.rand(())).square().mean()}
+
+
+if TOY not in META_ARCH_REGISTRY:
+    META_ARCH_REGISTRY._do_register(TOY, Toy)
+
+
+class Batches:
+    """Three numbers per iteration."""
+
+    start_iteration = 0
+
+    def __iter__(self):
+        for i in itertools.count(self.start_iteration):
+            yield [{"number": 3 * i + k} for k in range(3)]
+
+
+class ToyTrainer(GellaTrainer):
+    """Our trainer with the toy's data; the test loader starts a worker, which draws a number."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return Batches()
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        records = evenly_spaced([{"image_id": i} for i in range(6)], cfg.TEST.SUBSET)
+        mapper = by_number
+        return build_even_loader(records, mapper, batch_size=2, num_workers=1)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return RealSamples(Seen())
+
+
+def by_number(record):
+    """A mapper for the toys."""
+    return {"number": record["image_id"]}
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    """Ten iterations of the toy."""
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = TOY
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.SEED = 7
+    cfg.DATASETS.TEST = ("only",)
+    cfg.SOLVER.IMS_PER_BATCH = 3
+    cfg.SOLVER.BASE_LR = 0.05
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = 10, (), 0
+    cfg.OUTPUT_DIR = str(tmp_path)
+    return cfg
+
+
+class Losses(HookBase):
+    """Remembers every loss, exactly."""
+
+    def __init__(self):
+        self.values = []
+
+    def after_step(self):
+        self.values.append(self.trainer.storage.history("total_loss").latest())
+
+
+def trained(cfg, folder, **test):
+    """The losses and the final state of a run with these keys below TEST, and its trainer."""
+    cfg = cfg.clone()
+    cfg.OUTPUT_DIR = str(folder)
+    for key, value in test.items():
+        cfg.TEST[key] = value
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    trainer, losses = ToyTrainer(cfg), Losses()
+    trainer.register_hooks([losses])
+    trainer.train()
+    return losses.values, trainer
+
+
+@pytest.mark.parametrize("seed", [7, -1])
+def test_losses_do_not_depend_on_evaluations(cfg, tmp_path, seed, monkeypatch):
+    cfg.SEED = seed
+    plain, one = trained(cfg, tmp_path / "plain", EVAL_PERIOD=0)
+    often, two = trained(cfg, tmp_path / "often", EVAL_PERIOD=2, SUBSET=3)
+    assert plain == often and len(plain) == 10
+    state, other = one.model.state_dict(), two.model.state_dict()
+    assert [k for k in state if not torch.equal(state[k], other[k])] == []
+    assert two._last_eval_results == {"seen": {"n": 6.0}}  # the last takes all
+    if seed < 0:  # the test is able to fail: unprotected, the same evaluations do change it
+        monkeypatch.setattr("gella.trainer.undisturbed", lambda model: torch.no_grad())
+        assert trained(cfg, tmp_path / "rude", EVAL_PERIOD=2)[0] != plain
+
+
+def test_scores_are_stored_under_names_of_their_own(cfg, tmp_path):
+    trained(cfg, tmp_path, EVAL_PERIOD=5, SUBSET=2, BEST_METRIC="seen/n")
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    stored = {k: v for row in rows for k, v in row.items() if "seen/" in k}
+    assert stored == {"subset/seen/n": 2.0, "seen/n": 6.0}
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert (best["value"], best["iteration"]) == (2.0, 4)  # the first of equal scores stays
+    saved = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    assert saved["iteration"] == 4 and "language_decoder.weight" in saved["model"]
+
+
+def test_with_subset_leaves_the_config_alone(cfg):
+    cfg.freeze()
+    changed = with_subset(cfg, 5)
+    assert (changed.TEST.SUBSET, cfg.TEST.SUBSET) == (5, 0) and changed.is_frozen()
+
+
+# -- when, and what is best ------------------------------------------------------------------------
+
+
+class Steps(TrainerBase):
+    """A loop without a model; its iteration is all that hooks may look at."""
+
+    def run_step(self):
+        pass
+
+    def fail(self, at):
+        """Let iteration ``at`` raise."""
+        self.run_step = lambda: (_ for _ in ()).throw(KeyboardInterrupt) if self.iter == at else 0
+
+
+def evaluations(max_iter=10, start=0, fail_at=None, scores=None, **options):
+    """(iteration, number of images) of each evaluation in a run of the hook."""
+    trainer, calls = Steps(), []
+
+    def evaluate(num_images):
+        calls.append((trainer.iter, num_images))
+        return {"png": {"AR": (scores or {}).get(trainer.iter, 1.0)}}
+
+    trainer.register_hooks([EvaluationInTraining(evaluate=evaluate, **options)])
+    if fail_at is not None:
+        trainer.fail(fail_at)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(start, max_iter)
+    else:
+        trainer.train(start, max_iter)
+    return calls
+
+
+def test_when_it_evaluates(tmp_path):
+    assert evaluations(period=0) == [(10, 0)]
+    assert evaluations(period=4, subset=7) == [(3, 7), (7, 7), (10, 0)]
+    assert evaluations(period=5) == [(4, 0), (10, 0)]  # not twice at the end
+    assert evaluations(period=4, subset=7, fail_at=5) == [(3, 7)]
+    best = BestCheckpoint(lambda iteration, name: None, tmp_path, "png/AR", "max")
+    # the last weights may be the best too, judged on what the others were judged on
+    expected = [(3, 7), (7, 7), (9, 7), (10, 0)]
+    assert evaluations(period=4, subset=7, best=best) == expected
+    assert evaluations(period=4, best=best) == [(3, 0), (7, 0), (9, 0)]
+    assert evaluations(period=4, best=best, start=10)[-1][1] == 0  # a finished run, resumed
+
+
+def best_of(folder, metric="png/AR", mode="max"):
+    """A BestCheckpoint and the list of the iterations that it saved."""
+    saved = []
+
+    def save(iteration, name):
+        assert name == "model_best"
+        saved.append(iteration)
+
+    return BestCheckpoint(save, folder, metric, mode), saved
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("max", [1, 5]), ("min", [1, 3, 9])])
+def test_the_best_is_kept(tmp_path, mode, expected):
+    best, saved = best_of(tmp_path, mode=mode)
+    scores = {1: 2.0, 3: 1.0, 5: 3.0, 7: float("nan"), 9: 0.5}
+    evaluations(period=2, scores=scores, best=best)
+    assert saved == expected
+    content = json.loads((tmp_path / "best.json").read_text())
+    assert content == {
+        **{"metric": "png/AR", "mode": mode, "checkpoint": "model_best"},
+        **{"iteration": expected[-1], "value": scores[expected[-1]]},
+    }
+
+
+def test_a_resumed_run_goes_on_from_the_best(tmp_path):
+    first, _ = best_of(tmp_path)
+    evaluations(period=2, scores={1: 9.0, 3: 2.0}, max_iter=4, best=first)
+    second, saved = best_of(tmp_path)
+    evaluations(period=2, scores={5: 8.0, 7: 10.0}, start=4, best=second)
+    assert saved == [7]
+    # a best of iterations that the run has gone back behind does not count
+    third, saved = best_of(tmp_path)
+    evaluations(period=2, scores={5: 8.0, 7: 10.0, 9: 0.0}, start=4, best=third)
+    assert saved == [5, 7]
+    # a new run in the folder, another metric, a damaged file: the best is looked for anew
+    for start, metric in ((0, "png/AR"), (8, "png/acc")):
+        fresh, _ = best_of(tmp_path, metric)
+        fresh.start(start)
+        assert fresh.value is None
+    (tmp_path / "best.json").write_text('{"metric": "png/AR"')
+    fresh, _ = best_of(tmp_path)
+    fresh.start(8)
+    assert fresh.value is None
+
+
+def test_an_unknown_metric_is_named_and_does_not_end_the_run(tmp_path, caplog, monkeypatch):
+    logger = logging.getLogger("gella.evaluation_hooks")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    best, saved = best_of(tmp_path, "png/ARR")
+    try:
+        evaluations(period=5, best=best)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert saved == [] and not (tmp_path / "best.json").exists()
+    assert "TEST.BEST_METRIC png/ARR is none of the scores (png/AR)" in caplog.text
+
+
+def test_wrong_keys(cfg, tmp_path):
+    def refused(message, **test):
+        changed = cfg.clone()
+        for key, value in test.items():
+            changed.TEST[key] = value
+        with pytest.raises(ValueError, match=message):
+            ToyTrainer(changed)
+
+    refused("TEST.BEST_MODE is 'most'", BEST_METRIC="a/b", BEST_MODE="most", EVAL_PERIOD=1)
+    refused("TEST.EVAL_PERIOD is 0, so nothing is compared", BEST_METRIC="a/b")
+    refused("TEST.SUBSET -1", SUBSET=-1)
+    refused("TEST.EVAL_PERIOD is -2", EVAL_PERIOD=-2)
+    hook = EvaluationInTraining(1, lambda n: {"a": {"b": "much"}})
+    hook.trainer = SimpleNamespace(iter=0, max_iter=3)
+    with pytest.raises(ValueError, match="a/b is 'much', not a number"):
+        hook.after_step()
+
+
+# -- two processes under ZeRO stage 3 --------------------------------------------------------------
+
+needs_no_single_gpu = pytest.mark.skipif(
+    0 < torch.cuda.device_count() < 2, reason="each process needs a GPU of its own, here is one"
+)
+
+
+def run(*command, timeout=240, **variables):
+    """Run Python in a process group of its own; a hang is a failure. Returns what it printed."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        start_new_session=True,
+    )
+    try:
+        printed, _ = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, printed[-3000:]
+    return printed
+
+
+@needs_no_single_gpu
+def test_answers_of_unequal_length_under_zero_3(tmp_path):
+    pytest.importorskip("deepspeed", reason="the extra 'zero' is not installed")
+    run(Path(__file__).with_name("zero3_generation.py"), tmp_path)
+    for rank, length in enumerate((3, 9)):
+        before, after = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert before == after and len(after) == length
+
+
+@needs_no_single_gpu
+def test_unequal_shares_under_zero_3(tmp_path):
+    """One image for two ranks, three at the end; one process finds the same scores."""
+    pytest.importorskip("deepspeed", reason="the extra 'zero' is not installed")
+    shapes = tmp_path / "shapes"
+    run(ROOT / "datasets" / "prepare_shapes.py", "--output", shapes, "--train", 8, "--val", 3)
+    keys = {
+        **{"MODEL.IMAGE_ENCODER.WIDTH": 32, "MODEL.IMAGE_ENCODER.LAYERS": 2},
+        **{"MODEL.RESOBLEND.DIM": 32, "MODEL.MASK_DECODER.HIDDEN_DIM": 32},
+        **{"MODEL.MASK_DECODER.MASK_DIM": 32, "MODEL.MASK_DECODER.DECODER_LAYERS": 1},
+        **{"MODEL.LANGUAGE.HIDDEN_SIZE": 32, "MODEL.LANGUAGE.INTERMEDIATE_SIZE": 64},
+        **{"MODEL.LANGUAGE.NUM_LAYERS": 1, "MODEL.LANGUAGE.MAX_NEW_TOKENS": 8},
+        **{"MODEL.LANGUAGE.TOKENIZER": shapes / "tokenizer", "MODEL.DEVICE": "cpu"},
+        **{"SOLVER.IMS_PER_BATCH": 2, "SOLVER.MAX_ITER": 2, "DATALOADER.NUM_WORKERS": 0},
+        **{"TEST.IMS_PER_BATCH": 1, "TEST.EVAL_PERIOD": 1, "TEST.SUBSET": 1},
+        "DATASETS.TEST": "('gella_shapes_png_val','gella_shapes_nouns_val')",
+        "TEST.BEST_METRIC": "png/AR",
+    }
+    train_net = (ROOT / "tools" / "train_net.py", "--config-file", CONFIG)
+    pairs = [item for pair in keys.items() for item in pair]
+    scenes = {"DETECTRON2_DATASETS": str(tmp_path)}
+    stage3 = ("SOLVER.ZERO.CONFIG", ROOT / "configs" / "zero" / "stage3.json")
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    two = ("--num-gpus", 2, "--dist-url", "auto")
+    run(*train_net, *two, *pairs, *stage3, "OUTPUT_DIR", whole, **scenes)
+    results = json.loads((whole / "results.json").read_text())
+    assert results["png"]["n_captions"] == results["nouns"]["n_captions"] == 3.0
+    assert json.loads((whole / "best.json").read_text())["iteration"] in (0, 1)
+    last = ("MODEL.WEIGHTS", whole / "model_final.pth", "OUTPUT_DIR", again)
+    run(*train_net, "--eval-only", *pairs, *last, **scenes)
+    assert json.loads((again / "results.json").read_text()) == results
