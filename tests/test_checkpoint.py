@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.checkpoint import PeriodicCheckpointer
 from torch import nn
 
-from gella.checkpoint import GellaCheckpointer, load_weights, write_atomically
+from gella.checkpoint import GellaCheckpointer, consolidate, load_weights, write_atomically
 
 
 def make_cfg(missing=(), unexpected=()):
@@ -35,14 +37,85 @@ def snapshot(model):
 
 def test_round_trip_and_layout(tmp_path):
     source, target = nn.Linear(3, 2), nn.Linear(3, 2)
-    GellaCheckpointer(source, str(tmp_path)).save("model_0000004", iteration=4)
-    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000004.pth"]
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000004.pth"
-    rest = GellaCheckpointer(target, str(tmp_path)).resume_or_load("", resume=True)
-    assert rest["iteration"] == 4
+    counter = Counter(5)
+    GellaCheckpointer(source, str(tmp_path), trainer=counter).save("model_0000004", iteration=4)
+    assert os.listdir(tmp_path) == ["checkpoints"]
+    assert os.listdir(tmp_path / "checkpoints") == ["iter_0000004"]
+    folder = tmp_path / "checkpoints" / "iter_0000004"
+    assert sorted(os.listdir(folder)) == ["model.pth", "state.json", "trainer.pth"]
+    resumed = Counter(0)
+    checkpointer = GellaCheckpointer(target, str(tmp_path), trainer=resumed)
+    assert checkpointer.has_checkpoint()
+    assert checkpointer.get_checkpoint_file() == str(folder)
+    rest = checkpointer.resume_or_load("", resume=True)
+    assert rest == {"iteration": 4} and resumed.value == 5
     assert torch.equal(source.weight, target.weight)
-    raw = torch.load(tmp_path / "model_0000004.pth", weights_only=True)
-    assert set(raw) == {"model", "iteration"}
+    raw = torch.load(folder / "trainer.pth", weights_only=True)
+    assert raw == {"trainer": {"value": 5}, "iteration": 4}
+
+
+class Counter:
+    """A number with a state."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def test_other_names_are_weights_alone(tmp_path):
+    model = nn.Linear(3, 2)
+    checkpointer = GellaCheckpointer(model, str(tmp_path), trainer=Counter(5))
+    checkpointer.save("model_best", iteration=4)
+    assert os.listdir(tmp_path) == ["model_best.pth"]
+    raw = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    assert set(raw) == {"model", "iteration"} and not checkpointer.has_checkpoint()
+    with pytest.raises(ValueError, match="must be a plain file name"):
+        checkpointer.save("a/b")
+    GellaCheckpointer(model, str(tmp_path), save_to_disk=False).save("model_0000007", iteration=7)
+    assert os.listdir(tmp_path) == ["model_best.pth"]
+
+
+def test_detectron2_s_periodic_checkpointer_works_on_it(tmp_path):
+    """Also where its last iteration is not one of the period."""
+    model = nn.Linear(3, 2)
+    checkpointer = GellaCheckpointer(model, str(tmp_path), keep=2)
+    periodic = PeriodicCheckpointer(checkpointer, 3, max_iter=8)
+    for iteration in range(8):
+        with torch.no_grad():
+            model.bias.fill_(float(iteration))
+        periodic.step(iteration)
+    expected = ["iter_0000005", "iter_0000007"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == expected
+    assert [Path(p).name for p in checkpointer.get_all_checkpoint_files()] == expected
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 7
+    final = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    assert final["bias"].tolist() == [7.0, 7.0]
+
+
+def test_a_folder_is_taken_as_weights(tmp_path):
+    """For --eval-only and the demo, which load nothing else."""
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    GellaCheckpointer(source, str(tmp_path), trainer=Counter(5)).save("model_0000004", iteration=4)
+    folder = tmp_path / "checkpoints" / "iter_0000004"
+    load_weights(target, str(folder), make_cfg())
+    assert torch.equal(source.weight, target.weight)
+    assert torch.equal(consolidate(folder)["bias"], source.bias)
+    with pytest.raises(ValueError, match="iter_0000004 do not fit the model: .*bias"):
+        load_weights(nn.Linear(3, 2, bias=False), str(folder), make_cfg())
+    (folder / "model.pth").write_bytes(b"x" * (folder / "model.pth").stat().st_size)
+    with pytest.raises(ValueError, match="model.pth cannot be read"):
+        load_weights(target, str(folder), make_cfg())
+    (folder / "trainer.pth").unlink()
+    with pytest.raises(ValueError, match="not complete: trainer.pth is missing"):
+        load_weights(target, str(folder), make_cfg())
+    (folder / "state.json").unlink()
+    with pytest.raises(ValueError, match="not complete: state.json is missing"):
+        load_weights(target, str(folder), make_cfg())
 
 
 def test_wrapped_weights_load(tmp_path):
@@ -134,10 +207,15 @@ def test_loading_runs_no_code_of_the_file(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_last_checkpoint_that_names_a_missing_file(tmp_path):
-    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
-    with pytest.raises(FileNotFoundError, match="last_checkpoint names .*model_0000009.pth"):
-        GellaCheckpointer(nn.Linear(2, 1), str(tmp_path)).resume_or_load("", resume=True)
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
+    checkpointer = GellaCheckpointer(nn.Linear(2, 1), str(tmp_path))
+    checkpointer.save("model_0000004", iteration=4)
+    checkpointer.save("model_0000009", iteration=9)
+    (tmp_path / "checkpoints" / "iter_0000009" / "model.pth").unlink()
+    assert checkpointer.resume_or_load("", resume=True)["iteration"] == 4
+    (tmp_path / "checkpoints" / "iter_0000004" / "model.pth").unlink()
+    with pytest.raises(ValueError, match="none of the 2 checkpoint.*iter_0000009: model.pth is mi"):
+        checkpointer.resume_or_load("", resume=True)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -164,12 +242,11 @@ from gella.checkpoint import GellaCheckpointer
 checkpointer = GellaCheckpointer(nn.Linear(64, 64), sys.argv[1])
 checkpointer.save("model_0000000", iteration=0)
 whole = torch.save
-def killed(data, stream):
-    stream.write(b"half of it")
-    stream.flush()
+def killed(data, path):
+    open(path, "wb").write(b"half of it")
     os.kill(os.getpid(), signal.SIGKILL)
 torch.save = killed
-checkpointer.save(sys.argv[2], iteration=1)
+checkpointer.save(sys.argv[2], iteration=int(sys.argv[2][-1]))
 """
 
 
@@ -180,4 +257,4 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint_whole(tmp_path, name):
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     resumed = GellaCheckpointer(nn.Linear(64, 64), str(tmp_path))
     assert resumed.resume_or_load("", resume=True)["iteration"] == 0
-    assert not (tmp_path / "model_0000001.pth").exists()
+    assert sorted(os.listdir(tmp_path / "checkpoints"))[1:] == ["iter_0000000"]

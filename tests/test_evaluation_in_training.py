@@ -330,10 +330,10 @@ def best_of(folder, metric="png/AR", mode="max"):
     return BestCheckpoint(save, folder, metric, mode), saved
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("max", [1, 5]), ("min", [1, 3, 9])])
+@pytest.mark.parametrize(("mode", "expected"), [("max", [3, 5]), ("min", [3, 9])])
 def test_the_best_is_kept(tmp_path, mode, expected):
     best, saved = best_of(tmp_path, mode=mode)
-    scores = {1: 2.0, 3: 1.0, 5: 3.0, 7: float("nan"), 9: 0.5}
+    scores = {1: float("nan"), 3: 1.0, 5: 3.0, 7: 2.0, 9: 0.5}
     evaluations(period=2, scores=scores, best=best)
     assert saved == expected
     content = json.loads((tmp_path / "best.json").read_text())
@@ -425,9 +425,11 @@ def run(*command, timeout=240, **variables):
 def test_answers_of_unequal_length_under_zero_3(tmp_path):
     pytest.importorskip("deepspeed", reason="the extra 'zero' is not installed")
     run(Path(__file__).with_name("zero3_generation.py"), tmp_path)
-    for rank, length in enumerate((3, 9)):
+    # rank 1's last prompt leaves room for 8 tokens, which limits all answers of that call
+    for rank, (alone, together) in enumerate([([3, 10], [3, 8]), ([9, 10, 8], [9, 8, 8])]):
         before, after = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        assert before == after and len(after) == length
+        assert [len(x) for x in before] == alone and [len(x) for x in after] == together
+        assert [x[: len(y)] for x, y in zip(before, after)] == after
 
 
 @needs_no_single_gpu

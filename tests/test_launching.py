@@ -172,6 +172,13 @@ def test_facts(tmp_path):
     own.write_text("a = 2\n")
     changed = config_facts(cfg)
     assert {k for k in before if before[k] != changed[k]} == {"code of DATASETS.MODULES"}
+    zero = tmp_path / "zero.json"
+    zero.write_text('{"stage": 2}')
+    cfg.SOLVER.ZERO.CONFIG = str(zero)
+    before = config_facts(cfg)
+    zero.write_text('{"stage": 3}')
+    changed = config_facts(cfg)
+    assert {k for k in before if before[k] != changed[k]} == {"file of SOLVER.ZERO.CONFIG"}
 
     records = as_records([{"image_id": i} for i in (1, 2, 3)])
     facts = record_facts("D", records)

@@ -26,12 +26,14 @@ ARROWS: dict[str, set[str]] = {
     "entities": set(),
     "prompts": set(),
     "metrics": set(),
-    "checkpoint": {"modeling.state_dicts.files"},
+    "checkpoint": {"modeling.state_dicts.files", "zero"},  # DeepSpeed's files among a folder's
     "plugins": set(),
     "text_layout": set(),
     "optimizer": set(),
     "training_hooks": set(),
     "zero": set(),
+    "agreement": set(),
+    "watching": set(),
     "modeling.state_dicts.files": set(),  # reads and writes weight files; knows no model
     # one step up
     "config_file": {"config"},
@@ -57,6 +59,12 @@ ARROWS: dict[str, set[str]] = {
         "prompts",
         "visualizer",
     },
+    "run_control": {"checkpoint"},
+    "run_checkpoints": {"checkpoint", "modeling.state_dicts.files", "zero"},
+    "stopping": {"run_control"},
+    "picture_panel": {"entities", "evaluation_hooks", "text_layout", "visualizer"},
+    "launching": {"stopping"},
+    "evaluation_hooks": {"data", "evaluation"},
     "training_step": {"modeling"},  # what the losses of a step divide by
     # the top
     "trainer": {
@@ -64,9 +72,16 @@ ARROWS: dict[str, set[str]] = {
         "config",
         "data",
         "evaluation",
+        "evaluation_hooks",
+        "launching",
         "optimizer",
+        "picture_panel",
+        "run_checkpoints",
+        "run_control",
+        "stopping",
         "training_hooks",
         "training_step",
+        "watching",
         "zero",
     },
 }
@@ -78,6 +93,10 @@ GROUPS = {
     "entity_runs": "entities",
     "color_choice": "entities",
     "zero_branch": "zero",
+    "zero_checkpoint": "zero",
+    "checkpoint_folder": "checkpoint",
+    "checkpoint_store": "checkpoint",
+    "evaluation_split": "evaluation_hooks",
     "colormap_kernel": "entities",
     "entity_files": "entity_sources",
     "entity_json": "entity_sources",
@@ -125,7 +144,7 @@ HOMES: dict[str, set[str]] = {
         "prompts",
         "data.shapes_tokens",  # writes the tokenizer of the synthetic scenes
     },
-    "deepspeed": {"zero", "zero_branch"},
+    "deepspeed": {"zero", "zero_branch", "zero_checkpoint"},
     "peft": {"modeling.adapters"},
     "bitsandbytes": {"modeling.adapters"},
     "accelerate": {"modeling.adapters"},

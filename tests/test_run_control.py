@@ -62,7 +62,7 @@ def test_stop_ends_the_run_at_once_and_names_the_images(tmp_path, poison):
     else:
         assert math.isfinite(batch["losses"]["loss_toy"])
         assert not math.isfinite(float(rank["gradient_norms"]["grad_norm"]))
-    assert "last_checkpoint" in [path.name for path in tmp_path.iterdir()]  # that of iteration 2
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iter_0000002"]
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
@@ -144,7 +144,8 @@ def one_of_two(folder, policy):
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_all_ranks_agree(tmp_path, policy):
+def test_all_ranks_agree(tmp_path, monkeypatch, policy):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # else each process takes a GPU of its own
     launch(one_of_two, 2, dist_url="auto", args=(tmp_path, policy))
     (after, error), (other, other_error) = (
         torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in range(2)

@@ -20,7 +20,8 @@ from detectron2.utils import comm
 from test_train_net import CONFIG, ROOT, SCRIPT, SMALL
 
 from gella import stopping
-from gella.data.task_sampling import _start_worker
+from gella.data.task_sampling import start_worker
+from gella.evaluation_split import build_even_loader
 from gella.stopping import RunStopped, StopOnSignal, forwarded_signals, resume_command
 
 # Stops every process in iteration 3 until the file "go" appears, so that signals hit that step.
@@ -127,7 +128,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(scenes, tmp_path, processes):
     status, printed = stopped(scenes, cut, processes, send)
     assert status == 0, (cut / "err.txt").read_text()[-3000:]
     assert f"stopped by {name} after iteration 3 (of 0 to 5), which is saved" in printed
-    assert (cut / "last_checkpoint").read_text() == "model_0000003.pth"
+    assert [path.name for path in (cut / "checkpoints").iterdir()] == ["iter_0000003"]
     assert not (cut / "model_final.pth").exists()
     following = shlex.split(printed[-1].removeprefix("Next:"))
     assert following[:3] == ["python", str(SCRIPT), "--resume"]
@@ -141,7 +142,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(scenes, tmp_path, processes):
     expected, found = weights(whole / "model_final.pth"), weights(cut / "model_final.pth")
     assert expected.keys() == found.keys()
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
-    before = weights(cut / "model_0000003.pth")
+    before = weights(cut / "checkpoints" / "iter_0000003" / "model.pth")
     assert any(not torch.equal(before[key], found[key]) for key in before)  # it did go on
 
 
@@ -274,7 +275,8 @@ def signal_when(folder, only_rank):
 
 
 @pytest.mark.parametrize("only_rank", [False, True])
-def test_one_signal_stops_all_processes_at_one_iteration(tmp_path, only_rank):
+def test_one_signal_stops_all_processes_at_one_iteration(tmp_path, monkeypatch, only_rank):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # else each process takes a GPU of its own
     thread = threading.Thread(target=signal_when, args=(tmp_path, only_rank))
     thread.start()
     with forwarded_signals(2):
@@ -313,8 +315,14 @@ def test_processes_that_a_signal_ended_give_its_status():
         raise RuntimeError("a bug")  # no signal came
 
 
+def strangers(pid):
+    """Both signals from a process that is not the parent, as from a terminal or a cluster."""
+    for name in ("INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(pid)], check=True)
+
+
 def worker(ready, go):
-    _start_worker(0)
+    start_worker(0)
     ready.set()
     go.wait()
 
@@ -325,14 +333,31 @@ def test_workers_obey_their_loader_only():
     ready, go = context.Event(), context.Event()
     process = context.Process(target=worker, args=(ready, go), daemon=True)
     process.start()
-    ready.wait()
-    for name in ("INT", "TERM"):  # from a stranger, as from a terminal or a cluster
-        subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
-    time.sleep(0.2)
-    assert process.is_alive()
-    process.terminate()
-    process.join(10)
-    assert process.exitcode == 0
+    try:
+        ready.wait()
+        strangers(process.pid)
+        time.sleep(0.2)
+        assert process.is_alive()
+        process.terminate()
+        process.join(10)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+
+
+def slow(record):
+    time.sleep(0.05)
+    return record
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system has no sigwaitinfo")
+def test_an_evaluation_survives_a_signal_to_the_group():
+    records = [{"image_id": number} for number in range(20)]
+    batches = iter(build_even_loader(records, slow, batch_size=1, num_workers=1))
+    seen = [next(batches)]
+    strangers(multiprocessing.active_children()[-1].pid)
+    seen += batches
+    assert [batch[0]["image_id"] for batch in seen] == list(range(20))
 
 
 def test_resume_command():

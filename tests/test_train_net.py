@@ -125,7 +125,8 @@ def test_a_killed_run_resumes_to_the_same_weights(scenes, trained, tmp_path):
     _, whole = trained
     killed = run(scenes, tmp_path, code=KILLED)
     assert killed.returncode == -signal.SIGKILL
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["iter_0000001", "iter_0000003"]
     assert not (tmp_path / "model_final.pth").exists()
     # without workers this time: they must not matter
     resumed = run(scenes, tmp_path, "--resume", "DATALOADER.NUM_WORKERS", "0")
@@ -134,15 +135,16 @@ def test_a_killed_run_resumes_to_the_same_weights(scenes, trained, tmp_path):
     expected, found = weights(whole / "model_final.pth"), weights(tmp_path / "model_final.pth")
     assert expected.keys() == found.keys()
     assert [k for k in expected if not torch.equal(expected[k], found[k])] == []
-    start = weights(whole / "model_0000001.pth")
+    start = weights(whole / "checkpoints" / "iter_0000001" / "model.pth")
     assert any(not torch.equal(start[k], found[k]) for k in start)  # it did train
     for name in ("results.json",):
         assert json.loads((whole / name).read_text()) == json.loads((tmp_path / name).read_text())
 
 
-def test_eval_only_repeats_the_final_evaluation(scenes, trained, tmp_path):
+@pytest.mark.parametrize("weights", ["model_final.pth", "checkpoints/iter_0000005"])
+def test_eval_only_repeats_the_final_evaluation(scenes, trained, tmp_path, weights):
     _, whole = trained
-    process = run(scenes, tmp_path, "--eval-only", "MODEL.WEIGHTS", f"{whole}/model_final.pth")
+    process = run(scenes, tmp_path, "--eval-only", "MODEL.WEIGHTS", f"{whole}/{weights}")
     assert process.returncode == 0, process.stderr[-3000:]
     expected = json.loads((whole / "results.json").read_text())
     assert json.loads((tmp_path / "results.json").read_text()) == expected
@@ -185,11 +187,17 @@ def test_config_errors(train_net, capsys, tmp_path):
 
 
 def test_weights_errors(train_net, capsys, tmp_path):
-    common = [*SMALL, "OUTPUT_DIR", tmp_path]
+    common = [*SMALL, "OUTPUT_DIR", tmp_path, "DATASETS.TEST", "()"]
     message = refused(train_net, capsys, "--eval-only", *common)
     assert "nothing to evaluate" in message
     message = refused(train_net, capsys, "--eval-only", "--resume", *common)
-    assert "last_checkpoint does not exist" in message
+    assert "checkpoints has no checkpoint" in message
+    cut = tmp_path / "checkpoints" / "iter_0000001"
+    cut.mkdir(parents=True)
+    message = refused(train_net, capsys, "--eval-only", "--resume", *common)
+    assert "none of the 1 checkpoint" in message and "state.json is missing" in message
+    message = refused(train_net, capsys, "--eval-only", *common, "MODEL.WEIGHTS", cut)
+    assert f"checkpoint {cut} is not complete: state.json is missing" in message
     absent = tmp_path / "absent.pth"
     message = refused(train_net, capsys, "--eval-only", *common, "MODEL.WEIGHTS", absent)
     assert f"{absent} does not exist" in message

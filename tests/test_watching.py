@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,7 @@ from gella.data.datasets import register_png
 from gella.entities import EntityMap
 from gella.picture_panel import PicturePanel, draw_panel, panel_input
 from gella.prompts import TASKS
+from gella.stopping import RunStopped, StopOnSignal
 from gella.trainer import GellaTrainer
 from gella.watching import peak_memory_mib
 
@@ -132,7 +135,7 @@ def scenes(tmp_path_factory):
     return folder
 
 
-def tiny_run(scenes, folder, *options):
+def tiny_run(scenes, folder, *options, hooks=()):
     """Train the tiny config for some steps; returns losses by iteration, weights and trainer."""
     name, root = f"gella_watching_{scenes.name}", scenes / "shapes"
     notes = root / "annotations"
@@ -146,6 +149,8 @@ def tiny_run(scenes, folder, *options):
     cfg = load_config(CONFIG, [str(part) for part in [*pairs, *options]])
     torch.manual_seed(0)
     trainer = GellaTrainer(cfg)
+    trainer.resume_or_load(resume=True)  # there is nothing to resume in a new folder
+    trainer.register_hooks(hooks)
     trainer.train()
     losses = {
         name: history.values()
@@ -276,6 +281,43 @@ def test_a_period_is_positive(tmp_path):
         PicturePanel(0, str(tmp_path))
 
 
+class Stop(HookBase):
+    """Ends the run after an iteration, in a way that a checkpoint is written."""
+
+    def after_step(self):
+        if self.trainer.iter == 2:
+            hook = next(h for h in self.trainer._hooks if isinstance(h, StopOnSignal))
+            os.kill(os.getpid(), signal.SIGTERM)
+            while hook._watch.received is None:
+                pass
+
+
+class Seen(HookBase):
+    """Keeps the images of each forward pass, by iteration."""
+
+    def __init__(self):
+        self.images: list = []
+
+    def before_train(self):
+        self.trainer.model.register_forward_pre_hook(self._see)
+
+    def _see(self, model, inputs):
+        self.images.append((self.trainer.iter, [item["image_id"] for item in inputs[0]]))
+
+
+def test_a_run_of_micro_batches_resumes_at_its_exact_position(scenes, tmp_path):
+    options = ["SOLVER.MAX_ITER", "6", "SOLVER.ACCUMULATE", "2", "SOLVER.IMS_PER_BATCH", "4"]
+    whole, first, second = Seen(), Seen(), Seen()
+    _, weights, _ = tiny_run(scenes, tmp_path / "whole", *options, hooks=[whole])
+    with pytest.raises(RunStopped):
+        tiny_run(scenes, tmp_path / "cut", *options, hooks=[first, Stop()])
+    assert first.images[-1][0] == 3  # the signal came after the hook had looked
+    _, resumed, _ = tiny_run(scenes, tmp_path / "cut", *options, hooks=[second])
+    assert whole.images == first.images + second.images
+    assert [len(images) for _, images in whole.images] == [2] * 12
+    assert [k for k in weights if not torch.equal(weights[k], resumed[k])] == []
+
+
 def one_of_two(scenes, folder, zero):
     """One of two processes that train with and without panels; compares and writes down."""
     torch.set_num_threads(1)
@@ -296,6 +338,7 @@ def test_all_ranks_make_the_pass_and_the_first_draws(scenes, tmp_path, monkeypat
     if zero:
         pytest.importorskip("deepspeed")
         zero = str(ROOT / "configs" / "zero" / zero)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # else each process takes a GPU of its own
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     launch(one_of_two, 2, dist_url="auto", args=(scenes, Path(tmp_path), zero))
     main, other = ((tmp_path / f"rank{rank}").read_text() for rank in range(2))

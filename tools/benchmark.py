@@ -4,11 +4,12 @@
     python tools/benchmark.py cost --config-file configs/gella_swin_t.yaml
     python tools/benchmark.py data --json data.json
     python tools/benchmark.py generation --config-file configs/gella_tiny_shapes.yaml
+    python tools/benchmark.py curves --config-file configs/gella_tiny_shapes.yaml
 
 ``cost`` counts parameters, FLOPs and memory of each part, and memory per GPU under ZeRO, without
 weights or a GPU. ``data`` times the mapper, the loader and the colormap. ``generation`` counts the
-calls of the language model for an answer. Each explains itself: ``python tools/benchmark.py cost
---help``.
+calls of the language model for an answer. ``curves`` lays a training under ZeRO over a plain one.
+Each explains itself: ``python tools/benchmark.py cost --help``.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import sys
 from collections.abc import Sequence
 
 import benchmark_cost
+import benchmark_curves
 import benchmark_data
 import benchmark_generation
 
 MODES = {
     "cost": (benchmark_cost, "parameters, FLOPs and memory of each part, counted"),
+    "curves": (benchmark_curves, "losses under ZeRO in several processes over those of one"),
     "data": (benchmark_data, "images per second of mapper and loader"),
     "generation": (benchmark_generation, "calls of the language model for an answer"),
 }

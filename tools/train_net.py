@@ -5,6 +5,10 @@
     python tools/train_net.py --config-file ... --resume
     python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../model_final.pth
 
+--resume goes on from the newest complete checkpoint in OUTPUT_DIR/checkpoints, to the weights of a
+run that was never interrupted; after a change of ZeRO stage or of the number of processes with the
+same weights and a new optimiser of the language decoder.
+
 On several GPUs or machines, by --num-gpus and --num-machines, or started by torchrun or srun (then
 without these two; docs/TRAINING.md):
 
@@ -13,8 +17,9 @@ without these two; docs/TRAINING.md):
 SIGTERM and SIGINT (Ctrl-C) finish the step, save a checkpoint and end with status 0; a second one
 ends at once.
 
-Writes to OUTPUT_DIR: checkpoints, config.yaml, log.txt, metrics.json, TensorBoard events,
-inference/<dataset>/ and results.json ({task: {metric: score}}).
+Writes to OUTPUT_DIR: checkpoints/iter_* to resume from, model_final.pth (weights alone),
+config.yaml, log.txt, metrics.json, TensorBoard events, inference/<dataset>/ and results.json
+({task: {metric: score}}).
 """
 
 from __future__ import annotations
@@ -42,7 +47,9 @@ from gella.agreement import (
     file_facts,
     record_facts,
 )
+from gella.checkpoint import FOLDER as CHECKPOINTS
 from gella.checkpoint import load_weights
+from gella.checkpoint_store import CheckpointStore
 from gella.evaluation import format_results, save_results
 from gella.evaluation_hooks import with_subset
 from gella.launching import LaunchError, launch_from_environment
@@ -154,19 +161,25 @@ def train_facts(trainer: GellaTrainer, *, resume: bool) -> dict[str, str]:
     facts = record_facts("DATASETS.TRAIN", trainer.data_loader.dataset.records)
     facts |= file_facts("MODEL.WEIGHTS", trainer.cfg.MODEL.WEIGHTS)
     if resume:
-        found = trainer.checkpointer.has_checkpoint()
-        checkpoint = trainer.checkpointer.get_checkpoint_file() if found else ""
+        checkpoint = trainer.checkpointer.get_checkpoint_file()
         facts |= file_facts("the checkpoint to resume from", checkpoint)
     return facts
 
 
 def newest_checkpoint(folder: str) -> str:
-    """Path of the checkpoint that ``folder/last_checkpoint`` names; FileNotFoundError if none."""
-    tag = os.path.join(folder, "last_checkpoint")
-    if not os.path.isfile(tag):
-        raise FileNotFoundError(f"{tag} does not exist: nothing was trained in OUTPUT_DIR {folder}")
-    with open(tag, encoding="utf-8") as stream:
-        return os.path.join(folder, stream.read().strip())
+    """Path of the newest complete checkpoint of an output folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are checkpoints, and none is complete.
+    """
+    newest = CheckpointStore(os.path.join(folder, CHECKPOINTS)).newest()
+    if newest is None:
+        raise FileNotFoundError(
+            f"{os.path.join(folder, CHECKPOINTS)} has no checkpoint: nothing was trained in"
+            f" OUTPUT_DIR {folder}"
+        )
+    return str(newest.path)
 
 
 def train(cfg: CfgNode, *, resume: bool) -> tuple[dict[str, dict[str, float]] | None, str]:

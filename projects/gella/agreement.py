@@ -58,7 +58,8 @@ def config_facts(cfg: Any) -> dict[str, str]:
     """Every key of the config, the versions of the packages, and the code of this one.
 
     Args:
-        cfg: a Detectron2 config; files that ``DATASETS.MODULES`` names are taken as code.
+        cfg: a GELLA config. Files that ``DATASETS.MODULES`` names are taken as code; DeepSpeed's
+            file, the language model's and the tokenizer belong to the config.
     """
     facts = {f"config key {name}": value for name, value in _flat(cfg, "")}
     facts["Python"] = platform.python_version()
@@ -71,6 +72,10 @@ def config_facts(cfg: Any) -> dict[str, str]:
     facts["code of gella"] = _digest(sorted(Path(__file__).parent.rglob("*.py")))
     modules = [Path(str(name)) for name in cfg.DATASETS.MODULES]
     facts["code of DATASETS.MODULES"] = _digest([path for path in modules if path.is_file()])
+    language = cfg.MODEL.LANGUAGE
+    facts |= file_facts("file of SOLVER.ZERO.CONFIG", cfg.SOLVER.ZERO.CONFIG)
+    facts |= file_facts("file of MODEL.LANGUAGE.CONFIG", language.CONFIG)
+    facts |= file_facts("files of MODEL.LANGUAGE.TOKENIZER", language.TOKENIZER)
     return facts
 
 

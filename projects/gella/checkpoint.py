@@ -5,20 +5,34 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import IO, Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from gella.checkpoint_folder import MODEL_FILE, TRAINER_FILE, consolidate, read_trainer
+from gella.checkpoint_store import CheckpointStore, is_checkpoint
 from gella.modeling.state_dicts.files import main_file, read_torch, read_weights
 
+FOLDER = "checkpoints"
+"""Below the output folder, for the checkpoints to resume from."""
+
+_PERIODIC = re.compile(r"model_(\d{7,})")
 # Keys of each kind that an error message lists before it only counts.
 _LISTED_KEYS = 10
 
-__all__ = ["GellaCheckpointer", "check_state_dict", "load_weights", "write_atomically"]
+__all__ = [
+    "GellaCheckpointer",
+    "check_state_dict",
+    "consolidate",
+    "load_weights",
+    "write_atomically",
+]
 
 
 def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
@@ -100,11 +114,17 @@ def _list_keys(kind: str, keys: list[str]) -> str:
 
 
 class GellaCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, atomic when it writes and strict when it reads.
+    """Detectron2's checkpointer: folders to resume from, plain files of weights, strict reading.
 
-    The file layout is Detectron2's: ``{"model": ..., "trainer": ..., "iteration": ...}`` and the
-    text file ``last_checkpoint``, which always names a complete file. Reading never runs code from
-    the file (``weights_only``).
+    ``model_<iteration>``, the name under which Detectron2's periodic checkpointer saves, becomes
+    the folder ``save_dir/checkpoints/iter_<iteration>`` (see `checkpoint_store`) with
+
+    - ``model.pth``: ``{"model": weights}``; without the part under ZeRO, which is in ``language/``,
+    - ``trainer.pth``: ``{"trainer": ..., "iteration": ...}``, the states of what was given to save,
+    - ``state.json``, and what the trainer puts there (``run_checkpoints``).
+
+    Every other name becomes the file ``save_dir/NAME.pth``, ``{"model": weights, "iteration":
+    ...}``: for evaluation and use, not to resume from. Reading never runs code from a file.
     """
 
     def __init__(
@@ -115,6 +135,8 @@ class GellaCheckpointer(DetectionCheckpointer):
         save_to_disk: bool | None = None,
         allow_missing: Iterable[str] = (),
         allow_unexpected: Iterable[str] = (),
+        keep: int = 0,
+        keep_every: int = 0,
         **checkpointables: Any,
     ) -> None:
         """Remember what to save.
@@ -125,55 +147,76 @@ class GellaCheckpointer(DetectionCheckpointer):
             save_to_disk: None: only the main process writes.
             allow_missing: see :func:`check_state_dict`.
             allow_unexpected: see :func:`check_state_dict`.
+            keep: see `CheckpointStore`.
+            keep_every: see `CheckpointStore`.
             checkpointables: further objects with ``state_dict`` and ``load_state_dict``.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.store = CheckpointStore(
+            os.path.join(save_dir, FOLDER), keep=keep, keep_every=keep_every
+        )
         self._allow_missing = tuple(allow_missing)
         self._allow_unexpected = tuple(allow_unexpected)
-        self._source = ""
+        self._source, self._saved = "", -1
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``save_dir/name.pth``, then name it in ``save_dir/last_checkpoint``.
+        """Save a folder or a file, as the name says; ``model_final`` both, so that a run can go on.
 
         Args:
             name: file name without its suffix and without folders.
-            kwargs: further picklable values to keep beside the weights.
+            kwargs: further values to keep, such as ``iteration``.
         """
         if not self.save_dir or not self.save_to_disk:
             return
         if os.path.basename(name) != name or not name:
             raise ValueError(f"checkpoint name {name!r} must be a plain file name")
-        data: dict[str, Any] = {"model": self.model.state_dict()}
-        for key, item in self.checkpointables.items():
-            data[key] = item.state_dict()
-        data.update(kwargs)
-        path = os.path.join(self.save_dir, f"{name}.pth")
-        self.logger.info("Saving checkpoint to %s", path)
-        write_atomically(path, lambda stream: torch.save(data, stream))
-        self.tag_last_checkpoint(os.path.basename(path))
+        periodic = _PERIODIC.fullmatch(name)
+        if not periodic:
+            self.save_weights(name, **kwargs)
+        if periodic or (name == "model_final" and "iteration" in kwargs):
+            iteration = int(periodic[1]) if periodic else int(kwargs["iteration"])
+            if not periodic and iteration == self._saved:
+                return
+            self.write_parts(self.store.begin(iteration), **kwargs)
+            self.logger.info("Saved checkpoint %s", self.store.finish(iteration, {}))
+            self._saved = iteration
 
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Make ``save_dir/last_checkpoint`` name a file of ``save_dir``, atomically."""
-        path = os.path.join(self.save_dir, "last_checkpoint")
-        write_atomically(path, lambda stream: stream.write(last_filename_basename.encode()))
+    def write_parts(self, folder: Path, **kwargs: Any) -> None:
+        """Write ``model.pth`` and ``trainer.pth`` into a folder; ``kwargs`` as in :meth:`save`."""
+        states = {key: item.state_dict() for key, item in self.checkpointables.items()}
+        torch.save({"model": self.model.state_dict()}, folder / MODEL_FILE)
+        torch.save({**states, **kwargs}, folder / TRAINER_FILE)
+
+    def save_weights(self, name: str, **kwargs: Any) -> None:
+        """Write ``save_dir/NAME.pth``; arguments as in :meth:`save`. Nothing on other processes."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving weights to %s", path)
+        data = {"model": self.model.state_dict(), **kwargs}
+        write_atomically(path, lambda stream: torch.save(data, stream))
 
     def load(
         self, path: str, checkpointables: list[str] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Load a checkpoint file; the empty path leaves the model as it was initialised.
+        """Load a checkpoint; the empty path leaves the model as it was initialised.
 
         Args:
-            path: local file or folder, or an address that Detectron2's path manager knows. Weights
-                alone may also be a ``.safetensors`` file, an index of shards, or a folder of these.
+            path: a folder of :meth:`save`; or a local file or folder of weights, or an address that
+                Detectron2's path manager knows: ``.pth``, ``.safetensors``, an index of shards.
             checkpointables: names of what to load besides the weights; None loads all of them.
 
         Returns:
-            What the file holds besides the weights and the objects that were loaded.
+            What there is besides the weights and the objects that were loaded.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: not a checkpoint, a damaged one, or weights that do not fit the model.
+            ValueError: not a checkpoint, an incomplete or damaged one, or weights that do not fit
+                the model.
         """
+        if path and is_checkpoint(path):
+            states = {} if checkpointables == [] else read_trainer(path)
+            return self.load_parts(path, {**states, "model": consolidate(path)}, checkpointables)
         if path and "://" not in path:
             if not os.path.exists(path):
                 raise FileNotFoundError(f"weights file {path} does not exist: check MODEL.WEIGHTS")
@@ -181,19 +224,53 @@ class GellaCheckpointer(DetectionCheckpointer):
         self._source = path
         return super().load(path, checkpointables, **kwargs)
 
+    def load_parts(
+        self,
+        path: str | Path,
+        state: dict[str, Any],
+        checkpointables: list[str] | None = None,
+        without: str = "",
+    ) -> dict[str, Any]:
+        """Load what was read from a checkpoint's folder.
+
+        Args:
+            path: the folder, for messages.
+            state: ``{"model": weights, name: state of a checkpointable, ...}``.
+            checkpointables: as in :meth:`load`.
+            without: a child of the model whose weights may be missing: they are loaded elsewhere.
+
+        Returns:
+            see :meth:`load`.
+        """
+        self.logger.info("Loading checkpoint %s", path)
+        self._source = str(path)
+        kept = self._allow_missing
+        self._allow_missing += (f"{without}.*",) if without else ()
+        try:
+            self._load_model(state)
+        finally:
+            self._allow_missing = kept
+        for key in self.checkpointables if checkpointables is None else checkpointables:
+            if key in state:
+                self.checkpointables[key].load_state_dict(state.pop(key))
+        return state
+
+    def has_checkpoint(self) -> bool:
+        """Whether ``save_dir`` has a complete checkpoint to resume from; see `CheckpointStore`."""
+        return bool(self.get_checkpoint_file())
+
     def get_checkpoint_file(self) -> str:
-        """Path of the newest checkpoint of ``save_dir``, "" if there is none.
+        """Folder of the newest complete checkpoint of ``save_dir``, "" if none was saved.
 
         Raises:
-            FileNotFoundError: ``last_checkpoint`` names a file that is gone.
+            ValueError: there are checkpoints, and none is complete.
         """
-        path = super().get_checkpoint_file()
-        if path and not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"{self.save_dir}/last_checkpoint names {path}, which does not exist: restore it,"
-                " or write the name of another checkpoint of that folder into last_checkpoint"
-            )
-        return path
+        newest = self.store.newest() if self.save_dir else None
+        return str(newest.path) if newest else ""
+
+    def get_all_checkpoint_files(self) -> list[str]:
+        """Folders of all complete checkpoints of ``save_dir``, oldest first."""
+        return [str(item.path) for item in reversed(self.store.found()[0])]
 
     def _load_file(self, f: str) -> dict[str, Any]:
         if f.endswith(".pkl"):
@@ -234,7 +311,7 @@ def load_weights(model: nn.Module, path: str, cfg: Any) -> None:
 
     Args:
         model: module on any device; changed in place.
-        path: checkpoint file; "" leaves the model untrained and says so in the log.
+        path: checkpoint file or folder; "" leaves the model untrained and says so in the log.
         cfg: gives ``MODEL.WEIGHTS_ALLOW_MISSING`` and ``MODEL.WEIGHTS_ALLOW_UNEXPECTED``.
 
     Raises:

@@ -259,6 +259,11 @@ def _add_training(cfg: Any, node: type) -> None:
     # ZeRO, the rest as always. "": plain training.
     cfg.SOLVER.ZERO = node()
     cfg.SOLVER.ZERO.CONFIG = ""
+    # Checkpoints to resume from (OUTPUT_DIR/checkpoints/iter_*), of which SOLVER.CHECKPOINT_PERIOD
+    # writes one: this many newest ones are kept, 0 keeps all; besides these the ones after every
+    # CHECKPOINT_KEEP_EVERY iterations, 0 none.
+    cfg.SOLVER.CHECKPOINT_KEEP = 3
+    cfg.SOLVER.CHECKPOINT_KEEP_EVERY = 0
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"  # one norm over all parameters
     # Images per forward pass of each process at test; does not change the results.
     cfg.TEST.IMS_PER_BATCH = 1

@@ -65,7 +65,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy_state)
         random.setstate(python_state)
         for module, flag in flags:
-            pass
+            module.training = flag
 
 
 def _language_decoder(model: nn.Module) -> nn.Module | None:
@@ -76,17 +76,27 @@ def _language_decoder(model: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def _generation_in_step(model: nn.Module) -> Iterator[None]:
-    llama = getattr(_language_decoder(model), "llama", None)
+    decoder: Any = _language_decoder(model)
     # DeepSpeed gives each parameter that it has partitioned a number.
-    if llama is None or not any(hasattr(p, "ds_id") for p in llama.parameters()):
+    if decoder is None or not any(hasattr(p, "ds_id") for p in decoder.parameters()):
         yield
         return
+    generate, llama = decoder.generate, decoder.llama
+
+    def generate_in_step(image_grid: Any, input_ids: Any, **options: Any) -> Any:
+        # Drafts would make the number of passes a matter of each rank's own words, and so would a
+        # prompt that leaves less room than the others of its batch: it limits all of them.
+        room = min(comm.all_gather(min(decoder.max_positions - len(ids) for ids in input_ids)))
+        options["max_new_tokens"] = min(options["max_new_tokens"], max(room, 1))
+        return generate(image_grid, input_ids, **{**options, "snippets": None})
+
+    decoder.generate = generate_in_step
     # transformers has the switch, but turns it on by itself only for engines that it has made.
     llama.generate = functools.partial(llama.generate, synced_gpus=comm.get_world_size() > 1)
     try:
         yield
     finally:
-        del llama.generate
+        del llama.generate, decoder.generate
 
 
 class BestCheckpoint:

@@ -16,6 +16,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from gella.data.record_store import Records, as_records, selected
+from gella.data.task_sampling import start_worker
 
 __all__ = ["EvenLoader", "RealSamples", "build_even_loader", "evenly_spaced", "even_share"]
 
@@ -111,6 +112,7 @@ def build_even_loader(
     loader = build_detection_test_loader(
         records, mapper=mapper, sampler=places, batch_size=batch_size, num_workers=num_workers
     )
+    loader.worker_init_fn = start_worker  # a signal to the group must not end an evaluation
     return EvenLoader(loader, num_real)
 
 

@@ -8,19 +8,20 @@ Where neither did, Detectron2's ``launch`` starts them here. docs/TRAINING.md ha
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import functools
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import launch
+from detectron2.engine import defaults, launch
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessExitedException
 
@@ -29,6 +30,7 @@ from gella.stopping import forwarded_signals
 __all__ = [
     "LaunchError",
     "Placement",
+    "data_parallel_on",
     "first_host",
     "launch_from_environment",
     "placement_from_environment",
@@ -134,6 +136,25 @@ def launch_from_environment(
         )
     _join(placement)
     _run(main, args)
+
+
+@contextlib.contextmanager
+def data_parallel_on(device: str) -> Iterator[None]:
+    """Let Detectron2's default trainer be made for a model on the CPU, in several processes.
+
+    Its wrapper for distributed training names a GPU unless told otherwise, and the trainer does not
+    tell it.
+
+    Args:
+        device: ``MODEL.DEVICE``; nothing changes for "cuda...".
+    """
+    plain = defaults.create_ddp_model
+    if not device.startswith("cuda"):
+        defaults.create_ddp_model = functools.partial(plain, device_ids=None)
+    try:
+        yield
+    finally:
+        defaults.create_ddp_model = plain
 
 
 def first_host(nodes: str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -65,7 +63,8 @@ class PicturePanel(HookBase):
         inputs = panel_input(sample)
         model = self.trainer.model
         model = getattr(model, "module", model)  # a wrapper would count this as a training step
-        with _evaluating(model):
+        with undisturbed(model), torch.no_grad():
+            model.eval()
             grounding = model([inputs])[0]["grounding"]
             if comm.is_main_process():
                 title = f"iteration {self.trainer.iter}, image {sample.get('image_id')}"
@@ -98,18 +97,6 @@ class PicturePanel(HookBase):
             self._writer = SummaryWriter(self._folder)
         self._writer.add_image("panel", pixels, self.trainer.iter)
         self._writer.flush()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; random states and each module's mode come back after."""
-    mode = model.training
-    with undisturbed(model), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(mode)  # reaches a part under DeepSpeed, which is no submodule
 
 
 def panel_input(sample: dict[str, Any]) -> dict[str, Any]:

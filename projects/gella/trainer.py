@@ -24,16 +24,13 @@ from gella.data.unmatched import CountedLoader, UnmatchedPhrases
 from gella.evaluation import build_evaluator
 from gella.evaluation_hooks import EvaluationInTraining, undisturbed, with_subset
 from gella.evaluation_split import RealSamples, build_even_loader, evenly_spaced
+from gella.launching import data_parallel_on
 from gella.optimizer import build_optimizer, split_off, with_epochs
 from gella.picture_panel import PicturePanel
+from gella.run_checkpoints import RunCheckpoints
 from gella.run_control import NonFiniteGuard
 from gella.stopping import StopOnSignal
-from gella.training_hooks import (
-    ForwardAfterBackward,
-    GradientClipper,
-    IterationSeed,
-    WholeCheckpoints,
-)
+from gella.training_hooks import ForwardAfterBackward, GradientClipper, IterationSeed
 from gella.training_step import StepTrainer
 from gella.watching import RunScalars
 from gella.zero import ZeroHook, hide_from_ddp, read_config
@@ -109,7 +106,8 @@ class GellaTrainer(DefaultTrainer):
                 f" {comm.get_world_size()} process(es): make the batch a multiple of their product"
             )
         self._zero: ZeroHook | None = None
-        super().__init__(cfg)
+        with data_parallel_on(str(cfg.MODEL.DEVICE)):
+            super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's hooks with ours after the timer, over our checkpointer and step.
@@ -125,7 +123,16 @@ class GellaTrainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             allow_missing=cfg.MODEL.WEIGHTS_ALLOW_MISSING,
             allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
+            keep=cfg.SOLVER.CHECKPOINT_KEEP,
+            keep_every=cfg.SOLVER.CHECKPOINT_KEEP_EVERY,
             trainer=weakref.proxy(self),
+        )
+        self._checkpoints = RunCheckpoints(
+            self.checkpointer,
+            cfg.SOLVER.CHECKPOINT_PERIOD,
+            zero=self._zero,
+            loader=self._trainer.data_loader,
+            config=cfg,
         )
         own: list[HookBase] = [IterationSeed(cfg.SEED), UnmatchedPhrases(), RunScalars()]
         clip = cfg.SOLVER.CLIP_GRADIENTS
@@ -136,9 +143,9 @@ class GellaTrainer(DefaultTrainer):
             if clip.ENABLED:
                 own[-1].check_zero()  # type: ignore[attr-defined]
             own.insert(0, self._zero)
-            built = [h for h in built if not isinstance(h, hooks.PeriodicCheckpointer)]
-            place = next(i for i, h in enumerate(built) if isinstance(h, hooks.EvalHook))
-            built.insert(place, WholeCheckpoints(self._zero, cfg.SOLVER.CHECKPOINT_PERIOD))
+        built = [h for h in built if not isinstance(h, hooks.PeriodicCheckpointer)]
+        place = next(i for i, h in enumerate(built) if isinstance(h, hooks.EvalHook))
+        built.insert(place, self._checkpoints)
         guard = NonFiniteGuard(cfg.SOLVER.NONFINITE, cfg.SOLVER.NONFINITE_LIMIT, cfg.OUTPUT_DIR)
         self._trainer.guard = guard  # looks at the norms that the clipper has put down
         # Behind the scheduler, whose state is saved, and before what takes time.
@@ -153,15 +160,8 @@ class GellaTrainer(DefaultTrainer):
         return self.test(with_subset(self.cfg, num_images), self.model)
 
     def _save_whole(self, iteration: int, name: str = "") -> None:
-        """Save ``model_<iteration>``, or a name, with what is under ZeRO; all ranks call it."""
-
-        def save() -> None:
-            self.checkpointer.save(name or f"model_{iteration:07d}", iteration=iteration)
-
-        if self._zero is None:
-            save()
-        else:
-            self._zero.save_whole(save)
+        """Save a checkpoint to resume from, or with a name whole weights; all ranks call it."""
+        self._checkpoints.save(iteration, name)
 
     def _compute_epochs(self) -> None:
         """Set ``MAX_ITER`` and ``STEPS`` from ``SOLVER.EPOCHS``, now that the data are known."""
@@ -213,12 +213,17 @@ class GellaTrainer(DefaultTrainer):
         self._trainer = step
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Continue from the newest checkpoint of ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``."""
-        super().resume_or_load(resume)
-        if self._zero is not None and self.start_iter > 0:
-            logging.getLogger(__name__).warning(
-                "The language decoder's weights are restored; its optimiser's averages start anew"
-            )
+        """Continue from the newest complete checkpoint of ``OUTPUT_DIR``, or load MODEL.WEIGHTS.
+
+        Raises:
+            ValueError: there are checkpoints and none is complete, or the files do not fit.
+        """
+        path = self.checkpointer.get_checkpoint_file() if resume else ""
+        if path:
+            self._checkpoints.resume(path)
+            self.start_iter = self.iter + 1  # the stored iteration was completed
+        else:
+            self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
 
     def train(self) -> dict[str, dict[str, float]] | None:
         """Train from ``start_iter`` to the end.

@@ -12,7 +12,7 @@ from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-__all__ = ["ForwardAfterBackward", "GradientClipper", "IterationSeed", "WholeCheckpoints"]
+__all__ = ["ForwardAfterBackward", "GradientClipper", "IterationSeed"]
 
 
 class IterationSeed(HookBase):
@@ -137,26 +137,3 @@ class ForwardAfterBackward(HookBase):
     def after_backward(self) -> None:
         """Call the outer trainer's hooks."""
         self._outer.after_backward()
-
-
-class WholeCheckpoints(HookBase):
-    """Save ``model_<iteration>`` and ``model_final`` with the weights that ZeRO has in its care.
-
-    In the place of Detectron2's periodic checkpointer, and with its names; all ranks take part.
-    """
-
-    def __init__(self, zero: Any, period: int) -> None:
-        """``zero``: a ``ZeroHook``; ``period``: ``SOLVER.CHECKPOINT_PERIOD``, iterations."""
-        self._zero, self._period = zero, period
-
-    def after_step(self) -> None:
-        """Save if this iteration is the period's last, or the last of all."""
-        iteration = self.trainer.iter
-        names = [f"model_{iteration:07d}"] if (iteration + 1) % self._period == 0 else []
-        names += ["model_final"] if iteration + 1 >= self.trainer.max_iter else []
-        if names:
-            self._zero.save_whole(lambda: self._save(names, iteration))
-
-    def _save(self, names: list[str], iteration: int) -> None:
-        for name in names:
-            self.trainer.checkpointer.save(name, iteration=iteration)

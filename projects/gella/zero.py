@@ -145,6 +145,22 @@ class ZeroHook(HookBase):
         self._branch: EngineBranch | None = None
 
     @property
+    def part(self) -> str:
+        """Name of the child that is under ZeRO."""
+        return self._name
+
+    @property
+    def module(self) -> nn.Module:
+        """The child itself, also before the training starts."""
+        child = getattr(self._model, self._name)
+        return child.engine.module if isinstance(child, EngineBranch) else child
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What :func:`read_config` gave."""
+        return self._config
+
+    @property
     def stage(self) -> int:
         """ZeRO's stage, 0 to 3."""
         return int(self._config["zero_optimization"]["stage"])

@@ -11,7 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["EngineBranch", "full_weights", "owned_norm", "throw_gradients_away"]
+__all__ = [
+    "EngineBranch",
+    "full_parameter",
+    "full_weights",
+    "owned_norm",
+    "throw_gradients_away",
+]
 
 
 class EngineBranch(nn.Module):
@@ -127,15 +133,28 @@ def throw_gradients_away(engine: Any) -> None:
         optimizer.clear_lp_grads()
 
 
+def full_parameter(parameter: nn.Parameter) -> Tensor:
+    """A parameter of an engine's module, whole, in float32 on the CPU; all ranks must call it.
+
+    A trained one comes from the optimiser's float32 copy.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+    if full is None:
+        partitioned = [parameter] if hasattr(parameter, "ds_id") else []
+        with GatheredParameters(partitioned, enabled=bool(partitioned)):
+            full = parameter.detach().float().cpu().clone()
+    return full.detach().float().cpu().contiguous()
+
+
 def full_weights(engine: Any) -> dict[str, Tensor]:
     """Parameters and buffers of the engine's module, whole, float32 where they are floats, on CPU.
 
     All ranks must call it; ranks above 0 get an empty dict. Trained parameters come from the
     optimiser's float32 copy. One parameter at a time is whole on the device.
     """
-    from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.utils import safe_get_full_fp32_param
-
     keep = dist.get_rank() == 0
     weights: dict[str, Tensor] = {}
     done: dict[int, Tensor] = {}  # tied weights are gathered once
@@ -143,13 +162,9 @@ def full_weights(engine: Any) -> dict[str, Tensor]:
         if id(parameter) in done:
             weights[name] = done[id(parameter)]
             continue
-        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        if full is None:
-            partitioned = [parameter] if hasattr(parameter, "ds_id") else []
-            with GatheredParameters(partitioned, enabled=bool(partitioned)):
-                full = parameter.detach().float().cpu().clone()
+        full = full_parameter(parameter)
         if keep:
-            weights[name] = done[id(parameter)] = full.detach().float().cpu().contiguous()
+            weights[name] = done[id(parameter)] = full
         else:
             done[id(parameter)] = full.new_empty(0)
     if not keep:

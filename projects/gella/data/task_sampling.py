@@ -114,6 +114,17 @@ class GroundingBatchSampler(Sampler[list[SampleKey]]):
                 for place in mine
             ]
 
+    def position(self, iteration: int) -> dict[str, Any]:
+        """Where the data stand before an iteration, and what their order depends on; plain JSON."""
+        return {
+            "iteration": iteration,
+            "batches": self._earlier_batches(iteration),
+            "seed": int(self.seed),
+            "batch": self.batch_size,
+            "ratios": list(self.ratios),
+            "records": {task: len(pool) for task, pool in self.pools.items()},
+        }
+
     def _earlier_batches(self, iteration: int) -> dict[str, int]:
         """Batches of each task before `iteration`."""
         counts = np.zeros(len(TASKS), dtype=np.int64)
@@ -182,6 +193,10 @@ class GroundingTrainLoader:
     def start_iteration(self, iteration: int) -> None:
         self.sampler.start_iteration = int(iteration)
 
+    def position(self, iteration: int) -> dict[str, Any]:
+        """See `GroundingBatchSampler.position`."""
+        return self.sampler.position(iteration)
+
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Start the workers and yield batches."""
         # A generator of its own: starting a loader would draw from the global one.
@@ -191,7 +206,7 @@ class GroundingTrainLoader:
             batch_sampler=self.sampler,
             num_workers=self.num_workers,
             collate_fn=_to_send if self.num_workers else _as_list,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             generator=generator,
         )
         if not self.num_workers:
@@ -261,7 +276,11 @@ def _to_send(batch: list[Any]) -> list[Any]:
     return [to_send(item) for item in batch]
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """Set up a process that a loader has started, as its `worker_init_fn`.
+
+    One thread; it ends with its parent, and neither Ctrl-C nor a SIGTERM of anyone else ends it.
+    """
     torch.set_num_threads(1)
     # A killed trainer cannot stop its workers, and one that waits to hand a batch over never ends.
     if sys.platform == "linux":

@@ -1,0 +1,278 @@
+#!/usr/bin/env python
+"""Kill a training without warning, again and again: does it go on to the same weights?
+
+    python tools/benchmark_crash.py --kills 20
+    python tools/benchmark_crash.py --kills 20 --processes 2 --zero-stage 2 --json crash.json
+
+A tiny model trains on drawn scenes by tools/train_net.py, saving after every iteration; once to the
+end, and once per kill: ``kill -9`` for all its processes at a moment drawn from ``--seed``, then
+``--resume``. Every second moment is drawn from the whole training, every other one lies inside the
+writing of a checkpoint. Each resumed run must start from the newest complete checkpoint and end at
+the weights of the run that was never killed, bit for bit. Runs on the CPU; a kill takes two starts
+of the script. The exit status is 1 if a run fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from gella.evaluation.results import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+POLL = 0.0005  # seconds between two looks at what a run does
+PATIENCE = 900.0  # seconds that a run of a minute may take
+IN_SAVE = 0.03  # seconds after the start of a save in which a kill lies
+OPTIONS = [
+    *("MODEL.DEVICE", "cpu", "MODEL.IMAGE_ENCODER.WIDTH", 32, "MODEL.IMAGE_ENCODER.LAYERS", 2),
+    *("MODEL.RESOBLEND.DIM", 32, "MODEL.MASK_DECODER.HIDDEN_DIM", 32),
+    *("MODEL.MASK_DECODER.MASK_DIM", 32, "MODEL.MASK_DECODER.DECODER_LAYERS", 1),
+    *("MODEL.LANGUAGE.HIDDEN_SIZE", 32, "MODEL.LANGUAGE.INTERMEDIATE_SIZE", 64),
+    *("MODEL.LANGUAGE.NUM_LAYERS", 1, "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 1),
+    *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.CHECKPOINT_PERIOD", 1, "SEED", 3),
+    *("DATALOADER.TASK_RATIOS", "[0.3,0.3,0.4]"),
+]
+COLUMNS = (
+    "kill",
+    "moment",
+    "reached",
+    "resumed from",
+    "passed over",
+    "equal",
+    "difference",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark to a parser."""
+    add = parser.add_argument
+    add("--kills", type=int, default=20, metavar="N", help="default 20")
+    add("--processes", type=int, default=1, metavar="N", help="of each run (default 1)")
+    add(
+        "--zero-stage", type=int, choices=range(4), help="of the language decoder; default: no ZeRO"
+    )
+    add("--iterations", type=int, default=12, metavar="N", help="of each run (default 12)")
+    add("--seed", type=int, default=0, help="of the moments (default 0)")
+    add("--folder", metavar="DIR", help="keep data and runs there; default: a temporary folder")
+    add("--json", metavar="FILE", help="write the figures there too")
+
+
+class Run:
+    """One process group that trains into a folder, and what it prints."""
+
+    def __init__(self, command: Sequence[Any], folder: Path, data: Path) -> None:
+        """Start it; ``data`` holds the drawn scenes."""
+        folder.mkdir(exist_ok=True)
+        self.checkpoints = folder / "checkpoints"
+        self._printed = folder / "printed.txt"
+        environment = {**os.environ, "DETECTRON2_DATASETS": str(data), "OMP_NUM_THREADS": "1"}
+        with open(self._printed, "w", encoding="utf-8") as stream:
+            # A group of its own: a kill must hit the workers and the other processes too.
+            self._process = subprocess.Popen(
+                [*map(str, command), "OUTPUT_DIR", str(folder)],
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**environment, "CUDA_VISIBLE_DEVICES": ""},
+                start_new_session=True,
+            )
+        self._deadline = time.monotonic() + PATIENCE
+
+    def printed(self) -> str:
+        """What it has printed so far."""
+        return self._printed.read_text(encoding="utf-8", errors="replace")
+
+    def wait(self, until: Callable[[], bool]) -> bool:
+        """Wait for something; False if the run ended before it.
+
+        Raises:
+            ValueError: it took too long.
+        """
+        while not until():
+            if self._process.poll() is not None:
+                return until()
+            if time.monotonic() > self._deadline:
+                self.kill()
+                raise ValueError(f"the run in {self._printed.parent} hangs; see {self._printed}")
+            time.sleep(POLL)
+        return True
+
+    def kill(self) -> None:
+        """End all its processes at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def finish(self) -> str:
+        """Wait for its good end; returns what it printed. ValueError if it failed."""
+        self.wait(lambda: self._process.poll() is not None)
+        self.kill()  # loader processes that outlive it
+        if self._process.returncode:
+            last = self.printed().strip().splitlines()[-1:]
+            raise ValueError(f"the run in {self._printed.parent} failed: {''.join(last)}")
+        return self.printed()
+
+
+class Trial:
+    """Runs of one configuration: the whole one, then killed and resumed ones."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        """Draw the scenes; ValueError for wrong arguments."""
+        if min(args.kills, args.processes) < 1 or args.iterations < 3:
+            raise ValueError(
+                "--kills and --processes must be at least 1, --iterations 3; got"
+                f" {args.kills}, {args.processes}, {args.iterations}"
+            )
+        self._args, self._folder = args, folder
+        self._random = random.Random(args.seed)
+        self._data = folder / "data"
+        shapes = self._data / "shapes"
+        prepare = [sys.executable, str(ROOT / "datasets" / "prepare_shapes.py")]
+        prepare += ["--output", str(shapes), "--train", "40", "--val", "2"]
+        subprocess.run(prepare, check=True, capture_output=True)
+        self._options = [*OPTIONS, "MODEL.LANGUAGE.TOKENIZER", shapes / "tokenizer"]
+        self._options += ["SOLVER.MAX_ITER", args.iterations]
+        if args.processes > 1:
+            self._options += ["SOLVER.IMS_PER_BATCH", 2 * args.processes]
+        if args.zero_stage is not None:
+            config = ROOT / "configs" / "zero" / f"stage{args.zero_stage}.json"
+            self._options += ["SOLVER.ZERO.CONFIG", config]
+        self._seconds = 0.0
+        self._expected: dict[str, torch.Tensor] = {}
+
+    def _start(self, name: str, *flags: str) -> Run:
+        script, config = ROOT / "tools" / "train_net.py", ROOT / "configs/gella_tiny_shapes.yaml"
+        command = [sys.executable, script, "--config-file", config, *flags]
+        if self._args.processes > 1:
+            command += ["--num-gpus", self._args.processes, "--dist-url", "auto"]
+        return Run([*command, *self._options], self._folder / name, self._data)
+
+    def whole(self) -> None:
+        """Train to the end once, and take the time from the first iteration on."""
+        run = self._start("whole")
+        run.wait(lambda: "Starting training" in run.printed())
+        start = time.monotonic()
+        last = run.checkpoints / f"iter_{self._args.iterations - 1:07d}"
+        run.wait(last.exists)
+        self._seconds = time.monotonic() - start
+        run.finish()
+        self._expected = _weights(self._folder / "whole")
+
+    def kill(self, number: int) -> dict[str, Any]:
+        """One run that is killed and resumed; the row of the table."""
+        name = f"kill{number:02d}"
+        run = self._start(name)
+        if number % 2:
+            moment = self._kill_anywhere(run)
+        else:
+            moment = self._kill_while_saving(run)
+        present = sorted(p.name for p in run.checkpoints.glob("*iter_*"))
+        complete = [n for n in present if n.startswith("iter_")]
+        printed = self._start(name, "--resume").finish()
+        resumed = re.findall(r"Loading checkpoint \S*/(iter_\d+)", printed)
+        passed = sorted(set(re.findall(r"checkpoint \S*/(\S+) is passed over", printed)))
+        equal, difference = compared(_weights(self._folder / name), self._expected)
+        right = set(resumed) == set(complete[-1:]) and passed == sorted(set(present) - {*complete})
+        return {
+            "kill": number,
+            "moment": moment,
+            "reached": max([p.lstrip(".") for p in present], default="no save"),
+            "resumed from": resumed[0] if resumed else "the start",
+            "passed over": ", ".join(passed),
+            "equal": "yes" if equal and right else "NO" if right else "NO: wrong checkpoint",
+            "difference": difference,
+        }
+
+    def _kill_anywhere(self, run: Run) -> str:
+        delay = self._random.uniform(0.0, self._seconds)
+        run.wait(lambda: "Starting training" in run.printed())
+        end = time.monotonic() + delay
+        run.wait(lambda: time.monotonic() >= end)
+        run.kill()
+        return f"{delay:.2f} s after the start"
+
+    def _kill_while_saving(self, run: Run) -> str:
+        iteration = self._random.randrange(self._args.iterations)
+        delay = self._random.uniform(0.0, IN_SAVE)
+        writing = run.checkpoints / f".iter_{iteration:07d}.tmp"
+        run.wait(lambda: writing.exists() or writing.with_name(writing.stem[1:]).exists())
+        end = time.monotonic() + delay
+        run.wait(lambda: time.monotonic() >= end)
+        run.kill()
+        return f"{1000 * delay:.0f} ms into saving {iteration}"
+
+
+def compared(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> tuple[bool, float]:
+    """Whether two sets of weights are equal bit for bit, and their largest difference."""
+    difference = max(
+        float((found[key].double() - value.double()).abs().max()) for key, value in expected.items()
+    )
+    return all(torch.equal(found[key], value) for key, value in expected.items()), difference
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Run all trials, print the table, and write ``--json``; the figures.
+
+    Raises:
+        ValueError: wrong arguments, or a run that hangs or fails.
+        SystemExit: status 1, a run ended at other weights or took up a wrong checkpoint.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = args.folder or stack.enter_context(tempfile.TemporaryDirectory())
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        trial = Trial(args, Path(folder).resolve())
+        trial.whole()
+        rows = [trial.kill(n) for n in tqdm(range(args.kills), "kills", leave=False)]
+    stage = "without ZeRO" if args.zero_stage is None else f"ZeRO stage {args.zero_stage}"
+    figures = {
+        "runs": f"{args.iterations} iterations, {args.processes} process(es), {stage}",
+        "equal": sum(row["equal"] == "yes" for row in rows),
+        "kills": rows,
+    }
+    print(tabulate([[row[c] for c in COLUMNS] for row in rows], COLUMNS, floatfmt=".1e"))
+    print(f"\n{figures['runs']}: {figures['equal']} of {len(rows)} equal to the whole run")
+    if args.json:
+        write_json(args.json, figures)
+        print(f"wrote {args.json}")
+    if figures["equal"] < len(rows):
+        raise SystemExit(1)
+    print("next: train with SOLVER.CHECKPOINT_PERIOD; after a crash add --resume to the command")
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status, 2 for wrong arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    try:
+        run(parser.parse_args(arguments))
+    except (OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
