@@ -1,14 +1,15 @@
 #!/usr/bin/env python
-"""What a configuration costs, and how fast its data path and its answers are.
+"""What a configuration costs, and how fast its data path, its answers and their scores are.
 
     python tools/benchmark.py cost --config-file configs/gella_swin_t.yaml
     python tools/benchmark.py data --json data.json
     python tools/benchmark.py generation --config-file configs/gella_tiny_shapes.yaml
+    python tools/benchmark.py eval --json eval.json
 
 ``cost`` counts parameters, FLOPs and memory of each part, and memory per GPU under ZeRO, without
 weights or a GPU. ``data`` times the mapper, the loader and the colormap. ``generation`` counts the
-calls of the language model for an answer. Each explains itself: ``python tools/benchmark.py cost
---help``.
+calls of the language model for an answer. ``eval`` times the metrics and the language pass of given
+nouns. Each explains itself: ``python tools/benchmark.py cost --help``.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from collections.abc import Sequence
 
 import benchmark_cost
 import benchmark_data
+import benchmark_eval
 import benchmark_generation
 
 MODES = {
     "cost": (benchmark_cost, "parameters, FLOPs and memory of each part, counted"),
     "data": (benchmark_data, "images per second of mapper and loader"),
     "generation": (benchmark_generation, "calls of the language model for an answer"),
+    "eval": (benchmark_eval, "time of panoptic quality, average recall and given nouns"),
 }
 
 

@@ -4,9 +4,12 @@
     python tools/train_net.py --config-file configs/gella_tiny_shapes.yaml
     python tools/train_net.py --config-file ... --resume
     python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../model_final.pth
+    python tools/train_net.py --config-file ... --eval-only --table 3 MODEL.WEIGHTS ...
 
 Writes to OUTPUT_DIR: checkpoints, config.yaml, log.txt, metrics.json, TensorBoard events,
-inference/<dataset>/ and results.json ({task: {metric: score}}).
+inference/<dataset>/, results.json ({task: {metric: score}}, and "run": how they came about) and
+results.md (the paper's rows beside ours). --table N runs all that a table of the paper needs, with
+these weights, and writes to OUTPUT_DIR/table_N; "all" is every mode (docs/EVALUATION.md).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -27,9 +31,21 @@ from detectron2.utils import comm
 
 from gella import load_config
 from gella.checkpoint import load_weights
-from gella.evaluation import format_results, save_results
+from gella.evaluating import (
+    Evaluation,
+    calibrated,
+    check_expected,
+    dataset_counts,
+    evaluate_config,
+    evaluate_table,
+    save_evaluation,
+    without_expected,
+)
+from gella.evaluation import format_results
+from gella.evaluation.run_info import describe_run
+from gella.evaluation.tables import TABLES
 from gella.plugins import import_modules
-from gella.trainer import GellaTrainer, load_records
+from gella.trainer import GellaTrainer
 
 LOGGER = logging.getLogger("detectron2")
 # What a wrong file, name or value raises while a run is set up. Other exceptions are bugs.
@@ -80,16 +96,19 @@ def setup(args: Any) -> CfgNode:
     return cfg
 
 
-def evaluate(cfg: CfgNode, *, resume: bool) -> tuple[dict[str, dict[str, float]], str]:
-    """Evaluate weights on ``DATASETS.TEST``.
+def evaluate(
+    cfg: CfgNode, *, resume: bool, config_file: str = "", table: str = ""
+) -> tuple[Evaluation, str]:
+    """Evaluate weights on ``DATASETS.TEST``, or run all that a table of the paper needs.
 
     Args:
         cfg: a frozen config; ``MODEL.WEIGHTS`` names the weights.
         resume: take the newest checkpoint of ``OUTPUT_DIR`` instead.
+        config_file: its file, for the record.
+        table: one of ``TABLES``; the table is printed, and the evaluation comes back empty.
 
     Returns:
-        ``{task: {metric: score}}`` (empty on other processes than the main one) and the weights'
-        path.
+        the scores (empty on other processes than the main one) and the weights' path.
     """
     with user_errors():
         weights = cfg.MODEL.WEIGHTS
@@ -100,20 +119,18 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> tuple[dict[str, dict[str, float]]
                 "--eval-only has nothing to evaluate: give MODEL.WEIGHTS FILE at the end of the"
                 " command, or --resume for the newest checkpoint of OUTPUT_DIR"
             )
+        cfg, calibration = calibrated(cfg, weights)
         model = GellaTrainer.build_model(cfg)
         load_weights(model, weights, cfg)
-        check_test_datasets(cfg)
-    return GellaTrainer.test(cfg, model), weights
-
-
-def check_test_datasets(cfg: CfgNode) -> None:
-    """Read the annotations of ``DATASETS.TEST`` once, so that wrong ones end a run at its start.
-
-    Raises:
-        OSError, KeyError, ValueError: what the readers refuse, naming file and record.
-    """
-    for name in cfg.DATASETS.TEST:
-        load_records([name], "DATASETS.TEST", cfg)
+        counts = {} if table else dataset_counts(cfg)
+    known = {"config_file": config_file, "weights": weights, "calibration": calibration}
+    if not table:
+        return evaluate_config(cfg, model, counts=counts, **known), weights
+    with user_errors():
+        text, folder = evaluate_table(cfg, model, table, **known)
+    if comm.is_main_process():
+        print(f"\n{text}\nTable:    {folder}/results.md; each run in a folder beside it")
+    return Evaluation(), weights
 
 
 def newest_checkpoint(folder: str) -> str:
@@ -137,18 +154,24 @@ def train(cfg: CfgNode, *, resume: bool) -> tuple[dict[str, dict[str, float]] | 
         final weights.
     """
     with user_errors():
-        trainer = GellaTrainer(cfg)
+        trainer = GellaTrainer(without_expected(cfg))
         trainer.resume_or_load(resume=resume)
-        check_test_datasets(cfg)
+        dataset_counts(cfg)  # wrong annotations end the run here
     return trainer.train(), os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
 
 
-def report(cfg: CfgNode, config_file: str, results: dict[str, Any] | None, weights: str) -> None:
-    """Print the one table, write ``results.json`` and say what to type next."""
+def report(
+    cfg: CfgNode,
+    config_file: str,
+    results: dict[str, Any] | None,
+    weights: str,
+    run: dict[str, Any] | None = None,
+    outcome: dict[str, Any] | None = None,
+) -> None:
+    """Print the one table, write ``results.json`` and ``results.md``, say what to type next."""
     lines = [f"Weights:  {weights}"]
     if results:
-        path = os.path.join(cfg.OUTPUT_DIR, "results.json")
-        save_results(results, path)
+        path = save_evaluation(cfg.OUTPUT_DIR, results, run, outcome)
         print(f"\n{format_results(results)}\n")
         lines.append(f"Results:  {path}")
     dataset = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "NAME"
@@ -161,18 +184,41 @@ def report(cfg: CfgNode, config_file: str, results: dict[str, Any] | None, weigh
 
 def main(args: Any) -> None:
     """Run one process of the training or evaluation that the arguments describe."""
+    table = getattr(args, "table", "")
     with user_errors():
+        if table and not args.eval_only:
+            raise ValueError(f"--table {table} evaluates weights: add --eval-only")
         cfg = setup(args)
+    started = time.perf_counter()
+    run: dict[str, Any] | None = None
+    outcome = None
     if args.eval_only:
-        results, weights = evaluate(cfg, resume=args.resume)
+        done, weights = evaluate(cfg, resume=args.resume, config_file=args.config_file, table=table)
+        results, run, outcome = done.results, done.run, done.outcome
     else:
         results, weights = train(cfg, resume=args.resume)
-    if comm.is_main_process():
-        report(cfg, args.config_file, results, weights)
+    if not comm.is_main_process():
+        return
+    if results and run is None:
+        run = describe_run(
+            cfg,
+            config_file=args.config_file,
+            weights=weights,
+            seconds=time.perf_counter() - started,
+            datasets=dataset_counts(cfg),
+        )
+    report(cfg, args.config_file, results, weights, run, outcome)
+    if results:
+        with user_errors():
+            check_expected(cfg, results)
 
 
 if __name__ == "__main__":
-    ARGS = default_argument_parser(epilog=__doc__).parse_args()
+    PARSER = default_argument_parser(epilog=__doc__)
+    PARSER.add_argument(
+        "--table", default="", choices=TABLES, help="evaluate all that a table of the paper needs"
+    )
+    ARGS = PARSER.parse_args()
     launch(
         main,
         ARGS.num_gpus,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils import comm
 from torch import nn
@@ -24,15 +24,8 @@ from gella.data.exclusion import without_held_out
 from gella.data.record_store import Records, concatenated
 from gella.data.task_sampling import build_train_loader
 from gella.data.unmatched import CountedLoader, UnmatchedPhrases
-from gella.evaluation import build_evaluator
+from gella.evaluation import asked_categories, build_evaluator, merge_datasets, task_for
 
-# The task by which the model answers for a dataset of each evaluator type.
-TEST_TASKS = {
-    "png": "ground",
-    "coco_panoptic_seg": "panoptic",
-    "noun_extraction": "extract",
-    "refcoco": "refer",
-}
 # Parameters under this attribute of the model take SOLVER.LANGUAGE_MULTIPLIER.
 LANGUAGE_PREFIX = "language_decoder."
 
@@ -283,15 +276,16 @@ class GellaTrainer(DefaultTrainer):
             ValueError: the dataset's metadata has no evaluator type that is known here.
         """
         records = load_records([dataset_name], "DATASETS.TEST", cfg)
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if kind not in TEST_TASKS:
-            raise ValueError(
-                f"dataset {dataset_name}: evaluator_type is {kind!r}, known: {sorted(TEST_TASKS)}"
-            )
+        # The names to ask for, where they are not the dataset's own.
+        categories = asked_categories(cfg, dataset_name)
         loader = build_detection_test_loader(
             records,
             mapper=GroundingMapper(
-                cfg, is_train=False, dataset_names=[dataset_name], task=TEST_TASKS[kind]
+                cfg,
+                is_train=False,
+                dataset_names=[dataset_name],
+                task=task_for(cfg, dataset_name),
+                **({} if categories is None else {"categories": categories}),
             ),
             batch_size=cfg.TEST.IMS_PER_BATCH,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -317,8 +311,4 @@ class GellaTrainer(DefaultTrainer):
         results = super().test(cfg, model, evaluators)
         if len(cfg.DATASETS.TEST) == 1:
             return dict(results or {})
-        merged: dict[str, dict[str, float]] = {}
-        for dataset_name, tasks in results.items():
-            for task, metrics in (tasks or {}).items():
-                merged[f"{task}@{dataset_name}" if task in merged else task] = metrics
-        return merged
+        return merge_datasets(results)

@@ -22,6 +22,7 @@ from gella.modeling.postprocessing import (
     ground_phrases,
     masks_in_original_frame,
     panoptic_from_scores,
+    selection_options,
 )
 from gella.modeling.resoblend import ResoBlend
 from gella.modeling.upstream_mask_decoder import build_mask_decoder
@@ -345,5 +346,5 @@ class GELLA(nn.Module):
                 candidates.scores, candidates.masks, inputs["phrases"], options.PANOPTIC_THRESHOLD
             )
             return {"panoptic_seg": panoptic_seg, "instances": instances}
-        grounding = ground_phrases(inputs["phrases"], candidates, options.ASSOCIATION_THRESHOLD)
+        grounding = ground_phrases(inputs["phrases"], candidates, **selection_options(options))
         return {"grounding": grounding, "instances": instances}
