@@ -12,17 +12,20 @@ are compared with OUTPUT_DIR/results.json: they are equal bit for bit, or the st
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import MetadataCatalog
+from tqdm import tqdm
 
 from gella import load_config
 from gella.evaluation import build_evaluator, format_results, load_results, merge_datasets
-from gella.evaluation.offline import SavedPredictions, sample_of
+from gella.evaluation.offline import SavedPredictions, sample_with_truth
+from gella.evaluation.overlap import prepared_ahead
 from gella.evaluation.results import save_results
 from gella.plugins import import_modules
 from gella.trainer import load_records
@@ -43,15 +46,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def progress(records: Any, name: str) -> Iterator[Any]:
-    """The records, with a line of progress on a terminal."""
-    total = len(records)
-    for done, record in enumerate(records, start=1):
-        yield record
-        if sys.stderr.isatty() and (done % 50 == 0 or done == total):
-            print(f"\r{name}: {done}/{total}", end="\n" if done == total else "", file=sys.stderr)
-
-
 def score_dataset(cfg: Any, name: str, folder: Path) -> dict[str, dict[str, float]]:
     """``{task: {metric: score}}`` of the predictions in a folder, by the dataset's evaluators.
 
@@ -64,8 +58,9 @@ def score_dataset(cfg: Any, name: str, folder: Path) -> dict[str, dict[str, floa
     saved = SavedPredictions(folder)
     evaluator = build_evaluator(cfg, name, "")
     evaluator.reset()
-    for record in progress(records, name):
-        sample = sample_of(record, kind)
+    prepare = functools.partial(sample_with_truth, evaluator_type=kind)
+    samples = prepared_ahead(records, prepare, cfg.DATALOADER.NUM_WORKERS)
+    for sample in tqdm(samples, name, len(records), unit="sample", disable=None):
         evaluator.process([sample], [saved(sample)])
     return evaluator.evaluate()
 

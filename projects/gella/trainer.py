@@ -25,6 +25,7 @@ from gella.data.record_store import Records, concatenated
 from gella.data.task_sampling import build_train_loader
 from gella.data.unmatched import CountedLoader, UnmatchedPhrases
 from gella.evaluation import asked_categories, build_evaluator, merge_datasets, task_for
+from gella.evaluation.overlap import OverlappedEvaluator
 
 # Parameters under this attribute of the model take SOLVER.LANGUAGE_MULTIPLIER.
 LANGUAGE_PREFIX = "language_decoder."
@@ -296,7 +297,10 @@ class GellaTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
         """The evaluators of the dataset's type; they write below ``OUTPUT_DIR/inference``."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        return build_evaluator(cfg, dataset_name, folder)
+        evaluators = build_evaluator(cfg, dataset_name, folder)
+        # While a GPU infers the CPU can score; on the CPU alone there is nothing to gain.
+        gpu = str(cfg.MODEL.DEVICE).startswith("cuda") and torch.cuda.is_available()
+        return OverlappedEvaluator(evaluators) if gpu else evaluators
 
     @classmethod
     def test(

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from gella.entities import rgb_to_id
 from gella.entity_json import decode_segmentation
 from gella.entity_sources import annotation_of, load_from_record
+from gella.evaluation.id_png import read_id_png
+from gella.evaluation.truth import TruthReader
 
 PREDICTION_FILES = (
     "png_predictions.json",
@@ -24,6 +24,14 @@ PREDICTION_FILES = (
     "referring_predictions.json",
 )
 """What the evaluators write into ``inference/<dataset>/``; a folder has those of its type."""
+
+
+def sample_with_truth(record: dict[str, Any], evaluator_type: str) -> dict[str, Any]:
+    """As `sample_of`, with the annotated masks read where they are wanted: for worker processes."""
+    sample = sample_of(record, evaluator_type)
+    if evaluator_type in ("png", "coco_panoptic_seg"):
+        sample["truth"] = TruthReader()(sample)
+    return sample
 
 
 def sample_of(record: dict[str, Any], evaluator_type: str) -> dict[str, Any]:
@@ -126,9 +134,8 @@ class SavedPredictions:
             row = take(sample)
             path = self._folder / "panoptic_predictions" / row["file_name"]
             try:
-                with Image.open(path) as picture:
-                    ids = rgb_to_id(np.array(picture.convert("RGB")))
-            except (OSError, SyntaxError) as error:
+                ids = read_id_png(path)
+            except (OSError, ValueError) as error:
                 raise ValueError(f"{path} cannot be read ({error}); evaluate again") from error
             return {"panoptic_seg": (ids, row["segments_info"])}
 
