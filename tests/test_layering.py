@@ -46,6 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "modeling": set(),  # every file but the one that composes them
     "modeling.meta_arch": {"modeling", "entities", "prompts"},
     "evaluation": {"metrics", "entities", "entity_sources", "prompts"},
+    "analysis": {"metrics", "entities", "entity_sources", "evaluation", "visualizer"},
     "captions": {"geometry"},
     "segmenters": {"entities", "entity_sources", "geometry", "checkpoint"},
     "predictor": {
@@ -84,6 +85,7 @@ ARROWS: dict[str, set[str]] = {
         "watching",
         "zero",
     },
+    "evaluating": {"data", "evaluation", "trainer"},
 }
 # Files that were split off another for length stay in its group.
 GROUPS = {

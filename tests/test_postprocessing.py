@@ -12,6 +12,7 @@ from gella.modeling.postprocessing import (
     ground_phrases,
     masks_in_original_frame,
     merge_snapped,
+    names_several,
     panoptic_from_scores,
     select_entities,
     snap_to_entities,
@@ -107,6 +108,50 @@ def test_a_noun_takes_all_above_the_threshold_and_always_the_best():
     scores = torch.tensor([[0.6, 0.2, 0.9], [0.1, 0.3, 0.2]])
     assert select_entities(scores, 0.5) == [[2, 0], [1]]
     assert select_entities(scores[:, :0], 0.5) == [[], []]
+
+
+def test_a_singular_noun_takes_its_best_entity_and_a_low_best_none():
+    scores = torch.tensor([[0.6, 0.2, 0.9], [0.6, 0.7, 0.2], [0.3, 0.1, 0.2]])
+    best_only = [True, False, True]
+    assert select_entities(scores, 0.5, best_only=best_only) == [[2], [1, 0], [0]]
+    assert select_entities(scores, 0.5, none_threshold=0.35) == [[2, 0], [1, 0], []]
+    assert select_entities(scores, 0.5, none_threshold=0.3) == [[2, 0], [1, 0], [0]]  # not lower
+    masks = strips(3)
+    phrases = [{"text": t, "start": 0, "end": 1} for t in ("a dog", "two dogs", "a cat")]
+    found = ground_phrases(
+        phrases,
+        Candidates(masks, [7, 8, 9], scores),
+        0.5,
+        singular_argmax=True,
+        none_threshold=0.35,
+    )
+    assert [unit["entity_ids"] for unit in found] == [[9], [8, 7], []]
+    assert not found[2]["mask"].any() and found[2]["mask"].shape == (12, 12)
+
+
+@pytest.mark.parametrize(
+    ("noun", "several"),
+    [
+        ("a dog", False),
+        ("the dogs", True),
+        ("two white circles", True),
+        ("a man and a woman", True),
+        ("a group of people", True),
+        ("a glass of water", False),
+        ("the bus", False),
+        ("grass", False),
+        ("the man in shorts", False),
+        ("men on horses", True),
+        ("the dog's tail", False),
+        ("3 cups", True),
+        ("a few", True),
+        ("the wall with windows", False),
+        ("children", True),
+        ("", False),
+    ],
+)
+def test_the_words_tell_whether_a_noun_names_several(noun, several):
+    assert names_several(noun) is several
 
 
 def test_grounding_unites_masks_and_keeps_spans():

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
+
+from gella.evaluation.run_info import file_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "train_net.py"
@@ -94,6 +97,17 @@ def weights(path):
     return torch.load(path, weights_only=True)["model"]
 
 
+def scores(folder):
+    """The scores of a folder's results.json, without how they came about."""
+    content = json.loads((folder / "results.json").read_text())
+    return {task: metrics for task, metrics in content.items() if task != "run"}
+
+
+def run_of(folder):
+    """How the scores of a folder came about."""
+    return json.loads((folder / "results.json").read_text())["run"]
+
+
 @pytest.fixture(scope="module")
 def trained(scenes, tmp_path_factory):
     """An uninterrupted run: its process and its output folder."""
@@ -106,7 +120,12 @@ def trained(scenes, tmp_path_factory):
 def test_training_ends_with_one_table_and_the_next_step(trained):
     process, output = trained
     results = json.loads((output / "results.json").read_text())
-    assert {"png", "panoptic_seg", "entity", "nouns"} <= set(results)
+    described = results.pop("run")
+    assert set(results) == {"png", "panoptic_seg", "entity", "nouns"}
+    assert described["weights"] == f"{output}/model_final.pth"
+    assert described["weights_sha256"] == file_hash(output / "model_final.pth")
+    assert described["datasets"]["gella_shapes_png_val"] == {"records": 4, "images": 4}
+    assert "| **ours** |" in (output / "results.md").read_text()
     assert all(
         isinstance(v, (int, float)) or v is None for m in results.values() for v in m.values()
     )
@@ -137,8 +156,7 @@ def test_a_killed_run_resumes_to_the_same_weights(scenes, trained, tmp_path):
     assert [k for k in expected if not torch.equal(expected[k], found[k])] == []
     start = weights(whole / "checkpoints" / "iter_0000001" / "model.pth")
     assert any(not torch.equal(start[k], found[k]) for k in start)  # it did train
-    for name in ("results.json",):
-        assert json.loads((whole / name).read_text()) == json.loads((tmp_path / name).read_text())
+    assert scores(tmp_path) == scores(whole)
 
 
 @pytest.mark.parametrize("weights", ["model_final.pth", "checkpoints/iter_0000005"])
@@ -146,8 +164,78 @@ def test_eval_only_repeats_the_final_evaluation(scenes, trained, tmp_path, weigh
     _, whole = trained
     process = run(scenes, tmp_path, "--eval-only", "MODEL.WEIGHTS", f"{whole}/{weights}")
     assert process.returncode == 0, process.stderr[-3000:]
-    expected = json.loads((whole / "results.json").read_text())
-    assert json.loads((tmp_path / "results.json").read_text()) == expected
+    assert scores(tmp_path) == scores(whole)
+    assert run_of(tmp_path)["weights_sha256"] == run_of(whole)["weights_sha256"]
+    assert run_of(tmp_path)["config_sha256"] == run_of(whole)["config_sha256"]
+
+
+def test_saved_predictions_score_the_same_and_changed_ones_do_not(scenes, trained, tmp_path):
+    _, whole = trained
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("*.pth"))
+    tool = [sys.executable, str(ROOT / "tools" / "score.py")]
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(scenes), "OMP_NUM_THREADS": "1"}
+
+    def score(*arguments):
+        command = [*tool, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    same = score(copy)
+    assert same.returncode == 0, same.stderr[-2000:]
+    assert "bit for bit" in same.stdout
+    file = copy / "inference" / "gella_shapes_png_val" / "png_predictions.json"
+    content = json.loads(file.read_text())
+    noun = content["predictions"][0]["nouns"][0]
+    height, width = noun["segmentation"]["size"]
+    empty_or_full = [height * width] if noun["iou"] else [0, height * width]
+    noun["segmentation"] = {"size": [height, width], "counts": empty_or_full}
+    file.write_text(json.dumps(content))
+    other = score(copy)
+    assert other.returncode == 1 and "png/AR: " in other.stdout
+
+
+def test_expected_results_fail_after_the_table_was_printed(scenes, tmp_path):
+    wrong = ["TEST.EXPECTED_RESULTS", "[['nouns','recall',150.0,0.1]]"]
+    nouns = ["DATASETS.TEST", "('gella_shapes_nouns_val',)"]
+    process = run(scenes, tmp_path, "SOLVER.MAX_ITER", "1", *nouns, *wrong)
+    assert process.returncode == 1
+    assert "Noun extraction from generated answers" in process.stdout
+    assert "run" in json.loads((tmp_path / "results.json").read_text())
+
+
+def test_a_table_runs_all_that_it_needs_and_takes_calibrated_thresholds(scenes, trained, tmp_path):
+    _, whole = trained
+    calibration = tmp_path / "calibration.json"
+    tool = [sys.executable, str(ROOT / "tools" / "calibrate.py"), "--config-file", CONFIG]
+    tokenizer = ["MODEL.LANGUAGE.TOKENIZER", str(scenes / "shapes" / "tokenizer")]
+    picked = subprocess.run(
+        [*tool, "--weights", f"{whole}/model_final.pth", "--dataset", "gella_shapes_png_train"]
+        + ["--dataset", "gella_shapes_panoptic_train", "--num", "4"]
+        + ["--output", str(calibration), *SMALL, *tokenizer],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DETECTRON2_DATASETS": str(scenes), "OMP_NUM_THREADS": "1"},
+    )
+    assert picked.returncode == 0, picked.stderr[-3000:]
+    thresholds = json.loads(calibration.read_text())["thresholds"]
+    process = run(
+        scenes,
+        tmp_path,
+        "--eval-only",
+        "--table=3",
+        *("MODEL.WEIGHTS", f"{whole}/model_final.pth", "TEST.CALIBRATION", str(calibration)),
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "| **ours, nouns extracted** |" in process.stdout
+    folder = tmp_path / "table_3"
+    both = json.loads((folder / "results.json").read_text())
+    assert set(both) == {"nouns_given", "nouns_extracted"}
+    used = both["nouns_given"]["run"]
+    assert used["settings"]["thresholds"]["association"] == thresholds["ASSOCIATION_THRESHOLD"]
+    assert used["calibration"]["scored_on_the_same"] == []
+    assert set(both["nouns_extracted"]["scores"]["gella_shapes_png_val"]) == {"png", "nouns"}
+    predictions = "inference/gella_shapes_png_val/png_predictions.json"
+    assert (folder / "nouns_extracted" / predictions).is_file()
 
 
 # -- errors, in this process -----------------------------------------------------------------------

@@ -1,15 +1,17 @@
 #!/usr/bin/env python
-"""What a configuration costs, and how fast its data path and its answers are.
+"""What a configuration costs, and how fast its data path, its answers and their scores are.
 
     python tools/benchmark.py cost --config-file configs/gella_swin_t.yaml
     python tools/benchmark.py data --json data.json
     python tools/benchmark.py generation --config-file configs/gella_tiny_shapes.yaml
+    python tools/benchmark.py eval --json eval.json
     python tools/benchmark.py curves --config-file configs/gella_tiny_shapes.yaml
 
 ``cost`` counts parameters, FLOPs and memory of each part, and memory per GPU under ZeRO, without
 weights or a GPU. ``data`` times the mapper, the loader and the colormap. ``generation`` counts the
-calls of the language model for an answer. ``curves`` lays a training under ZeRO over a plain one.
-Each explains itself: ``python tools/benchmark.py cost --help``.
+calls of the language model for an answer. ``eval`` times the metrics and the language pass of given
+nouns. ``curves`` lays a training under ZeRO over a plain one. Each explains itself: ``python
+tools/benchmark.py cost --help``.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Sequence
 import benchmark_cost
 import benchmark_curves
 import benchmark_data
+import benchmark_eval
 import benchmark_generation
 
 MODES = {
@@ -28,6 +31,7 @@ MODES = {
     "curves": (benchmark_curves, "losses under ZeRO in several processes over those of one"),
     "data": (benchmark_data, "images per second of mapper and loader"),
     "generation": (benchmark_generation, "calls of the language model for an answer"),
+    "eval": (benchmark_eval, "time of panoptic quality, average recall and given nouns"),
 }
 
 

@@ -4,6 +4,7 @@
     python tools/train_net.py --config-file configs/gella_tiny_shapes.yaml
     python tools/train_net.py --config-file ... --resume
     python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../model_final.pth
+    python tools/train_net.py --config-file ... --eval-only --table 3 MODEL.WEIGHTS ...
 
 --resume goes on from the newest complete checkpoint in OUTPUT_DIR/checkpoints, to the weights of a
 run that was never interrupted; after a change of ZeRO stage or of the number of processes with the
@@ -18,8 +19,10 @@ SIGTERM and SIGINT (Ctrl-C) finish the step, save a checkpoint and end with stat
 ends at once.
 
 Writes to OUTPUT_DIR: checkpoints/iter_* to resume from, model_final.pth (weights alone),
-config.yaml, log.txt, metrics.json, TensorBoard events, inference/<dataset>/ and results.json
-({task: {metric: score}}).
+config.yaml, log.txt, metrics.json, TensorBoard events, inference/<dataset>/, results.json ({task:
+{metric: score}}, and "run": how they came about) and results.md (the paper's rows beside ours).
+--table N runs all that a table of the paper needs, with these weights, and writes to
+OUTPUT_DIR/table_N; "all" is every mode (docs/EVALUATION.md).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -50,7 +54,19 @@ from gella.agreement import (
 from gella.checkpoint import FOLDER as CHECKPOINTS
 from gella.checkpoint import load_weights
 from gella.checkpoint_store import CheckpointStore
-from gella.evaluation import format_results, save_results
+from gella.evaluating import (
+    Evaluation,
+    calibrated,
+    check_expected,
+    count_records,
+    evaluate_config,
+    evaluate_table,
+    save_evaluation,
+    without_expected,
+)
+from gella.evaluation import format_results
+from gella.evaluation.run_info import describe_run
+from gella.evaluation.tables import TABLES
 from gella.evaluation_hooks import with_subset
 from gella.launching import LaunchError, launch_from_environment
 from gella.plugins import import_modules
@@ -115,16 +131,19 @@ def setup(args: Any) -> CfgNode:
     return cfg
 
 
-def evaluate(cfg: CfgNode, *, resume: bool) -> tuple[dict[str, dict[str, float]], str]:
-    """Evaluate weights on ``DATASETS.TEST``.
+def evaluate(
+    cfg: CfgNode, *, resume: bool, config_file: str = "", table: str = ""
+) -> tuple[Evaluation, str]:
+    """Evaluate weights on ``DATASETS.TEST``, or run all that a table of the paper needs.
 
     Args:
         cfg: a frozen config; ``MODEL.WEIGHTS`` names the weights.
         resume: take the newest checkpoint of ``OUTPUT_DIR`` instead.
+        config_file: its file, for the record.
+        table: one of ``TABLES``; the table is printed, and the evaluation comes back empty.
 
     Returns:
-        ``{task: {metric: score}}`` (empty on other processes than the main one) and the weights'
-        path.
+        the scores (empty on other processes than the main one) and the weights' path.
     """
     with user_errors():
         weights = cfg.MODEL.WEIGHTS
@@ -135,25 +154,38 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> tuple[dict[str, dict[str, float]]
                 "--eval-only has nothing to evaluate: give MODEL.WEIGHTS FILE at the end of the"
                 " command, or --resume for the newest checkpoint of OUTPUT_DIR"
             )
-        check_agreement({**test_facts(cfg), **file_facts("the weights", weights)})
+        cfg, calibration = calibrated(with_subset(cfg, 0), weights)
+        facts, counts = read_test_sets(cfg)
+        check_agreement({**facts, **file_facts("the weights", weights)})
         model = GellaTrainer.build_model(cfg)
         load_weights(model, weights, cfg)
-    return GellaTrainer.test(with_subset(cfg, 0), model), weights
+    known = {"config_file": config_file, "weights": weights, "calibration": calibration}
+    if not table:
+        return evaluate_config(cfg, model, counts=counts, **known), weights
+    with user_errors():
+        text, folder = evaluate_table(cfg, model, table, **known)
+    if comm.is_main_process():
+        print(f"\n{text}\nTable:    {folder}/results.md; each run in a folder beside it")
+    return Evaluation(), weights
 
 
-def test_facts(cfg: CfgNode) -> dict[str, str]:
+def read_test_sets(cfg: CfgNode) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
     """Read the annotations of ``DATASETS.TEST`` once, so that wrong ones end a run at its start.
 
     Returns:
-        what must be equal on all ranks, for ``check_agreement``.
+        what must be equal on all ranks, for ``check_agreement``, and the datasets' counts, for
+        ``results.json``.
 
     Raises:
         OSError, KeyError, ValueError: what the readers refuse, naming file and record.
     """
-    facts = {}
+    facts: dict[str, str] = {}
+    counts = {}
     for name in cfg.DATASETS.TEST:
-        facts |= record_facts(f"test set {name}", load_records([name], "DATASETS.TEST", cfg))
-    return facts
+        records = load_records([name], "DATASETS.TEST", cfg)
+        facts |= record_facts(f"test set {name}", records)
+        counts[name] = count_records(records)
+    return facts, counts
 
 
 def train_facts(trainer: GellaTrainer, *, resume: bool) -> dict[str, str]:
@@ -182,7 +214,9 @@ def newest_checkpoint(folder: str) -> str:
     return str(newest.path)
 
 
-def train(cfg: CfgNode, *, resume: bool) -> tuple[dict[str, dict[str, float]] | None, str]:
+def train(
+    cfg: CfgNode, *, resume: bool
+) -> tuple[dict[str, dict[str, float]] | None, str, dict[str, dict[str, int]]]:
     """Train, and evaluate at the end.
 
     Args:
@@ -190,22 +224,29 @@ def train(cfg: CfgNode, *, resume: bool) -> tuple[dict[str, dict[str, float]] | 
         resume: continue from the newest checkpoint of ``OUTPUT_DIR`` if there is one.
 
     Returns:
-        ``{task: {metric: score}}`` (None on other processes than the main one) and the path of the
-        final weights.
+        ``{task: {metric: score}}`` (None on other processes than the main one), the path of the
+        final weights, and the counts of the test sets.
     """
     with user_errors():
-        trainer = GellaTrainer(cfg)
-        check_agreement({**train_facts(trainer, resume=resume), **test_facts(cfg)})
+        trainer = GellaTrainer(without_expected(cfg))
+        facts, counts = read_test_sets(cfg)
+        check_agreement({**train_facts(trainer, resume=resume), **facts})
         trainer.resume_or_load(resume=resume)
-    return trainer.train(), os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    return trainer.train(), os.path.join(cfg.OUTPUT_DIR, "model_final.pth"), counts
 
 
-def report(cfg: CfgNode, config_file: str, results: dict[str, Any] | None, weights: str) -> None:
-    """Print the one table, write ``results.json`` and say what to type next."""
+def report(
+    cfg: CfgNode,
+    config_file: str,
+    results: dict[str, Any] | None,
+    weights: str,
+    run: dict[str, Any] | None = None,
+    outcome: dict[str, Any] | None = None,
+) -> None:
+    """Print the one table, write ``results.json`` and ``results.md``, say what to type next."""
     lines = [f"Weights:  {weights}"]
     if results:
-        path = os.path.join(cfg.OUTPUT_DIR, "results.json")
-        save_results(results, path)
+        path = save_evaluation(cfg.OUTPUT_DIR, results, run, outcome)
         print(f"\n{format_results(results)}\n")
         lines.append(f"Results:  {path}")
     dataset = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "NAME"
@@ -218,22 +259,45 @@ def report(cfg: CfgNode, config_file: str, results: dict[str, Any] | None, weigh
 
 def main(args: Any) -> None:
     """Run one process of the training or evaluation that the arguments describe."""
+    table = getattr(args, "table", "")
     with user_errors():
+        if table and not args.eval_only:
+            raise ValueError(f"--table {table} evaluates weights: add --eval-only")
         cfg = setup(args)
         check_agreement(config_facts(cfg))
+    started = time.perf_counter()
+    run: dict[str, Any] | None = None
+    outcome = None
     if args.eval_only:
-        results, weights = evaluate(cfg, resume=args.resume)
+        done, weights = evaluate(cfg, resume=args.resume, config_file=args.config_file, table=table)
+        results, run, outcome = done.results, done.run, done.outcome
     else:
         try:
-            results, weights = train(cfg, resume=args.resume)
+            results, weights, counts = train(cfg, resume=args.resume)
         except RunStopped as stopped:
             if comm.is_main_process():
                 print(f"{stopped}\nNext:     {resume_command(sys.argv)}", flush=True)
             return
-    if comm.is_main_process():
-        report(cfg, args.config_file, results, weights)
+    if not comm.is_main_process():
+        return
+    if results and run is None:
+        run = describe_run(
+            cfg,
+            config_file=args.config_file,
+            weights=weights,
+            seconds=time.perf_counter() - started,
+            datasets=counts,
+        )
+    report(cfg, args.config_file, results, weights, run, outcome)
+    if results:
+        with user_errors():
+            check_expected(cfg, results)
 
 
 if __name__ == "__main__":
+    PARSER = default_argument_parser(epilog=__doc__)
+    PARSER.add_argument(
+        "--table", default="", choices=TABLES, help="evaluate all that a table of the paper needs"
+    )
     with user_errors((LaunchError,)):
-        launch_from_environment(main, default_argument_parser(epilog=__doc__).parse_args())
+        launch_from_environment(main, PARSER.parse_args())

@@ -190,12 +190,33 @@ def _add_inference(cfg: Any, node: type) -> None:
     gella.SNAP_IOU = 0.5
     gella.ENTITY_SCORE_THRESHOLD = 0.5  # learned queries below this probability are no entities
     # A noun takes every entity whose association probability exceeds this, and always the best one.
+    # tools/calibrate.py picks this key and the next three on a validation split.
     gella.ASSOCIATION_THRESHOLD = 0.5
+    # A noun in the singular, by its words alone ("a dog", not "two dogs"), takes its best entity
+    # only.
+    gella.SINGULAR_ARGMAX = False
+    # A noun whose best entity scores lower takes none at all: an expression without a target.
+    gella.NONE_THRESHOLD = 0.0
     # Panoptic: entities whose best category scores lower are left void.
     gella.PANOPTIC_THRESHOLD = 0.0
+    _add_test(cfg.TEST)
     # Checkpoint keys (shell patterns) that may be absent from the file or be left over in it.
     cfg.MODEL.WEIGHTS_ALLOW_MISSING = []
     cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED = []
+
+
+def _add_test(test: Any) -> None:
+    # Nouns of narratives at test: "given" (all in one pass of the language model) or "extracted"
+    # (the model generates them; they are matched to the reference by their text).
+    test.NOUNS = "given"
+    # Other names for the categories of a panoptic dataset: a registered dataset, or a JSON file
+    # (docs/EVALUATION.md). "": the dataset's own names.
+    test.CATEGORIES_FROM = ""
+    # The file that tools/calibrate.py wrote for these weights: its thresholds replace those of
+    # MODEL.GELLA, and results.json says where they were picked.
+    test.CALIBRATION = ""
+    # Also run Detectron2's COCOPanopticEvaluator; needs the full Detectron2 and panopticapi.
+    test.DETECTRON2_PANOPTIC = False
 
 
 def _add_data(cfg: Any, node: type) -> None:

@@ -31,11 +31,14 @@ def joint_counts(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.
         raise ValueError(f"id images of sizes {first.shape} and {second.shape}: give equal sizes")
     if first.size == 0:
         return np.zeros((0, 2), np.int64), np.zeros(0, np.int64)
-    keys = (first.astype(np.int64).reshape(-1) << 32) | second.astype(np.int64).reshape(-1)
+    a, b = first.reshape(-1), second.reshape(-1)
     # Neighbouring pixels mostly agree: sorting the runs is far cheaper than sorting the pixels.
-    starts = np.concatenate(([0], np.flatnonzero(keys[1:] != keys[:-1]) + 1))
-    lengths = np.diff(np.append(starts, keys.size))
-    unique, inverse = np.unique(keys[starts], return_inverse=True)
+    change = a[1:] != a[:-1]
+    change |= b[1:] != b[:-1]
+    starts = np.concatenate(([0], np.flatnonzero(change) + 1))
+    lengths = np.diff(starts, append=a.size)
+    keys = (a[starts].astype(np.int64) << 32) | b[starts].astype(np.int64)
+    unique, inverse = np.unique(keys, return_inverse=True)
     counts = np.bincount(inverse.reshape(-1), weights=lengths).astype(np.int64)
     return np.stack((unique >> 32, unique & 0xFFFFFFFF), axis=1), counts
 

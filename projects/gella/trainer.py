@@ -8,7 +8,7 @@ import weakref
 from typing import Any
 
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
@@ -21,7 +21,8 @@ from gella.data.exclusion import without_held_out
 from gella.data.record_store import Records, concatenated
 from gella.data.task_sampling import build_train_loader
 from gella.data.unmatched import CountedLoader, UnmatchedPhrases
-from gella.evaluation import build_evaluator
+from gella.evaluation import asked_categories, build_evaluator, merge_datasets, task_for
+from gella.evaluation.overlap import OverlappedEvaluator
 from gella.evaluation_hooks import EvaluationInTraining, undisturbed, with_subset
 from gella.evaluation_split import RealSamples, build_even_loader, evenly_spaced
 from gella.launching import data_parallel_on
@@ -35,13 +36,6 @@ from gella.training_step import StepTrainer
 from gella.watching import RunScalars
 from gella.zero import ZeroHook, hide_from_ddp, read_config
 
-# The task by which the model answers for a dataset of each evaluator type.
-TEST_TASKS = {
-    "png": "ground",
-    "coco_panoptic_seg": "panoptic",
-    "noun_extraction": "extract",
-    "refcoco": "refer",
-}
 # The child of the model that SOLVER.ZERO.CONFIG puts under DeepSpeed.
 LANGUAGE = "language_decoder"
 
@@ -270,15 +264,16 @@ class GellaTrainer(DefaultTrainer):
         """
         records = load_records([dataset_name], "DATASETS.TEST", cfg)
         records = evenly_spaced(records, cfg.TEST.SUBSET)
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if kind not in TEST_TASKS:
-            raise ValueError(
-                f"dataset {dataset_name}: evaluator_type is {kind!r}, known: {sorted(TEST_TASKS)}"
-            )
+        # The names to ask for, where they are not the dataset's own.
+        categories = asked_categories(cfg, dataset_name)
         loader = build_even_loader(
             records,
             mapper=GroundingMapper(
-                cfg, is_train=False, dataset_names=[dataset_name], task=TEST_TASKS[kind]
+                cfg,
+                is_train=False,
+                dataset_names=[dataset_name],
+                task=task_for(cfg, dataset_name),
+                **({} if categories is None else {"categories": categories}),
             ),
             batch_size=cfg.TEST.IMS_PER_BATCH,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -289,7 +284,10 @@ class GellaTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
         """The evaluators of the dataset's type; they write below ``OUTPUT_DIR/inference``."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        return RealSamples(build_evaluator(cfg, dataset_name, folder))
+        evaluators = RealSamples(build_evaluator(cfg, dataset_name, folder))
+        # While a GPU infers the CPU can score; on the CPU alone there is nothing to gain.
+        gpu = str(cfg.MODEL.DEVICE).startswith("cuda") and torch.cuda.is_available()
+        return OverlappedEvaluator(evaluators) if gpu else evaluators
 
     @classmethod
     def test(
@@ -306,8 +304,4 @@ class GellaTrainer(DefaultTrainer):
             results = super().test(cfg, model, evaluators)
         if len(cfg.DATASETS.TEST) == 1:
             return dict(results or {})
-        merged: dict[str, dict[str, float]] = {}
-        for dataset_name, tasks in results.items():
-            for task, metrics in (tasks or {}).items():
-                merged[f"{task}@{dataset_name}" if task in merged else task] = metrics
-        return merged
+        return merge_datasets(results)

@@ -87,4 +87,5 @@ class GatheringEvaluator(DatasetEvaluator):
 
 def _order(row: dict[str, Any]) -> tuple[str, ...]:
     """The same order whatever process saw which sample."""
-    return (str(row["image_id"]), str(row.get("caption", "")), str(row.get("phrase", "")))
+    keys = ("caption", "phrase", "ref_id", "sent_id")
+    return (str(row["image_id"]), *(str(row.get(key, "")) for key in keys))

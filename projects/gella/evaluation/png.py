@@ -10,6 +10,8 @@ import numpy as np
 
 from gella import metrics
 from gella.evaluation.base import GatheringEvaluator, encode_mask, percent, sized_mask
+from gella.evaluation.png_form import png_form
+from gella.evaluation.results import write_json
 from gella.evaluation.truth import Truth
 
 
@@ -40,6 +42,10 @@ class PNGEvaluator(GatheringEvaluator):
     original size, crowd segments included. ``protocol`` is one of ``metrics.PROTOCOLS`` and is
     reported as ``protocol_<name>``: 1. Under "official" the oracle's union is chosen by pixel
     counts and then scored by the soft IoU, like the rest.
+
+    Writes ``png_predictions.json``, from which everything can be scored again: per narrative the
+    scored ``nouns`` with IoUs and predicted masks, and as ``others`` what else the model grounded;
+    and ``png_form.json``, the benchmark's own form with the predicted entities' ids.
     """
 
     file_name = "png_predictions.json"
@@ -58,8 +64,9 @@ class PNGEvaluator(GatheringEvaluator):
                 f"{truth.ids.shape}: give entity masks at the original image size"
             )
         overlap = _overlap(truth, entities)
-        nouns, phrases = [], sample["phrases"]
-        for k, found in enumerate(match_grounding(phrases, output["grounding"])):
+        nouns, phrases, answered = [], sample["phrases"], output["grounding"]
+        others = {id(entry): place for place, entry in enumerate(answered)}
+        for k, found in enumerate(match_grounding(phrases, answered)):
             if not phrases[k]["segment_ids"]:
                 continue  # an ungrounded noun is not scored
             noun = {
@@ -72,13 +79,16 @@ class PNGEvaluator(GatheringEvaluator):
                 mask = sized_mask(found["mask"], sample)
                 target = truth.mask(phrases[k]["segment_ids"])
                 noun["iou"] = metrics.noun_iou(mask, target, self._protocol)
-                noun["entity_ids"] = [int(i) for i in found["entity_ids"]]
-                noun["scores"] = [float(score) for score in found["scores"]]
-                noun["segmentation"] = encode_mask(mask)
+                noun.update(_entry(found, mask), place=others.pop(id(found)))
             nouns.append(noun)
         return {
             "caption": sample["caption"],
+            "text": output.get("text"),
             "nouns": nouns,
+            "others": [
+                {**_entry(answered[k], sized_mask(answered[k]["mask"], sample)), "place": k}
+                for k in others.values()
+            ],
             "n_ungrounded": len(phrases) - len(nouns),
             "aligned": all(phrase["start"] >= 0 for phrase in phrases),
         }
@@ -113,10 +123,16 @@ class PNGEvaluator(GatheringEvaluator):
         results["n_captions"] = float(len(used))
         results["n_captions_left_out"] = float(len(rows) - len(used))
         results["n_ungrounded"] = float(sum(row["n_ungrounded"] for row in used))
+        results["n_others"] = float(sum(len(row["others"]) for row in used))
         results["n_without_prediction"] = float(sum("segmentation" not in n for n in nouns))
         results["n_thresholds"] = float(metrics.NUM_THRESHOLDS)
         results[f"protocol_{self._protocol}"] = 1.0
         return {"png": results}
+
+    def _payload(self, rows: list[dict[str, Any]], results: dict[str, Any]) -> Any:
+        if self._folder is not None:
+            write_json(self._folder / "png_form.json", [png_form(row) for row in rows])
+        return super()._payload(rows, results)
 
     def _summary(self, nouns: list[dict[str, Any]], key: str) -> dict[str, float]:
         units = [
@@ -126,6 +142,16 @@ class PNGEvaluator(GatheringEvaluator):
             for n in nouns
         ]
         return percent(metrics.png_summary(units, self._protocol))
+
+
+def _entry(found: dict[str, Any], mask: np.ndarray) -> dict[str, Any]:
+    """One entry of an answer's grounding, in values that JSON takes."""
+    return {
+        "answer": found["phrase"],
+        "entity_ids": [int(i) for i in found["entity_ids"]],
+        "scores": [float(score) for score in found["scores"]],
+        "segmentation": encode_mask(mask),
+    }
 
 
 def _overlap(truth: Truth, entities: Any) -> np.ndarray:

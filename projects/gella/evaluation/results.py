@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,17 @@ _BASELINES = {
 
 def write_json(path: str | Path, payload: Any) -> None:
     """Write JSON atomically, making the folder; NaN, which JSON lacks, becomes null."""
+    write_text(path, json.dumps(_finite(payload), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically, making the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(payload), indent=1, allow_nan=False)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+            file.write(text)
         os.chmod(temporary, 0o644)  # mkstemp makes the file private
         os.replace(temporary, path)
     except BaseException:
@@ -37,9 +41,65 @@ def write_json(path: str | Path, payload: Any) -> None:
         raise
 
 
-def save_results(results: Mapping[str, Any], path: str | Path) -> None:
-    """Write ``{task: {metric: score}}`` as results.json, atomically; undefined scores are null."""
-    write_json(path, results)
+RUN = "run"
+"""Key of results.json beside the tasks: how the scores came about."""
+
+
+def save_results(
+    results: Mapping[str, Any], path: str | Path, run: Mapping[str, Any] | None = None
+) -> None:
+    """Write ``{task: {metric: score}}`` as results.json, atomically; undefined scores are null.
+
+    ``run``: how the scores came about (`run_info.describe_run`), under the key "run".
+    """
+    write_json(path, results if run is None else {**results, RUN: run})
+
+
+def load_results(path: str | Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Scores and run of a results.json; an undefined score is NaN again.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no results.json.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist: evaluate first (tools/train_net.py)")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        run = content.pop(RUN, {})
+        scores = {
+            task: {key: math.nan if value is None else value for key, value in metrics.items()}
+            for task, metrics in content.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no results ({error}); evaluate again") from error
+    return scores, run
+
+
+def merge_datasets(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """``{dataset: {task: metrics}}`` as ``{task: metrics}``.
+
+    Where two datasets report the same task, the later one's key is ``task@dataset``.
+    """
+    merged: dict[str, dict[str, float]] = {}
+    for dataset, tasks in results.items():
+        for task, metrics in (tasks or {}).items():
+            merged[f"{task}@{dataset}" if task in merged else task] = metrics
+    return merged
+
+
+def by_dataset(
+    results: Mapping[str, Mapping[str, float]], datasets: Sequence[str]
+) -> dict[str, dict[str, Mapping[str, float]]]:
+    """The inverse of `merge_datasets` as far as it goes: ``{dataset: {task: metrics}}``.
+
+    Tasks without ``@dataset`` stand under all names of ``datasets``, joined by commas.
+    """
+    split: dict[str, dict[str, Mapping[str, float]]] = {}
+    for name, metrics in results.items():
+        task, _, dataset = name.partition("@")
+        split.setdefault(dataset or ", ".join(datasets), {})[task] = metrics
+    return split
 
 
 def _finite(value: Any) -> Any:
@@ -125,6 +185,7 @@ def _plain(title: str, names: Mapping[str, str]) -> Any:
         return title, [
             [label, _cell(metrics.get(key), key.split("_")[0] == "n")]
             for key, label in names.items()
+            if key in metrics
         ]
 
     return section
@@ -150,8 +211,9 @@ _SECTIONS: dict[str, Any] = {
         {
             "cIoU": "cIoU",
             "gIoU": "gIoU",
-            "P@0.5": "P@0.5",
-            "P@0.9": "P@0.9",
+            **{f"P@{t}": f"P@{t}" for t in (0.5, 0.6, 0.7, 0.8, 0.9)},
+            "N_acc": "no target, none found",
+            "n_no_target": "of these (n)",
             "n": "expressions (n)",
         },
     ),

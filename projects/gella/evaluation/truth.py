@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from gella.entities import EntityMap, rgb_to_id
+from gella.entities import EntityMap
 from gella.entity_json import decode_segmentation
+from gella.evaluation.id_png import read_id_png
 from gella.metrics_panoptic import VOID, check_segments
 
 _KEPT = 4  # images held decoded; the captions of one image usually come one after the other
@@ -61,7 +61,8 @@ class TruthReader:
         """Truth of a mapped dict with ``annotation`` {"file_name", "segments_info"}.
 
         The file is a panoptic PNG, or a grey one whose values are the ids; ``segments_info`` None
-        takes every id of it for a segment without category.
+        takes every id of it for a segment without category. A ``truth`` that the sample brings,
+        read ahead by a worker process, is taken as it is.
 
         Raises:
             KeyError: the mapped dict has no annotation.
@@ -69,6 +70,8 @@ class TruthReader:
             ValueError: it is unreadable, of another size than the image, or names other ids than
                 ``segments_info``; the message names the image.
         """
+        if "truth" in sample:
+            return sample["truth"]
         annotation = _annotation(sample)
         key = (str(annotation["file_name"]), sample["image_id"])
         if key not in self._kept:
@@ -112,20 +115,15 @@ def _read(annotation: dict[str, Any], sample: dict[str, Any]) -> Truth:
             f"image {image_id}: annotation {path} does not exist; check the dataset's panoptic_root"
         )
     try:
-        with Image.open(path) as picture:
-            grey = picture.mode not in ("RGB", "RGBA")  # ids as they are, else packed in R, G, B
-            pixels = np.array(picture if grey else picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"image {image_id}: annotation {path} is damaged ({error}); copy it again"
-        ) from error
+        ids = read_id_png(path)
+    except ValueError as error:
+        raise ValueError(f"image {image_id}: annotation {error}") from error
     size = (sample["height"], sample["width"])
-    if pixels.shape[:2] != size:
+    if ids.shape != size:
         raise ValueError(
-            f"image {image_id}: annotation {path} has size {pixels.shape[:2]}, the image {size}: "
-            "it belongs to another image"
+            f"image {image_id}: annotation {path} has size {ids.shape}, the image {size}: it "
+            "belongs to another image"
         )
-    ids = pixels.astype(np.int32) if grey else rgb_to_id(pixels)
     # Every id starts somewhere in a row, so the starts of runs hold them all.
     present = np.union1d(ids[:, 0], ids[:, 1:][ids[:, 1:] != ids[:, :-1]]).tolist()
     segments = annotation["segments_info"]

@@ -23,6 +23,7 @@ from gella.modeling.postprocessing import (
     ground_phrases,
     masks_in_original_frame,
     panoptic_from_scores,
+    selection_options,
 )
 from gella.modeling.resoblend import ResoBlend
 from gella.modeling.upstream_mask_decoder import build_mask_decoder
@@ -137,9 +138,8 @@ class GELLA(nn.Module):
         """Train on, or ground, a batch of mapped dicts (``data/dataset_mapper.py``).
 
         Returns:
-            in training a dict of weighted scalar losses with fixed names; otherwise one dict per
-            image: ``grounding`` and ``instances``, ``panoptic_seg`` for the task panoptic, ``text``
-            for describe and extract.
+            in training a dict of weighted scalar losses with fixed names; else a dict per image:
+            ``grounding``, ``instances``, ``panoptic_seg`` (panoptic), ``text`` (describe, extract).
         """
         if not self.training:
             with torch.no_grad():
@@ -346,5 +346,5 @@ class GELLA(nn.Module):
                 candidates.scores, candidates.masks, inputs["phrases"], options.PANOPTIC_THRESHOLD
             )
             return {"panoptic_seg": panoptic_seg, "instances": instances}
-        grounding = ground_phrases(inputs["phrases"], candidates, options.ASSOCIATION_THRESHOLD)
+        grounding = ground_phrases(inputs["phrases"], candidates, **selection_options(options))
         return {"grounding": grounding, "instances": instances}

@@ -1,0 +1,301 @@
+"""Picking the thresholds of inference on a validation split, and taking them from the file.
+
+One pass over the split is enough: a threshold selects a prefix of a noun's entities in descending
+score, so the pixel counts of all prefixes give the score of every threshold exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+from gella import metrics_panoptic
+from gella.evaluation.base import to_array
+from gella.evaluation.run_info import file_hash
+from gella.evaluation.truth import TruthReader
+
+GRID = tuple(k / 100 for k in range(0, 100))
+"""Association and "none of them" thresholds that are tried."""
+
+PANOPTIC_GRID = tuple(k / 20 for k in range(0, 20))
+"""Panoptic thresholds that are tried."""
+
+KEYS = {
+    "ASSOCIATION_THRESHOLD": float,
+    "SINGULAR_ARGMAX": bool,
+    "NONE_THRESHOLD": float,
+    "PANOPTIC_THRESHOLD": float,
+}
+"""Keys of ``MODEL.GELLA`` that a calibration file may set."""
+
+
+TAKE_ALL = {"ASSOCIATION_THRESHOLD": -1.0, "SINGULAR_ARGMAX": False, "NONE_THRESHOLD": 0.0}
+"""Values of ``MODEL.GELLA`` by which every noun takes every entity: what the sweeps need to see."""
+
+
+def candidates_of(
+    sample: dict[str, Any], output: dict[str, Any], queries: str, snap: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the nouns of an image chose from, out of an answer under ``TAKE_ALL``.
+
+    Args:
+        sample: mapped dict with ``entities_full``.
+        output: ``grounding`` and ``instances``.
+        queries, snap: ``MODEL.MASK_DECODER.QUERIES`` and ``MODEL.GELLA.SNAP``.
+
+    Returns:
+        masks bool (K, H, W) and association probabilities float64 (P, K).
+    """
+    entities = sample["entities_full"]
+    drawn = to_array(output["instances"].pred_masks, bool)
+    entries = output["grounding"]
+    ids = sorted(entries[0]["entity_ids"]) if entries else []
+
+    def mask(number: int) -> np.ndarray:
+        if number < 0:  # a query that met no entity
+            return drawn[-number - 1]
+        if queries == "learned" and not snap:
+            return drawn[number - 1]
+        index = entities.index_of(number)
+        return entities.union([index]) if snap else drawn[index]
+
+    masks = [mask(number) for number in ids]
+    size = (sample["height"], sample["width"])
+    tables = [dict(zip(e["entity_ids"], e["scores"], strict=True)) for e in entries]
+    scores = np.array([[table[number] for number in ids] for table in tables], np.float64)
+    return (
+        np.stack(masks) if masks else np.zeros((0, *size), bool),
+        scores.reshape(len(entries), len(ids)),
+    )
+
+
+class SelectionSweep(DatasetEvaluator):
+    """Picks the keys that choose a noun's entities, on narratives or referring expressions.
+
+    ``evaluate`` returns ``{"thresholds", "score", "before", "objective", "curve", "n"}`` on the
+    main process, ``{}`` on the others. The objective is the mean IoU by pixel counts: of all
+    grounded nouns (AR of the protocol "hard"), or of all expressions (gIoU), where expressions
+    without a target exist the "none of them" threshold is picked too.
+    """
+
+    def __init__(
+        self, options: Any, queries: str, several: Callable[[str], bool], referring: bool
+    ) -> None:
+        """What is picked for.
+
+        Args:
+            options: the node MODEL.GELLA in use; the model itself answers under ``TAKE_ALL``.
+            queries: MODEL.MASK_DECODER.QUERIES.
+            several: whether a noun speaks of more than one thing.
+            referring: expressions, not narratives.
+        """
+        self._options, self._queries = options, queries
+        self._several, self._referring = several, referring
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        self._rows: list[tuple[str, np.ndarray, np.ndarray, np.ndarray, bool]] = []
+        self._truth = TruthReader()
+
+    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+        """Count the prefixes of every noun."""
+        for sample, output in zip(inputs, outputs, strict=True):
+            masks, scores = candidates_of(sample, output, self._queries, self._options.SNAP)
+            # Nouns behind a cut of the caption got no row; they stay unfound at any threshold.
+            for k, phrase in enumerate(sample["phrases"][: len(scores)]):
+                if not phrase["segment_ids"] and not self._referring:
+                    continue
+                target = self._truth.mask(sample, phrase["segment_ids"] or [])
+                order = np.argsort(-scores[k], kind="stable")
+                counts = _prefix_counts(masks[order], target)
+                several = self._several(phrase["text"])
+                name = f"{sample['image_id']} {sample['caption']} {k}"
+                self._rows.append((name, scores[k][order], *counts, several))
+
+    def evaluate(self) -> dict[str, Any]:
+        """Pick; every process must call this. ValueError if there was nothing to pick on."""
+        gathered = comm.gather(self._rows, dst=0)
+        if not comm.is_main_process():
+            return {}
+        rows = sorted((row for part in gathered for row in part), key=lambda row: row[0])
+        if not rows:
+            raise ValueError("calibration: the split has no grounded noun to pick thresholds on")
+        table = _Prefixes(rows, self._referring)
+        no_target = self._referring and bool((table.unions[:, 0] == 0).any())
+        best: tuple[float, dict[str, Any]] = (-1.0, {})
+        curve: dict[str, list[float]] = {}
+        for best_only in (False, True):
+            scores = [table.mean_iou(t, best_only, 0.0) for t in GRID]
+            curve[f"singular_argmax {best_only}"] = scores
+            # The plain rule wins ties: fewer rules are easier to trust.
+            if max(scores) > best[0]:
+                picked: dict[str, Any] = {"ASSOCIATION_THRESHOLD": _middle(GRID, scores)}
+                best = max(scores), {**picked, "SINGULAR_ARGMAX": best_only}
+        score, picked = best
+        picked["NONE_THRESHOLD"] = 0.0
+        if no_target:
+            threshold, argmax = picked["ASSOCIATION_THRESHOLD"], bool(picked["SINGULAR_ARGMAX"])
+            curve["none"] = [table.mean_iou(threshold, argmax, none) for none in GRID]
+            picked["NONE_THRESHOLD"] = _middle(GRID, curve["none"])
+            score = max(curve["none"])
+        now = self._options
+        before = table.mean_iou(now.ASSOCIATION_THRESHOLD, now.SINGULAR_ARGMAX, now.NONE_THRESHOLD)
+        return {
+            "thresholds": picked,
+            "objective": "gIoU" if self._referring else "AR, protocol hard",
+            "score": 100 * score,
+            "before": 100 * before,
+            "n": len(rows),
+            "grid": list(GRID),
+            "curve": {name: [100 * s for s in scores] for name, scores in curve.items()},
+        }
+
+
+def _prefix_counts(masks: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Intersection and union with the target of the first 0, 1, 2, ... masks: (K + 1,) each."""
+    height, width = target.shape
+    first = np.full((height, width), len(masks), np.int64)  # the first mask that has the pixel
+    for k in range(len(masks) - 1, -1, -1):
+        first[masks[k]] = k
+    on = np.bincount(first[target], minlength=len(masks) + 1)[: len(masks)]
+    all_pixels = np.bincount(first.reshape(-1), minlength=len(masks) + 1)[: len(masks)]
+    inter = np.concatenate(([0], np.cumsum(on)))
+    area = np.concatenate(([0], np.cumsum(all_pixels)))
+    return inter, area - inter + int(np.count_nonzero(target))
+
+
+class _Prefixes:
+    """Prefix counts of all nouns, padded to one table."""
+
+    def __init__(self, rows: list[tuple], referring: bool) -> None:
+        width = max(len(row[1]) for row in rows)
+        shape = (len(rows), width + 1)
+        self.scores = np.full((len(rows), width), -1.0)
+        inters, self.unions = np.zeros(shape, np.int64), np.ones(shape, np.int64)
+        self.counts = np.array([len(row[1]) for row in rows])
+        self.several = np.array([row[4] for row in rows], bool)
+        for k, (_, scores, inter, union, _) in enumerate(rows):
+            self.scores[k, : len(scores)] = scores
+            inters[k, : len(inter)], self.unions[k, : len(union)] = inter, union
+        nothing = 1.0 if referring else 0.0  # what an empty answer to an empty target is worth
+        self._ious = np.where(self.unions == 0, nothing, inters / np.maximum(self.unions, 1))
+
+    def mean_iou(self, threshold: float, argmax: bool, none: float) -> float:
+        """Mean IoU of the rule of ``postprocessing.select_entities``."""
+        sizes = np.maximum((self.scores > threshold).sum(axis=1), 1)
+        if argmax:
+            sizes = np.where(self.several, sizes, 1)
+        best = self.scores.max(axis=1, initial=-1.0)
+        sizes = np.where((self.counts == 0) | (best < none), 0, sizes)
+        chosen = np.take_along_axis(self._ious, sizes[:, None], axis=1)
+        return math.fsum(chosen[:, 0]) / len(chosen)
+
+
+def _middle(grid: Sequence[float], scores: Sequence[float]) -> float:
+    """The middle of the thresholds with the best score: as far as can be from either edge."""
+    best = [k for k, score in enumerate(scores) if score == max(scores)]
+    return grid[best[len(best) // 2]]
+
+
+Painter = Callable[
+    [np.ndarray, np.ndarray, list[dict[str, Any]], float], tuple[Any, list[dict[str, Any]]]
+]
+"""(scores, masks, categories, threshold) -> panoptic segmentation, as in ``postprocessing``."""
+
+
+class PanopticSweep(DatasetEvaluator):
+    """Picks ``PANOPTIC_THRESHOLD`` by PQ; ``evaluate`` returns what `SelectionSweep` does.
+
+    The model has to answer as for the task "ground", where each category's scores come back.
+    """
+
+    def __init__(
+        self, options: Any, queries: str, categories: Sequence[dict[str, Any]], paint: Painter
+    ) -> None:
+        """``options``, ``queries``: as `SelectionSweep`; ``categories``: ``id``, ``isthing``."""
+        self._options, self._queries = options, queries
+        self._categories, self._paint = list(categories), paint
+        self._tried = sorted({*PANOPTIC_GRID, float(options.PANOPTIC_THRESHOLD)})
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        self._rows: list[tuple[str, list[metrics_panoptic.PQCounts]]] = []
+        self._truth = TruthReader()
+
+    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+        """Paint and count at every threshold."""
+        for sample, output in zip(inputs, outputs, strict=True):
+            truth = self._truth(sample)
+            masks, scores = candidates_of(sample, output, self._queries, self._options.SNAP)
+            counts = []
+            for threshold in self._tried:
+                ids, segments = self._paint(scores, masks, sample["phrases"], threshold)
+                counts.append(
+                    metrics_panoptic.pq_counts(
+                        truth.ids,
+                        truth.segments,
+                        to_array(ids, np.int32),
+                        segments,
+                        self._categories,
+                        sample["image_id"],
+                    )
+                )
+            self._rows.append((str(sample["image_id"]), counts))
+
+    def evaluate(self) -> dict[str, Any]:
+        """Pick; every process must call this. ValueError if there was nothing to pick on."""
+        gathered = comm.gather(self._rows, dst=0)
+        if not comm.is_main_process():
+            return {}
+        rows = sorted((row for part in gathered for row in part), key=lambda row: row[0])
+        if not rows:
+            raise ValueError("calibration: the split has no image to pick thresholds on")
+        by_threshold = list(zip(*(counts for _, counts in rows), strict=True))
+        scores = [
+            100 * metrics_panoptic.pq_summary(counts, self._categories)[0]["PQ"]
+            for counts in by_threshold
+        ]
+        if not math.isfinite(max(scores)):
+            raise ValueError("calibration: no image of the split has a segment that PQ counts")
+        return {
+            "thresholds": {"PANOPTIC_THRESHOLD": _middle(self._tried, scores)},
+            "objective": "PQ",
+            "score": max(scores),
+            "before": scores[self._tried.index(float(self._options.PANOPTIC_THRESHOLD))],
+            "n": len(rows),
+            "grid": self._tried,
+            "curve": {"panoptic": scores},
+        }
+
+
+def read_calibration(path: str | Path, weights: str) -> dict[str, Any]:
+    """A file of ``tools/calibrate.py`` for these weights: ``thresholds``, ``datasets``, ...
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no calibration, sets another key, or was made for other weights.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"TEST.CALIBRATION {path} does not exist: run tools/calibrate.py")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        picked = {name: KEYS[name](value) for name, value in content["thresholds"].items()}
+        made_for, _ = content["weights_sha256"], content["datasets"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"TEST.CALIBRATION {path} is no calibration ({error!r})") from error
+    found = file_hash(weights)
+    if made_for != found:
+        raise ValueError(
+            f"TEST.CALIBRATION {path} is of weights with SHA-256 {made_for[:12]}..., but {weights} "
+            f"has {found[:12] or 'none'}...: run tools/calibrate.py for these weights"
+        )
+    return {**content, "thresholds": picked}

@@ -1,0 +1,210 @@
+"""Picking thresholds: the sweep against evaluating each threshold, files and their errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from evaluation_scenes import CATEGORIES, make_sample, phrase, run
+
+from gella import add_gella_config, evaluating, evaluation, metrics_panoptic
+from gella.evaluation.calibration import (
+    GRID,
+    PANOPTIC_GRID,
+    PanopticSweep,
+    SelectionSweep,
+    candidates_of,
+    read_calibration,
+)
+from gella.evaluation.run_info import file_hash
+from gella.evaluation.truth import TruthReader
+from gella.modeling.postprocessing import (
+    Candidates,
+    gather_candidates,
+    ground_phrases,
+    names_several,
+    panoptic_from_scores,
+)
+
+
+def options(**changes: Any) -> SimpleNamespace:
+    """A node MODEL.GELLA."""
+    plain = {
+        "SNAP": True,
+        "ASSOCIATION_THRESHOLD": 0.5,
+        "SINGULAR_ARGMAX": False,
+        "NONE_THRESHOLD": 0.0,
+        "PANOPTIC_THRESHOLD": 0.1,
+    }
+    return SimpleNamespace(**{**plain, **changes})
+
+
+def scene(folder: Path, image_id: int, referring: bool = False) -> tuple[dict, Candidates]:
+    """A sample whose nouns score their own entities higher, but not always."""
+    sample = make_sample(folder, image_id)
+    if referring:
+        ids = [302] if image_id % 3 else []
+        sample["phrases"] = [phrase("the star", ids, thing=True)]
+    entities, rng = sample["entities_full"], np.random.default_rng(image_id)
+    names = entities.segment_ids
+    truth = np.array([[n in p["segment_ids"] for n in names] for p in sample["phrases"]])
+    scores = np.clip(0.25 + 0.45 * truth + rng.normal(0, 0.2, truth.shape), 0.01, 0.99)
+    own = torch.from_numpy(entities.bitmasks())
+    masks = own | own.roll(2, dims=2)  # what the decoder drew overlaps
+    return sample, Candidates(masks, list(names), torch.from_numpy(scores).float())
+
+
+def all_taken(sample: dict, candidates: Candidates) -> dict[str, Any]:
+    """The model's answer when every noun takes everything."""
+    return {
+        "grounding": ground_phrases(sample["phrases"], candidates, -1.0),
+        "instances": SimpleNamespace(pred_masks=candidates.masks),
+    }
+
+
+def evaluated(scenes: list, threshold: float, argmax: bool, none: float, referring: bool) -> float:
+    """What an ordinary evaluation gives."""
+    evaluator = evaluation.ReferringEvaluator() if referring else evaluation.PNGEvaluator()
+    outputs = [
+        {
+            "grounding": ground_phrases(
+                s["phrases"], c, threshold, singular_argmax=argmax, none_threshold=none
+            )
+        }
+        for s, c in scenes
+    ]
+    results = run(evaluator, [s for s, _ in scenes], outputs)
+    return results["refer"]["gIoU"] if referring else results["png"]["AR"]
+
+
+@pytest.mark.parametrize("referring", [False, True])
+def test_the_sweep_is_what_evaluation_would_give(tmp_path: Path, referring: bool) -> None:
+    scenes = [scene(tmp_path, k, referring) for k in range(12)]
+    node = options(ASSOCIATION_THRESHOLD=0.37, SINGULAR_ARGMAX=True, SNAP=False)
+    sweep = SelectionSweep(node, "entity", names_several, referring)
+    found = run(sweep, [s for s, _ in scenes], [all_taken(*one) for one in scenes])
+    assert found["before"] == pytest.approx(evaluated(scenes, 0.37, True, 0.0, referring), abs=1e-3)
+    for argmax in (False, True):
+        for k in (5, 40, 62, 90):
+            expected = evaluated(scenes, GRID[k], argmax, 0.0, referring)
+            curve = found["curve"][f"singular_argmax {argmax}"]
+            assert curve[k] == pytest.approx(expected, abs=1e-3)
+    picked = found["thresholds"]
+    rule = (picked["ASSOCIATION_THRESHOLD"], picked["SINGULAR_ARGMAX"], picked["NONE_THRESHOLD"])
+    assert found["score"] == pytest.approx(evaluated(scenes, *rule, referring), abs=1e-3)
+    every = [score for name in found["curve"] for score in found["curve"][name]]
+    assert found["score"] == pytest.approx(max(every)) and found["score"] > found["before"]
+    assert (picked["NONE_THRESHOLD"] > 0) == referring, "only expressions may have no target"
+    assert found["n"] == (12 if referring else 48)
+
+
+def test_the_panoptic_sweep_is_what_evaluation_would_give(tmp_path: Path) -> None:
+    scenes = [scene(tmp_path, k) for k in range(4)]
+    names = [{"category_id": c["id"], "isthing": bool(c["isthing"])} for c in CATEGORIES]
+    for sample, _ in scenes:
+        sample["phrases"] = sample["phrases"][:3]
+        for p, name in zip(sample["phrases"], names, strict=True):
+            p.update(name)
+    answers = [(s, Candidates(c.masks, c.entity_ids, c.scores[:3])) for s, c in scenes]
+
+    def paint(scores: np.ndarray, masks: np.ndarray, categories: list, threshold: float) -> Any:
+        as_model = torch.from_numpy(scores).float()
+        return panoptic_from_scores(as_model, torch.from_numpy(masks), categories, threshold)
+
+    sweep = PanopticSweep(options(SNAP=False), "entity", CATEGORIES, paint)
+    found = run(sweep, [s for s, _ in answers], [all_taken(*one) for one in answers])
+    for k in (0, 9, 15):
+        counts = []
+        for sample, c in answers:
+            ids, segments = panoptic_from_scores(
+                c.scores, c.masks, sample["phrases"], PANOPTIC_GRID[k]
+            )
+            truth = TruthReader()(sample)
+            counts.append(
+                metrics_panoptic.pq_counts(
+                    truth.ids, truth.segments, ids.numpy(), segments, CATEGORIES
+                )
+            )
+        expected = 100 * metrics_panoptic.pq_summary(counts, CATEGORIES)[0]["PQ"]
+        assert found["curve"]["panoptic"][k] == pytest.approx(expected)
+    assert found["score"] == max(found["curve"]["panoptic"])
+    assert found["thresholds"]["PANOPTIC_THRESHOLD"] in found["grid"]
+
+
+@pytest.mark.parametrize("queries", ["entity", "learned"])
+@pytest.mark.parametrize("snap", [True, False])
+def test_candidates_come_back_from_an_answer_that_takes_all(
+    tmp_path: Path, queries: str, snap: bool
+) -> None:
+    sample, _ = scene(tmp_path, 1)
+    own = torch.from_numpy(sample["entities_full"].bitmasks())
+    drawn = own[[2, 0, 3, 1]].clone() if queries == "learned" else own.clone()
+    drawn[0, 0, 0] = True
+    if queries == "learned":
+        drawn[1] = ~drawn[1]  # meets no entity
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    ids = sample["entities_full"].segment_ids
+    made = gather_candidates(logits, drawn, own, ids, queries=queries, snap=snap, snap_iou=0.5)
+    answer = {
+        "grounding": ground_phrases(sample["phrases"], made, -1.0),
+        "instances": SimpleNamespace(pred_masks=drawn),
+    }
+    masks, scores = candidates_of(sample, answer, queries, snap)
+    order = np.argsort(made.entity_ids)
+    np.testing.assert_array_equal(masks, made.masks.numpy()[order])
+    np.testing.assert_array_equal(scores, made.scores.double().numpy()[:, order])
+
+
+def test_a_calibration_sets_the_keys_of_its_weights_only(tmp_path: Path) -> None:
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    weights, file = tmp_path / "w.pth", tmp_path / "calibration.json"
+    weights.write_bytes(b"some weights")
+    assert evaluating.calibrated(cfg, str(weights)) == (cfg, None)
+    cfg.TEST.CALIBRATION = str(file)
+    content = {
+        "thresholds": {"ASSOCIATION_THRESHOLD": 0.37, "SINGULAR_ARGMAX": True},
+        "weights_sha256": file_hash(weights),
+        "datasets": {"a_split": {}},
+    }
+    file.write_text(json.dumps(content))
+    changed, calibration = evaluating.calibrated(cfg, str(weights))
+    assert changed.MODEL.GELLA.ASSOCIATION_THRESHOLD == 0.37 and changed.MODEL.GELLA.SINGULAR_ARGMAX
+    assert cfg.MODEL.GELLA.ASSOCIATION_THRESHOLD == 0.5
+    described = evaluation.run_info.describe_run(
+        changed,
+        config_file="",
+        weights=str(weights),
+        seconds=0,
+        datasets={"a_split": {}},
+        calibration=calibration,
+    )
+    assert described["calibration"]["scored_on_the_same"] == ["a_split"]
+    assert described["settings"]["thresholds"]["association"] == 0.37
+    other = tmp_path / "other.pth"
+    other.write_bytes(b"other weights")
+    with pytest.raises(ValueError, match="run tools/calibrate.py for these weights"):
+        read_calibration(file, str(other))
+    for damage in ({"thresholds": {"SNAP": 1}}, {"thresholds": []}, {"weights_sha256": None}):
+        broken = {**content, **damage}
+        if broken["weights_sha256"] is None:
+            del broken["weights_sha256"]
+        file.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="calibration.json is no calibration"):
+            read_calibration(file, str(weights))
+    with pytest.raises(FileNotFoundError, match="run tools/calibrate.py"):
+        read_calibration(tmp_path / "none.json", str(weights))
+
+
+def test_nothing_to_pick_on_is_an_error() -> None:
+    sweep = SelectionSweep(options(), "entity", names_several, referring=False)
+    with pytest.raises(ValueError, match="no grounded noun"):
+        sweep.evaluate()
+    with pytest.raises(ValueError, match="no image"):
+        PanopticSweep(options(), "entity", CATEGORIES, panoptic_from_scores).evaluate()
