@@ -58,6 +58,8 @@ def main(folder):
     """Generate before the engine and under it."""
     torch.set_num_threads(1)
     model = build().eval()
+    model.norm = nn.BatchNorm1d(2)
+    model.norm.running_mean.fill_(1.0 + comm.get_rank())
     before = all_answers(model)
     decoder = model.language_decoder
     optimizer = torch.optim.AdamW(decoder.parameters())
@@ -66,6 +68,8 @@ def main(folder):
     hook.before_train()
     with torch.no_grad(), undisturbed(model):
         after = all_answers(model)
+        assert model.norm.running_mean.tolist() == [1.0, 1.0]  # rank 0's, on both
+    assert model.norm.running_mean.tolist() == [1.0 + comm.get_rank()] * 2
     decoder = hook.engine.module
     assert "generate" not in vars(decoder) and "generate" not in vars(decoder.llama)
     with open(f"{folder}/rank{comm.get_rank()}.json", "w", encoding="utf-8") as stream:

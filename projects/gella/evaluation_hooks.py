@@ -46,9 +46,11 @@ def with_subset(cfg: Any, num_images: int) -> Any:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Leave the random generators and each module's training flag as they were before.
+    """Leave the random generators, the training flags and the buffers as they were before.
 
-    Covers torch (CPU and current CUDA device), numpy and Python. Inside, generation works under
+    Covers torch (CPU and current CUDA device), numpy and Python. Inside, every rank has the buffers
+    of rank 0, which are those that checkpoints hold: BatchNorm's statistics are of a rank's own
+    images, and scores must not depend on which rank an image falls to. And generation works under
     ZeRO stage 3: all ranks take as many forward passes as the longest of their answers. All ranks
     must then evaluate equally many batches (``evaluation_split.EvenLoader``).
     """
@@ -59,13 +61,30 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     numpy_state, python_state = np.random.get_state(), random.getstate()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices=devices), _generation_in_step(model):
+        random_numbers = torch.random.fork_rng(devices=devices)
+        with random_numbers, _buffers_of_rank_0(model), _generation_in_step(model):
             yield
     finally:
         np.random.set_state(numpy_state)
         random.setstate(python_state)
         for module, flag in flags:
             module.training = flag
+
+
+@contextlib.contextmanager
+def _buffers_of_rank_0(model: nn.Module) -> Iterator[None]:
+    if comm.get_world_size() == 1:
+        yield
+        return
+    buffers = list(model.buffers())
+    own = [buffer.clone() for buffer in buffers]
+    for buffer in buffers:
+        torch.distributed.broadcast(buffer, 0)
+    try:
+        yield
+    finally:
+        for buffer, before in zip(buffers, own, strict=True):
+            buffer.copy_(before)
 
 
 def _language_decoder(model: nn.Module) -> nn.Module | None:
