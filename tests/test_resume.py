@@ -421,3 +421,13 @@ def test_a_finished_run_is_resumed_for_more_iterations(tmp_path):
     straight = toy_run(toy_config(tmp_path / "straight", 6))
     straight.train()
     assert unequal(states(trainer), states(straight)) == []
+
+
+def test_the_last_folder_is_written_after_the_final_weights(tmp_path, monkeypatch):
+    """A run that is killed in between is resumed, and would not write them any more otherwise."""
+    calls = []
+    monkeypatch.setattr(
+        RunCheckpoints, "save", lambda self, iteration, name="": calls.append((iteration, name))
+    )
+    toy_run(toy_config(tmp_path, 6)).train()
+    assert calls == [(2, ""), (5, "model_final"), (5, "")]
