@@ -123,7 +123,7 @@ def test_upstreams_head_trains_on_our_losses(heads):
 
 
 class Predictor(nn.Module):
-    num_layers = 2
+    num_layers, num_queries = 2, 5
 
     def __init__(self):
         super().__init__()
