@@ -463,3 +463,33 @@ def test_the_page_names_every_format():
     for kind, layouts in FORMATS.items():
         for layout in layouts:
             assert f"`{layout.name}`" in page, kind
+
+
+# -- from a training run ---------------------------------------------------------------------------
+
+
+def test_from_zero_needs_a_place_and_nothing_else(capsys):
+    assert run("--from-zero", "runs/iter_0000001") == 2
+    assert "--from-zero goes with --output" in capsys.readouterr().err
+    assert run("--from-zero", "runs/iter_0000001", "--output", "x.pth", "--clip", "c.pth") == 2
+    assert "no other input" in capsys.readouterr().err
+
+
+def test_from_zero_writes_what_was_put_together_if_it_fits(tmp_path, monkeypatch, capsys):
+    """`consolidate` itself is compared with real checkpoints in tests/test_resume.py."""
+    from detectron2.modeling import build_model
+
+    from gella import load_config
+
+    state = tiny.perturb(build_model(load_config(tiny.CONFIG, tiny.OPTS)), 4).state_dict()
+    folder = tmp_path / "iter_0000009"
+    folder.mkdir()
+    monkeypatch.setattr(convert_weights, "consolidate", lambda path: dict(state))
+    for output in (tmp_path / "model.pth", tmp_path / "shards"):
+        assert run("--from-zero", folder, "--output", output) == 0
+        assert same(read_weights(str(output)), state)
+        assert f"MODEL.WEIGHTS {output}" in capsys.readouterr().out
+    key = next(iter(state))
+    monkeypatch.setattr(convert_weights, "consolidate", lambda path: {key: state[key]})
+    assert run("--from-zero", folder, "--output", tmp_path / "other.pth") == 2
+    assert "missing" in capsys.readouterr().err and not (tmp_path / "other.pth").exists()

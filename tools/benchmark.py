@@ -5,13 +5,14 @@
     python tools/benchmark.py data --json data.json
     python tools/benchmark.py generation --config-file configs/gella_tiny_shapes.yaml
     python tools/benchmark.py eval --json eval.json
+    python tools/benchmark.py crash --kills 20
     python tools/benchmark.py curves --config-file configs/gella_tiny_shapes.yaml
 
 ``cost`` counts parameters, FLOPs and memory of each part, and memory per GPU under ZeRO, without
 weights or a GPU. ``data`` times the mapper, the loader and the colormap. ``generation`` counts the
 calls of the language model for an answer. ``eval`` times the metrics and the language pass of given
-nouns. ``curves`` lays a training under ZeRO over a plain one. Each explains itself: ``python
-tools/benchmark.py cost --help``.
+nouns. ``curves`` lays a training under ZeRO over a plain one. ``crash`` kills a training again and
+again. Each explains itself: ``python tools/benchmark.py cost --help``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Sequence
 
 import benchmark_cost
+import benchmark_crash
 import benchmark_curves
 import benchmark_data
 import benchmark_eval
@@ -28,6 +30,7 @@ import benchmark_generation
 
 MODES = {
     "cost": (benchmark_cost, "parameters, FLOPs and memory of each part, counted"),
+    "crash": (benchmark_crash, "kills a training and compares what its resumed runs end at"),
     "curves": (benchmark_curves, "losses under ZeRO in several processes over those of one"),
     "data": (benchmark_data, "images per second of mapper and loader"),
     "generation": (benchmark_generation, "calls of the language model for an answer"),

@@ -37,7 +37,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from gella import load_config
-from gella.checkpoint import check_state_dict, write_atomically
+from gella.checkpoint import check_state_dict, consolidate, write_atomically
+from gella.evaluation.run_info import file_hash
 from gella.modeling.state_dicts import FORMATS
 from gella.modeling.state_dicts.assembly import Assembly, assemble, cover
 from gella.modeling.state_dicts.files import read_weights
@@ -74,6 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--output", metavar="PATH", help="a .pth file, or a new folder for safetensors shards"
     )
+    group = parser.add_argument_group("from a training run")
+    group.add_argument(
+        "--from-zero",
+        metavar="DIR",
+        help="a folder OUTPUT_DIR/checkpoints/iter_*, of any ZeRO stage or none: --output gets its "
+        "weights whole, what was under ZeRO in float32",
+    )
     group = parser.add_argument_group("from GELLA's weights")
     group.add_argument("--weights", metavar="PATH", help="a checkpoint or exported folder")
     group.add_argument("--export", metavar="DIR", help="GELLA's weights as safetensors shards")
@@ -96,6 +104,11 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--{given[0]} makes GELLA's weights, --weights and --export read finished ones: do one"
             " after the other"
         )
+    if args.from_zero and (given or args.weights or exports or not args.output):
+        raise ValueError("--from-zero goes with --output PATH and no other input or export")
+    if args.from_zero:
+        check_target(Path(args.output))
+        return
     if given and not args.output:
         raise ValueError("--output is missing: a .pth file or a new folder to write to")
     if not given and args.output:
@@ -173,6 +186,37 @@ def convert(args: argparse.Namespace, cfg: Any) -> None:
     print(f"\nwrote {args.output}: {len(state)} tensors")
     print(
         f"next: python tools/train_net.py --config-file {args.config_file}"
+        f" MODEL.WEIGHTS {args.output}"
+    )
+
+
+def from_zero(args: argparse.Namespace, cfg: Any) -> None:
+    """Put the weights of a training checkpoint together, check them, and write them."""
+    print(f"reading {args.from_zero}", flush=True)
+    state = consolidate(args.from_zero)
+    check_state_dict(
+        state,
+        build_on_meta(cfg),
+        source=args.from_zero,
+        allow_missing=cfg.MODEL.WEIGHTS_ALLOW_MISSING,
+        allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
+    )
+    dtype = DTYPES.get(args.dtype)
+    if Path(args.output).suffix == ".pth":
+        save_pth(args.output, state, dtype)
+    else:
+        write_gella(
+            args.output,
+            state,
+            cfg,
+            config_file=args.config_file,
+            sources=[(args.from_zero, file_hash(args.from_zero))],
+            max_shard_size=args.max_shard_size,
+            dtype=dtype,
+        )
+    print(f"wrote {args.output}: {len(state)} tensors")
+    print(
+        f"next: python tools/train_net.py --config-file {args.config_file} --eval-only"
         f" MODEL.WEIGHTS {args.output}"
     )
 
@@ -274,11 +318,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_arguments(args)
         cfg = load_config(args.config_file, args.opts)
         import_modules(cfg)
-        if args.weights:
+        if args.from_zero:
+            from_zero(args, cfg)
+        elif args.weights:
             export(args, cfg)
         else:
             convert(args, cfg)
-    except (KeyError, OSError, ValueError) as error:
+    except (ImportError, KeyError, OSError, ValueError) as error:
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         return 2
