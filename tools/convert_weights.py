@@ -168,22 +168,8 @@ def convert(args: argparse.Namespace, cfg: Any) -> None:
     print(tabulate(sources, ["file", "sha256"]))
     state = {**result.state, **initial_tensors(cfg, model, result.fresh)}
     state = {key: state[key] for key in expected if key in state}
-    dtype = DTYPES.get(args.dtype)
-    if Path(args.output).suffix == ".pth":
-        save_pth(args.output, state, dtype)
-    else:
-        write_gella(
-            args.output,
-            state,
-            cfg,
-            config_file=args.config_file,
-            sources=sources,
-            fresh=cover(result.fresh, expected),
-            notes=[*notes, *result.notes],
-            max_shard_size=args.max_shard_size,
-            dtype=dtype,
-        )
-    print(f"\nwrote {args.output}: {len(state)} tensors")
+    card = {"fresh": cover(result.fresh, expected), "notes": [*notes, *result.notes]}
+    write_output(args, cfg, state, sources, **card)
     print(
         f"next: python tools/train_net.py --config-file {args.config_file}"
         f" MODEL.WEIGHTS {args.output}"
@@ -201,6 +187,28 @@ def from_zero(args: argparse.Namespace, cfg: Any) -> None:
         allow_missing=cfg.MODEL.WEIGHTS_ALLOW_MISSING,
         allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
     )
+    write_output(args, cfg, state, [(args.from_zero, file_hash(args.from_zero))])
+    print(
+        f"next: python tools/train_net.py --config-file {args.config_file} --eval-only"
+        f" MODEL.WEIGHTS {args.output}"
+    )
+
+
+def write_output(
+    args: argparse.Namespace,
+    cfg: Any,
+    state: dict[str, Tensor],
+    sources: list[tuple[str, str]],
+    **card: Any,
+) -> None:
+    """Write GELLA's weights to ``--output``: a .pth file, or a folder of shards.
+
+    Args:
+        args, cfg: the command line and the model's config.
+        state: tensors by GELLA's key.
+        sources: (name, sha256) of what they were made of.
+        card: ``fresh`` and ``notes`` of the folder's model card.
+    """
     dtype = DTYPES.get(args.dtype)
     if Path(args.output).suffix == ".pth":
         save_pth(args.output, state, dtype)
@@ -210,15 +218,12 @@ def from_zero(args: argparse.Namespace, cfg: Any) -> None:
             state,
             cfg,
             config_file=args.config_file,
-            sources=[(args.from_zero, file_hash(args.from_zero))],
+            sources=sources,
             max_shard_size=args.max_shard_size,
             dtype=dtype,
+            **card,
         )
-    print(f"wrote {args.output}: {len(state)} tensors")
-    print(
-        f"next: python tools/train_net.py --config-file {args.config_file} --eval-only"
-        f" MODEL.WEIGHTS {args.output}"
-    )
+    print(f"\nwrote {args.output}: {len(state)} tensors")
 
 
 def save_pth(path: str, state: dict[str, Tensor], dtype: torch.dtype | None) -> None:
