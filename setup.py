@@ -48,13 +48,15 @@ EXTRAS = {
         "bitsandbytes>=0.50",
         "accelerate>=1.15",
     ],
-    "app": ["gradio>=5"],  # tools/app.py
+    "app": ["gradio>=6.31"],  # tools/app.py: the web page
     "dev": [
         "pytest>=9",  # make test
         "pytest-xdist>=3.8",  # two test processes
         "ruff>=0.17",  # make lint: style and format
         "mypy>=2.4",  # make lint: types
-        # the optional parts under test: ZeRO, adapters, quantisation
+        # the optional parts under test: the web page, ZeRO, adapters, quantisation
+        "gradio>=6.31",
+        "playwright>=1.60",  # drives the page in Debian's Chromium; brings no browser of its own
         "deepspeed>=0.19.8",
         "peft>=0.21",
         "bitsandbytes>=0.50",
