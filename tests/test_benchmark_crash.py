@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-from pathlib import Path
 
+import benchmark
+import benchmark_crash
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "benchmark_crash.py"
 
-
-@pytest.fixture(scope="module")
-def crash():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("tool_benchmark_crash", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_killed_runs_end_at_the_weights_of_the_whole_one(crash, tmp_path, capsys):
+def test_killed_runs_end_at_the_weights_of_the_whole_one(tmp_path, capsys):
     """One kill inside a save, one anywhere."""
     file = tmp_path / "crash.json"
     arguments = ["--kills", "2", "--iterations", "8", "--folder", str(tmp_path / "runs")]
-    assert crash.main([*arguments, "--json", str(file), "--seed", "1"]) == 0
+    assert benchmark.main(["crash", *arguments, "--json", str(file), "--seed", "1"]) == 0
     printed = capsys.readouterr().out
     assert "8 iterations, 1 process(es), without ZeRO: 2 of 2 equal" in printed
     figures = json.loads(file.read_text())
@@ -35,18 +24,18 @@ def test_killed_runs_end_at_the_weights_of_the_whole_one(crash, tmp_path, capsys
     assert "into saving" in figures["kills"][0]["moment"]
     # other weights than those of the whole run are told apart
     folder = tmp_path / "runs" / "kill00"
-    weights = crash._weights(folder)
+    weights = benchmark_crash._weights(folder)
     name = next(n for n in weights if weights[n].is_floating_point())
     weights[name] = weights[name] + 1e-6
-    found = crash.compared(weights, crash._weights(tmp_path / "runs" / "whole"))
+    found = benchmark_crash.compared(weights, benchmark_crash._weights(tmp_path / "runs" / "whole"))
     assert found[0] is False and 0 < found[1] < 1e-5
 
 
-def test_wrong_arguments(crash, capsys):
-    assert crash.main(["--kills", "0"]) == 2
+def test_wrong_arguments(capsys):
+    assert benchmark.main(["crash", "--kills", "0"]) == 2
     assert capsys.readouterr().err.startswith("error: --kills and --processes must be at least 1")
     parser = argparse.ArgumentParser()
-    crash.add_arguments(parser)
+    benchmark_crash.add_arguments(parser)
     assert parser.parse_args([]).kills == 20
 
 
@@ -67,10 +56,10 @@ class Failing:
         }
 
 
-def test_a_failure_ends_with_status_1(crash, monkeypatch, capsys):
-    monkeypatch.setattr(crash, "Trial", Failing)
+def test_a_failure_ends_with_status_1(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_crash, "Trial", Failing)
     with pytest.raises(SystemExit) as end:
-        crash.main(["--kills", "3"])
+        benchmark.main(["crash", "--kills", "3"])
     assert end.value.code == 1 and "0 of 3 equal" in capsys.readouterr().out
-    equal, difference = crash.compared({"a": torch.ones(2)}, {"a": torch.ones(2)})
+    equal, difference = benchmark_crash.compared({"a": torch.ones(2)}, {"a": torch.ones(2)})
     assert equal and difference == 0.0

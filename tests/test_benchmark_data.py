@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser
 from pathlib import Path
 
+import benchmark
 import benchmark_colormap
 import benchmark_data
 import benchmark_scenes
@@ -94,7 +94,7 @@ def test_a_small_run_measures_every_part_and_writes_it(tmp_path, capsys, monkeyp
     file = tmp_path / "figures" / "data.json"
     threads = torch.get_num_threads()
     arguments = [*SMALL, "--workers", "0", "1", "--json", str(file), "--opts", *PIXELS]
-    assert benchmark_data.main(arguments) == 0
+    assert benchmark.main(["data", *arguments]) == 0
     assert torch.get_num_threads() == threads
     figures = json.loads(file.read_text())
     assert set(figures["stages_ms"]) == set(benchmark_stages.STAGES)
@@ -109,8 +109,6 @@ def test_a_small_run_measures_every_part_and_writes_it(tmp_path, capsys, monkeyp
     out = capsys.readouterr().out
     for text in (*benchmark_stages.STAGES, "loader, 1 workers", "because:", str(file), "next:"):
         assert text in out
-    parser = ArgumentParser()
-    benchmark_data.add_arguments(parser)  # as a mode of another tool
 
 
 def test_encoding_is_judged_in_and_out_of_cache():
@@ -142,6 +140,6 @@ def test_encoding_is_judged_in_and_out_of_cache():
 )
 def test_user_errors_are_one_line(arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert benchmark_data.main(arguments) == 2
+    assert benchmark.main(["data", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
+import benchmark
 import benchmark_generation
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_figures_are_printed_and_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark_generation, "prepare", lambda args: (model, inputs, 6))
     monkeypatch.setattr(benchmark_generation, "decode_answer", lambda tokenizer, ids: "There are")
     path = tmp_path / "figures.json"
-    assert benchmark_generation.main(["--config-file", "x.yaml", "--json", str(path)]) == 0
+    assert benchmark.main(["generation", "--config-file", "x.yaml", "--json", str(path)]) == 0
     assert json.loads(path.read_text())["drafts"]["calls"] == 4
     printed = capsys.readouterr().out
     assert "0.190" in printed and "first answer: There are" in printed and "next:" in printed
@@ -91,6 +92,6 @@ def test_figures_are_printed_and_written(monkeypatch, tmp_path, capsys):
 )
 def test_wrong_arguments_end_with_one_line(arguments, message, capsys):
     base = ["--config-file", "configs/gella_tiny_shapes.yaml"]
-    assert benchmark_generation.main([*base, *arguments]) == 2
+    assert benchmark.main(["generation", *base, *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Kill a training without warning, again and again: does it go on to the same weights?
 
-    python tools/benchmark_crash.py --kills 20
-    python tools/benchmark_crash.py --kills 20 --processes 2 --zero-stage 2 --json crash.json
+    python tools/benchmark.py crash --kills 20
+    python tools/benchmark.py crash --kills 20 --processes 2 --zero-stage 2 --json crash.json
 
 A tiny model trains on drawn scenes by tools/train_net.py, saving after every iteration; once to the
 end, and once per kill: ``kill -9`` for all its processes at a moment drawn from ``--seed``, then
@@ -259,21 +259,3 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(1)
     print("next: train with SOLVER.CHECKPOINT_PERIOD; after a crash add --resume to the command")
     return figures
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    try:
-        run(parser.parse_args(arguments))
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Speed of the data path: the mapper, the loader, and the colormap against the plain way.
 
-    python tools/benchmark_data.py                                   scenes made on the spot
-    python tools/benchmark_data.py --json data.json --segments 50
-    python tools/benchmark_data.py --dataset gella_shapes_png_train \\
+    python tools/benchmark.py data                                   scenes made on the spot
+    python tools/benchmark.py data --json data.json --segments 50
+    python tools/benchmark.py data --dataset gella_shapes_png_train \\
         --config-file configs/gella_tiny_shapes.yaml
 
 All but the loader runs in one thread, and is timed by the processor time of that thread. Times are
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -223,22 +222,3 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"\nwrote {args.json}")
     print("\nnext: give DATALOADER.NUM_WORKERS the workers that outrun one training step")
     return figures
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    try:
-        run(parser.parse_args(arguments))
-    except (KeyError, OSError, ValueError) as error:
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

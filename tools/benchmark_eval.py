@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,21 +195,3 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"\nwrote {args.json}")
     print("\nnext: python tools/train_net.py --eval-only --config-file YAML MODEL.WEIGHTS FILE")
     return figures
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    try:
-        run(parser.parse_args(arguments))
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How often the language model is called for an answer: greedily, and with drafts.
 
-    python tools/benchmark_generation.py --config-file configs/gella_tiny_shapes.yaml \\
+    python tools/benchmark.py generation --config-file configs/gella_tiny_shapes.yaml \\
         --weights output/gella_tiny_shapes/model_final.pth --num 50
 
 Noun extraction copies its answer from the caption. A draft proposes what followed the last word in
@@ -14,9 +14,7 @@ prompt lookup, which drafts what followed the first repetition of the last one o
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,22 +235,3 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"\nwrote {args.json}")
     print("\nnext: MODEL.LANGUAGE.PROMPT_LOOKUP_TOKENS takes the draft length with fewest calls")
     return figures
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    try:
-        run(parser.parse_args(arguments))
-    except (KeyError, OSError, ValueError) as error:
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
