@@ -58,6 +58,9 @@ def _worker(local_rank: int, main_func, args: tuple, count: int, machine: int, g
     comm.synchronize()  # nobody runs on before all have joined
     main_func(*args)
     if dist.is_initialized():
-        # Threads of the backend that still run when the interpreter ends would abort the process.
+        # Threads of the backend that still run when the interpreter ends would abort the process,
+        # and a group that something still names keeps its threads.
         comm.synchronize()
+        comm._cpu_group.cache_clear()
+        comm._LOCAL_GROUP = None
         dist.destroy_process_group()
