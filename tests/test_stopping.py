@@ -363,6 +363,11 @@ def test_an_evaluation_survives_a_signal_to_the_group():
 def test_resume_command():
     argv = ["tools/train_net.py", "--config-file", "a b.yaml", "X", "1"]
     command = "python tools/train_net.py --resume --config-file 'a b.yaml' X 1"
-    assert resume_command(argv) == command
-    assert resume_command(shlex.split(command)[1:]) == command
+    assert resume_command(argv, {}) == command
+    assert resume_command(shlex.split(command)[1:], {}) == command
     assert Path(SCRIPT).is_file()
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "1"}
+    started = command.replace("python", "torchrun --standalone --nproc-per-node 4", 1)
+    assert resume_command(argv, torchrun) == started
+    several = resume_command(argv, {**torchrun, "GROUP_WORLD_SIZE": "2"})
+    assert several.startswith("torchrun <its options") and several.endswith(command[7:])

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from detectron2.engine import HookBase
@@ -208,13 +208,20 @@ def forwarded_signals(processes: int) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def resume_command(arguments: Sequence[str]) -> str:
+def resume_command(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
     """Return the command line that goes on with a run.
 
     Args:
         arguments: ``sys.argv`` of the run: the script and its options.
+        environment: variables of the process; torchrun's tell that it started the run. Where the
+            nodes of several met is not among them, so that this part is left to the reader.
     """
     script, *options = arguments
     if "--resume" not in options:
         options = ["--resume", *options]
-    return shlex.join(["python", script, *options])
+    command = shlex.join([script, *options])
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return f"python {command}"
+    if environment.get("GROUP_WORLD_SIZE", "1") != "1":
+        return f"torchrun <its options, on every node> {command}"
+    return f"torchrun --standalone --nproc-per-node {environment['LOCAL_WORLD_SIZE']} {command}"
