@@ -40,7 +40,9 @@ ARROWS: dict[str, set[str]] = {
     "entity_sources": {"entities"},
     "geometry": {"entities"},
     "visualizer": {"entities", "text_layout"},
+    "outlines": set(),
     "grounding": {"entities", "visualizer"},
+    "interactive": {"entities", "grounding", "outlines", "visualizer"},
     # rooms
     "data": {"entities", "entity_sources", "prompts", "geometry"},
     "modeling": set(),  # every file but the one that composes them
@@ -49,16 +51,20 @@ ARROWS: dict[str, set[str]] = {
     "analysis": {"metrics", "entities", "entity_sources", "evaluation", "visualizer"},
     "captions": {"geometry"},
     "segmenters": {"entities", "entity_sources", "geometry", "checkpoint"},
+    "scene": {"entities", "entity_sources", "geometry", "segmenters"},
+    "questions": {"entities", "geometry", "prompts", "scene", "segmenters"},
+    "answers": {"grounding", "questions", "scene"},
+    "many": {"answers", "questions"},
     "predictor": {
+        "answers",
         "checkpoint",
-        "config",
         "config_file",
-        "entities",
-        "entity_sources",
-        "geometry",
         "grounding",
+        "many",
         "prompts",
-        "visualizer",
+        "questions",
+        "scene",
+        "segmenters",
     },
     "run_control": {"checkpoint"},
     "run_checkpoints": {"checkpoint", "modeling.state_dicts.files", "zero"},
@@ -90,6 +96,7 @@ ARROWS: dict[str, set[str]] = {
 # Files that were split off another for length stay in its group.
 GROUPS = {
     "alignment": "prompts",
+    "interactive_parts": "interactive",
     "overlong": "prompts",
     "metrics_panoptic": "metrics",
     "entity_runs": "entities",
