@@ -16,7 +16,6 @@ import numpy as np
 from demo_inputs import MASKS_BESIDE, Job, Picture
 
 from gella.entities import EntityMap
-from gella.entity_files import panoptic_picture
 from gella.entity_sources import FileSource, load_entities, load_from_record
 from gella.evaluation.run_info import file_hash
 from gella.segmenters.segmenter import MaskLimits, load_segmenter
@@ -300,7 +299,7 @@ def masks_from(
     if path.is_dir():
         return MaskFolder(path, pictures, format)
     if not path.exists():
-        raise FileNotFoundError(f"masks {path} do not exist; check --masks")
+        raise FileNotFoundError(f"mask file {path} does not exist; check --masks")
     if path.suffix.lower() == ".json":
         return MaskJson(path, pictures, format)
     if len(pictures) > 1:

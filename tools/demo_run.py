@@ -1,4 +1,4 @@
-"""The demo's work: batches of jobs, what is done already, what fails, and an end that loses nothing."""
+"""The demo's work: batches of jobs, what is done already, what fails, an end that loses nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Plan:
         masks: where entities come from.
         categories: of the task "panoptic".
         describe_first: the model writes the captions.
-        captioner: another model writes them, see `gella.captions.ask`; its address is in ``origin``.
+        captioner: another model writes them, see `gella.captions.ask`; ``origin`` names it.
         extract: the model finds the nouns, also where a dataset knows them.
         origin: where the input comes from; part of the fingerprint, and of every JSON.
         batch_size: pictures at a time.
@@ -199,7 +199,7 @@ class Run:
                 image = read_image(job.picture.path, upright=job.record is None)
                 self._last = (key, (image, self.plan.masks.load(job, image)))
             return Ready(job, fingerprint, *self._last[1])
-        except (ValueError, OSError) as error:
+        except Exception as error:  # a segmenter may raise anything; one picture stops no others
             self._fail(job, error)
             return None
 
@@ -233,7 +233,11 @@ class Run:
             if job.record is not None:
                 source["image_id"] = job.record["image_id"]
             source["fingerprint"] = ready.fingerprint
-            html, paths = self.output.write(self.plan.task, result, job, ready.image, source)
+            try:
+                html, paths = self.output.write(self.plan.task, result, job, ready.image, source)
+            except (ValueError, MemoryError) as error:  # not OSError: a full disk fails them all
+                self._fail(job, error)
+                continue
             self._sections[job.name] = html
             self.done += 1
             if chatty:
