@@ -159,9 +159,9 @@ class Run:
     def write_page(self, total: int) -> Path:
         """Write the page as far as it goes."""
         there = self.done + self.skipped
-        state = f"{there} of {total} done" + ("" if there < total else ", all there are")
         weights = self.predictor.cfg.MODEL.WEIGHTS or "untrained weights"
-        notes = [f"Task {self.plan.task}, {weights}: {state}, {len(self.failures)} failed."]
+        state = f"{there} of {total} done, {len(self.failures)} failed"
+        notes = [f"Task: {self.plan.task}. Model: {weights}. Pictures and captions: {state}."]
         sections = [*self._sections.values(), failure_section(self.failures)]
         self._written = time.monotonic()
         return self.output.write_page(notes, sections)
