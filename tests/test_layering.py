@@ -120,6 +120,8 @@ MODELING_ARROWS = {
         "modeling.causal_lm",
         "modeling.generation",
         "modeling.loss_counts",
+        "modeling.prefix",
+        "modeling.projector",
     },
     "modeling.state_dicts.backbones": {"modeling.state_dicts.layout"},
     "modeling.state_dicts.clip": {"modeling.state_dicts.layout"},
@@ -146,6 +148,7 @@ HOMES: dict[str, set[str]] = {
         "modeling.adapters",  # its quantised layers
         "modeling.causal_lm",
         "modeling.generation",  # its cache
+        "modeling.prefix",  # its cache
         "modeling.mask_decoder",
         "modeling.criterion",
         "segmenters.from_transformers",
