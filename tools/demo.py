@@ -42,7 +42,8 @@ from demo_captions import assign, read_captions
 from demo_inputs import Job, Picture, dataset_jobs, list_pictures, output_names
 from demo_masks import Beside, Live, MaskSource, Records, Whole, masks_from
 from demo_output import PAGE, Output, shown
-from demo_run import LISTED, Plan, Run, Stop
+from demo_run import LISTED, Plan, Run
+from demo_stop import Stop
 from demo_text import read_categories, split_nouns
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -264,6 +265,8 @@ def make_plan(args: argparse.Namespace, jobs: Sequence[Job], masks: MaskSource) 
 
 def execute(args: argparse.Namespace) -> int:
     """Read the input, then build the model (the slow part), then do the jobs; the exit code."""
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output} is a file; name a folder")
     cfg = load_config(args.config_file, args.opts)
     import_modules(cfg)
     if args.weights is not None:
@@ -301,6 +304,9 @@ def summarize(run: Run, args: argparse.Namespace, total: int, stopped: bool) -> 
     print(f"wrote {Path(args.output) / PAGE}")
     if stopped:
         print("next: the same command goes on where this one stopped")
+        return
+    if run.failures:
+        print("next: mend these and run the same command again; it does only what is missing")
         return
     print(f"next: open {Path(args.output) / PAGE} in a browser, or try your own:")
     weights = f" --weights {shlex.quote(args.weights)}" if args.weights else ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from demo_inputs import Picture
+from demo_inputs import Picture, plain
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _FORM = '{"image": "a.png", "caption": "...", "nouns": [...], "masks": "a_masks.png"}'
@@ -102,7 +102,7 @@ def _from_json(path: Path, lines: list[tuple[int, str]]) -> list[Entry]:
             Entry(
                 image,
                 text,
-                None if nouns is None else tuple(nouns),
+                None if nouns is None else tuple(plain(noun) for noun in nouns),
                 None if masks is None else path.parent / masks,
                 f"{path}, line {number}",
             )
@@ -117,7 +117,7 @@ def _text_of(item: dict[str, Any], keys: Sequence[str], where: str) -> str:
     value = item[given[0]]
     if not isinstance(value, str):
         raise ValueError(f"{where}: '{given[0]}' is no text; write {_FORM}")
-    return value
+    return plain(value)
 
 
 class Names:

@@ -21,8 +21,7 @@ from gella.predictor import image_id_of
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MASKS_BESIDE = "_masks"  # scene_masks.png is no picture, but the masks of scene.png
-# File names that the demo itself writes into the output folder, without their suffixes.
-RESERVED = ("failures", "index")
+RESERVED = ("failures",)  # the demo's own JSON in the output folder, without the suffix
 _LONGEST = 80  # bytes of an output name; file systems allow 255 for the whole
 # Control characters, halves of surrogate pairs (undecodable bytes), and what some system forbids.
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff<>:"/\\|?*]')
@@ -64,6 +63,11 @@ class Job:
     record: dict[str, Any] | None = None
 
 
+def plain(text: object) -> str:
+    """The text with what UTF-8 cannot hold (halves of surrogate pairs) replaced."""
+    return str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def list_pictures(root: Path, leave_out: Sequence[Path] = ()) -> list[Picture]:
     """The pictures of a folder and its subfolders, by name; or the one picture that ``root`` is.
 
@@ -81,7 +85,10 @@ def list_pictures(root: Path, leave_out: Sequence[Path] = ()) -> list[Picture]:
         return [Picture(root, root.name, image_id_of(root))]
     excluded = {path.resolve() for path in leave_out}
     if root.resolve() in excluded:
-        raise ValueError(f"{root} is --input, and --output or --masks as well; name another folder")
+        raise ValueError(
+            f"--input {root} is also the folder of the output or of the masks; write elsewhere, "
+            f"and name masks beside pictures scene{MASKS_BESIDE}.png, or move them"
+        )
     found = sorted(_walk(root, excluded), key=lambda path: path.relative_to(root).parts)
     stems = {path.with_suffix("") for path in found if not path.stem.endswith(MASKS_BESIDE)}
     pictures = [

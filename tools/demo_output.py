@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from demo_inputs import Job
+from demo_inputs import Job, plain
 from PIL import Image
 
 from gella.checkpoint import write_atomically
@@ -33,11 +33,6 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u206
 def shown(text: object) -> str:
     """A name or text in one line for terminals, without control characters and broken letters."""
     return _CONTROL.sub("?", str(text))
-
-
-def plain(text: object) -> str:
-    """The text with what UTF-8 cannot hold replaced, so that it can be written."""
-    return str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def as_json(task: str, result: Any, job: Job) -> dict[str, Any]:
@@ -198,9 +193,7 @@ def _section(
     return f'<section id="{key}"><h2>{title}</h2>{plain(figure)}<p>{links}</p></section>\n'
 
 
-def _text_figure(
-    task: str, result: Any, job: Job, size: tuple[int, int], address: str
-) -> str:
+def _text_figure(task: str, result: Any, job: Job, size: tuple[int, int], address: str) -> str:
     """The picture of (H, W) beside the text that the model wrote, in the form of other figures."""
     if task == "describe":
         texts = [escape(result)]

@@ -5,21 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
-from demo_inputs import Job
+from demo_inputs import Job, plain
 from demo_masks import MaskSource
-from demo_output import Output, failure_section, headline, plain, shown
+from demo_output import Output, failure_section, headline, shown
+from demo_stop import Stop
 from tqdm import tqdm
 
 from gella.captions.ask import caption_picture
@@ -62,46 +60,6 @@ class Plan:
     batch_size: int = 8
     overwrite: bool = False
     strict: bool = False
-
-
-class Stop:
-    """Ctrl-C and SIGTERM: the first asks for an end, the second is a KeyboardInterrupt.
-
-    Attributes:
-        number: of the signal that came, 0 if none did.
-    """
-
-    def __init__(self, captioner: Any = None) -> None:
-        """``captioner``: told to begin no further request."""
-        self.number = 0
-        self._captioner = captioner
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        """Begin to listen; does nothing outside the main thread, where signals never arrive."""
-        if threading.current_thread() is threading.main_thread():
-            for kind in (signal.SIGINT, signal.SIGTERM):
-                self._before[kind] = signal.signal(kind, self._note)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give the signals back to who had them."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
-            raise KeyboardInterrupt
-        self.number = number
-        if self._captioner is not None:
-            self._captioner.stop()
-        message = "stopping after the pictures under way (again: at once)"
-        tqdm.write(message, file=sys.stderr)
 
 
 @dataclass
@@ -318,7 +276,9 @@ def _id(ready: Ready) -> int | str:
 
 
 def _phrases(job: Job, plan: Plan) -> list[dict[str, Any]] | None:
-    if plan.task != "ground" or plan.extract or job.record is None:
+    """Nouns of a dataset's record with their places; None if other nouns are wanted."""
+    written = plan.describe_first or plan.captioner is not None
+    if plan.task != "ground" or plan.extract or written or job.record is None:
         return None
     return job.record["phrases"]
 
