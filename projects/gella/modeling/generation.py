@@ -135,9 +135,8 @@ def with_drafts(
     Returns:
         (T,) int64: the new tokens, with the end token if it came.
     """
-    from transformers import DynamicCache
-
-    cache = DynamicCache() if cache is None else cache
+    if cache is None:
+        cache = _empty_cache()
     head = model.get_output_embeddings()
     hidden = model.base_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
     answer = [int(head(hidden.last_hidden_state[0, -1]).argmax())]
@@ -166,6 +165,12 @@ def with_drafts(
     if streamer is not None:
         streamer.end()
     return torch.tensor(answer, dtype=torch.int64, device=embeds.device)
+
+
+def _empty_cache() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()
 
 
 def before_end(answer: Tensor, limit: int, eos_token_id: int) -> Tensor:

@@ -267,8 +267,8 @@ class LanguageDecoder(nn.Module):
     ) -> list[Tensor]:
         """Answer prompts greedily, with a key-value cache; in evaluation mode.
 
-        An answer ends at `eos_token_id`, at `max_new_tokens`, or where prompt and answer fill
-        ``MODEL.LANGUAGE.MAX_POSITIONS``; the last two log a warning.
+        An answer ends at `eos_token_id`, or with a warning at `max_new_tokens` or where prompt and
+        answer fill ``MODEL.LANGUAGE.MAX_POSITIONS``.
 
         Args:
             image_grid: (B, C, g, g) penultimate CLIP features.
