@@ -175,7 +175,7 @@ def _labels(areas: Sequence[Area], size: tuple[int, int]) -> str:
     text = round(max(size) * _LABEL_HEIGHT, 2)
     layers = [Layer(area.mask, *area.origin) for area in areas]
     boxes = [((0.62 * len(area.label) + 0.4) * text, 1.15 * text) for area in areas]
-    parts = []
+    parts: list[str] = []
     for area, spot in zip(areas, place_labels(layers, boxes, (size[1], size[0])), strict=True):
         if spot is None:
             continue
