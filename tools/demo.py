@@ -39,7 +39,7 @@ from shlex import quote
 from typing import Any, NoReturn
 
 from demo_captions import assign, read_captions
-from demo_inputs import Job, Picture, dataset_jobs, list_pictures, output_names
+from demo_inputs import Job, Picture, dataset_jobs, list_pictures, output_names, plain
 from demo_masks import Beside, Live, MaskSource, Records, Whole, masks_from
 from demo_output import PAGE, Output, shown
 from demo_run import LISTED, Plan, Run
@@ -211,7 +211,7 @@ def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Picture]]:
         if len(found) < len(pictures):
             print(f"note: {len(pictures) - len(found)} of {len(pictures)} pictures have no caption")
     else:
-        texts = args.caption or [None]
+        texts = [plain(text) for text in args.caption] if args.caption else [None]
         if any(text is not None and not text.strip() for text in texts):
             raise ValueError("the caption is empty; write a sentence that names what to find")
         nouns = split_nouns(args.nouns)
