@@ -219,6 +219,7 @@ def test_the_page_is_there_while_the_run_goes_on(
     seen = []
     page = three.parent / "out" / "index.html"
     monkeypatch.setattr(demo_run, "_REFRESH", 0.0)
+    monkeypatch.setattr(demo_run, "_TIMES", 0)
     monkeypatch.setattr(
         fake, "during", lambda: seen.append(page.exists() and Page(page).text.count("lies on"))
     )

@@ -278,7 +278,8 @@ def execute(args: argparse.Namespace) -> int:
     if args.device is not None:
         cfg.MODEL.DEVICE = args.device
     if args.dataset is not None:
-        jobs, pictures = dataset_jobs(args.dataset, args.num, cfg, args.task), []
+        pictures: list[Picture] = []
+        jobs = dataset_jobs(args.dataset, args.num, cfg, args.task)
     else:
         jobs, pictures = own_jobs(args)
     plan = make_plan(args, jobs, choose_masks(args, pictures))

@@ -28,7 +28,8 @@ from gella.geometry import read_image
 from gella.predictor import GellaPredictor, Request
 
 _FORM = 1  # of the output files; another number makes all of them again
-_REFRESH = 10.0  # seconds between two writings of the page, at least
+_REFRESH = 10.0  # seconds between two writings of the page, at least,
+_TIMES = 20  # and times what writing it took
 _TALKATIVE = 5  # jobs; up to so many, results and files are printed
 LISTED = 10  # failures that the screen shows
 
@@ -86,7 +87,7 @@ class Run:
         self.done = self.skipped = 0
         self.failures: list[dict[str, str]] = []
         self._sections: dict[str, str] = {}  # by job, in the order of the jobs
-        self._written = time.monotonic()
+        self._next_page = time.monotonic() + _REFRESH
         self._model = model_key(predictor)
         self._last: tuple[Any, Any] = (None, None)  # picture and entities that were read last
 
@@ -106,7 +107,7 @@ class Run:
                     bar.update(len(batch))
                     if self.failures:
                         bar.set_postfix(failed=len(self.failures))
-                    if time.monotonic() - self._written > _REFRESH:
+                    if time.monotonic() >= self._next_page:
                         self.write_page(len(jobs))
             finally:
                 # A hopeless run shows what it has; a strict one leaves nothing.
@@ -121,8 +122,12 @@ class Run:
         state = f"{there} of {total} done, {len(self.failures)} failed"
         notes = [f"Task: {self.plan.task}. Model: {weights}. Pictures and captions: {state}."]
         sections = [*self._sections.values(), failure_section(self.failures)]
-        self._written = time.monotonic()
-        return self.output.write_page(notes, sections)
+        began = time.monotonic()
+        path = self.output.write_page(notes, sections)
+        # A page of thousands is long: refreshing it stays a small part of the time.
+        took = time.monotonic() - began
+        self._next_page = began + max(_REFRESH, _TIMES * took)
+        return path
 
     def _batches(self, jobs: Sequence[Job], bar: Any, stop: Stop) -> Iterator[list[Ready]]:
         """Read the jobs that are not finished, a batch at a time."""
@@ -209,7 +214,7 @@ class Run:
         if self.plan.captioner is not None:
             workers = 4 if hasattr(self.plan.captioner, "address") else 1
             with ThreadPoolExecutor(workers) as pool:
-                answers = list(pool.map(self._caption, batch))
+                answers: list[Any] = list(pool.map(self._caption, batch))
         elif self.plan.describe_first:
             asked = [Request("describe", r.image, r.entities, image_id=_id(r)) for r in batch]
             answers = self.predictor.predict_many(asked, batch_size=self.plan.batch_size)
