@@ -26,6 +26,7 @@ from tiny_gella import (
 )
 
 from gella import prompts
+from gella.modeling import inference, postprocessing
 from gella.predictor import GellaPredictor, Scene
 from gella.questions import TASKS, caption_question, prefix_ids
 
@@ -88,6 +89,24 @@ def test_every_answer_is_that_of_evaluation(
             else:
                 assert found == prompts.parse_nouns(evaluated["text"])
     assert len(set(texts)) > 1
+
+
+def test_which_entity_a_query_met_is_known_before_the_nouns(
+    records: list, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = make_cfg(tokenizer_dir, "learned", "MODEL.GELLA.SNAP_IOU", 0.1)
+    predictor = GellaPredictor(cfg, model=make_model(cfg))
+    scenes = [encode(predictor, record) for record in records]
+    found = [answer(predictor, "ground", *pair) for pair in zip(records, scenes, strict=True)]
+    met = torch.cat([scene.encoded.decoded.snapped for scene in scenes])
+    assert (met >= 0).sum() > 3 and (met < 0).sum() > 3
+
+    def anew(*args: Any, snapped: Any, **options: Any) -> Any:
+        return postprocessing.gather_candidates(*args, **options)
+
+    monkeypatch.setattr(inference, "gather_candidates", anew)
+    for record, scene, before in zip(records, scenes, found, strict=True):
+        same_answers(before, answer(predictor, "ground", record, scene))
 
 
 @pytest.fixture(scope="module")
