@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_predictor_scenes import same_answers
+from predictor_results import same_answers
 from tiny_gella import CATEGORIES, NOUNS, QUERIES, make_caption, make_cfg, make_entities, make_model
 
 from gella import prompts
@@ -63,20 +63,19 @@ def single(predictor: GellaPredictor, request: Request) -> Any:
     return predictor.extract_nouns(request.text, scene=scene)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 7, 99])
-def test_results_are_those_of_single_calls(
-    predictor: GellaPredictor, pictures: list, batch_size: int
-) -> None:
+def test_results_are_those_of_single_calls(predictor: GellaPredictor, pictures: list) -> None:
     requests = requests_about(pictures)
-    progress: list[tuple[int, int]] = []
-    results = predictor.predict_many(
-        requests, batch_size=batch_size, progress=lambda *numbers: progress.append(numbers)
-    )
-    assert len(results) == len(requests) == 25
-    for request, result in zip(requests, results, strict=True):
-        same_answers(single(predictor, request), result)
-    steps = [*range(batch_size, 25, batch_size), 25]
-    assert progress == [(done, 25) for done in steps]
+    singles = [single(predictor, request) for request in requests]
+    for batch_size in (1, 4, 7, 99):
+        progress: list[int] = []
+        results = predictor.predict_many(
+            requests, batch_size=batch_size, progress=lambda *n, to=progress: to.extend(n)
+        )
+        assert len(results) == len(requests) == 25
+        for expected, result in zip(singles, results, strict=True):
+            same_answers(expected, result)
+        steps = [*range(batch_size, 25, batch_size), 25]
+        assert progress == [number for done in steps for number in (done, 25)]
 
 
 class Passes:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from predictor_results import as_evaluated, same_answers
 from tiny_gella import (
     CATEGORIES,
     NOUNS,
@@ -25,6 +26,7 @@ from tiny_gella import (
 )
 
 from gella import prompts
+from gella.modeling import inference, postprocessing
 from gella.predictor import GellaPredictor, Scene
 from gella.questions import TASKS, caption_question, prefix_ids
 
@@ -61,20 +63,6 @@ def answer(predictor: GellaPredictor, task: str, record: dict[str, Any], scene: 
     return predictor.extract_nouns(record["caption"], scene=scene)
 
 
-def as_evaluated(result: Any) -> dict[str, Any]:
-    """A result in the form of the model's own."""
-    if hasattr(result, "phrases"):
-        return {"grounding": result.phrases}
-    if hasattr(result, "segments_info"):
-        segments = [dict(segment) for segment in result.segments_info]
-        return {"panoptic_seg": (torch.as_tensor(result.ids), segments)}
-    return {"text": result}
-
-
-def same_answers(one: Any, other: Any) -> None:
-    same_result(as_evaluated(one), as_evaluated(other))
-
-
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("snap", [True, False])
 def test_every_answer_is_that_of_evaluation(
@@ -101,6 +89,24 @@ def test_every_answer_is_that_of_evaluation(
             else:
                 assert found == prompts.parse_nouns(evaluated["text"])
     assert len(set(texts)) > 1
+
+
+def test_which_entity_a_query_met_is_known_before_the_nouns(
+    records: list, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = make_cfg(tokenizer_dir, "learned", "MODEL.GELLA.SNAP_IOU", 0.1)
+    predictor = GellaPredictor(cfg, model=make_model(cfg))
+    scenes = [encode(predictor, record) for record in records]
+    found = [answer(predictor, "ground", *pair) for pair in zip(records, scenes, strict=True)]
+    met = torch.cat([scene.encoded.decoded.snapped for scene in scenes])
+    assert len(set(met.tolist())) > 2
+
+    def anew(*args: Any, snapped: Any, **options: Any) -> Any:
+        return postprocessing.gather_candidates(*args, **options)
+
+    monkeypatch.setattr(inference, "gather_candidates", anew)
+    for record, scene, before in zip(records, scenes, found, strict=True):
+        same_answers(before, answer(predictor, "ground", record, scene))
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +246,8 @@ def test_a_description_is_streamed(records: list, predictor: GellaPredictor) -> 
 def test_threads_share_a_predictor(records: list, tokenizer_dir: Path, queries: str) -> None:
     cfg = make_cfg(tokenizer_dir, queries)
     predictor = GellaPredictor(cfg, model=make_model(cfg))
-    jobs = [(task, record) for record in records for task in TASKS] * 2
-    serial = [
-        answer(predictor, task, r, encode(predictor, r)) for task, r in jobs[: len(jobs) // 2]
-    ]
+    jobs = [(task, record) for record in records for task in TASKS]
+    serial = [answer(predictor, task, r, encode(predictor, r)) for task, r in jobs]
     shared = {r["image_id"]: encode(predictor, r) for r in records}
     fresh = GellaPredictor(cfg, model=predictor.model)  # nothing is loaded yet
     barrier = threading.Barrier(8)
