@@ -15,7 +15,7 @@ _GAP = 1.0  # pixels between labels
 _ANGLES = 16
 _RINGS = 14
 _SMALL = 6  # masks of fewer label areas are hidden by a label on them
-_HIDING = 1.5  # a mask hidden is as bad as a label so many label sizes away
+_HIDING = 5.0  # a mask hidden is as bad as a label so many label sizes away
 
 
 class PlacedLabel(NamedTuple):
