@@ -408,7 +408,7 @@ def test_every_pixel_belongs_to_its_mask(show: Any) -> None:
         """() => { const box = document.querySelector('svg').getBoundingClientRect();
         const side = box.width / 16, found = [];
         for (let y = 0; y < 12; y++) for (let x = 0; x < 16; x++)
-          for (const [u, v] of [[.02, .02], [.98, .02], [.02, .98], [.98, .98], [.5, .5]]) {
+          for (const [u, v] of [[.01, .01], [.99, .01], [.01, .99], [.99, .99], [.5, .5]]) {
             const at = [box.x + (x + u) * side, box.y + (y + v) * side];
             found.push(Number(document.elementFromPoint(...at).dataset.entity || 0)); }
         return found; }"""
