@@ -92,6 +92,8 @@ GROUPS = {
     "alignment": "prompts",
     "overlong": "prompts",
     "metrics_panoptic": "metrics",
+    "entity_limits": "entities",
+    "entity_masks": "entities",
     "entity_runs": "entities",
     "color_choice": "entities",
     "zero_branch": "zero",
@@ -102,6 +104,7 @@ GROUPS = {
     "colormap_kernel": "entities",
     "entity_files": "entity_sources",
     "entity_json": "entity_sources",
+    "entity_npz": "entity_sources",
 }
 # Leaves of modeling do not even see each other: only these arrows inside the room.
 MODELING_ARROWS = {
