@@ -178,8 +178,9 @@ def _decoded(path: str, changed: int, length: int, size: tuple[int, int]) -> tup
         with Image.open(file) as picture:
             if picture.format != "PNG":
                 raise ValueError(f"a {picture.format} picture; ids need a PNG, which loses nothing")
-            if getattr(picture, "is_animated", False):
-                raise ValueError(f"{picture.n_frames} frames; ids are one picture")
+            frames = getattr(picture, "n_frames", 1)
+            if frames != 1:
+                raise ValueError(f"{frames} frames; ids are one picture")
             depth = data[24]  # of the header; Pillow cuts deeper colours to 8 bits unasked
             if depth != 8 and picture.mode not in _GRAY_MODES:
                 raise ValueError(f"{depth} bits per colour; ids are RGB with 8, grey with 8 or 16")

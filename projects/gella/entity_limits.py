@@ -1,19 +1,20 @@
-"""How large what a stranger's file declares may be. Each bound is checked on the declared size, before
-anything of that size is decoded, and is the default of an argument of the readers.
+"""How large what a stranger's file declares may be.
+
+Each bound is checked on the declared size, before anything of that size is decoded.
 """
 
 from __future__ import annotations
 
 MAX_PIXELS = 120_000_000
-"""Of a picture, height x width: those of the largest telephones have 108 million. Decoding one takes
+"""Of a picture, height x width: those of most telephones have up to 108 million. Decoding one takes
 about 12 bytes per pixel, its entities up to 50."""
 
 MAX_ENTITIES = 10_000
 """Of one image. Segmenters find up to about 1,000, and annotations hold fewer."""
 
 MAX_BYTES = 1 << 30
-"""Of a mask file on disk: COCO's largest annotation file has half of that. A JSON file takes up to 20
-times its size when it is read."""
+"""Of a mask file on disk: COCO's largest annotation file has half of that. Reading a JSON file may
+take 20 times its size."""
 
 MAX_OUTLINE = 4_000_000
 """Length of one entity's polygons, pixels: rasterising takes 80 bytes for each."""

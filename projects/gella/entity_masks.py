@@ -1,4 +1,4 @@
-"""Masks that may overlap, flattened to one entity per pixel. Only numpy; `EntityMap` is built on it."""
+"""Masks that may overlap, and how they become one entity per pixel."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def flatten(
         scores: float (E,), finite.
         mask_of: gives the bool (H, W) mask of an index, once each; only one is held at a time.
 
-    Returns ids int32 (H, W), numbered from 1 among the masks that are visible, and visible bool (E,).
+    Returns ids int32 (H, W), numbered from 1 among the visible masks, and which are visible: bool
+    (E,).
     """
     canvas = np.zeros(size, dtype=np.int32)
     for k in np.lexsort((-areas.astype(np.int64), scores)):

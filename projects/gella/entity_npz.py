@@ -131,7 +131,8 @@ def _npy_header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], np.dtype
         version = np.lib.format.read_magic(stream)
         shape, _, kind = readers[version](stream)
     except (ValueError, KeyError, SyntaxError, RecursionError) as error:
-        raise ValueError(f"{name} is truncated or no array of numpy ({error})") from error
+        reason = short(str(error).split("\n")[0])
+        raise ValueError(f"{name} is truncated or no array of numpy ({reason})") from error
     return shape, kind, stream.tell()
 
 
