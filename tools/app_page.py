@@ -1,0 +1,403 @@
+"""The page itself: Gradio's components and which function answers which button.
+
+`build` only lays it out; what the buttons do is in `app_tasks.Desk`, what is let in in
+`app_uploads`.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import inspect
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from app_tasks import Desk, for_download
+from app_uploads import MASK_SUFFIXES, PICTURE_FORMATS, message_of
+from gradio.data_classes import ImageData
+
+from gella.checkpoint import write_atomically
+from gella.grounding import Grounding, PanopticResult
+from gella.interactive import SCRIPT, STYLE, grounding_html, panoptic_html
+
+TITLE = "GELLA: ground a caption in a picture"
+BUSY = "Something went wrong; the server's log says what. It still runs: try again."
+_OWN_STYLE = """
+.gella-note { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
+.gella-warn { border-left: 3px solid #b45309; padding-left: .6em; }
+footer { display: none !important; }
+"""
+HEAD = f"<style>{STYLE}{_OWN_STYLE}</style><script>{SCRIPT}</script>"
+# All questions share one queue and are answered one after the other, in order.
+MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+_logger = logging.getLogger(__name__)
+_numbers = itertools.count(1)  # figures of all visitors: their keys never meet on a page
+
+
+class Picture(gr.Image):
+    """An image input that hands on the path; Gradio's own would open the file, whatever it is."""
+
+    is_template = True  # Gradio's mark for "shown as the parent is"
+
+    def preprocess(self, payload: ImageData | None) -> str | None:
+        """The uploaded file's path, None without one."""
+        return None if payload is None else payload.path
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture to click.
+
+    Attributes:
+        picture: its file.
+        masks: the file of its entity masks.
+        caption: of it.
+    """
+
+    picture: Path
+    masks: Path
+    caption: str
+
+
+def read_examples(folder: Path) -> list[Example]:
+    """The examples of ``captions.jsonl`` in a folder; none if there is no such file.
+
+    Raises ValueError for a line of another form, with its number.
+    """
+    listed = folder / "captions.jsonl"
+    if not listed.is_file():
+        return []
+    examples = []
+    for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            parts = [str(entry[key]) for key in ("image", "masks", "caption")]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{listed}, line {number}: expected {{"image", "masks", "caption"}} ({error})'
+            ) from error
+        examples.append(Example(folder / parts[0], folder / parts[1], parts[2]))
+    return examples
+
+
+def guarded(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """A function or generator whose errors become messages of the page; the server lives on."""
+
+    def told(error: Exception) -> gr.Error:
+        message = message_of(error)
+        if message is None:
+            _logger.error("a question failed", exc_info=error)
+        # Gradio shows messages as HTML, and they repeat what the visitor wrote.
+        return gr.Error(html.escape(message or BUSY), duration=20, print_exception=False)
+
+    if inspect.isgeneratorfunction(answer):
+
+        @functools.wraps(answer)
+        def generate(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            try:
+                yield from answer(*args, **kwargs)
+            except Exception as error:
+                raise told(error) from None
+
+        return generate
+
+    @functools.wraps(answer)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return answer(*args, **kwargs)
+        except Exception as error:
+            raise told(error) from None
+
+    return call
+
+
+class Page:
+    """The functions behind the buttons.
+
+    Args:
+        desk: answers.
+        folder: where downloads are written; Gradio copies them to its own folder.
+    """
+
+    def __init__(self, desk: Desk, folder: Path) -> None:
+        self.desk, self.folder = desk, folder
+
+    def prepare(self, picture: str | None, masks: list[str] | None, request: gr.Request) -> str:
+        """Encode as soon as there are a picture and masks; say what there is."""
+        if not picture or not masks:
+            what = "a picture" if not picture else "its masks"
+            return _note(f"Still to come: {what}.")
+        return _note(_summary(self.desk.scene(request.session_hash or "", picture, masks)))
+
+    def ground(
+        self,
+        picture: str | None,
+        masks: list[str] | None,
+        caption: str,
+        nouns: str,
+        request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Ground the caption; the figure comes first, the downloads follow."""
+        held = self.desk.scene(request.session_hash or "", picture, masks)
+        result = self.desk.ground(held, caption, nouns)
+        if result.cut_nouns:
+            left = ", ".join(result.cut_nouns)
+            gr.Warning(html.escape(f"The caption is too long for the model; left out: {left}"))
+        yield from self._show(held, result)
+
+    def refer(
+        self, picture: str | None, masks: list[str] | None, expression: str, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """Find what the expression names."""
+        held = self.desk.scene(request.session_hash or "", picture, masks)
+        yield from self._show(held, self.desk.refer(held, expression))
+
+    def panoptic(
+        self, picture: str | None, masks: list[str] | None, categories: str, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        """Give every entity a category."""
+        held = self.desk.scene(request.session_hash or "", picture, masks)
+        yield from self._show(held, self.desk.panoptic(held, categories))
+
+    def describe(
+        self, picture: str | None, masks: list[str] | None, request: gr.Request
+    ) -> Iterator[tuple[str, str, str]]:
+        """The model's description, while it is written; nouns of a former caption go."""
+        held = self.desk.scene(request.session_hash or "", picture, masks)
+        for text in self.desk.describe(held):
+            yield text, "", ""
+
+    def ask(
+        self, picture: str | None, masks: list[str] | None, request: gr.Request
+    ) -> tuple[str, str, str]:
+        """The captioner's description with its nouns."""
+        held = self.desk.scene(request.session_hash or "", picture, masks)
+        caption, nouns = self.desk.ask(held)
+        return caption, ", ".join(nouns), ", ".join(nouns)
+
+    def extract(
+        self, picture: str | None, masks: list[str] | None, caption: str, request: gr.Request
+    ) -> tuple[str, str]:
+        """The caption's nouns, and once more to know later whether they were edited."""
+        held = self.desk.scene(request.session_hash or "", picture, masks)
+        nouns = self.desk.extract(held, caption)
+        if not nouns:
+            gr.Info("The model finds no noun in this caption.")
+        return ", ".join(nouns), ", ".join(nouns)
+
+    def forget(self, request: gr.Request) -> None:
+        """The visitor left."""
+        self.desk.sessions.drop(request.session_hash or "")
+
+    def _show(self, held: Any, result: Grounding | PanopticResult) -> Iterator[tuple[Any, ...]]:
+        key = f"r{next(_numbers)}"
+        draw: Any = grounding_html if isinstance(result, Grounding) else panoptic_html
+        figure = draw(result, key=key, image_src=held.preview)
+        waiting = gr.update(interactive=False)
+        yield figure, _note(_summary(held)), waiting, waiting
+        kind = getattr(result, "task", "panoptic")
+        folder = self.folder / key
+        folder.mkdir(parents=True)
+        paths = [folder / f"{held.name}_{kind}{suffix}" for suffix in (".png", ".json")]
+        text = json.dumps(for_download(result), ensure_ascii=False).encode("utf-8")
+        picture = result.plot()
+        write_atomically(str(paths[0]), lambda stream: picture.save(stream, format="PNG"))
+        write_atomically(str(paths[1]), lambda stream: stream.write(text))
+        ready = [gr.update(value=str(path), interactive=True) for path in paths]
+        yield gr.skip(), gr.skip(), *ready
+
+
+def _note(text: str) -> str:
+    return f'<p class="gella-note" role="status">{html.escape(text)}</p>'
+
+
+def _summary(held: Any) -> str:
+    height, width = held.scene.image.shape[:2]
+    count = held.scene.entities.num_entities
+    return f"{held.name}: {width} x {height} pixels, {count} entities; encoded."
+
+
+def build(desk: Desk, folder: Path, examples: Sequence[Example], untrained: bool) -> gr.Blocks:
+    """Lay out the page.
+
+    Args:
+        desk: answers.
+        folder: for files on their way to a download; in Gradio's temporary folder.
+        examples: pictures to click.
+        untrained: say that the answers mean nothing.
+    """
+    page, limits = Page(desk, folder), desk.limits
+    # Made before their places, since the buttons refer to them.
+    caption = gr.Textbox(
+        label="Caption",
+        lines=4,
+        max_length=limits.max_caption,
+        placeholder="Two zebras graze beside a tall tree.",
+        render=False,
+    )
+    outputs = _outputs()
+    with gr.Blocks(
+        title=TITLE, analytics_enabled=False, delete_cache=(600, 6 * 3600), fill_width=True
+    ) as blocks:
+        gr.HTML(_intro(untrained))
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=300):
+                given = _inputs(page, caption, examples, outputs[1])
+            with gr.Column(scale=3, min_width=300):
+                with gr.Tab("Caption"):
+                    _caption_tab(page, given, caption, outputs)
+                with gr.Tab("Referring expression"):
+                    _line_tab(page.refer, given, outputs, "Expression", "the zebra on the left")
+                with gr.Tab("Panoptic"):
+                    _line_tab(page.panoptic, given, outputs, "Categories", "zebra, tree, grass")
+                for part in outputs[1::-1]:
+                    part.render()
+                with gr.Row():
+                    for part in outputs[2:]:
+                        part.render()
+        blocks.unload(page.forget)
+    return blocks
+
+
+def _intro(untrained: bool) -> str:
+    warning = (
+        '<p class="gella-warn"><strong>Untrained weights: the answers mean nothing.</strong></p>'
+        if untrained
+        else ""
+    )
+    return (
+        "<h1>GELLA</h1><p>Give a picture, its entity masks and a caption: every noun is joined to "
+        "the masks that it names. Point at a noun or a mask to see what belongs together, click to "
+        f"keep it.</p>{warning}"
+    )
+
+
+def _outputs() -> tuple[Any, ...]:
+    """Figure, note, picture and JSON, to be rendered later."""
+    return (
+        gr.HTML(elem_id="figure", render=False),
+        gr.HTML(_note("Still to come: a picture."), elem_id="note", render=False),
+        gr.DownloadButton("Picture (PNG)", interactive=False, elem_id="get-png", render=False),
+        gr.DownloadButton("Masks (JSON)", interactive=False, elem_id="get-json", render=False),
+    )
+
+
+def _inputs(page: Page, caption: Any, examples: Sequence[Example], note: Any) -> tuple[Any, Any]:
+    """Picture and masks, with the examples below them."""
+    limits = page.desk.limits
+    picture = Picture(
+        label="Picture",
+        type="filepath",
+        sources=["upload", "clipboard"],
+        height=320,
+        buttons=[],
+        elem_id="picture",
+    )
+    found = "" if page.desk.finder is None else " (none: they are found)"
+    masks = gr.File(
+        label=f"Entity masks{found}",
+        file_count="multiple",
+        file_types=list(MASK_SUFFIXES),
+        height=110,
+        elem_id="masks",
+    )
+    gr.HTML(
+        _note(
+            f"Pictures: {', '.join(PICTURE_FORMATS)}, at most {limits.max_upload / 1e6:g} MB and "
+            f"{limits.max_pixels / 1e6:g} megapixels. Masks of the same size: PNG of ids (grey, "
+            "palette or COCO panoptic, its JSON beside it if there is one), .npz, COCO results or "
+            "instances."
+        )
+    )
+    gr.on(
+        [picture.change, masks.change],
+        guarded(page.prepare),
+        [picture, masks],
+        note,
+        show_progress="hidden",
+        trigger_mode="always_last",
+        api_name="prepare",
+        **MODEL,
+    )
+    if examples:
+        gr.Examples(
+            [[str(e.picture), [str(e.masks)], e.caption] for e in examples],
+            [picture, masks, caption],
+            label="Examples",
+            cache_examples=False,
+            examples_per_page=12,
+        )
+    return picture, masks
+
+
+def _caption_tab(page: Page, given: tuple[Any, Any], caption: Any, outputs: Any) -> None:
+    """The three tasks of the paper's Figure 3: describe, extract nouns, ground."""
+    caption.render()
+    with gr.Row():
+        describe = gr.Button("Describe the picture", size="sm", elem_id="describe")
+        ask = _ask_button(page.desk)
+        stop = gr.Button("Stop", size="sm", elem_id="stop")
+    nouns = gr.Textbox(
+        label="Nouns, separated by commas",
+        lines=1,
+        max_length=page.desk.limits.max_caption,
+        placeholder="empty: the model finds them",
+        elem_id="nouns",
+    )
+    # What the model wrote there; edited captions clear it, but never what a visitor typed.
+    extracted = gr.Textbox(visible="hidden", elem_id="extracted")
+    with gr.Row():
+        extract = gr.Button("Extract nouns", size="sm", elem_id="extract")
+        ground = gr.Button("Ground", variant="primary", elem_id="ground")
+    texts = [caption, nouns, extracted]
+    running = describe.click(
+        guarded(page.describe), [*given], texts, api_name="describe", **MODEL
+    )
+    stop.click(None, cancels=[running], queue=False, api_visibility="private")
+    if ask is not None:
+        ask.click(guarded(page.ask), [*given], texts, api_name="ask", **MODEL)
+    extract.click(
+        guarded(page.extract), [*given, caption], texts[1:], api_name="extract", **MODEL
+    )
+    ground.click(
+        guarded(page.ground), [*given, caption, nouns], [*outputs], api_name="ground", **MODEL
+    )
+    caption.input(
+        None,
+        [nouns, extracted],
+        [nouns, extracted],
+        js="(nouns, extracted) => [nouns === extracted ? '' : nouns, '']",
+        api_visibility="private",
+    )
+
+
+def _ask_button(desk: Desk) -> Any:
+    """A button that says that the picture leaves this server, if it does."""
+    if desk.captioner is None:
+        return None
+    return gr.Button(f"Ask {Path(desk.captioner.model).name}", size="sm", elem_id="ask")
+
+
+def _line_tab(
+    answer: Callable[..., Any], given: tuple[Any, Any], outputs: Any, label: str, example: str
+) -> None:
+    """A line of text and a button."""
+    name = label.lower()
+    line = gr.Textbox(label=label, placeholder=example, elem_id=name)
+    button = gr.Button("Find", variant="primary", elem_id=f"find-{name}")
+    for trigger in (button.click, line.submit):
+        trigger(
+            guarded(answer),
+            [*given, line],
+            [*outputs],
+            api_name=answer.__name__ if trigger == button.click else None,
+            **MODEL,
+        )
