@@ -40,7 +40,9 @@ ARROWS: dict[str, set[str]] = {
     "entity_sources": {"entities"},
     "geometry": {"entities"},
     "visualizer": {"entities", "text_layout"},
+    "outlines": set(),
     "grounding": {"entities", "visualizer"},
+    "interactive": {"entities", "grounding", "outlines", "visualizer"},
     # rooms
     "data": {"entities", "entity_sources", "prompts", "geometry"},
     "modeling": set(),  # every file but the one that composes them
@@ -94,6 +96,7 @@ ARROWS: dict[str, set[str]] = {
 # Files that were split off another for length stay in its group.
 GROUPS = {
     "alignment": "prompts",
+    "interactive_parts": "interactive",
     "overlong": "prompts",
     "metrics_panoptic": "metrics",
     "entity_runs": "entities",
