@@ -10,8 +10,9 @@ segmenter for pictures without masks and a chat endpoint that writes captions:
         --device cuda --segmenter sam:facebook/sam-vit-base \\
         --captioner https://host/v1 --captioner-model some-model
 
-The page answers on this machine only (127.0.0.1) until --host says otherwise; docs/APP.md says what
-is bounded, kept and deleted. Ctrl-C stops it. Exit code 2 and one line "error: ..." for wrong input.
+The page answers on this machine only (127.0.0.1) until --host says otherwise; docs/APP.md says
+what is bounded, kept and deleted. Ctrl-C stops it. Exit code 2 and one line "error: ..." for wrong
+input.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--weights", metavar="FILE", help='default: MODEL.WEIGHTS of the config; "": untrained')
     add("--device", help="cpu, cuda; default: the config's")
     add("--segmenter", metavar="SPEC", help="finds masks: sam:PATH, transformers:PATH, ...")
-    add("--captioner", metavar="URL", help="chat endpoint that writes captions (key: GELLA_API_KEY)")
-    add("--captioner-model", metavar="NAME", help="its model; without --captioner: a local one")
+    add("--captioner", metavar="URL", help="chat endpoint (key: GELLA_API_KEY) or local model")
+    add("--captioner-model", metavar="NAME", help="the endpoint's model")
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
     add("--port", type=int, help=f"default: the first free one from {FIRST_PORT}")
@@ -74,8 +75,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; give more than 0")
     if args.port is not None and not 0 < args.port < 65536:
         parser.error(f"--port is {args.port}; ports are 1 to 65535")
-    if args.captioner and not args.captioner_model:
-        parser.error("--captioner needs --captioner-model, the name that the endpoint lists")
+    if args.captioner_model and not args.captioner:
+        parser.error("--captioner-model needs --captioner, the endpoint's address")
     return args
 
 
@@ -102,23 +103,16 @@ def make_desk(args: argparse.Namespace) -> Any:
 
 
 def make_captioner(args: argparse.Namespace) -> Any:
-    """The endpoint's client or the local model that the arguments name; None if they name none."""
-    if args.captioner:
-        from gella.captions.endpoint import EndpointCaptioner, EndpointSettings
+    """The captioner that the arguments name; None if they name none."""
+    if not args.captioner:
+        return None
+    from gella.captions.ask import open_captioner
+    from gella.captions.endpoint import EndpointSettings
 
-        # Somebody waits at the page: better told soon than served late.
-        patience = EndpointSettings(timeout=60.0, retries=1, max_wait=10.0, rate_limit_retries=2)
-        return EndpointCaptioner(
-            args.captioner,
-            args.captioner_model,
-            os.environ.get("GELLA_API_KEY"),
-            settings=patience,
-        )
-    if args.captioner_model:
-        from gella.captions.local import LocalCaptioner
-
-        return LocalCaptioner(args.captioner_model, device=args.device or "cpu")
-    return None
+    # Somebody waits at the page: better told soon than served late.
+    patience = EndpointSettings(timeout=60.0, retries=1, max_wait=10.0, rate_limit_retries=2)
+    device = args.device or "cpu"
+    return open_captioner(args.captioner, args.captioner_model, device=device, settings=patience)
 
 
 def launch(desk: Any, args: argparse.Namespace, workspace: Workspace) -> tuple[Any, str]:

@@ -40,16 +40,6 @@ _logger = logging.getLogger(__name__)
 _numbers = itertools.count(1)  # figures of all visitors: their keys never meet on a page
 
 
-class Picture(gr.Image):
-    """An image input that hands on the path; Gradio's own would open the file, whatever it is."""
-
-    is_template = True  # Gradio's mark for "shown as the parent is"
-
-    def preprocess(self, payload: ImageData | None) -> str | None:
-        """The uploaded file's path, None without one."""
-        return None if payload is None else payload.path
-
-
 @dataclass(frozen=True)
 class Example:
     """A picture to click.
@@ -241,6 +231,7 @@ def build(desk: Desk, folder: Path, examples: Sequence[Example], untrained: bool
         lines=4,
         max_length=limits.max_caption,
         placeholder="Two zebras graze beside a tall tree.",
+        elem_id="caption",
         render=False,
     )
     outputs = _outputs()
@@ -265,6 +256,10 @@ def build(desk: Desk, folder: Path, examples: Sequence[Example], untrained: bool
                         part.render()
         blocks.unload(page.forget)
     return blocks
+
+
+def _path_of(payload: ImageData | None) -> str | None:
+    return None if payload is None else payload.path
 
 
 def _intro(untrained: bool) -> str:
@@ -293,7 +288,7 @@ def _outputs() -> tuple[Any, ...]:
 def _inputs(page: Page, caption: Any, examples: Sequence[Example], note: Any) -> tuple[Any, Any]:
     """Picture and masks, with the examples below them."""
     limits = page.desk.limits
-    picture = Picture(
+    picture = gr.Image(
         label="Picture",
         type="filepath",
         sources=["upload", "clipboard"],
@@ -301,6 +296,9 @@ def _inputs(page: Page, caption: Any, examples: Sequence[Example], note: Any) ->
         buttons=[],
         elem_id="picture",
     )
+    # Gradio would open the file, whatever it is, before anything here could look at its size. (A
+    # subclass would make it write a .pyi file beside this one.)
+    picture.preprocess = _path_of
     found = "" if page.desk.finder is None else " (none: they are found)"
     masks = gr.File(
         label=f"Entity masks{found}",
@@ -358,15 +356,11 @@ def _caption_tab(page: Page, given: tuple[Any, Any], caption: Any, outputs: Any)
         extract = gr.Button("Extract nouns", size="sm", elem_id="extract")
         ground = gr.Button("Ground", variant="primary", elem_id="ground")
     texts = [caption, nouns, extracted]
-    running = describe.click(
-        guarded(page.describe), [*given], texts, api_name="describe", **MODEL
-    )
+    running = describe.click(guarded(page.describe), [*given], texts, api_name="describe", **MODEL)
     stop.click(None, cancels=[running], queue=False, api_visibility="private")
     if ask is not None:
         ask.click(guarded(page.ask), [*given], texts, api_name="ask", **MODEL)
-    extract.click(
-        guarded(page.extract), [*given, caption], texts[1:], api_name="extract", **MODEL
-    )
+    extract.click(guarded(page.extract), [*given, caption], texts[1:], api_name="extract", **MODEL)
     ground.click(
         guarded(page.ground), [*given, caption, nouns], [*outputs], api_name="ground", **MODEL
     )

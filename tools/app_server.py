@@ -44,9 +44,7 @@ class Guard:
         full: says that there is no room for another upload.
     """
 
-    def __init__(
-        self, app: Any, max_upload: int, max_body: int, full: Callable[[], bool]
-    ) -> None:
+    def __init__(self, app: Any, max_upload: int, max_body: int, full: Callable[[], bool]) -> None:
         self._app, self._full = app, full
         self._max_upload, self._max_body = max_upload, max_body
 
@@ -89,7 +87,9 @@ class _Counted:
 def _with_headers(send: Any) -> Any:
     async def sending(message: Any) -> None:
         if message["type"] == "http.response.start":
-            given = [pair for pair in message.get("headers", []) if pair[0].decode() not in _HEADERS]
+            given = [
+                pair for pair in message.get("headers", []) if pair[0].decode() not in _HEADERS
+            ]
             ours = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
             message = {**message, "headers": [*given, *ours]}
         await send(message)

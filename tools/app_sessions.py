@@ -1,4 +1,4 @@
-"""What the web page keeps for its visitors: one encoded picture each, for a while, never too many."""
+"""What the web page keeps for its visitors: one encoded picture each, for a while, not too many."""
 
 from __future__ import annotations
 

@@ -20,14 +20,8 @@ from app_sessions import Held, Sessions
 from app_uploads import Limits, read_scene
 from PIL import Image
 
-from gella.captions.captioner import (
-    AnswerError,
-    Captioner,
-    EndpointError,
-    RequestError,
-    load_picture,
-)
-from gella.captions.captioner import describe as ask_for_caption
+from gella.captions.ask import caption_picture
+from gella.captions.captioner import AnswerError, Captioner, EndpointError, RequestError
 from gella.entities import EntityMap
 from gella.grounding import Grounding, PanopticResult
 
@@ -130,9 +124,7 @@ class Desk:
 
     def describe(self, held: Held) -> Iterator[str]:
         """The model's description so far, again and again while it grows."""
-        return streamed(
-            lambda on_text: self.predictor.describe(scene=held.scene, on_text=on_text)
-        )
+        return streamed(lambda on_text: self.predictor.describe(scene=held.scene, on_text=on_text))
 
     def extract(self, held: Held, caption: str | None) -> list[str]:
         """The nouns of a caption as the model finds them."""
@@ -147,7 +139,7 @@ class Desk:
         """
         assert self.captioner is not None
         try:
-            found = ask_for_caption(self.captioner, load_picture(held.scene.image))
+            found = caption_picture(self.captioner, held.scene.image)
         except AnswerError as error:
             _logger.warning("captioner: %s", error)
             raise ValueError("The caption model gave no answer that can be used; again?") from None

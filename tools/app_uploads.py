@@ -22,7 +22,7 @@ from gella.entities import EntityMap
 from gella.entity_json import entries_by_image, forget_files, json_format
 from gella.entity_sources import load_entities
 from gella.geometry import read_image
-from gella.predictor import image_id_of
+from gella.scene import image_id_of
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MASK_SUFFIXES = (".png", ".npz", ".json")
@@ -55,7 +55,8 @@ class Limits:
             raise ValueError(f"The {what} is empty: write one that names what to find.")
         if len(text) > self.max_caption:
             raise ValueError(
-                f"The {what} has {len(text):,} characters; at most {self.max_caption:,} are allowed."
+                f"The {what} has {len(text):,} characters; at most {self.max_caption:,} are "
+                "allowed."
             )
         return text
 
@@ -178,9 +179,10 @@ def read_masks(
                 f"There are {len(paths)} mask files ({', '.join(p.name for p in paths)}); give one "
                 "file, or a COCO panoptic PNG together with its JSON."
             )
-        listed, chosen = sorted(paths, key=lambda path: path.suffix.lower() != ".json")[:1], [
-            path for path in paths if path.suffix.lower() == ".png"
-        ]
+        listed, chosen = (
+            sorted(paths, key=lambda path: path.suffix.lower() != ".json")[:1],
+            [path for path in paths if path.suffix.lower() == ".png"],
+        )
         segments = _segments_of(listed[0], chosen[0].name)
     elif paths[0].suffix.lower() == ".json" and json_format(paths[0]) == "coco_panoptic":
         # Its PNGs are named by the file itself: a stranger's JSON must not choose what is read.
