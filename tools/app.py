@@ -121,11 +121,13 @@ def launch(desk: Any, args: argparse.Namespace, workspace: Workspace) -> tuple[A
     Raises OSError: the port is in use, or the host is none of this machine's.
     """
     import gradio as gr
-    from app_page import HEAD, build, read_examples
+    from app_examples import copied, read_examples
+    from app_page import HEAD, build
     from starlette.middleware import Middleware
 
     untrained = not desk.predictor.cfg.MODEL.WEIGHTS
-    blocks = build(desk, workspace.downloads(), read_examples(Path(args.examples)), untrained)
+    examples = copied(read_examples(Path(args.examples)), workspace.folder)
+    blocks = build(desk, workspace.downloads(), examples, untrained)
     workspace.keep_all()
     blocks.queue(max_size=args.queue, default_concurrency_limit=1)
     limit = desk.limits.max_upload

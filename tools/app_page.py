@@ -7,18 +7,22 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import html
 import inspect
 import itertools
 import json
 import logging
+import secrets
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from app_tasks import Desk, for_download
+from app_examples import Example
+from app_sessions import Held
+from app_tasks import Desk, for_download, unasked
 from app_uploads import MASK_SUFFIXES, PICTURE_FORMATS, message_of
 from gradio.data_classes import ImageData
 
@@ -40,53 +44,19 @@ _logger = logging.getLogger(__name__)
 _numbers = itertools.count(1)  # figures of all visitors: their keys never meet on a page
 
 
-@dataclass(frozen=True)
-class Example:
-    """A picture to click.
-
-    Attributes:
-        picture: its file.
-        masks: the file of its entity masks.
-        caption: of it.
-    """
-
-    picture: Path
-    masks: Path
-    caption: str
-
-
-def read_examples(folder: Path) -> list[Example]:
-    """The examples of ``captions.jsonl`` in a folder; none if there is no such file.
-
-    Raises ValueError for a line of another form, with its number.
-    """
-    listed = folder / "captions.jsonl"
-    if not listed.is_file():
-        return []
-    examples = []
-    for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            parts = [str(entry[key]) for key in ("image", "masks", "caption")]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{listed}, line {number}: expected {{"image", "masks", "caption"}} ({error})'
-            ) from error
-        examples.append(Example(folder / parts[0], folder / parts[1], parts[2]))
-    return examples
+def _told(error: Exception) -> str:
+    message = message_of(error)
+    if message is None:
+        _logger.error("a question failed", exc_info=error)
+    return message or BUSY
 
 
 def guarded(answer: Callable[..., Any]) -> Callable[..., Any]:
     """A function or generator whose errors become messages of the page; the server lives on."""
 
     def told(error: Exception) -> gr.Error:
-        message = message_of(error)
-        if message is None:
-            _logger.error("a question failed", exc_info=error)
         # Gradio shows messages as HTML, and they repeat what the visitor wrote.
-        return gr.Error(html.escape(message or BUSY), duration=20, print_exception=False)
+        return gr.Error(html.escape(_told(error)), duration=20, print_exception=False)
 
     if inspect.isgeneratorfunction(answer):
 
@@ -120,12 +90,27 @@ class Page:
     def __init__(self, desk: Desk, folder: Path) -> None:
         self.desk, self.folder = desk, folder
 
-    def prepare(self, picture: str | None, masks: list[str] | None, request: gr.Request) -> str:
-        """Encode as soon as there are a picture and masks; say what there is."""
-        if not picture or not masks:
-            what = "a picture" if not picture else "its masks"
-            return _note(f"Still to come: {what}.")
-        return _note(_summary(self.desk.scene(request.session_hash or "", picture, masks)))
+    def prepare(
+        self, picture: str | None, masks: list[str] | None, request: gr.Request
+    ) -> tuple[Any, str]:
+        """Encode as soon as there are a picture and masks; show them, or say what is wrong.
+
+        A picture and its masks come one after the other, so what does not go together yet is said
+        quietly; a question says it aloud.
+        """
+        if not picture:
+            return gr.skip(), _note("Still to come: a picture.")
+        if not masks and self.desk.finder is not None:
+            return gr.skip(), _note("No masks: they are found at the first question.")
+        if not masks:
+            return gr.skip(), _note("Still to come: the picture's masks.")
+        try:
+            held = self.desk.scene(request.session_hash or "", picture, masks)
+        except Exception as error:
+            return "", _note(_told(error), "gella-note gella-warn")
+        if held.shown:
+            return gr.skip(), _note(_summary(held))
+        return self._draw(held, unasked(held.scene)), _note(_summary(held))
 
     def ground(
         self,
@@ -135,66 +120,86 @@ class Page:
         nouns: str,
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
-        """Ground the caption; the figure comes first, the downloads follow."""
-        held = self.desk.scene(request.session_hash or "", picture, masks)
+        """Ground the caption; the figure comes first, the downloads follow.
+
+        Nouns that the model extracted from the caption before it was edited count no more.
+        """
+        session = request.session_hash or ""
+        held = self.desk.scene(session, picture, masks)
+        nouns = held.nouns_for(caption, nouns)
         result = self.desk.ground(held, caption, nouns)
         if result.cut_nouns:
             left = ", ".join(result.cut_nouns)
             gr.Warning(html.escape(f"The caption is too long for the model; left out: {left}"))
-        yield from self._show(held, result)
+        for shown in self._show(session, held, result):
+            yield *shown, nouns
 
     def refer(
         self, picture: str | None, masks: list[str] | None, expression: str, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         """Find what the expression names."""
-        held = self.desk.scene(request.session_hash or "", picture, masks)
-        yield from self._show(held, self.desk.refer(held, expression))
+        session = request.session_hash or ""
+        held = self.desk.scene(session, picture, masks)
+        yield from self._show(session, held, self.desk.refer(held, expression))
 
     def panoptic(
         self, picture: str | None, masks: list[str] | None, categories: str, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
         """Give every entity a category."""
-        held = self.desk.scene(request.session_hash or "", picture, masks)
-        yield from self._show(held, self.desk.panoptic(held, categories))
+        session = request.session_hash or ""
+        held = self.desk.scene(session, picture, masks)
+        yield from self._show(session, held, self.desk.panoptic(held, categories))
 
     def describe(
         self, picture: str | None, masks: list[str] | None, request: gr.Request
-    ) -> Iterator[tuple[str, str, str]]:
+    ) -> Iterator[tuple[str, str]]:
         """The model's description, while it is written; nouns of a former caption go."""
         held = self.desk.scene(request.session_hash or "", picture, masks)
         for text in self.desk.describe(held):
-            yield text, "", ""
+            yield text, ""
 
     def ask(
         self, picture: str | None, masks: list[str] | None, request: gr.Request
-    ) -> tuple[str, str, str]:
+    ) -> tuple[str, str]:
         """The captioner's description with its nouns."""
         held = self.desk.scene(request.session_hash or "", picture, masks)
         caption, nouns = self.desk.ask(held)
-        return caption, ", ".join(nouns), ", ".join(nouns)
+        return caption, held.keep_nouns(caption, nouns)
 
     def extract(
         self, picture: str | None, masks: list[str] | None, caption: str, request: gr.Request
-    ) -> tuple[str, str]:
-        """The caption's nouns, and once more to know later whether they were edited."""
+    ) -> str:
+        """The caption's nouns as the model finds them."""
         held = self.desk.scene(request.session_hash or "", picture, masks)
         nouns = self.desk.extract(held, caption)
         if not nouns:
             gr.Info("The model finds no noun in this caption.")
-        return ", ".join(nouns), ", ".join(nouns)
+        return held.keep_nouns(caption, nouns)
 
     def forget(self, request: gr.Request) -> None:
-        """The visitor left."""
-        self.desk.sessions.drop(request.session_hash or "")
+        """The visitor left: picture and results go."""
+        session = request.session_hash or ""
+        self.desk.sessions.drop(session)
+        shutil.rmtree(self._folder_of(session), ignore_errors=True)
 
-    def _show(self, held: Any, result: Grounding | PanopticResult) -> Iterator[tuple[Any, ...]]:
-        key = f"r{next(_numbers)}"
+    def _folder_of(self, session: str) -> Path:
+        # The session's name comes from the visitor's browser: it must not become a path.
+        return self.folder / hashlib.sha256(session.encode()).hexdigest()[:32]
+
+    def _draw(self, held: Held, result: Grounding | PanopticResult) -> str:
+        held.shown = True
         draw: Any = grounding_html if isinstance(result, Grounding) else panoptic_html
-        figure = draw(result, key=key, image_src=held.preview)
+        return draw(result, key=f"r{next(_numbers)}", image_src=held.preview)
+
+    def _show(
+        self, session: str, held: Held, result: Grounding | PanopticResult
+    ) -> Iterator[tuple[Any, ...]]:
         waiting = gr.update(interactive=False)
-        yield figure, _note(_summary(held)), waiting, waiting
+        yield self._draw(held, result), _note(_summary(held)), waiting, waiting
         kind = getattr(result, "task", "panoptic")
-        folder = self.folder / key
+        folder = self._folder_of(session)
+        shutil.rmtree(folder, ignore_errors=True)  # the buttons no longer lead to the last result
+        folder = folder / secrets.token_hex(16)
         folder.mkdir(parents=True)
         paths = [folder / f"{held.name}_{kind}{suffix}" for suffix in (".png", ".json")]
         text = json.dumps(for_download(result), ensure_ascii=False).encode("utf-8")
@@ -205,11 +210,11 @@ class Page:
         yield gr.skip(), gr.skip(), *ready
 
 
-def _note(text: str) -> str:
-    return f'<p class="gella-note" role="status">{html.escape(text)}</p>'
+def _note(text: str, classes: str = "gella-note") -> str:
+    return f'<p class="{classes}" role="status">{html.escape(text)}</p>'
 
 
-def _summary(held: Any) -> str:
+def _summary(held: Held) -> str:
     height, width = held.scene.image.shape[:2]
     count = held.scene.entities.num_entities
     return f"{held.name}: {width} x {height} pixels, {count} entities; encoded."
@@ -241,16 +246,15 @@ def build(desk: Desk, folder: Path, examples: Sequence[Example], untrained: bool
         gr.HTML(_intro(untrained))
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
-                given = _inputs(page, caption, examples, outputs[1])
+                given = _inputs(page, caption, examples, outputs)
             with gr.Column(scale=3, min_width=300):
                 with gr.Tab("Caption"):
                     _caption_tab(page, given, caption, outputs)
-                with gr.Tab("Referring expression"):
+                with gr.Tab("Referring"):
                     _line_tab(page.refer, given, outputs, "Expression", "the zebra on the left")
                 with gr.Tab("Panoptic"):
                     _line_tab(page.panoptic, given, outputs, "Categories", "zebra, tree, grass")
-                for part in outputs[1::-1]:
-                    part.render()
+                outputs[0].render()
                 with gr.Row():
                     for part in outputs[2:]:
                         part.render()
@@ -280,12 +284,16 @@ def _outputs() -> tuple[Any, ...]:
     return (
         gr.HTML(elem_id="figure", render=False),
         gr.HTML(_note("Still to come: a picture."), elem_id="note", render=False),
-        gr.DownloadButton("Picture (PNG)", interactive=False, elem_id="get-png", render=False),
-        gr.DownloadButton("Masks (JSON)", interactive=False, elem_id="get-json", render=False),
+        gr.DownloadButton(
+            "Picture (PNG)", interactive=False, size="sm", elem_id="get-png", render=False
+        ),
+        gr.DownloadButton(
+            "Masks (JSON)", interactive=False, size="sm", elem_id="get-json", render=False
+        ),
     )
 
 
-def _inputs(page: Page, caption: Any, examples: Sequence[Example], note: Any) -> tuple[Any, Any]:
+def _inputs(page: Page, caption: Any, examples: Sequence[Example], outputs: Any) -> tuple[Any, Any]:
     """Picture and masks, with the examples below them."""
     limits = page.desk.limits
     picture = gr.Image(
@@ -307,6 +315,7 @@ def _inputs(page: Page, caption: Any, examples: Sequence[Example], note: Any) ->
         height=110,
         elem_id="masks",
     )
+    outputs[1].render()
     gr.HTML(
         _note(
             f"Pictures: {', '.join(PICTURE_FORMATS)}, at most {limits.max_upload / 1e6:g} MB and "
@@ -319,21 +328,35 @@ def _inputs(page: Page, caption: Any, examples: Sequence[Example], note: Any) ->
         [picture.change, masks.change],
         guarded(page.prepare),
         [picture, masks],
-        note,
+        outputs[:2],
         show_progress="hidden",
         trigger_mode="always_last",
         api_name="prepare",
         **MODEL,
     )
     if examples:
-        gr.Examples(
-            [[str(e.picture), [str(e.masks)], e.caption] for e in examples],
+        shown = gr.Dataset(
+            label="Examples: click one, then Ground",
+            components=[gr.Image(render=False)],
+            samples=[[str(example.picture)] for example in examples],
+            type="index",
+            layout="gallery",
+            samples_per_page=24,
+            elem_id="examples",
+        )
+        shown.click(
+            lambda place: _filled(examples[place]),
+            shown,
             [picture, masks, caption],
-            label="Examples",
-            cache_examples=False,
-            examples_per_page=12,
+            queue=False,
+            api_visibility="private",
+            show_progress="hidden",
         )
     return picture, masks
+
+
+def _filled(example: Example) -> tuple[str, list[str], str]:
+    return str(example.picture), [str(example.masks)], example.caption
 
 
 def _caption_tab(page: Page, given: tuple[Any, Any], caption: Any, outputs: Any) -> None:
@@ -350,26 +373,21 @@ def _caption_tab(page: Page, given: tuple[Any, Any], caption: Any, outputs: Any)
         placeholder="empty: the model finds them",
         elem_id="nouns",
     )
-    # What the model wrote there; edited captions clear it, but never what a visitor typed.
-    extracted = gr.Textbox(visible="hidden", elem_id="extracted")
-    with gr.Row():
-        extract = gr.Button("Extract nouns", size="sm", elem_id="extract")
-        ground = gr.Button("Ground", variant="primary", elem_id="ground")
-    texts = [caption, nouns, extracted]
+    extract = gr.Button("Extract nouns", size="sm", elem_id="extract")
+    ground = gr.Button("Ground", variant="primary", elem_id="ground")
+    texts = [caption, nouns]
     running = describe.click(guarded(page.describe), [*given], texts, api_name="describe", **MODEL)
     stop.click(None, cancels=[running], queue=False, api_visibility="private")
     if ask is not None:
         ask.click(guarded(page.ask), [*given], texts, api_name="ask", **MODEL)
-    extract.click(guarded(page.extract), [*given, caption], texts[1:], api_name="extract", **MODEL)
+    extract.click(guarded(page.extract), [*given, caption], nouns, api_name="extract", **MODEL)
     ground.click(
-        guarded(page.ground), [*given, caption, nouns], [*outputs], api_name="ground", **MODEL
-    )
-    caption.input(
-        None,
-        [nouns, extracted],
-        [nouns, extracted],
-        js="(nouns, extracted) => [nouns === extracted ? '' : nouns, '']",
-        api_visibility="private",
+        guarded(page.ground),
+        [*given, caption, nouns],
+        [*outputs, nouns],
+        show_progress_on=outputs[0],
+        api_name="ground",
+        **MODEL,
     )
 
 
@@ -392,6 +410,7 @@ def _line_tab(
             guarded(answer),
             [*given, line],
             [*outputs],
+            show_progress_on=outputs[0],
             api_name=answer.__name__ if trigger == button.click else None,
             **MODEL,
         )

@@ -118,17 +118,20 @@ class Workspace:
         self.max_bytes, self.max_age = max_bytes, max_age
         self.folder = Path(tempfile.mkdtemp(prefix="gella_app_")).resolve()
         self._keep: set[Path] = set()
+        self._before: dict[str, str | None] = {}
 
     def __enter__(self) -> Workspace:
         """Point Gradio at the folder, and switch off what asks other hosts."""
-        os.environ.update(
-            GRADIO_TEMP_DIR=str(self.folder),
-            GRADIO_EXAMPLES_CACHE=str(self.folder / "examples"),
-            GRADIO_ANALYTICS_ENABLED="False",
-            GRADIO_SHARE="False",
-            GRADIO_SSR_MODE="False",
-            HF_HUB_DISABLE_TELEMETRY="1",
-        )
+        wanted = {
+            "GRADIO_TEMP_DIR": str(self.folder),
+            "GRADIO_EXAMPLES_CACHE": str(self.folder / "examples"),
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "GRADIO_SHARE": "False",
+            "GRADIO_SSR_MODE": "False",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        self._before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update(wanted)
         return self
 
     def __exit__(
@@ -137,7 +140,12 @@ class Workspace:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Delete the folder with all that is in it."""
+        """Delete the folder with all that is in it, and restore the environment."""
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def downloads(self) -> Path:

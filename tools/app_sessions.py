@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ class Held:
         scene: the predictor's ``Scene``.
         name: of the picture's file, without folder and suffix; names the downloads.
         preview: the picture as a data URI, for the page.
+        shown: whether the page has shown it.
+        extracted: a caption and the list of its nouns that a model made.
         used: ``clock()`` of the last use, seconds.
     """
 
@@ -29,7 +31,19 @@ class Held:
     scene: Any
     name: str
     preview: str
+    shown: bool = field(default=False, compare=False)
+    extracted: tuple[str, str] = field(default=("", ""), compare=False)
     used: float = field(default=0.0, compare=False)
+
+    def keep_nouns(self, caption: str, nouns: Sequence[str]) -> str:
+        """Remember nouns that a model found in a caption; return them as a list to be typed."""
+        self.extracted = (caption.strip(), ", ".join(nouns))
+        return self.extracted[1]
+
+    def nouns_for(self, caption: str, typed: str) -> str:
+        """The typed list of nouns; "" if a model found them in a caption that was edited since."""
+        of, nouns = self.extracted
+        return "" if typed == nouns and (caption or "").strip() != of else typed
 
 
 class Sessions:

@@ -149,6 +149,11 @@ class Desk:
         return found.description[: self.limits.max_caption], found.nouns
 
 
+def unasked(scene: Any) -> Grounding:
+    """A scene as the grounding of no caption: its entities, with no noun."""
+    return Grounding(scene.image, "", scene.entities, [], scene.colormap, weights="none asked")
+
+
 def _stamp(path: Path) -> tuple[str, int, int]:
     try:
         status = path.stat()

@@ -233,7 +233,7 @@ def read_scene(
     return image, read_masks(masks, image.shape[:2], image_id, limits), image_id
 
 
-_FOLDERS = re.compile(r"(?<![\w.:/])(?:~|\.{0,2})/(?:[^\s/'\"<>|:]+/)*(?=[^\s/'\"<>|:])")
+_FOLDERS = re.compile(r"(?<![\w.:/<])(?:~|\.{0,2})/(?:[^\s/'\"<>|:]+/)*(?=[^\s/'\"<>|:])")
 
 
 def without_folders(message: str) -> str:
@@ -253,7 +253,7 @@ def message_of(error: BaseException) -> str | None:
 
 
 def clean_folder(folder: Path, keep: Iterable[Path], seconds: float) -> int:
-    """Delete files not changed for ``seconds`` and folders left empty; return how many files.
+    """Delete files and empty folders not changed for ``seconds``; return how many files.
 
     Args:
         folder: searched through.
@@ -270,7 +270,8 @@ def clean_folder(folder: Path, keep: Iterable[Path], seconds: float) -> int:
                     count += 1
             except FileNotFoundError:
                 continue  # somebody else cleaned too
-        if place != str(folder) and not os.listdir(place):
+        old = now - os.lstat(place).st_mtime > seconds
+        if old and place != str(folder) and not os.listdir(place):
             os.rmdir(place)
     return count
 
