@@ -21,25 +21,23 @@ import torch
 from detectron2.modeling import build_model
 
 from gella import prompts
-from gella.answers import Result, to_grounding, to_panoptic
+from gella.answers import Result
 from gella.checkpoint import load_weights
 from gella.config_file import load_config
+from gella.engine import Engine
 from gella.grounding import Grounding, PanopticResult
 from gella.many import answer_requests
 from gella.questions import (
     Question,
     Request,
     caption_question,
-    fit_question,
-    mapped_input,
     named_in,
     panoptic_question,
     phrases_question,
     referring_question,
     text_question,
 )
-from gella.scene import EntitiesLike, Scene, image_id_of, read_scene
-from gella.segmenters.segmenter import Segmenter, load_segmenter
+from gella.scene import EntitiesLike, Scene, image_id_of
 
 __all__ = ["DTYPES", "GellaPredictor", "Grounding", "Request", "Scene", "image_id_of"]
 
@@ -68,19 +66,13 @@ class GellaPredictor:
         if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"
         cfg.freeze()
-        self.cfg = cfg
-        self.config_file = config_file
-        self.model = model
         if model is None:
-            self.model = build_model(cfg)
+            model = build_model(cfg)
             if cfg.MODEL.WEIGHTS:
-                load_weights(self.model, cfg.MODEL.WEIGHTS, cfg)
-        self.model.eval()
-        self._autocast = autocast
-        self._tokenizer: Any = None
+                load_weights(model, cfg.MODEL.WEIGHTS, cfg)
+        self.cfg, self.model, self.config_file = cfg, model.eval(), config_file
+        self._engine = Engine(cfg, self.model, config_file, autocast)
         self._current = threading.local()  # .scene, of each thread
-        self._lock = threading.RLock()
-        self._segmenters: dict[str, Segmenter] = {}
 
     @classmethod
     def from_config(
@@ -142,13 +134,14 @@ class GellaPredictor:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, the sizes differ, or there is no entity at all.
         """
-        return self._read(
+        scene = self._engine.read(
             image,
             entities,
             masks_format=masks_format,
             segments_info=segments_info,
             image_id=image_id,
         )
+        return self._engine.encode([scene])[0]
 
     def set_image(self, image: Any, entities: Any, **options: Any) -> Scene:
         """Choose the picture that this thread's next questions are about, and return its scene.
@@ -180,7 +173,7 @@ class GellaPredictor:
         if nouns is None:
             # An answer may name what the caption does not: such nouns would be invented.
             nouns = named_in(caption, self.extract_nouns(caption, scene=scene))
-        return self._grounding(caption_question(caption, nouns), scene)
+        return self._find(caption_question(caption, nouns), scene)
 
     def ground_phrases(
         self, caption: str, phrases: Sequence[dict[str, Any]], *, scene: Scene | None = None
@@ -196,7 +189,7 @@ class GellaPredictor:
             ValueError: the caption is empty, there is no noun, or the text is too long.
             RuntimeError: no image was set.
         """
-        return self._grounding(phrases_question(caption, phrases), scene)
+        return self._find(phrases_question(caption, phrases), scene)
 
     def refer(self, expression: str, *, scene: Scene | None = None) -> Grounding:
         """Find what a referring expression names; the result has one phrase, the expression.
@@ -205,7 +198,7 @@ class GellaPredictor:
             ValueError: the expression is empty or too long.
             RuntimeError: no image was set.
         """
-        return self._grounding(referring_question(expression), scene)
+        return self._find(referring_question(expression), scene)
 
     def panoptic(
         self, categories: Sequence[dict[str, Any] | str], *, scene: Scene | None = None
@@ -221,9 +214,7 @@ class GellaPredictor:
             ValueError: there is no category, or the list is too long for the model.
             RuntimeError: no image was set.
         """
-        question, scene = panoptic_question(categories), self._scene(scene)
-        result, _ = self._ask(question, scene)
-        return to_panoptic(self.cfg, self.config_file, scene, question, result)
+        return self._find(panoptic_question(categories), scene)
 
     def describe(
         self, *, scene: Scene | None = None, on_text: Callable[[str], None] | None = None
@@ -280,15 +271,12 @@ class GellaPredictor:
         Raises:
             ValueError: the batch size is below 1.
         """
-        return answer_requests(self, requests, batch_size, progress)
+        return answer_requests(self._engine, requests, batch_size, progress)
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of ``MODEL.LANGUAGE.TOKENIZER`` with <SEG>, loaded at first use."""
-        with self._lock:
-            if self._tokenizer is None:
-                self._tokenizer = prompts.load_tokenizer(self.cfg.MODEL.LANGUAGE.TOKENIZER)
-            return self._tokenizer
+        return self._engine.tokenizer
 
     def _scene(self, scene: Scene | None) -> Scene:
         current = getattr(self._current, "scene", None) if scene is None else scene
@@ -296,39 +284,10 @@ class GellaPredictor:
             raise RuntimeError("no image yet: call set_image(image, entities) first")
         return current
 
-    def _read(self, image: Any, entities: Any, **options: Any) -> Scene:
-        with self._lock:
-            return read_scene(
-                image,
-                entities,
-                inputs=self.cfg.INPUT.GELLA,
-                image_size=self.cfg.MODEL.IMAGE_ENCODER.IMAGE_SIZE,
-                segmenter=self._segmenter,
-                **options,
-            )
-
-    def _segmenter(self, spec: str) -> Segmenter:
-        if spec not in self._segmenters:
-            self._segmenters[spec] = load_segmenter(spec, self.cfg.MODEL.DEVICE)
-        return self._segmenters[spec]
-
     def _text(
         self, question: Question, scene: Scene | None, on_text: Callable[[str], None] | None
     ) -> str:
-        result, _ = self._ask(question, self._scene(scene))
-        text = result["text"].replace(self.tokenizer.eos_token or "</s>", "").strip()
-        if on_text is not None:
-            on_text(text)
-        return text
+        return self._engine.write([self._engine.ask(question, self._scene(scene))], on_text)[0]
 
-    def _grounding(self, question: Question, scene: Scene | None) -> Grounding:
-        scene = self._scene(scene)
-        result, num_cut = self._ask(question, scene)
-        return to_grounding(self.cfg, self.config_file, scene, question, result, num_cut)
-
-    def _ask(self, question: Question, scene: Scene) -> tuple[dict[str, Any], int]:
-        """The model's result, and how many phrases, the last ones, were cut from the caption."""
-        fitted = fit_question(question, self.cfg, self.tokenizer)
-        with self._lock, torch.no_grad():
-            mapped = mapped_input(scene, question, fitted)
-            return self.model([mapped])[0], fitted.num_cut
+    def _find(self, question: Question, scene: Scene | None) -> Any:
+        return self._engine.find([self._engine.ask(question, self._scene(scene))])[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from gella import prompts
 from gella.entities import EntityMap
@@ -27,6 +28,7 @@ __all__ = [
     "named_in",
     "panoptic_question",
     "phrases_question",
+    "prefix_ids",
     "referring_question",
     "text_question",
 ]
@@ -170,7 +172,7 @@ def fit_question(question: Question, cfg: Any, tokenizer: Any) -> FittedPrompt:
     Raises:
         ValueError: it is too long for ``MODEL.LANGUAGE.MAX_POSITIONS``.
     """
-    encoder, language = cfg.MODEL.IMAGE_ENCODER, cfg.MODEL.LANGUAGE
+    language = cfg.MODEL.LANGUAGE
     fitted = fit_prompt(
         tokenizer,
         question.task,
@@ -178,11 +180,7 @@ def fit_question(question: Question, cfg: Any, tokenizer: Any) -> FittedPrompt:
         question.phrases,
         policy=cfg.INPUT.GELLA.OVERLONG_CAPTION,
         answered=not question.generates,
-        num_image_tokens=image_token_count(
-            encoder.IMAGE_SIZE, encoder.PATCH_SIZE, language.IMAGE_TOKEN_STRIDE
-        ),
-        system=language.SYSTEM,
-        max_length=language.MAX_POSITIONS,
+        **_limits(cfg),
     )
     if len(fitted.caption) < len(question.caption):
         _logger.warning(
@@ -191,6 +189,16 @@ def fit_question(question: Question, cfg: Any, tokenizer: Any) -> FittedPrompt:
             *(len(fitted.caption), len(question.caption), fitted.num_cut, language.MAX_POSITIONS),
         )
     return fitted
+
+
+def prefix_ids(cfg: Any, tokenizer: Any) -> torch.Tensor:
+    """What every question about an image begins with, up to its last image token: int64 (N,).
+
+    It is cut from a whole prompt, so that its tokens are those of every other one.
+    """
+    ids = prompts.build_prompt(tokenizer, "", None, **_limits(cfg)).input_ids
+    last = int((ids == prompts.IMAGE_TOKEN_ID).nonzero()[-1])
+    return ids[: last + 1]
 
 
 def mapped_input(scene: Scene, question: Question, fitted: FittedPrompt) -> dict[str, Any]:
@@ -206,6 +214,17 @@ def mapped_input(scene: Scene, question: Question, fitted: FittedPrompt) -> dict
         "task": question.task,
         "height": scene.image.shape[0],
         "width": scene.image.shape[1],
+    }
+
+
+def _limits(cfg: Any) -> dict[str, Any]:
+    encoder, language = cfg.MODEL.IMAGE_ENCODER, cfg.MODEL.LANGUAGE
+    return {
+        "num_image_tokens": image_token_count(
+            encoder.IMAGE_SIZE, encoder.PATCH_SIZE, language.IMAGE_TOKEN_STRIDE
+        ),
+        "system": language.SYSTEM,
+        "max_length": language.MAX_POSITIONS,
     }
 
 
