@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gella.entities import EntityMap
 from gella.grounding import Grounding, PanopticResult
 from gella.interactive_parts import (
     COLOR_CLASSES,
@@ -96,10 +97,9 @@ def panoptic_html(result: PanopticResult, *, key: str, image_src: str | None = N
     errors are those of :func:`grounding_html`.
     """
     ident = _ident(key)
-    ids = np.zeros(result.ids.shape, dtype=np.int32)
-    for number, segment in enumerate(result.segments_info, start=1):
-        ids[result.ids == segment["id"]] = number
-    areas = areas_of_ids(ids, [f"segment {k + 1}" for k in range(len(result.segments_info))])
+    numbered = EntityMap.from_id_image(result.ids, [s["id"] for s in result.segments_info])
+    count = numbered.num_entities
+    areas = areas_of_ids(numbered.ids, [f"segment {k + 1}" for k in range(count)])
     names = {category["id"]: category["name"] for category in result.categories}
     members: dict[int, list[int]] = {}
     for number, segment in enumerate(result.segments_info, start=1):

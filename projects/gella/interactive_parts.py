@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from gella.colors import palette
+from gella.labels import place_labels
+from gella.mask_layers import Layer
 from gella.outlines import corner_count, mask_box, svg_path
-from gella.visualizer import deepest_point, noun_colors, palette
+from gella.visualizer import noun_colors
 
 COLOR_CLASSES = 64
 """Number of noun colours on a page; further nouns start again with the first."""
@@ -21,6 +24,7 @@ MAX_CORNERS = 400_000
 """Corners of all masks of a figure; masks with more (noise) are drawn on every 2nd, 4th, ... pixel,
 so that a page stays at some megabytes."""
 
+_LABEL_HEIGHT = 1 / 42  # of the picture's longer side
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _BIDI = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -138,7 +142,7 @@ def areas_svg(
     height, width = size
     stride = _stride(areas)
     patterns: dict[tuple[int, ...], str] = {}
-    paths, labels = [], []
+    paths, labelled = [], []
     for area in sorted(areas, key=lambda a: -np.count_nonzero(a.mask)):
         owners = [noun for noun in nouns if area.number in noun.numbers]
         colors = tuple(dict.fromkeys(noun.color for noun in owners))
@@ -154,23 +158,34 @@ def areas_svg(
         told = f'data-entity="{area.number}" data-says="{safe(says)}"'
         paths.append(f'<path {told} {look}{scaled} d="{data}"/>')
         if owners and area.label:
-            labels.append(_label(area))
+            labelled.append(area)
     kind = "wide" if width > 12 * height else "tall" if height > 12 * width else "plain"
     kind += " crisp" if max(size) <= 256 else ""
-    text = round(max(size) / 42, 2)
     return (
         f'<div class="stage {kind}"><svg viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="picture with {len(areas)} masks">{_stripes(patterns, max(size) / 60)}'
         f'<image href="{safe(source)}" width="{width}" height="{height}" '
-        f'preserveAspectRatio="none"/>{"".join(paths)}'
-        f'<g font-size="{text}">{"".join(labels)}</g></svg></div>'
+        f'preserveAspectRatio="none"/>{"".join(paths)}{_labels(labelled, size)}</svg></div>'
     )
 
 
-def _label(area: Area) -> str:
-    x, y = deepest_point(area.mask)
-    x, y = x + area.origin[0], y + area.origin[1]
-    return f'<text data-label="{area.number}" x="{x + 0.5}" y="{y + 0.5}">{safe(area.label)}</text>'
+def _labels(areas: Sequence[Area], size: tuple[int, int]) -> str:
+    """Numbers where :func:`gella.labels.place_labels` puts them, joined to masks that they are not
+    on by a line."""
+    text = round(max(size) * _LABEL_HEIGHT, 2)
+    layers = [Layer(area.mask, *area.origin) for area in areas]
+    boxes = [((0.62 * len(area.label) + 0.4) * text, 1.15 * text) for area in areas]
+    parts = []
+    for area, spot in zip(areas, place_labels(layers, boxes, (size[1], size[0])), strict=True):
+        if spot is None:
+            continue
+        ident = f'data-label="{area.number}"'
+        if spot.apart:
+            x, y = spot.anchor
+            ends = f'x1="{x:.1f}" y1="{y:.1f}" x2="{spot.x:.1f}" y2="{spot.y:.1f}"'
+            parts.insert(0, f"<line {ident} {ends}/>")
+        parts.append(f'<text {ident} x="{spot.x:.1f}" y="{spot.y:.1f}">{safe(area.label)}</text>')
+    return f'<g font-size="{text}">{"".join(parts)}</g>'
 
 
 def _stripes(patterns: dict[tuple[int, ...], str], width: float) -> str:

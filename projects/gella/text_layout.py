@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from PIL import ImageDraw, ImageFont
 
+from gella.colors import Color, ink_on
+
 INK = (25, 25, 25)
 """RGB of dark text."""
 PAPER = (255, 255, 255)
@@ -20,7 +22,7 @@ class Piece(NamedTuple):
     """A stretch of text and the colour of the chip behind it; ``None``: plain text."""
 
     text: str
-    color: tuple[int, int, int] | None
+    color: Color | None
 
 
 def load_font(size: int) -> Any:
@@ -91,7 +93,6 @@ def draw_row(
             box = (x, corner[1] + 2, right, corner[1] + height - 2)
             draw.rounded_rectangle(box, 4, fill=piece.color)
             x += CHIP_PADDING
-            red, green, blue = piece.color
-            ink = PAPER if 0.299 * red + 0.587 * green + 0.114 * blue < 128 else INK
+            ink = ink_on(piece.color, INK, PAPER)
         draw.text((x, middle), text, font=font, anchor="lm", fill=ink)
         x += font.getlength(piece.text) + (CHIP_PADDING if piece.color is not None else 0)
