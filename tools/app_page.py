@@ -195,7 +195,8 @@ class Page:
         self, session: str, held: Held, result: Grounding | PanopticResult
     ) -> Iterator[tuple[Any, ...]]:
         waiting = gr.update(interactive=False)
-        yield self._draw(held, result), _note(_summary(held)), waiting, waiting
+        shown = (self._draw(held, result), _note(_summary(held)))
+        yield *shown, waiting, waiting
         kind = getattr(result, "task", "panoptic")
         folder = self._folder_of(session)
         shutil.rmtree(folder, ignore_errors=True)  # the buttons no longer lead to the last result
@@ -207,7 +208,7 @@ class Page:
         write_atomically(str(paths[0]), lambda stream: picture.save(stream, format="PNG"))
         write_atomically(str(paths[1]), lambda stream: stream.write(text))
         ready = [gr.update(value=str(path), interactive=True) for path in paths]
-        yield gr.skip(), gr.skip(), *ready
+        yield *shown, *ready
 
 
 def _note(text: str, classes: str = "gella-note") -> str:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from app_sessions import Held, Sessions
-from app_uploads import Limits, read_scene
+from app_uploads import Limits, fingerprint, read_scene
 from PIL import Image
 
 from gella.captions.ask import caption_picture
@@ -78,7 +78,7 @@ class Desk:
         if not masks and self.finder is None:
             raise ValueError("There are no masks yet: upload the picture's entity masks.")
         paths = [Path(picture), *(Path(path) for path in masks or ())]
-        key = tuple(_stamp(path) for path in paths)
+        key = tuple(fingerprint(path, self.limits) for path in paths)
         held = self.sessions.get(session, key)
         if held is None:
             image, entities, image_id = read_scene(paths[0], paths[1:], self.limits)
@@ -151,15 +151,8 @@ class Desk:
 
 def unasked(scene: Any) -> Grounding:
     """A scene as the grounding of no caption: its entities, with no noun."""
+    # Weights, whatever they are called, keep the figure from warning of an untrained model.
     return Grounding(scene.image, "", scene.entities, [], scene.colormap, weights="none asked")
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        raise ValueError(f"{path.name} is no longer here; upload it again.") from None
-    return str(path), status.st_mtime_ns, status.st_size
 
 
 def preview(image: np.ndarray) -> str:
