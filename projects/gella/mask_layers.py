@@ -76,7 +76,8 @@ class Grid:
         return Layer(large, int(columns[0]), int(rows[0]))
 
     def _reduced(self, crop: np.ndarray, left: int, top: int) -> Layer:
-        cover, firsts = crop.astype(np.float32), []
+        cover: np.ndarray = crop.astype(np.float32)
+        firsts = []
         for axis, offset in ((0, top), (1, left)):
             starts = self._starts[axis]
             length = crop.shape[axis]
@@ -95,7 +96,8 @@ class Looks(NamedTuple):
 
     Attributes:
         border: inner border of its wide parts.
-        thin: parts too thin for an inner border to leave something of them.
+        thin: parts too thin for an inner border to leave something of them; of lines of one or two
+            pixels in a drawing that is not enlarged also the pixels beside them.
         ring: pixels outside of the mask around its thin parts.
         place: index of the part in an array of the drawing's size.
     """
@@ -108,12 +110,15 @@ class Looks(NamedTuple):
 
 def looks(layer: Layer, thickness: int, size: tuple[int, int]) -> Looks:
     """Return where a layer's outline of ``thickness`` pixels goes in a drawing of (h, w) pixels."""
-    mask = np.pad(layer.mask, thickness)
+    margin = 2
+    mask = np.pad(layer.mask, margin)
     core = _erode(mask, thickness + 1)
     thin = mask & ~_dilate(core, 2 * thickness + 1)
     border = mask & ~thin & ~_erode(mask, thickness)
-    ring = _dilate(thin, thickness) & ~mask
-    top, left = layer.y - thickness, layer.x - thickness
+    if thickness == 1:  # nothing was enlarged: a line of one pixel would drown in its outline
+        thin |= _dilate(thin & ~_dilate(_erode(mask, 1), 2), 1)
+    ring = _dilate(thin, thickness) & ~mask & ~thin
+    top, left = layer.y - margin, layer.x - margin
     bottom, right = min(top + mask.shape[0], size[0]), min(left + mask.shape[1], size[1])
     inner = slice(max(-top, 0), bottom - top), slice(max(-left, 0), right - left)
     place = slice(max(top, 0), bottom), slice(max(left, 0), right)

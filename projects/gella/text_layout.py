@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,31 @@ def wrap_pieces(line: Sequence[Piece], font: Any, width: int) -> list[list[Piece
                 rows[-1].append(Piece(word, piece.color))
             used += advance
     return rows
+
+
+def flow_items(
+    items: Sequence[Sequence[Piece]], font: Any, width: int, gap: int = 24
+) -> list[list[Piece]]:
+    """Set items one after the other in rows of at most ``width`` pixels, ``gap`` or more apart.
+
+    An item is broken only if it is wider than a row; then it has rows of its own.
+    """
+    spaces = Piece(" " * math.ceil(gap / font.getlength(" ")), None)
+    rows: list[list[Piece]] = []
+    free = 0.0
+    for item in items:
+        needed = sum(_width(piece, font) for piece in item)
+        if rows and needed + _width(spaces, font) <= free:
+            rows[-1] += [spaces, *item]
+            free -= needed + _width(spaces, font)
+        else:
+            rows += wrap_pieces(item, font, width)
+            free = width - needed  # below 0 for an item that was broken
+    return rows
+
+
+def _width(piece: Piece, font: Any) -> float:
+    return font.getlength(piece.text) + (2 * CHIP_PADDING if piece.color is not None else 0)
 
 
 def _words(text: str, font: Any, width: int) -> list[str]:

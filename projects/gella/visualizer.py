@@ -19,7 +19,7 @@ from gella.entities import EntityMap
 from gella.labels import deepest_point
 from gella.mask_layers import Layer
 from gella.panels import MASK_OPACITY, Panels
-from gella.text_layout import PAPER, Piece, draw_row, load_font, wrap_pieces
+from gella.text_layout import PAPER, Piece, draw_row, flow_items, load_font, wrap_pieces
 
 __all__ = [
     "MASK_OPACITY",
@@ -94,12 +94,13 @@ def draw_grounding(
         [*layers.values(), *(layer for layer, _ in made)], [*own, *(color for _, color in made)]
     )
     marked = panels.marked(list(layers.values()), [str(number) for number in layers])
-    lines = [caption_pieces(caption, grounding, colors), []]
+    items = []
     for item, color in zip(grounding, colors, strict=True):
         absent = " (not in the caption)" if item["start"] < 0 else ""
         numbers = _numbers(item["entity_ids"], entities)
-        lines.append([Piece(item["phrase"], color), Piece(f": {numbers}{absent}", None)])
-    return _compose([panels.plain(), marked], lines, untrained, stacked=panels.stacked)
+        items.append([Piece(item["phrase"], color), Piece(f": {numbers}{absent}", None)])
+    text = caption_pieces(caption, grounding, colors)
+    return _compose([panels.plain(), marked], text, items, untrained, stacked=panels.stacked)
 
 
 def draw_panoptic(
@@ -131,12 +132,12 @@ def draw_panoptic(
     shown = [own[number - 1] for number in layers]
     panels.blend(list(layers.values()), shown)
     panels.outline(list(layers.values()), [[color] for color in shown])
-    legend: list[Piece] = []
+    legend = []
     for category, group, color in zip(present, members, colors.values(), strict=True):
         count = f" x {len(group)}" if len(group) > 1 else ""
-        legend += [Piece(names[category], color), Piece(f"{count}   ", None)]
+        legend.append([Piece(names[category], color), Piece(count, None)])
     pictures = [panels.plain(), panels.marked([], [])]
-    return _compose(pictures, [legend], untrained, stacked=panels.stacked)
+    return _compose(pictures, [], legend, untrained, stacked=panels.stacked)
 
 
 def draw_colormap(colormap: np.ndarray, valid_size: tuple[int, int] | None = None) -> Image.Image:
@@ -232,12 +233,13 @@ def _entity_layers(panels: Panels, ids: np.ndarray, wanted: Collection[int]) -> 
 
 def _compose(
     panels: Sequence[Image.Image],
-    lines: Sequence[Sequence[Piece]],
+    text: Sequence[Piece],
+    items: Sequence[Sequence[Piece]],
     untrained: bool,
     *,
     stacked: bool,
 ) -> Image.Image:
-    """Panels side by side or stacked, below them the lines of text, above them the warning."""
+    """Panels side by side or stacked, below them the text and the items, above them the warning."""
     steps = [
         (0, panel.height + _MARGIN) if stacked else (panel.width + _MARGIN, 0) for panel in panels
     ]
@@ -246,15 +248,16 @@ def _compose(
     width = max(_MIN_WIDTH, inner + 2 * _MARGIN)
     font = load_font(max(16, min(24, width // 60)))
     spacing = round(font.size * 1.7)
-    rows = [row for line in lines for row in wrap_pieces(line, font, width - 2 * _MARGIN)]
+    listed = flow_items(items, font, width - 2 * _MARGIN)
+    rows = [*wrap_pieces(text, font, width - 2 * _MARGIN), [], *listed] if text else listed
     banner = spacing + 8 if untrained else 0
     height = banner + 3 * _MARGIN + tall + spacing * len(rows)
     canvas = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(canvas)
     if untrained:
         draw.rectangle((0, 0, width, banner), fill=(160, 30, 30))
-        text = "untrained weights: shows the form of the output, not a result"
-        draw.text((width / 2, banner / 2), text, font=font, anchor="mm", fill=PAPER)
+        warning = "untrained weights: shows the form of the output, not a result"
+        draw.text((width / 2, banner / 2), warning, font=font, anchor="mm", fill=PAPER)
     x, y = (width - inner) // 2, banner + _MARGIN
     for panel, (right, down) in zip(panels, steps, strict=True):
         canvas.paste(panel, (x, y))
