@@ -38,6 +38,7 @@ from app_uploads import (  # noqa: E402
     message_of,
     read_scene,
 )
+from caption_server import answer, chat_server, status  # noqa: E402
 from web_page import (  # noqa: E402
     CAPTION,
     MASKS,
@@ -50,7 +51,7 @@ from web_page import (  # noqa: E402
     write_zip_bomb,
 )
 
-from gella.entities import id_to_rgb  # noqa: E402
+from gella.entities import EntityMap, id_to_rgb  # noqa: E402
 from gella.entity_sources import load_entities  # noqa: E402
 
 SMALL = Limits(max_upload=100_000, max_pixels=10_000, max_caption=60, max_entities=5)
@@ -387,8 +388,12 @@ def test_answers_forbid_what_is_not_of_the_server(guarded_echo: Any) -> None:
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Served]:
-    with served("--max-upload-mb", "1", "--max-pixels", "100000", "--max-caption", "300") as found:
-        yield found
+    bounds = ("--max-upload-mb", "1", "--max-pixels", "100000", "--max-caption", "300")
+    with chat_server() as captions:
+        captioner = ("--captioner", captions.url, "--captioner-model", "a-model")
+        with served(*bounds, *captioner) as found:
+            found.captions = captions
+            yield found
 
 
 def client_of(page: Served) -> Any:
@@ -423,7 +428,10 @@ def test_grounds_and_grounds_again_without_encoding_again(page: Served) -> None:
     entities = load_entities(MASKS, 96, 96)
     for noun in content["nouns"]:
         mask = mask_utils.decode(noun["mask"]).astype(bool)
-        assert noun["entity_ids"] and (mask == entities.union(noun["entity_ids"])).all()
+        assert (
+            noun["entity_ids"]
+            and (mask == entities.union(map(entities.index_of, noun["entity_ids"]))).all()
+        )
     assert str(ROOT) not in path_of(masks).read_text()
     again = ask(client, "ground", "There is the wall.", "the wall", given=given)
     assert "the wall" in again[0] and "white stars" not in again[0]
@@ -450,6 +458,46 @@ def test_the_description_is_streamed(page: Served) -> None:
     texts = [text for text, _ in job.outputs()]
     assert nouns == "" and caption and texts[-1] == caption
     assert len(texts) > 1 and all(caption.startswith(text[:10]) for text in texts)
+
+
+def test_a_caption_comes_from_outside_with_its_nouns(page: Served) -> None:
+    from gradio_client.exceptions import AppError
+
+    text = "A star lies on the grass."
+    client, given = client_of(page), files()
+    page.captions.script = [answer(json.dumps({"description": text, "nouns": ["star", "grass"]}))]
+    assert ask(client, "ask", given=given) == (text, "star, grass")
+    figure, *_, nouns = ask(client, "ground", text, "star, grass", given=given)
+    assert "star" in figure and nouns == "star, grass"
+    *_, nouns = ask(client, "ground", "There is the wall.", "star, grass", given=given)
+    assert nouns == ""  # of another caption
+    page.captions.script = [status(401, b'{"error": {"message": "at http://inside/"}}')]
+    with pytest.raises(AppError, match="does not answer now") as caught:
+        ask(client, "ask", given=given)
+    assert "inside" not in str(caught.value)
+
+
+def test_masks_are_found_where_none_were_uploaded(
+    page: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradio_client.exceptions import AppError
+
+    client, picture = client_of(page), files()[0]
+    assert client.predict(picture, None, api_name="/describe")[0]  # needs no masks
+    with pytest.raises(AppError, match="no masks yet"):
+        client.predict(picture, None, "the wall", api_name="/refer")
+    ids = np.zeros((96, 96), np.int32)
+
+    class Finder:
+        def segment(self, image: np.ndarray) -> EntityMap:
+            return EntityMap.from_id_image(ids)
+
+    monkeypatch.setattr(page.desk, "finder", Finder())
+    other = files(SCENES / "000000500016.png")[0]
+    with pytest.raises(AppError, match="found no entity"):
+        client.predict(other, None, "the wall", api_name="/refer")
+    ids[:40], ids[60:] = 1, 2
+    assert "2 entities" in client.predict(other, None, "the wall", api_name="/refer")[1]
 
 
 @pytest.mark.parametrize(
@@ -597,8 +645,8 @@ def test_twenty_at_once_are_all_answered_in_order(page: Served) -> None:
                 range(20),
             )
         )
-    for k, answer in enumerate(answers):
-        assert f"and {k} stars" in answer[0]
+    for k, answered in enumerate(answers):
+        assert f"and {k} stars" in answered[0]
 
 
 def test_a_full_queue_says_so_and_lives_on() -> None:

@@ -29,6 +29,7 @@ class Served:
     desk: Any
     workspace: Workspace
     encoded: list[Any]  # the image ids of all calls of encode
+    captions: Any = None  # the chat endpoint that it asks, if there is one
 
 
 @contextmanager

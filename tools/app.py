@@ -18,6 +18,7 @@ input.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import ipaddress
 import logging
 import os
@@ -190,6 +191,8 @@ def check_address(host: str, port: int | None) -> None:
 def run(args: argparse.Namespace, stop: threading.Event | None = None) -> None:
     """Build the model, open the page and serve until a signal, or ``stop``, says so."""
     stop = stop or threading.Event()
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError('the web page needs gradio; install it: pip install -e ".[app]"')
     check_address(args.host, args.port)
     uploads = int(MAX_UPLOADS * args.max_upload_mb * 1e6)
     with Workspace(uploads, MAX_AGE) as workspace:
