@@ -79,6 +79,16 @@ def test_a_second_run_does_only_what_changed(run: Any, three: Path, fake: type[F
     assert asked("--nouns", "the sand", opts=("INPUT.GELLA.COLORS", "location")) == 0
 
 
+def test_extracting_is_not_taken_for_given_nouns(run: Any, three: Path, fake: type[Fake]) -> None:
+    line = {"image": "a.png", "caption": CAPTION, "nouns": ["the sand"]}
+    (three.parent / "c.jsonl").write_text(json.dumps(line))
+    run("--captions", three.parent / "c.jsonl")
+    assert run("--captions", three.parent / "c.jsonl", "--extract")[0] == 0
+    assert len(fake.asked) == 2
+    content = json.loads((three.parent / "out" / "a.json").read_text())
+    assert [noun["noun"] for noun in content["nouns"]] == ["circle"]
+
+
 def test_other_weights_do_all_again(run: Any, three: Path, fake: type[Fake]) -> None:
     weights = three.parent / "w.pth"
     weights.write_bytes(b"one")

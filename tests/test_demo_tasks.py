@@ -48,6 +48,8 @@ def test_captions_of_an_endpoint(
         server.default = answer("no JSON")
         code, out, _ = run(*arguments, "--overwrite")
         assert code == 1 and "none of 3 answers could be used" in out
+        code, out, err = run(*arguments, "--overwrite", input="in/a.png")
+        assert code == 2 and err.startswith("error: none of 3 answers") and err.count("\n") == 1
         server.default = status(401)
         code, out, err = run(*arguments, "--overwrite")
         assert code == 2 and "check the key" in err and err.count("error: ") == 1

@@ -306,7 +306,8 @@ def summarize(run: Run, args: argparse.Namespace, total: int, stopped: bool) -> 
         print(f"and {len(run.failures) - LISTED} more")
     if run.failures:
         print(f"all failures: {Path(args.output) / 'failures.json'}")
-    print(f"wrote {Path(args.output) / PAGE}")
+    if run.done or run.skipped or run.failures:
+        print(f"wrote {Path(args.output) / PAGE}")
     if stopped:
         print("next: the same command goes on where this one stopped")
         return

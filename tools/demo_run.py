@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -97,7 +98,7 @@ class Run:
         Raises:
             EndpointError: the captioner cannot answer at all.
             OSError: the results cannot be written.
-            Exception: what went wrong, if the plan is strict; nothing is written then.
+            ValueError: what went wrong, if the plan is strict; nothing is written then.
         """
         chatty = len(jobs) <= _TALKATIVE
         with tqdm(total=len(jobs), unit="picture", disable=len(jobs) == 1) as bar:
@@ -177,6 +178,7 @@ class Run:
             "masks": self.plan.masks.key(job),
             "text": job.text,
             "nouns": job.nouns,
+            "extract": self.plan.extract,
             "phrases": _phrases(job, self.plan),
             "categories": self.plan.categories,
             "describe_first": self.plan.describe_first,
@@ -269,9 +271,12 @@ class Run:
             return error
 
     def _fail(self, job: Job, error: Exception) -> None:
-        if self.plan.strict:
-            raise error
         reason = " ".join(str(error).split()) or type(error).__name__
+        if self.plan.strict:
+            # Whatever a segmenter or a captioner raised, it is the user's to see in one line.
+            raise ValueError(reason) from error
+        if os.getenv("GELLA_TRACEBACK") == "1":
+            traceback.print_exception(error)
         failure = {"image": job.picture.name, "caption": job.text or "", "reason": reason}
         self.failures.append(failure)
 
