@@ -28,7 +28,8 @@ ARROWS: dict[str, set[str]] = {
     "metrics": set(),
     "checkpoint": {"modeling.state_dicts.files", "zero"},  # DeepSpeed's files among a folder's
     "plugins": set(),
-    "text_layout": set(),
+    "colors": set(),
+    "outlines": set(),
     "optimizer": set(),
     "training_hooks": set(),
     "zero": set(),
@@ -39,26 +40,52 @@ ARROWS: dict[str, set[str]] = {
     "config_file": {"config"},
     "entity_sources": {"entities"},
     "geometry": {"entities"},
-    "visualizer": {"entities", "text_layout"},
+    "text_layout": {"colors"},
+    "mask_layers": {"outlines"},
+    "labels": {"mask_layers"},
+    "panels": {"colors", "labels", "mask_layers", "text_layout"},
+    "visualizer": {"colors", "entities", "labels", "mask_layers", "panels", "text_layout"},
     "grounding": {"entities", "visualizer"},
+    "interactive": {
+        "colors",
+        "entities",
+        "grounding",
+        "labels",
+        "mask_layers",
+        "outlines",
+        "visualizer",
+    },
     # rooms
     "data": {"entities", "entity_sources", "prompts", "geometry"},
     "modeling": set(),  # every file but the one that composes them
     "modeling.meta_arch": {"modeling", "entities", "prompts"},
+    "modeling.inference": {"modeling", "prompts"},  # its other half
     "evaluation": {"metrics", "entities", "entity_sources", "prompts"},
     "analysis": {"metrics", "entities", "entity_sources", "evaluation", "visualizer"},
     "captions": {"geometry"},
     "segmenters": {"entities", "entity_sources", "geometry", "checkpoint"},
-    "predictor": {
-        "checkpoint",
-        "config",
-        "config_file",
-        "entities",
-        "entity_sources",
-        "geometry",
+    "scene": {"entities", "entity_sources", "geometry", "segmenters"},
+    "questions": {"entities", "geometry", "prompts", "scene", "segmenters"},
+    "answers": {"grounding", "questions", "scene"},
+    "engine": {
+        "answers",
         "grounding",
         "prompts",
-        "visualizer",
+        "questions",
+        "scene",
+        "segmenters",
+    },
+    "many": {"answers", "engine", "prompts", "questions", "scene"},
+    "predictor": {
+        "answers",
+        "checkpoint",
+        "config_file",
+        "engine",
+        "grounding",
+        "many",
+        "prompts",
+        "questions",
+        "scene",
     },
     "run_control": {"checkpoint"},
     "run_checkpoints": {"checkpoint", "modeling.state_dicts.files", "zero"},
@@ -90,8 +117,11 @@ ARROWS: dict[str, set[str]] = {
 # Files that were split off another for length stay in its group.
 GROUPS = {
     "alignment": "prompts",
+    "interactive_parts": "interactive",
     "overlong": "prompts",
     "metrics_panoptic": "metrics",
+    "entity_limits": "entities",
+    "entity_masks": "entities",
     "entity_runs": "entities",
     "color_choice": "entities",
     "zero_branch": "zero",
@@ -102,6 +132,7 @@ GROUPS = {
     "colormap_kernel": "entities",
     "entity_files": "entity_sources",
     "entity_json": "entity_sources",
+    "entity_npz": "entity_sources",
 }
 # Leaves of modeling do not even see each other: only these arrows inside the room.
 MODELING_ARROWS = {
@@ -113,6 +144,8 @@ MODELING_ARROWS = {
         "modeling.causal_lm",
         "modeling.generation",
         "modeling.loss_counts",
+        "modeling.prefix",
+        "modeling.projector",
     },
     "modeling.state_dicts.backbones": {"modeling.state_dicts.layout"},
     "modeling.state_dicts.clip": {"modeling.state_dicts.layout"},
@@ -130,6 +163,11 @@ MODELING_ARROWS = {
         "modeling.state_dicts.mask2former",
     },
     "modeling.meta_arch": {"*"},
+    "modeling.inference": {
+        "modeling.mask_decoder",
+        "modeling.postprocessing",
+        "modeling.prefix",
+    },
     "modeling": {"*"},  # its __init__ registers everything
 }
 HOMES: dict[str, set[str]] = {
@@ -139,6 +177,7 @@ HOMES: dict[str, set[str]] = {
         "modeling.adapters",  # its quantised layers
         "modeling.causal_lm",
         "modeling.generation",  # its cache
+        "modeling.prefix",  # its cache
         "modeling.mask_decoder",
         "modeling.criterion",
         "segmenters.from_transformers",
