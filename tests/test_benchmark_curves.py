@@ -23,13 +23,19 @@ def test_differences_of_early_and_of_all_iterations():
     assert found == {"total_loss": {"mean": 14.5, "early": 0.5, "all": 2.0}}
 
 
+def test_noise_is_the_largest_difference_of_any_two_plain_runs():
+    totals = {"plain 0": 1.0, "plain 1": 2.0, "plain 2": -1.0, "zero": 9.0}
+    curves = {name: {"total_loss": [value] * 30} for name, value in totals.items()}
+    assert benchmark_curves.noise(curves) == {"total_loss": {"early": 3.0, "all": 3.0}}
+
+
 def test_other_curves_are_refused():
     with pytest.raises(ValueError, match="recorded"):
         benchmark_curves.compare({"a": [1.0]}, {"a": [1.0, 2.0]})
 
 
 def test_the_picture(tmp_path):
-    curves = {name: {"total_loss": [3.0, 2.0, 1.0]} for name in ("plain", "zero", "moved")}
+    curves = {name: {"total_loss": [3.0, 2.0, 1.0]} for name in ("plain 0", "plain 1", "zero")}
     path = tmp_path / "folder" / "curves.png"
     benchmark_curves.draw(curves, str(path), "2 processes")
     assert len(Image.open(path).convert("RGB").getcolors(100_000)) > 10
@@ -46,7 +52,7 @@ def test_one_process_is_no_comparison():
 def test_moved_weights_are_the_neighbours_of_the_first_ones():
     model = torch.nn.Linear(40, 40)
     before = model.weight.detach().clone()
-    hook = benchmark_curves.LastPlace()
+    hook = benchmark_curves.LastPlace(1)
     hook.trainer = SimpleNamespace(model=model)
     hook.before_train()
     after = model.weight.detach()

@@ -6,15 +6,16 @@
 
 Both runs see the same batches: the one process cuts each into as many parts as there are
 processes (``SOLVER.ACCUMULATE``), and random numbers belong to the part, so that every difference
-is rounding. Rounding grows with every step that is taken on it, so a third run shows how far it
-gets by itself: plain training again, each of its first weights moved by one unit in its last place.
-Printed, per run against the plain one: the largest difference of every loss and of the gradient's
-norm, over the first twenty and over all iterations.
+is rounding. Rounding grows with every step that is taken on it. How far it gets by itself show more
+plain runs, each of their first weights moved by one unit in its last place, at random. Printed, for
+every loss and the gradient's norm, over the first twenty and over all iterations: the largest
+difference between ZeRO and plain training, and the largest between any two of the plain runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -37,9 +38,13 @@ EARLY = 20  # iterations of the second column
 class LastPlace(HookBase):
     """Moves every weight to the next float up or down, at random, before the training."""
 
+    def __init__(self, seed: int) -> None:
+        """``seed``: of the directions."""
+        self._seed = seed
+
     def before_train(self) -> None:
         """Move them."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(self._seed)
         with torch.no_grad():
             for parameter in self.trainer.model.parameters():
                 away = torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1.0
@@ -69,12 +74,13 @@ class Recorder(HookBase):
             write_json(self._path, self._curves)
 
 
-def train(config_file: str, options: list[Any], output: str, move: bool) -> None:
+def train(config_file: str, options: list[Any], output: str, moved: int) -> None:
     """Train in this process, one of those that ``launch`` made, and record.
 
     Args:
         config_file, options, output: the config, and where its run goes.
-        move: whether the first weights are moved by one unit in the last place.
+        moved: seed with which the first weights are moved by one unit in the last place; 0 leaves
+            them.
     """
     torch.set_num_threads(1)
     cfg = load_config(config_file, [*options, "OUTPUT_DIR", output])
@@ -85,7 +91,7 @@ def train(config_file: str, options: list[Any], output: str, move: bool) -> None
     os.makedirs(output, exist_ok=True)
     torch.manual_seed(max(cfg.SEED, 0))  # the same initial weights in both runs
     trainer = GellaTrainer(cfg)
-    trainer.register_hooks([LastPlace()] if move else [])
+    trainer.register_hooks([LastPlace(moved)] if moved else [])
     trainer.register_hooks([Recorder(os.path.join(output, "curves.json"))])
     trainer.resume_or_load(resume=False)
     trainer.train()
@@ -101,31 +107,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--zero", default="configs/zero/stage2.json", metavar="FILE", help="DeepSpeed's JSON"
     )
     parser.add_argument("--iterations", type=int, default=200, help="default 200")
+    parser.add_argument("--moved", type=int, default=3, help="runs with moved weights; default 3")
     parser.add_argument("--plot", metavar="PNG", help="draw the curves into this file")
     parser.add_argument("--json", metavar="FILE", help="write all values there")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
 
 
 def record(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Run both trainings; curves by run and name. ValueError for wrong arguments."""
-    if args.processes < 2 or args.iterations < 1:
+    """Run the trainings; curves by run ("zero", "plain 0", "plain 1", ...) and name.
+
+    Raises:
+        ValueError: wrong arguments.
+    """
+    if args.processes < 2 or args.iterations < 1 or args.moved < 1:
         raise ValueError(
-            f"--processes is {args.processes} and --iterations {args.iterations}: at least 2 and 1"
+            f"--processes is {args.processes}, --iterations {args.iterations} and --moved "
+            f"{args.moved}: at least 2, 1 and 1"
         )
     # No evaluation and no checkpoint but the last: only the steps count.
     common = ["SOLVER.MAX_ITER", args.iterations, "SOLVER.CHECKPOINT_PERIOD", args.iterations]
     common += ["DATASETS.TEST", "()", "TEST.EVAL_PERIOD", 0, *args.opts]
     one = ["SOLVER.ACCUMULATE", args.processes]
-    runs = {
-        "plain": (1, one, False),
-        "zero": (args.processes, ["SOLVER.ZERO.CONFIG", args.zero], False),
-        "moved": (1, one, True),
-    }
+    runs = {f"plain {seed}": (1, one, seed) for seed in range(args.moved + 1)}
+    runs["zero"] = (args.processes, ["SOLVER.ZERO.CONFIG", args.zero], 0)
     curves = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (processes, options, move) in runs.items():
+        for name, (processes, options, moved) in runs.items():
             output = os.path.join(folder, name)
-            job = (args.config_file, [*common, *options], output, move)
+            job = (args.config_file, [*common, *options], output, moved)
             launch(train, processes, dist_url="auto", args=job)
             with open(os.path.join(output, "curves.json"), encoding="utf-8") as stream:
                 curves[name] = json.load(stream)
@@ -150,6 +159,16 @@ def compare(
     return found
 
 
+def noise(curves: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """What :func:`compare` finds between any two of the plain runs at most."""
+    plain = [values for name, values in curves.items() if name.startswith("plain")]
+    pairs = [compare(a, b) for a, b in itertools.combinations(plain, 2)]
+    return {
+        name: {part: max(pair[name][part] for pair in pairs) for part in ("early", "all")}
+        for name in plain[0]
+    }
+
+
 def draw(curves: dict[str, dict[str, list[float]]], path: str, title: str) -> None:
     """The total losses, one over the other, and what they differ from the plain one, as a PNG."""
     import matplotlib
@@ -157,16 +176,15 @@ def draw(curves: dict[str, dict[str, list[float]]], path: str, title: str) -> No
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    plain = curves["plain"]["total_loss"]
+    plain = curves["plain 0"]["total_loss"]
     figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(7, 6), height_ratios=[3, 2])
     top.plot(plain, color="#999999", linewidth=3, label="plain, one process")
-    labels = {"zero": (title, "#d55e00"), "moved": ("plain, moved by one last place", "#0072b2")}
-    for name, (label, color) in labels.items():
-        losses = curves[name]["total_loss"]
-        apart = [abs(a - b) + 1e-9 for a, b in zip(plain, losses, strict=True)]
-        if name == "zero":
-            top.plot(losses, color=color, linewidth=1, label=label)
-        bottom.semilogy(apart, color=color, linewidth=1, label=label)
+    top.plot(curves["zero"]["total_loss"], color="#d55e00", linewidth=1, label=title)
+    label = "plain, moved by one last place"
+    for name in (n for n in curves if n not in ("plain 0", "zero")):
+        bottom.semilogy(_apart(plain, curves[name]), color="#0072b2", linewidth=1, label=label)
+        label = ""
+    bottom.semilogy(_apart(plain, curves["zero"]), color="#d55e00", linewidth=1, label=title)
     top.set_ylabel("total loss")
     bottom.set_ylabel("difference from plain")
     bottom.set_xlabel("iteration")
@@ -178,22 +196,28 @@ def draw(curves: dict[str, dict[str, list[float]]], path: str, title: str) -> No
     plt.close(figure)
 
 
+def _apart(plain: list[float], other: dict[str, list[float]]) -> list[float]:
+    # A logarithmic scale has no zero.
+    return [abs(a - b) + 1e-9 for a, b in zip(plain, other["total_loss"], strict=True)]
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train twice, print the differences, draw and write what was asked for."""
+    """Train, print the differences, draw and write what was asked for."""
     curves = record(args)
-    zero, moved = (compare(curves["plain"], curves[name]) for name in ("zero", "moved"))
+    zero, plain = compare(curves["plain 0"], curves["zero"]), noise(curves)
     rows = [
         (name, zero[name]["mean"], *(d[name][part] for part in ("early", "all") for d in pair))
         for name in sorted(zero)
-        for pair in [(zero, moved)]
+        for pair in [(zero, plain)]
     ]
     head = ["largest difference of", "mean size"]
-    head += [f"{run}, {part}" for part in (f"first {EARLY}", "all") for run in ("zero", "moved")]
+    ways = ("ZeRO to plain", "two plain runs")
+    head += [f"{way}, {part}" for part in (f"first {EARLY}", "all") for way in ways]
     print(tabulate(rows, head, floatfmt=("", ".3f", ".1e", ".1e", ".1e", ".1e")))
     if args.plot:
         draw(curves, args.plot, f"{args.processes} processes, {Path(args.zero).stem}")
         print(f"\nwrote {args.plot}")
-    figures = {"curves": curves, "zero": zero, "moved": moved}
+    figures = {"curves": curves, "zero": zero, "plain": plain}
     if args.json:
         write_json(args.json, figures)
         print(f"\nwrote {args.json}")
