@@ -87,7 +87,7 @@ def test_every_block_of_the_page_runs(here):
     results = json.loads((here / "output/own_dataset/results.json").read_text())
     assert results["png"]["n"] == 6 and results["png"]["oracle_AR"] == pytest.approx(100)
     written = {path.name for path in (here / "output/own_dataset/demo").iterdir()}
-    assert written == {"4_grounding.png", "4_colormap.png", "4.json"}
+    assert written == {"4_grounding.png", "4_colormap.png", "4.json", "index.html", "page"}
     assert "loader, 0 workers" in done.stdout
 
 
