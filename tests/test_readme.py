@@ -42,7 +42,8 @@ def test_the_python_use_grounds_the_nouns_that_the_model_finds(tmp_path, monkeyp
     # Random weights extract no nouns of this caption; the six lines leave that to trained ones.
     from gella import GellaPredictor
 
-    monkeypatch.setattr(GellaPredictor, "extract_nouns", lambda self, caption: ["a purple diamond"])
+    nouns = ["a purple diamond"]
+    monkeypatch.setattr(GellaPredictor, "extract_nouns", lambda self, caption, scene: nouns)
     exec(compile(code, "README.md", "exec"), {})
     assert "a purple diamond" in capsys.readouterr().out
     assert (tmp_path / "output" / "grounding.png").stat().st_size > 1000
