@@ -1,0 +1,150 @@
+"""Every code block of the README and the docs runs, and every link leads somewhere.
+
+Blocks of bash are given to bash as they stand, but for the changes that docs_replacements.py
+states; blocks of Python are scripts. Each page has a folder of its own, in which its blocks run in
+order. `python` there is a fork of one process that has the libraries imported (docs_warm.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from caption_server import chat_server
+from docs_pages import ROOT, Block, anchors, blocks, links, pages, read, stray_commands
+from docs_replacements import REPLACEMENTS
+from docs_sandbox import build_sandbox, copy_sandbox
+from docs_srun import free_port
+
+RUN = ("bash", "python")
+SHOWN = ("", "json", "yaml", "text", "sbatch")  # files, trees, output
+SECONDS = 240  # for one block, on a busy machine
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """End a process and all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The socket of a warm Python."""
+    folder = tmp_path_factory.mktemp("warm")
+    paths = os.pathsep.join([str(ROOT / "projects"), str(ROOT / "tests")])
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "docs_warm.py"), "serve", str(folder / "socket")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        start_new_session=True,
+        stderr=(folder / "server.txt").open("w"),
+    )
+    try:
+        end = time.monotonic() + 120
+        while not (folder / "socket").exists():
+            assert server.poll() is None, (folder / "server.txt").read_text()
+            assert time.monotonic() < end, "the libraries were not imported in two minutes"
+            time.sleep(0.05)
+        yield folder / "socket"
+    finally:
+        kill_group(server)
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that pages get copies of."""
+    folder = tmp_path_factory.mktemp("docs") / "gella"
+    build_sandbox(folder)
+    return folder
+
+
+def replaced(block: Block, chat: str) -> str:
+    """A block's text after the table of replacements."""
+    text = block.text
+    for entry in REPLACEMENTS:
+        if entry.page in ("*", block.page):
+            text = text.replace(entry.old, entry.new)
+    return text.replace("@CHAT@", chat).replace("@PORT@", str(free_port()))
+
+
+def run_block(block: Block, text: str, folder: Path, environment: dict[str, str]) -> str:
+    """Run a block in a folder; its output, and an assertion on its exit status."""
+    if block.language == "python":
+        # a line per line of the page, so that tracebacks tell the page's
+        (folder / "block.py").write_text("\n" * block.line + text)
+        command = ["python", "block.py"]
+    else:
+        # exports stay for the page's later blocks
+        script = f"set -e -o pipefail\nsource ./.exports\n{text}\nexport -p > ./.exports\n"
+        (folder / "block.sh").write_text(script)
+        command = ["bash", "block.sh"]
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    finally:
+        kill_group(process)
+    place = f"{block.page}:{block.line}"
+    assert process.returncode == 0, f"{place}: status {process.returncode}\n{text}\n{output[-3000:]}"
+    return output
+
+
+def page_blocks(page: str) -> list[Block]:
+    """What a test has to run of a page."""
+    return [block for block in blocks(page) if block.language in RUN]
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page_blocks(page)])
+def test_every_block_of_the_page_runs(page, warm, sandbox, tmp_path):
+    folder = tmp_path / "gella"
+    environment = copy_sandbox(sandbox, folder, warm)
+    (folder / ".exports").touch()
+    with chat_server() as chat:
+        for block in page_blocks(page):
+            run_block(block, replaced(block, chat.url), folder, environment)
+
+
+@pytest.mark.parametrize("page", pages())
+def test_blocks_have_a_known_language_and_commands_stand_in_blocks_of_bash(page):
+    assert {block.language for block in blocks(page)} <= {*RUN, *SHOWN}
+    assert stray_commands(page) == []
+
+
+@pytest.mark.parametrize("entry", REPLACEMENTS, ids=lambda entry: f"{entry.page}: {entry.old}")
+def test_no_replacement_is_stale(entry):
+    where = pages() if entry.page == "*" else [entry.page]
+    assert any(entry.old in block.text for page in where for block in page_blocks(page))
+    assert entry.why
+
+
+@pytest.mark.parametrize("page", pages())
+def test_links_lead_to_files_and_headings(page):
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors(file.resolve().relative_to(ROOT).as_posix()), target
+
+
+def test_the_index_names_every_page():
+    named = {target.partition("#")[0] for target in links("docs/README.md")}
+    written = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert written <= named
+    assert "docs/README.md" in read("README.md")
