@@ -121,6 +121,9 @@ def _write_datasets(folder: Path) -> None:
         _write_coco(shapes, data / "coco", split)
     _write_refcoco(shapes, data)
     _write_entityseg(shapes, data / "entityseg")
+    masks = data / "entities" / "coco_entity_swin_l_val2017.json"
+    masks.parent.mkdir()
+    shutil.copy(shapes / "annotations" / "predicted_val.json", masks)
     _write_own_files(folder)
 
 
@@ -265,6 +268,7 @@ def _write_own_files(folder: Path) -> None:
     shutil.copy(coco / "annotations" / "png_coco_val2017.json", folder / "narratives.json")
     shutil.copytree(folder / "images", folder / "photos")
     next((folder / "photos").iterdir()).rename(folder / "photos" / "street.jpg")
+    shutil.copy(folder / "photos" / "street.jpg", folder)
     (folder / "my_dataset.py").write_text(
         "from gella.data.datasets import register_panoptic\n"
         'register_panoptic("my_pictures", "images", "panoptic_png", "panoptic.json")\n'

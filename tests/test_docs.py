@@ -80,14 +80,12 @@ def run_block(block: Block, text: str, folder: Path, environment: dict[str, str]
     if block.language == "python":
         # a line per line of the page, so that tracebacks tell the page's
         (folder / "block.py").write_text("\n" * block.line + text)
-        command = ["python", "block.py"]
-    else:
-        # exports stay for the page's later blocks
-        script = f"set -e -o pipefail\nsource ./.exports\n{text}\nexport -p > ./.exports\n"
-        (folder / "block.sh").write_text(script)
-        command = ["bash", "block.sh"]
+        text = "python block.py"
+    # exports stay for the page's later blocks
+    script = f"set -e -o pipefail\nsource ./.exports\n{text}\nexport -p > ./.exports\n"
+    (folder / "block.sh").write_text(script)
     process = subprocess.Popen(
-        command,
+        ["bash", "block.sh"],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
