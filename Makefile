@@ -1,17 +1,21 @@
-# make demo   install, draw scenes, train on two CPU cores in minutes, evaluate, write pictures
-# make test   install, run the tests          make lint    style, format and types
+# make demo   install, draw held-out scenes, evaluate the released weights, write pictures
+# make app    install, open the web page (ARGS="--port 8000" and the like; --help lists them)
+# make train  install, draw the dataset, train those weights from scratch on two CPU cores
+# make test   install, run the tests
+# make lint   style, format and types         make venv    install only
 # make clean  remove what these commands made
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RELEASE := weights/gella_tiny_shapes/config.yaml
 CONFIG := configs/gella_tiny_shapes.yaml
 OUTPUT := output/gella_tiny_shapes
 
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo app train test lint clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -6
 
 venv: $(STAMP)
 
@@ -26,17 +30,31 @@ $(STAMP): setup.py constraints.txt tools/setup_detectron2.py
 	$(BIN)/python tools/setup_detectron2.py
 	@touch $(STAMP)
 
-# The demo keeps to this folder, wherever the user's own datasets are.
-demo: export DETECTRON2_DATASETS := datasets
+# Both keep to this folder, wherever the user's own datasets are.
+demo train: export DETECTRON2_DATASETS := datasets
+
 demo: $(STAMP)
+	$(BIN)/python datasets/prepare_shapes.py --train 0
+	$(BIN)/python tools/train_net.py --config-file $(RELEASE) --eval-only OUTPUT_DIR output/demo
+	$(BIN)/python tools/demo.py --config-file $(RELEASE) \
+		--dataset gella_shapes_png_val --num 3 --output output/demo/pictures
+	@echo
+	@echo "Pictures:  output/demo/pictures"
+	@echo "Figures:   output/demo/results.json"
+	@echo "Your turn: make app, or $(BIN)/python tools/demo.py --help"
+
+app: $(STAMP)
+	$(BIN)/python tools/app.py $(ARGS)
+
+train: $(STAMP)
 	$(BIN)/python datasets/prepare_shapes.py
 	$(BIN)/python tools/train_net.py --config-file $(CONFIG)
 	$(BIN)/python tools/demo.py --config-file $(CONFIG) --weights $(OUTPUT)/model_final.pth \
 		--dataset gella_shapes_png_val --num 3 --output $(OUTPUT)/demo
 	@echo
+	@echo "Weights:   $(OUTPUT)/model_final.pth"
 	@echo "Pictures:  $(OUTPUT)/demo"
 	@echo "Figures:   $(OUTPUT)/results.json"
-	@echo "Your turn: $(BIN)/python tools/demo.py --help"
 
 # One thread in each of two processes does more than two threads in one.
 test: $(STAMP)
@@ -48,6 +66,6 @@ lint: $(STAMP)
 	$(BIN)/python -m mypy projects/gella
 
 clean:
-	rm -rf $(VENV) $(OUTPUT) datasets/shapes build projects/*.egg-info \
+	rm -rf $(VENV) $(OUTPUT) output/demo datasets/shapes build projects/*.egg-info \
 		projects/detectron2_core/*.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find projects tools tests datasets -name __pycache__ -type d -prune -exec rm -rf {} +

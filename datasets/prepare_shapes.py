@@ -14,6 +14,9 @@ Writes, below --output (default: shapes in $DETECTRON2_DATASETS, or in datasets)
     tokenizer/                                   byte-level BPE, for MODEL.LANGUAGE.TOKENIZER
     meta.json                                    how it was made; equal settings are not redone
 The same settings give the same bytes, whatever --workers is.
+
+--train 0 draws the held-out scenes alone, which is all that an evaluation reads: no training files
+and no tokenizer. It leaves a dataset alone that holds these scenes and training scenes as well.
 """
 
 from __future__ import annotations
@@ -54,7 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"prepare_shapes: error: {error}", file=sys.stderr)
         return 1
-    print("next: python tools/train_net.py --config-file configs/gella_tiny_shapes.yaml")
+    released = "weights/gella_tiny_shapes/config.yaml --eval-only"
+    config = "configs/gella_tiny_shapes.yaml" if args.train else released
+    print(f"next: python tools/train_net.py --config-file {config}")
     return 0
 
 
@@ -65,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     root = os.getenv("DETECTRON2_DATASETS", "datasets")
     parser.add_argument("--output", type=Path, default=Path(root).expanduser() / "shapes")
-    parser.add_argument("--train", type=int, default=4000, help="training scenes")
+    parser.add_argument("--train", type=int, default=4000, help="training scenes; 0: none")
     parser.add_argument("--val", type=int, default=200, help="held-out scenes")
     parser.add_argument("--size", type=int, default=96, help="side of the images in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
@@ -89,7 +94,8 @@ def prepare(
 
     Args:
         output: folder to make; an earlier preparation in it is replaced.
-        counts: scenes of "train" and "val", at least one each.
+        counts: scenes of "train" and "val". No "train" at all gives what an evaluation reads, and
+            takes an earlier preparation with any number of them.
         size: side of the images in pixels.
         seed: of the dataset.
         workers: number of processes; 1 draws in this one.
@@ -104,8 +110,12 @@ def prepare(
     _check(counts, size, seed, workers)
     recipe = {"version": shapes.VERSION, "seed": seed, "size": size, **counts}
     found = _read_meta(output)
-    if found is not None and found.get("recipe") == recipe and not force:
-        print(f"{output} holds this dataset already ({counts['train']} + {counts['val']} scenes)")
+    known = dict(found.get("recipe", {})) if found is not None else {}
+    drawn = known.get("train", 0)
+    if not counts["train"]:
+        known["train"] = 0
+    if known == recipe and not force:
+        print(f"{output} holds this dataset already ({drawn} + {counts['val']} scenes)")
         return False
     if found is None and output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty and has no meta.json; choose another --output")
@@ -122,9 +132,9 @@ def prepare(
 
 
 def _check(counts: dict[str, int], size: int, seed: int, workers: int) -> None:
-    for split in shapes.SPLITS:
-        if not 1 <= counts[split] <= shapes.MAX_SCENES:
-            raise ValueError(f"--{split} {counts[split]} is outside 1..{shapes.MAX_SCENES}")
+    for split, least in zip(shapes.SPLITS, (0, 1)):
+        if not least <= counts[split] <= shapes.MAX_SCENES:
+            raise ValueError(f"--{split} {counts[split]} is outside {least}..{shapes.MAX_SCENES}")
     if size < MIN_SIZE:
         raise ValueError(f"--size {size} is under {MIN_SIZE} pixels, too small for the shapes")
     if seed < 0 or workers < 1:
@@ -148,7 +158,7 @@ def _write_all(
     refs: list[dict[str, Any]] = []
     instances: dict[str, list[Any]] = {"images": [], "annotations": []}
     texts: list[str] = []
-    for split in shapes.SPLITS:
+    for split in (name for name in shapes.SPLITS if counts[name]):
         for folder in (root / split, annotations / f"panoptic_{split}"):
             folder.mkdir(parents=True)
         samples = list(_drawn(root, split, counts[split], size, seed, workers))
@@ -174,13 +184,10 @@ def _write_all(
         else:
             _dump(annotations / "predicted_val.json", _joined(samples, "predictions"))
     _write_refcoco(root / "refcoco", refs, instances)
-    size_of_vocabulary = train_tokenizer(texts, str(root / "tokenizer"))
-    print(f"tokenizer: {size_of_vocabulary} tokens; MODEL.LANGUAGE.VOCAB_SIZE is one more (<SEG>)")
-    meta = {
-        "recipe": recipe,
-        "held_out_pairs": [list(pair) for pair in shapes.HELD_OUT_PAIRS],
-        "tokens": size_of_vocabulary,
-    }
+    meta = {"recipe": recipe, "held_out_pairs": [list(pair) for pair in shapes.HELD_OUT_PAIRS]}
+    if texts:
+        meta["tokens"] = tokens = train_tokenizer(texts, str(root / "tokenizer"))
+        print(f"tokenizer: {tokens} tokens; MODEL.LANGUAGE.VOCAB_SIZE is one more (<SEG>)")
     _dump(root / "meta.json", meta)
 
 

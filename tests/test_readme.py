@@ -9,15 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from dataset_scripts import prepare_small_shapes
-from detectron2.modeling import build_model
-
-from gella import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONFIG = "configs/gella_tiny_shapes.yaml"
 
 
 def blocks(language: str) -> list[str]:
@@ -30,28 +24,36 @@ def commands() -> list[list[str]]:
     return [words for words in lines if words and words[0] == ".venv/bin/python"]
 
 
-def test_the_python_use_grounds_the_nouns_that_the_model_finds(tmp_path, monkeypatch, capsys):
-    prepare_small_shapes(tmp_path / "datasets" / "shapes")
-    (tmp_path / "output" / "gella_tiny_shapes").mkdir(parents=True)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+def test_the_python_use_works_at_once_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
+    for folder in ("weights", "configs", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    model = build_model(load_config(CONFIG))
-    torch.save({"model": model.state_dict()}, "output/gella_tiny_shapes/model_final.pth")
     (code,) = blocks("python")
-    # Random weights extract no nouns of this caption; the six lines leave that to trained ones.
-    from gella import GellaPredictor
-
-    monkeypatch.setattr(GellaPredictor, "extract_nouns", lambda self, caption: ["a purple diamond"])
+    assert len(code.strip().splitlines()) == 7  # six and an empty one
     exec(compile(code, "README.md", "exec"), {})
-    assert "a purple diamond" in capsys.readouterr().out
-    assert (tmp_path / "output" / "grounding.png").stat().st_size > 1000
+    (told,) = re.findall(r"```python\n.*?```\n\n```\n(.*?)```", README, re.DOTALL)
+    assert capsys.readouterr().out == told
+    assert (tmp_path / "grounding.png").stat().st_size > 1000
+
+
+def test_the_make_targets_are_there_and_in_the_help():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (quick,) = [block for block in blocks("bash") if block.startswith("make ")]
+    helped = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True).stdout
+    named = re.findall(r"^make (\w+)", quick, re.MULTILINE)
+    assert named == ["demo", "app", "train", "test"]
+    for name in named:
+        assert re.search(rf"^{name}: \$\(STAMP\)", makefile, re.MULTILINE), name
+        assert f"make {name} " in helped
+    for path in re.findall(r"\b(?:datasets|tools|configs|weights)/[\w./]+\.(?:py|yaml)", makefile):
+        assert (ROOT / path).is_file() or path == "tools/app.py", path
 
 
 def test_the_commands_name_files_that_exist_and_options_that_are_known():
     assert len(commands()) >= 3
     for _, script, *words in commands():
-        if script == "-c":
+        if script == "-c" or not words:
+            assert script == "-c" or (ROOT / script).is_file(), script
             continue
         assert (ROOT / script).is_file(), script
         helped = subprocess.run(
@@ -68,7 +70,7 @@ def test_the_commands_name_files_that_exist_and_options_that_are_known():
         for word in words:
             if word.startswith("--"):
                 assert re.search(rf"{word}\b", helped), f"{script}: {word}"
-            if word.startswith("configs/"):
+            if word.startswith(("configs/", "weights/", "examples/")):
                 assert (ROOT / word).is_file(), word
 
 

@@ -283,6 +283,26 @@ def test_preparation_is_the_same_for_any_number_of_workers(prepare_shapes, tmp_p
     assert len(list((one / "train").iterdir())) == 3
 
 
+def test_held_out_scenes_alone_are_those_of_the_whole_dataset(prepare_shapes, tmp_path, capsys):
+    whole, alone = tmp_path / "whole", tmp_path / "alone"
+    prepare_shapes.prepare(whole, {"train": 3, "val": 4}, seed=1, workers=1)
+    argv = ["--val", "4", "--seed", "1", "--workers", "1", "--train"]
+    assert prepare_shapes.main(["--output", str(alone), *argv, "0"]) == 0
+    assert "--eval-only" in capsys.readouterr().out  # what the files are good for
+    names = [name for name in files_below(alone) if "val" in name]
+    assert names == [name for name in files_below(whole) if "val" in name]
+    assert not [n for n in names if not filecmp.cmp(whole / n, alone / n, shallow=False)]
+    # Nothing of the training scenes, and no tokenizer of other captions, to train on by mistake.
+    others = set(files_below(alone)) - set(names)
+    assert others == {"meta.json", "refcoco/instances.json", "refcoco/refs(unc).p"}
+
+    stamp = (whole / "meta.json").stat().st_mtime_ns
+    assert prepare_shapes.main(["--output", str(whole), *argv, "0"]) == 0
+    assert (whole / "meta.json").stat().st_mtime_ns == stamp  # it holds these scenes: left alone
+    assert prepare_shapes.main(["--output", str(alone), *argv, "3"]) == 0
+    assert files_below(alone) == files_below(whole)
+
+
 def test_preparation_spares_foreign_folders(prepare_shapes, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("words")
     status = prepare_shapes.main(["--output", str(tmp_path), "--train", "2", "--val", "1"])
@@ -291,7 +311,7 @@ def test_preparation_spares_foreign_folders(prepare_shapes, tmp_path, capsys):
     assert files_below(tmp_path) == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("option", [["--train", "0"], ["--size", "20"], ["--workers", "0"]])
+@pytest.mark.parametrize("option", [["--train", "-1"], ["--val", "0"], ["--size", "20"], ["--workers", "0"]])
 def test_preparation_refuses_bad_settings(prepare_shapes, tmp_path, option, capsys):
     assert prepare_shapes.main(["--output", str(tmp_path / "x"), *option]) == 1
     assert option[1] in capsys.readouterr().err

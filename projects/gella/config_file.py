@@ -14,6 +14,10 @@ from gella.config import add_gella_config
 def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> Any:
     """Read a GELLA config file and apply ``KEY VALUE`` overrides; the result can still be changed.
 
+    ``MODEL.WEIGHTS`` and ``MODEL.LANGUAGE.TOKENIZER`` of the file are sought beside it first, so
+    that a folder of weights works from anywhere. All other paths, and those in overrides, start
+    at the working directory.
+
     Raises:
         FileNotFoundError: there is no such file, or a ``_BASE_`` of it is missing.
         ValueError: the file is no YAML, or a key is unknown or of another type.
@@ -30,11 +34,18 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> Any:
         raise
     except Exception as error:
         raise ValueError(f"config {config_file}: {_one_line(error)}") from error
+    _find_beside(cfg, Path(config_file).parent)
     try:
         cfg.merge_from_list(list(opts))
     except Exception as error:
         raise ValueError(f"config override: {_one_line(error)}") from error
     return cfg
+
+
+def _find_beside(cfg: Any, folder: Path) -> None:
+    for node, key in ((cfg.MODEL, "WEIGHTS"), (cfg.MODEL.LANGUAGE, "TOKENIZER")):
+        if node[key] and (folder / node[key]).exists():
+            node[key] = str(folder / node[key])
 
 
 def _one_line(error: BaseException) -> str:
