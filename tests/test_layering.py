@@ -45,20 +45,33 @@ ARROWS: dict[str, set[str]] = {
     "data": {"entities", "entity_sources", "prompts", "geometry"},
     "modeling": set(),  # every file but the one that composes them
     "modeling.meta_arch": {"modeling", "entities", "prompts"},
+    "modeling.inference": {"modeling", "prompts"},  # its other half
     "evaluation": {"metrics", "entities", "entity_sources", "prompts"},
     "analysis": {"metrics", "entities", "entity_sources", "evaluation", "visualizer"},
     "captions": {"geometry"},
     "segmenters": {"entities", "entity_sources", "geometry", "checkpoint"},
-    "predictor": {
-        "checkpoint",
-        "config",
-        "config_file",
-        "entities",
-        "entity_sources",
-        "geometry",
+    "scene": {"entities", "entity_sources", "geometry", "segmenters"},
+    "questions": {"entities", "geometry", "prompts", "scene", "segmenters"},
+    "answers": {"grounding", "questions", "scene"},
+    "engine": {
+        "answers",
         "grounding",
         "prompts",
-        "visualizer",
+        "questions",
+        "scene",
+        "segmenters",
+    },
+    "many": {"answers", "engine", "prompts", "questions", "scene"},
+    "predictor": {
+        "answers",
+        "checkpoint",
+        "config_file",
+        "engine",
+        "grounding",
+        "many",
+        "prompts",
+        "questions",
+        "scene",
     },
     "run_control": {"checkpoint"},
     "run_checkpoints": {"checkpoint", "modeling.state_dicts.files", "zero"},
@@ -113,6 +126,8 @@ MODELING_ARROWS = {
         "modeling.causal_lm",
         "modeling.generation",
         "modeling.loss_counts",
+        "modeling.prefix",
+        "modeling.projector",
     },
     "modeling.state_dicts.backbones": {"modeling.state_dicts.layout"},
     "modeling.state_dicts.clip": {"modeling.state_dicts.layout"},
@@ -130,6 +145,11 @@ MODELING_ARROWS = {
         "modeling.state_dicts.mask2former",
     },
     "modeling.meta_arch": {"*"},
+    "modeling.inference": {
+        "modeling.mask_decoder",
+        "modeling.postprocessing",
+        "modeling.prefix",
+    },
     "modeling": {"*"},  # its __init__ registers everything
 }
 HOMES: dict[str, set[str]] = {
@@ -139,6 +159,7 @@ HOMES: dict[str, set[str]] = {
         "modeling.adapters",  # its quantised layers
         "modeling.causal_lm",
         "modeling.generation",  # its cache
+        "modeling.prefix",  # its cache
         "modeling.mask_decoder",
         "modeling.criterion",
         "segmenters.from_transformers",

@@ -11,7 +11,7 @@ from gella import data, modeling, segmenters
 from gella.config import add_gella_config
 from gella.config_file import load_config
 from gella.entities import EntityMap
-from gella.predictor import GellaPredictor, Grounding
+from gella.predictor import GellaPredictor, Grounding, Request, Scene
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,8 @@ __all__ = [
     "EntityMap",
     "GellaPredictor",
     "Grounding",
+    "Request",
+    "Scene",
     "add_gella_config",
     "data",
     "load_config",

@@ -87,6 +87,25 @@ class Grounding:
             "cut_nouns": list(self.cut_nouns),
         }
 
+    def to_rle(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the masks alone, as COCO's compressed RLE, bytes as ASCII text.
+
+        ``nouns``: per noun ``noun`` and ``mask``, the union of its entities. ``entities``: per
+        input entity ``id`` (as files name it), ``number`` (from 1, as the picture shows it) and
+        ``mask``.
+        """
+        named = zip(self.entities.segment_ids, self.entities.to_rle(), strict=True)
+        return {
+            "nouns": [
+                {"noun": phrase["phrase"], "mask": encode_mask(phrase["mask"])}
+                for phrase in self.phrases
+            ],
+            "entities": [
+                {"id": segment_id, "number": number, "mask": mask}
+                for number, (segment_id, mask) in enumerate(named, start=1)
+            ],
+        }
+
     def plot(self) -> Image.Image:
         """Return the picture of :func:`gella.visualizer.draw_grounding`."""
         return draw_grounding(
@@ -117,6 +136,7 @@ class PanopticResult:
         segments_info: per segment ``id``, ``category_id``, ``isthing`` and ``score``.
         categories: ``id``, ``name`` and ``isthing`` of every category that was asked for.
         weights: the checkpoint file, "" for untrained weights.
+        config: the config file, "" if there was none.
     """
 
     image: np.ndarray
@@ -124,6 +144,42 @@ class PanopticResult:
     segments_info: list[dict[str, Any]]
     categories: Sequence[dict[str, Any]] = field(default_factory=list)
     weights: str = ""
+    config: str = ""
+
+    @property
+    def untrained(self) -> bool:
+        """Whether the weights are random, so that the answer means nothing."""
+        return not self.weights
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result in values that ``json`` can write; masks as COCO's compressed RLE."""
+        names = {category["id"]: category["name"] for category in self.categories}
+        return {
+            "task": "panoptic",
+            "height": int(self.ids.shape[0]),
+            "width": int(self.ids.shape[1]),
+            "config": self.config,
+            "weights": self.weights or "untrained",
+            "categories": [dict(category) for category in self.categories],
+            "segments": [
+                {
+                    "id": int(segment["id"]),
+                    "category_id": segment["category_id"],
+                    "category": names.get(segment["category_id"]),
+                    "isthing": bool(segment["isthing"]),
+                    "score": float(segment["score"]),
+                    "mask": coded["mask"],
+                }
+                for segment, coded in zip(self.segments_info, self.to_rle(), strict=True)
+            ],
+        }
+
+    def to_rle(self) -> list[dict[str, Any]]:
+        """Return per segment ``id`` and ``mask``, COCO's compressed RLE."""
+        return [
+            {"id": int(segment["id"]), "mask": encode_mask(self.ids == segment["id"])}
+            for segment in self.segments_info
+        ]
 
     def plot(self) -> Image.Image:
         """Return the picture of :func:`gella.visualizer.draw_panoptic`."""
@@ -132,5 +188,5 @@ class PanopticResult:
             self.ids,
             self.segments_info,
             self.categories,
-            untrained=not self.weights,
+            untrained=self.untrained,
         )

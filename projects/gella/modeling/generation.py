@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_logger = logging.getLogger(__name__)
 
 
 def greedy(
@@ -18,21 +21,28 @@ def greedy(
     eos_token_id: int,
     pad_token_id: int,
     streamer: Any = None,
+    cache: Any = None,
 ) -> list[Tensor]:
     """Decode a batch greedily.
 
     Args:
         model: a causal language model of transformers.
         embeds: (B, L, D) embeddings of the prompts, padded on the left.
-        attention_mask: (B, L) int64, 0 at the padding.
+        attention_mask: (B, L) int64, 0 at the padding; (B, N + L) behind N tokens in the cache.
         max_new_tokens: the longest answer, its end token included.
         eos_token_id: ends an answer.
         pad_token_id: fills the answers that end before the last one does.
         streamer: see :func:`with_drafts`.
+        cache: what was read before the prompts; it is used up. None: nothing.
 
     Returns:
         per sample (T_i,) int64: the new tokens, with the end token if it came.
     """
+    options = {}
+    if cache is not None:
+        # The library wants embeddings of all tokens and cuts off those that the cache holds.
+        embeds = nn.functional.pad(embeds, (0, 0, cache.get_seq_length(), 0))
+        options["past_key_values"] = cache
     answers = model.generate(
         inputs_embeds=embeds,
         attention_mask=attention_mask,
@@ -41,6 +51,7 @@ def greedy(
         eos_token_id=eos_token_id,
         pad_token_id=pad_token_id,
         streamer=streamer,
+        **options,
     )
     return [_through_end(answer, eos_token_id) for answer in answers]
 
@@ -103,6 +114,7 @@ def with_drafts(
     max_new_tokens: int,
     eos_token_id: int,
     streamer: Any = None,
+    cache: Any = None,
 ) -> Tensor:
     """Decode one prompt greedily, several tokens a pass where the drafts are right.
 
@@ -116,15 +128,16 @@ def with_drafts(
         num_drafted: the longest proposal.
         streamer: an object of transformers (``put``, ``end``) that gets the tokens as they come.
             Its first ``put`` is the prompt's, so make it with ``skip_prompt=True``.
+        cache: what was read before the prompt; it is used up. None: nothing.
         model, max_new_tokens, eos_token_id: see :func:`greedy`. No pass reaches beyond
-            ``L + max_new_tokens`` positions.
+            ``L + max_new_tokens`` positions behind what the cache holds.
 
     Returns:
         (T,) int64: the new tokens, with the end token if it came.
     """
-    from transformers import DynamicCache
-
-    cache, head = DynamicCache(), model.get_output_embeddings()
+    if cache is None:
+        cache = _empty_cache()
+    head = model.get_output_embeddings()
     hidden = model.base_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
     answer = [int(head(hidden.last_hidden_state[0, -1]).argmax())]
     if streamer is not None:
@@ -152,6 +165,24 @@ def with_drafts(
     if streamer is not None:
         streamer.end()
     return torch.tensor(answer, dtype=torch.int64, device=embeds.device)
+
+
+def _empty_cache() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def before_end(answer: Tensor, limit: int, eos_token_id: int) -> Tensor:
+    """An answer without its end token; one that has none was cut off at `limit`: a warning."""
+    if len(answer) and int(answer[-1]) == eos_token_id:
+        return answer[:-1]
+    _logger.warning(
+        "an answer was cut off after %d tokens: MODEL.LANGUAGE.MAX_NEW_TOKENS or MAX_POSITIONS "
+        "allows no more",
+        limit,
+    )
+    return answer
 
 
 def _through_end(answer: Tensor, eos_token_id: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +13,14 @@ from torch import Tensor, nn
 
 from gella.modeling.adapters import QUANTIZATIONS, add_lora, merge_lora, quantize
 from gella.modeling.causal_lm import build_causal_lm, llama_config, read_config
-from gella.modeling.generation import Drafts, greedy, with_drafts
+from gella.modeling.generation import Drafts, before_end, greedy, with_drafts
 from gella.modeling.loss_counts import mean_over_parts
+from gella.modeling.prefix import Prefix, joined_cache, read_prefix
+from gella.modeling.projector import build_projector
 
 # The placeholder that `input_ids` hold where an image token goes, and the label that has no loss.
 IMAGE_TOKEN_ID = -200
 IGNORE_INDEX = -100
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -37,18 +36,6 @@ class LanguageOutput:
 
     loss_answer: Tensor
     seg_embeddings: list[Tensor]
-
-
-def build_projector(kind: str, in_dim: int, out_dim: int) -> nn.Module:
-    """Build the projection of image features into the word space (eq. 3).
-
-    ``linear`` is the paper's single layer, ``mlp2x_gelu`` LLaVA-1.5's two layers.
-    """
-    if kind == "linear":
-        return nn.Linear(in_dim, out_dim)
-    if kind == "mlp2x_gelu":
-        return nn.Sequential(nn.Linear(in_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
-    raise ValueError(f"MODEL.LANGUAGE.PROJECTOR is {kind!r}; it must be 'mlp2x_gelu' or 'linear'")
 
 
 class LanguageDecoder(nn.Module):
@@ -163,6 +150,7 @@ class LanguageDecoder(nn.Module):
         input_ids: list[Tensor],
         labels: list[Tensor],
         seg_positions: list[Tensor],
+        prefixes: Sequence[Prefix] | None = None,
     ) -> LanguageOutput:
         """Run prompts and answers in one parallel pass.
 
@@ -171,6 +159,8 @@ class LanguageDecoder(nn.Module):
             input_ids: per sample (L_i,) int64, with ``IMAGE_TOKEN_ID`` once per image token.
             labels: per sample (L_i,) int64, ``IGNORE_INDEX`` outside the answer.
             seg_positions: per sample (P_i,) int64, where <SEG> stands in `input_ids`.
+            prefixes: per sample what :meth:`remember` gave for its image: only the rest of the
+                prompts is computed, and the image grid is not looked at.
 
         Raises:
             ValueError: a sample is longer than ``MODEL.LANGUAGE.MAX_POSITIONS`` or holds another
@@ -182,11 +172,16 @@ class LanguageDecoder(nn.Module):
                 f"weights of MODEL.LANGUAGE.QUANTIZATION {self.quantization!r} cannot be trained: "
                 "set it to '', or MODEL.LANGUAGE.LORA.ENABLED True to train adapters beside them"
             )
-        embeds, attention_mask = self._embed(image_grid, input_ids, padding_side="right")
+        embeds, attention_mask = self._embed(image_grid, input_ids, "right", prefixes)
+        known, cache = 0, {}
+        if prefixes is not None:
+            known = len(prefixes[0].ids)
+            cache["past_key_values"] = joined_cache(prefixes)
         hidden = self.llama.base_model(
-            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state  # B L D
-        seg_embeddings = [h[p].to(image_grid.dtype) for h, p in zip(hidden, seg_positions)]
+            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=bool(cache), **cache
+        ).last_hidden_state  # B L D, without what was known
+        seg_embeddings = [h[p - known].to(image_grid.dtype) for h, p in zip(hidden, seg_positions)]
+        labels = [label[known:] for label in labels]
         padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
         return LanguageOutput(self._answer_loss(hidden, padded), seg_embeddings)
 
@@ -202,31 +197,56 @@ class LanguageDecoder(nn.Module):
             return total / mean_over_parts("answer", count, total.device)
         return total / count.clamp(min=1)
 
+    @torch.no_grad()
+    def remember(self, image_grid: Tensor, ids: Tensor) -> list[Prefix] | None:
+        """Read the start of every prompt about each image, its image tokens included, once.
+
+        Args:
+            image_grid: (B, C, g, g) penultimate CLIP features.
+            ids: (N,) int64, what all prompts begin with; the last image placeholder is among them.
+
+        Returns:
+            one prefix per image, for :meth:`forward` and :meth:`generate` in evaluation mode; None
+            for an architecture that cannot (see ``prefix.py``).
+        """
+        embeds, _ = self._embed(image_grid, [ids] * len(image_grid), "right")
+        return read_prefix(self.llama.base_model, embeds, ids)
+
     def _embed(
-        self, image_grid: Tensor, input_ids: list[Tensor], padding_side: str
+        self,
+        image_grid: Tensor,
+        input_ids: list[Tensor],
+        padding_side: str,
+        prefixes: Sequence[Prefix] | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self._waits_for_quantization:
             quantize(self.llama, self.quantization, image_grid.device)
             self._waits_for_quantization = False
-        tokens = self.image_tokens(image_grid)  # B N D
+        tokens = None if prefixes is not None else self.image_tokens(image_grid)  # B N D
         for ids in input_ids:
-            self._check(ids, tokens.shape[1])
+            self._check(ids, None if tokens is None else tokens.shape[1])
+        if prefixes is not None:
+            input_ids = [prefix.rest(ids) for prefix, ids in zip(prefixes, input_ids)]
         ids = nn.utils.rnn.pad_sequence(
             input_ids, batch_first=True, padding_value=IGNORE_INDEX, padding_side=padding_side
         )
-        is_image = ids == IMAGE_TOKEN_ID
+        mask = ids != IGNORE_INDEX
         embeds = self.llama.get_input_embeddings()(ids.clamp(min=0))  # B L D
-        embeds = embeds.masked_scatter(is_image.unsqueeze(-1), tokens.to(embeds.dtype))
-        return embeds, (ids != IGNORE_INDEX).long()
+        if tokens is not None:
+            is_image = ids == IMAGE_TOKEN_ID
+            embeds = embeds.masked_scatter(is_image.unsqueeze(-1), tokens.to(embeds.dtype))
+        if prefixes is not None:
+            mask = F.pad(mask, (len(prefixes[0].ids), 0), value=True)
+        return embeds, mask.long()
 
-    def _check(self, ids: Tensor, num_image_tokens: int) -> None:
+    def _check(self, ids: Tensor, num_image_tokens: int | None) -> None:
         if len(ids) > self.max_positions:
             raise ValueError(
                 f"A prompt has {len(ids)} tokens, MODEL.LANGUAGE.MAX_POSITIONS is "
                 f"{self.max_positions}: shorten the caption or raise the key"
             )
         found = int((ids == IMAGE_TOKEN_ID).sum())
-        if found != num_image_tokens:
+        if num_image_tokens is not None and found != num_image_tokens:
             raise ValueError(
                 f"A prompt holds {found} image placeholders, the image gives {num_image_tokens} "
                 "tokens: the mapper and the model were built from different configs"
@@ -243,11 +263,12 @@ class LanguageDecoder(nn.Module):
         pad_token_id: int,
         snippets: Sequence[Sequence[int]] | None = None,
         streamer: Any = None,
+        prefixes: Sequence[Prefix] | None = None,
     ) -> list[Tensor]:
         """Answer prompts greedily, with a key-value cache; in evaluation mode.
 
-        An answer ends at `eos_token_id`, at `max_new_tokens`, or where prompt and answer fill
-        ``MODEL.LANGUAGE.MAX_POSITIONS``; the last two log a warning.
+        An answer ends at `eos_token_id`, or with a warning at `max_new_tokens` or where prompt and
+        answer fill ``MODEL.LANGUAGE.MAX_POSITIONS``.
 
         Args:
             image_grid: (B, C, g, g) penultimate CLIP features.
@@ -260,6 +281,7 @@ class LanguageDecoder(nn.Module):
                 drafts of up to ``prompt_lookup_tokens`` tokens: the same tokens in fewer passes.
                 Several prompts share each pass instead. None: no drafts.
             streamer: gets the tokens of a single prompt as they come, see ``generation.py``.
+            prefixes: as in :meth:`forward`.
 
         Returns:
             per sample (T_i,) int64: the new tokens before the end token.
@@ -277,11 +299,13 @@ class LanguageDecoder(nn.Module):
         answers: dict[int, Tensor] = {}
         for members in [together, *alone] if together else alone:
             chosen = [input_ids[i] for i in members]
-            embeds, mask = self._embed(image_grid[members], chosen, padding_side="left")
+            known = None if prefixes is None else [prefixes[i] for i in members]
+            embeds, mask = self._embed(image_grid[members], chosen, "left", known)
             options = dict(
                 max_new_tokens=limits[members[0]],
                 eos_token_id=eos_token_id,
                 streamer=streamer,
+                cache=None if known is None else joined_cache(known),
             )
             if snippets is not None and drafted and len(members) == 1:
                 drafts = Drafts(chosen[0][chosen[0] != IMAGE_TOKEN_ID].tolist(), snippets)
@@ -289,9 +313,7 @@ class LanguageDecoder(nn.Module):
             else:
                 found = greedy(self.llama, embeds, mask, pad_token_id=pad_token_id, **options)
             answers.update(zip(members, found))
-        return [
-            self._before_end(answers[i], limits[i], eos_token_id) for i in range(len(input_ids))
-        ]
+        return [before_end(answers[i], limits[i], eos_token_id) for i in range(len(input_ids))]
 
     def _room(self, ids: Tensor) -> int:
         room = self.max_positions - len(ids)
@@ -302,17 +324,6 @@ class LanguageDecoder(nn.Module):
                 "raise the key"
             )
         return room
-
-    @staticmethod
-    def _before_end(answer: Tensor, limit: int, eos_token_id: int) -> Tensor:
-        if len(answer) and int(answer[-1]) == eos_token_id:
-            return answer[:-1]
-        _logger.warning(
-            "an answer was cut off after %d tokens: MODEL.LANGUAGE.MAX_NEW_TOKENS or MAX_POSITIONS "
-            "allows no more",
-            limit,
-        )
-        return answer
 
     def merge_adapters(self) -> None:
         """Fold the LoRA adapters into the weights, whose keys are then those of a plain decoder."""

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import logging
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from detectron2.config import configurable
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
-from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from gella import prompts
 from gella.modeling.association import Association
 from gella.modeling.criterion import GellaCriterion
+from gella.modeling.inference import Inference
 from gella.modeling.language_decoder import LanguageDecoder
 from gella.modeling.loss_counts import count_terms
 from gella.modeling.mask_decoder import MaskDecoderOutput
-from gella.modeling.postprocessing import (
-    gather_candidates,
-    ground_phrases,
-    masks_in_original_frame,
-    panoptic_from_scores,
-    selection_options,
-)
+from gella.modeling.prefix import Prefix
 from gella.modeling.resoblend import ResoBlend
 from gella.modeling.upstream_mask_decoder import build_mask_decoder
 
@@ -32,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
-class GELLA(nn.Module):
+class GELLA(Inference):
     """Ground the nouns of a caption in given entity masks (arXiv 2402.02555, Figure 2).
 
     Training and inference share one path up to the heads. The module knows nothing of
@@ -129,11 +122,6 @@ class GELLA(nn.Module):
         """Where the model lives; inputs are moved there."""
         return self.pixel_mean.device
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer of ``MODEL.LANGUAGE.TOKENIZER``, loaded at first use."""
-        return prompts.load_tokenizer(self.tokenizer_path)
-
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Train on, or ground, a batch of mapped dicts (``data/dataset_mapper.py``).
 
@@ -216,22 +204,34 @@ class GELLA(nn.Module):
         batched_inputs: list[dict[str, Any]],
         decoder_output: MaskDecoderOutput,
         image_grid: Tensor,
+        prefixes: Sequence[Prefix] | None = None,
     ) -> tuple[Any, list[Tensor]]:
         """Run the language side and join it with the entities.
+
+        Args:
+            batched_inputs: mapped dicts.
+            decoder_output, image_grid: of :meth:`encode`, for the same images.
+            prefixes: what the language decoder has read of each image already.
 
         Returns:
             the language decoder's output, and per image (P_i, Q) association logits.
         """
-        language = self._answer(batched_inputs, image_grid)
+        language = self._answer(batched_inputs, image_grid, prefixes)
         logits = self.association(language.seg_embeddings, decoder_output.query_embeddings)
         return language, logits
 
-    def _answer(self, batched_inputs: list[dict[str, Any]], image_grid: Tensor) -> Any:
+    def _answer(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        image_grid: Tensor,
+        prefixes: Sequence[Prefix] | None = None,
+    ) -> Any:
         return self.language_decoder(
             image_grid,
             [x["input_ids"].to(self.device) for x in batched_inputs],
             [x["labels"].to(self.device) for x in batched_inputs],
             [x["seg_positions"].to(self.device) for x in batched_inputs],
+            prefixes,
         )
 
     def _pixels(self, batched_inputs: list[dict[str, Any]], key: str) -> Tensor:
@@ -239,11 +239,6 @@ class GELLA(nn.Module):
         if key == "image":
             return (pixels - self.image_mean) / self.image_std
         return (pixels - self.pixel_mean) / self.pixel_std
-
-    def _entity_masks(self, entities: Any) -> Tensor:
-        ids = torch.as_tensor(entities.ids, device=self.device)
-        numbers = torch.arange(1, entities.num_entities + 1, device=self.device)
-        return ids[None] == numbers[:, None, None]  # E H W
 
     def _association_targets(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         # G^A of eq. 9, and whether a noun's entities are known at all: captions made by a
@@ -257,94 +252,3 @@ class GELLA(nn.Module):
             valid[row] = indices is not None
             targets[row, indices or []] = 1.0
         return targets, valid
-
-    def inference(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Answer, ground and segment; see :meth:`forward` for what comes back.
-
-        The images of one batch may have different tasks. Where the answer is to be generated, one
-        parallel pass over the finished answer gives the <SEG> embeddings, as in training.
-        """
-        decoder_output, image_grid = self.encode(batched_inputs)
-        texts: list[str | None] = [None] * len(batched_inputs)
-        waiting = [i for i, x in enumerate(batched_inputs) if x["task"] in ("describe", "extract")]
-        if waiting:
-            answers = self._generate([batched_inputs[i] for i in waiting], image_grid[waiting])
-            batched_inputs = list(batched_inputs)
-            for i, answer in zip(waiting, answers):
-                texts[i], batched_inputs[i] = self._with_answer(batched_inputs[i], answer)
-        _, logits = self.associate(batched_inputs, decoder_output, image_grid)
-        results = []
-        for i, (inputs, text) in enumerate(zip(batched_inputs, texts)):
-            result = {} if text is None else {"text": text}
-            if inputs["task"] != "describe":
-                result.update(self._segment(inputs, decoder_output, i, logits[i]))
-            results.append(result)
-        return results
-
-    @cached_property
-    def noun_snippets(self) -> list[list[int]]:
-        """Token ids of pieces of extracted nouns, for drafts, each with the likeliest article."""
-        answers = [prompts.noun_answer(["the"] * n).split(prompts.SEG_TOKEN) for n in range(2, 31)]
-        texts = [" " + parts[0] for parts in answers] + [prompts.SEG_TOKEN + answers[1][1]]
-        return [self.tokenizer(t.rstrip(), add_special_tokens=False)["input_ids"] for t in texts]
-
-    def _generate(self, inputs: list[dict[str, Any]], image_grid: Tensor) -> list[Tensor]:
-        return self.language_decoder.generate(
-            image_grid,
-            [x["input_ids"].to(self.device) for x in inputs],
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-            # The nouns of a caption are words of the prompt; a description has nothing to copy.
-            snippets=self.noun_snippets if all(x["task"] == "extract" for x in inputs) else None,
-        )
-
-    def _with_answer(self, inputs: dict[str, Any], answer: Tensor) -> tuple[str, dict[str, Any]]:
-        # The prompt with its generated answer behind it becomes an input like any other.
-        prompt = inputs["input_ids"].to(self.device)
-        input_ids = torch.cat([prompt, answer])
-        seg_id = self.tokenizer.convert_tokens_to_ids(prompts.SEG_TOKEN)
-        seg_positions = (input_ids == seg_id).nonzero().flatten()
-        text = prompts.decode_answer(self.tokenizer, answer.tolist())
-        phrases = prompts.located(inputs["caption"], prompts.parse_nouns(text))
-        return text, {
-            **inputs,
-            "input_ids": input_ids,
-            "labels": torch.full_like(input_ids, prompts.IGNORE_INDEX),
-            "seg_positions": seg_positions[: len(phrases)],
-            "phrases": phrases[: len(seg_positions)],
-        }
-
-    def _segment(
-        self, inputs: dict[str, Any], output: MaskDecoderOutput, index: int, logits: Tensor
-    ) -> dict[str, Any]:
-        options, queries = self.inference_options, self.mask_decoder.queries
-        size = inputs["height"], inputs["width"]
-        probability = output.entity_logits[-1][index].float().softmax(-1)[:, 0]  # Q
-        keep = output.query_valid[index]
-        if queries == "learned":
-            keep = keep & (probability > options.ENTITY_SCORE_THRESHOLD)
-        instances = Instances(size)
-        instances.pred_masks = masks_in_original_frame(
-            output.mask_logits[-1][index][keep],
-            tuple(inputs["colormap"].shape[-2:]),
-            inputs["valid_size"],
-            *size,
-        )  # K height width
-        instances.scores = probability[keep]
-        candidates = gather_candidates(
-            logits[:, keep],
-            instances.pred_masks,
-            self._entity_masks(inputs["entities_full"]),
-            inputs["entities_full"].segment_ids,
-            queries=queries,
-            snap=options.SNAP,
-            snap_iou=options.SNAP_IOU,
-        )
-        if inputs["task"] == "panoptic":
-            panoptic_seg = panoptic_from_scores(
-                candidates.scores, candidates.masks, inputs["phrases"], options.PANOPTIC_THRESHOLD
-            )
-            return {"panoptic_seg": panoptic_seg, "instances": instances}
-        grounding = ground_phrases(inputs["phrases"], candidates, **selection_options(options))
-        return {"grounding": grounding, "instances": instances}

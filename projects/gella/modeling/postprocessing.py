@@ -117,6 +117,7 @@ def gather_candidates(
     queries: str,
     snap: bool,
     snap_iou: float,
+    snapped: Tensor | None = None,
 ) -> Candidates:
     """Decide which masks the nouns choose from: predicted ones, or the input's own.
 
@@ -128,6 +129,7 @@ def gather_candidates(
         queries: ``entity`` or ``learned`` (``MODEL.MASK_DECODER.QUERIES``).
         snap: return the input's own masks (``MODEL.GELLA.SNAP``).
         snap_iou: least IoU at which a learned query is an input entity.
+        snapped: what :func:`snap_to_entities` found for these masks, where it is known already.
     """
     if queries == "entity":
         # Query i belongs to entity i, even where the decoder reproduced its mask badly.
@@ -135,7 +137,8 @@ def gather_candidates(
         return Candidates(chosen, list(segment_ids), logits.sigmoid())
     if not snap:
         return Candidates(masks, list(range(1, len(masks) + 1)), logits.sigmoid())
-    snapped = snap_to_entities(masks, entity_masks, snap_iou)
+    if snapped is None:
+        snapped = snap_to_entities(masks, entity_masks, snap_iou)
     merged, sources = merge_snapped(logits, snapped)
     own = [entity_masks[s] if s >= 0 else masks[-s - 1] for s in sources.tolist()]
     ids = [segment_ids[s] if s >= 0 else s for s in sources.tolist()]
