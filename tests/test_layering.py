@@ -28,7 +28,8 @@ ARROWS: dict[str, set[str]] = {
     "metrics": set(),
     "checkpoint": {"modeling.state_dicts.files", "zero"},  # DeepSpeed's files among a folder's
     "plugins": set(),
-    "text_layout": set(),
+    "colors": set(),
+    "outlines": set(),
     "optimizer": set(),
     "training_hooks": set(),
     "zero": set(),
@@ -39,8 +40,21 @@ ARROWS: dict[str, set[str]] = {
     "config_file": {"config"},
     "entity_sources": {"entities"},
     "geometry": {"entities"},
-    "visualizer": {"entities", "text_layout"},
+    "text_layout": {"colors"},
+    "mask_layers": {"outlines"},
+    "labels": {"mask_layers"},
+    "panels": {"colors", "labels", "mask_layers", "text_layout"},
+    "visualizer": {"colors", "entities", "labels", "mask_layers", "panels", "text_layout"},
     "grounding": {"entities", "visualizer"},
+    "interactive": {
+        "colors",
+        "entities",
+        "grounding",
+        "labels",
+        "mask_layers",
+        "outlines",
+        "visualizer",
+    },
     # rooms
     "data": {"entities", "entity_sources", "prompts", "geometry"},
     "modeling": set(),  # every file but the one that composes them
@@ -103,6 +117,7 @@ ARROWS: dict[str, set[str]] = {
 # Files that were split off another for length stay in its group.
 GROUPS = {
     "alignment": "prompts",
+    "interactive_parts": "interactive",
     "overlong": "prompts",
     "metrics_panoptic": "metrics",
     "entity_runs": "entities",

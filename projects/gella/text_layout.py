@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import ImageDraw, ImageFont
+
+from gella.colors import Color, ink_on
 
 INK = (25, 25, 25)
 """RGB of dark text."""
@@ -20,7 +23,7 @@ class Piece(NamedTuple):
     """A stretch of text and the colour of the chip behind it; ``None``: plain text."""
 
     text: str
-    color: tuple[int, int, int] | None
+    color: Color | None
 
 
 def load_font(size: int) -> Any:
@@ -57,6 +60,31 @@ def wrap_pieces(line: Sequence[Piece], font: Any, width: int) -> list[list[Piece
     return rows
 
 
+def flow_items(
+    items: Sequence[Sequence[Piece]], font: Any, width: int, gap: int = 24
+) -> list[list[Piece]]:
+    """Set items one after the other in rows of at most ``width`` pixels, ``gap`` or more apart.
+
+    An item is broken only if it is wider than a row; then it has rows of its own.
+    """
+    spaces = Piece(" " * math.ceil(gap / font.getlength(" ")), None)
+    rows: list[list[Piece]] = []
+    free = 0.0
+    for item in items:
+        needed = sum(_width(piece, font) for piece in item)
+        if rows and needed + _width(spaces, font) <= free:
+            rows[-1] += [spaces, *item]
+            free -= needed + _width(spaces, font)
+        else:
+            rows += wrap_pieces(item, font, width)
+            free = width - needed  # below 0 for an item that was broken
+    return rows
+
+
+def _width(piece: Piece, font: Any) -> float:
+    return font.getlength(piece.text) + (2 * CHIP_PADDING if piece.color is not None else 0)
+
+
 def _words(text: str, font: Any, width: int) -> list[str]:
     """Cut text after each white space; words wider than ``width`` are cut as well."""
     words = []
@@ -91,7 +119,6 @@ def draw_row(
             box = (x, corner[1] + 2, right, corner[1] + height - 2)
             draw.rounded_rectangle(box, 4, fill=piece.color)
             x += CHIP_PADDING
-            red, green, blue = piece.color
-            ink = PAPER if 0.299 * red + 0.587 * green + 0.114 * blue < 128 else INK
+            ink = ink_on(piece.color, INK, PAPER)
         draw.text((x, middle), text, font=font, anchor="lm", fill=ink)
         x += font.getlength(piece.text) + (CHIP_PADDING if piece.color is not None else 0)
