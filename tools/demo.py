@@ -1,61 +1,62 @@
 #!/usr/bin/env python
-"""Ground the nouns of a caption in a picture's entity masks; write pictures and JSON.
+"""Ground the nouns of captions in pictures' entity masks; write pictures, JSON and one HTML page.
 
-Your own picture, with masks from any segmenter (id PNG, COCO panoptic PNG, .npz, COCO results):
+The example scenes with the weights that come with the project:
+
+    python tools/demo.py --input examples/shapes --captions examples/shapes/captions.jsonl
+
+Your own picture, with masks from any segmenter (id PNG, COCO panoptic PNG, .npz, COCO JSON):
 
     python tools/demo.py --config-file configs/gella_tiny_shapes.yaml --weights model_final.pth \\
         --input scene.png --masks scene_masks.png --caption "A red circle lies on the sand." \\
         --nouns "A red circle,the sand" --output output/demo
 
-Without --nouns the model extracts them. The first records of a registered dataset, with their own
-captions, nouns and masks:
+A folder of pictures, masks by a live segmenter, captions by the model itself:
 
-    python tools/demo.py --config-file configs/gella_tiny_shapes.yaml --weights model_final.pth \\
-        --dataset gella_shapes_png_val --num 3 --output output/demo
+    python tools/demo.py --config-file CONFIG --weights PTH --input photos \\
+        --segmenter sam:facebook/sam-vit-base --describe-first
 
-Each picture gives <name>_grounding.png, <name>_colormap.png and <name>.json (nouns, spans, entity
-ids and numbers, scores, masks as COCO RLE). Exit code 2 and one line "error: ..." for wrong input.
+Other questions: --task refer (captions are expressions), panoptic (--categories sky,grass,cow),
+describe, extract. The first pictures of a registered dataset: --dataset NAME --num 3.
+
+DIR/index.html shows all: nouns light their masks and masks their nouns. Beside it lie <name>.json,
+<name>_grounding.png and <name>_colormap.png. Stop the tool as you like: the same command goes on
+where it stopped. docs/DEMO.md says more. Exit code 0: all done; 1: some pictures failed (listed in
+DIR/failures.json); 2 and one line "error: ...": wrong input; 130: Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-from detectron2.data import DatasetCatalog
+from demo_captions import assign, read_captions
+from demo_inputs import Job, Picture, dataset_jobs, list_pictures, output_names
+from demo_masks import Beside, Live, MaskSource, Records, Whole, masks_from
+from demo_output import PAGE, Output, shown
+from demo_run import LISTED, Plan, Run
+from demo_stop import Stop
+from demo_text import read_categories, split_nouns
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gella.checkpoint import write_atomically
+from gella.captions.ask import is_endpoint, open_captioner
+from gella.captions.captioner import EndpointError
 from gella.config_file import load_config
-from gella.data.entity_choice import choose_entities
-from gella.entities import EntityMap
-from gella.entity_sources import load_entities, load_from_record
-from gella.geometry import read_image
-from gella.grounding import Grounding
 from gella.plugins import import_modules
-from gella.predictor import GellaPredictor, image_id_of
+from gella.predictor import GellaPredictor
+from gella.questions import TASKS
+from gella.segmenters.segmenter import SPECS, MaskLimits
 
-
-@dataclass
-class Job:
-    """One picture to ground: its entities, its caption and, if known, its nouns."""
-
-    name: str
-    source: dict[str, Any]  # what the JSON says about where the input came from
-    image: np.ndarray
-    entities: EntityMap
-    image_id: int | str
-    caption: str
-    nouns: list[str] | None = None
-    phrases: list[dict[str, Any]] | None = None
+RELEASE = Path(__file__).resolve().parents[1] / "weights" / "gella_tiny_shapes" / "config.yaml"
+TEXTS = ("--caption", "--captions", "--describe-first", "--captioner")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,160 +67,251 @@ class _Parser(argparse.ArgumentParser):
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong one ends the process with code 2 and one line."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--config-file", required=True, metavar="YAML", help="such as those in configs/")
-    add("--weights", metavar="PTH", help='default: MODEL.WEIGHTS of the config; "": untrained')
-    add("--input", metavar="IMAGE", help="the picture")
-    add("--masks", metavar="FILE", help="entity masks of the same size; or a COCO JSON")
-    add("--masks-format", default="auto", metavar="FORMAT", help="panoptic_png, gray_png, npz, ...")
-    add("--panoptic-json", metavar="JSON", help="COCO panoptic file that says what is crowd")
-    add("--caption", help="the sentence to ground")
-    add("--nouns", metavar="A,B,C", help="its nouns, separated by commas, in their order")
-    add("--extract", action="store_true", help="let the model find the nouns (as without --nouns)")
-    add("--dataset", metavar="NAME", help="a registered dataset instead of --input")
-    add("--num", type=int, default=3, help="with --dataset: how many pictures (default 3)")
-    add("--output", default="output/demo", metavar="DIR", help="default: output/demo")
-    add("--device", help="cpu, cuda; default: the config's")
-    add(
-        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides"
-    )
+    _add_model(parser.add_argument_group("model and output").add_argument)
+    _add_input(parser.add_argument_group("pictures and masks").add_argument)
+    _add_text(parser.add_argument_group("questions").add_argument)
     args = parser.parse_args(argv)
-    if args.dataset is None:
-        for name in ("input", "masks", "caption"):
-            if getattr(args, name) is None:
-                parser.error(f"--{name} is missing (or give --dataset NAME)")
-    elif args.input is not None:
-        parser.error("--input and --dataset exclude each other")
-    if args.num < 1:
-        parser.error(f"--num is {args.num}; it must be at least 1")
-    if args.nouns is not None and args.extract:
-        parser.error("--nouns and --extract exclude each other")
+    if args.config_file is None:
+        if not RELEASE.is_file():
+            parser.error("--config-file is missing")
+        args.config_file = os.path.relpath(RELEASE)
+    for problem in (*_input_problems(args), *_text_problems(args)):
+        parser.error(problem)
     return args
 
 
-def read_own_input(args: argparse.Namespace) -> list[Job]:
-    """Read ``--input``, ``--masks``, ``--caption`` and ``--nouns``; wrong ones are ValueErrors."""
-    if not args.caption.strip():
-        raise ValueError("the caption is empty; write a sentence that names what to find")
-    nouns = None
-    if args.nouns is not None:
-        nouns = [noun.strip() for noun in args.nouns.split(",") if noun.strip()]
-        if not nouns:
-            raise ValueError(f'caption without nouns: --nouns is "{args.nouns}"; name at least one')
-    image = read_image(args.input, upright=True)
-    segments_info = None
-    if args.panoptic_json is not None:
-        segments_info = find_segments(args.panoptic_json, Path(args.masks).name)
-    image_id = image_id_of(args.input)
-    entities = load_entities(
-        args.masks,
-        image.shape[0],
-        image.shape[1],
-        format=args.masks_format,
-        segments_info=segments_info,
-        image_id=image_id,
+def _add_model(add: Any) -> None:
+    add("--config-file", metavar="YAML", help="default: that of weights/gella_tiny_shapes")
+    add("--weights", metavar="PTH", help='default: MODEL.WEIGHTS of the config; "": untrained')
+    add("--device", help="cpu, cuda; default: the config's")
+    add("--output", default="output/demo", metavar="DIR", help="default: output/demo")
+    add("--overwrite", action="store_true", help="do finished pictures again")
+    add("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default 8)")
+    more = {"nargs": argparse.REMAINDER, "default": [], "metavar": "KEY VALUE"}
+    add("--opts", help="config overrides; must come last", **more)
+
+
+def _add_input(add: Any) -> None:
+    add("--input", metavar="PATH", help="a picture, or a folder of pictures (searched through)")
+    add(
+        "--masks",
+        metavar="PATH",
+        help="mask file, a folder of them by name, or one COCO JSON; "
+        "default: scene_masks.png beside scene.jpg",
     )
-    source = {"image": str(args.input), "masks": str(args.masks)}
-    name = Path(args.input).stem
-    return [Job(name, source, image, entities, image_id, args.caption, nouns=nouns)]
+    add("--masks-format", default="auto", metavar="FORMAT", help="panoptic_png, gray_png, npz, ...")
+    add("--panoptic-json", metavar="JSON", help="of one PNG: COCO file that says what is crowd")
+    add("--segmenter", metavar="SPEC", help=f"makes the masks on the spot: {SPECS}")
+    add("--segmenter-option", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
+    add("--min-area", type=int, default=1, metavar="PIXELS", help="of the segmenter's masks")
+    add("--max-entities", type=int, metavar="N", help="the segmenter's best N of a picture")
+    add("--dataset", metavar="NAME", help="a registered dataset instead of --input")
+    add("--num", type=int, default=3, help="with --dataset: how many pictures (default 3)")
 
 
-def find_segments(panoptic_json: str, mask_name: str) -> list[dict[str, Any]]:
-    """Return ``segments_info`` of the annotation whose PNG is ``mask_name``.
+def _add_text(add: Any) -> None:
+    add("--task", choices=TASKS, default="ground", help="default: ground")
+    add(
+        "--caption",
+        action="append",
+        metavar="TEXT",
+        help="the sentence or expression, for every picture; repeatable",
+    )
+    add(
+        "--captions",
+        metavar="FILE",
+        help="text: name<TAB>caption, or a caption per line; .jsonl: "
+        '{"image", "caption", "nouns", "masks"} per line',
+    )
+    add("--nouns", metavar="A,B,C", help="nouns of --caption in their order")
+    add("--extract", action="store_true", help="the model finds the nouns, given ones or not")
+    add("--describe-first", action="store_true", help="the model writes the captions")
+    add(
+        "--captioner",
+        metavar="URL",
+        help="an OpenAI-compatible endpoint (key: GELLA_API_KEY), or "
+        "a local model of transformers, writes the captions",
+    )
+    add("--captioner-model", metavar="NAME", help="of the endpoint; default: GELLA_API_MODEL")
+    add("--categories", metavar="A,B,C", help='for panoptic: names, "coco", or a file of them')
+
+
+def _input_problems(args: argparse.Namespace) -> list[str]:
+    found = []
+    if args.dataset is None and args.input is None:
+        found.append("--input is missing (or give --dataset NAME)")
+    if args.dataset is not None:
+        for name in ("input", "masks", "segmenter", "caption", "captions", "nouns"):
+            if getattr(args, name) is not None:
+                found.append(f"--{name} and --dataset exclude each other")
+    if args.masks is not None and args.segmenter is not None:
+        found.append("--masks and --segmenter exclude each other")
+    if args.panoptic_json is not None and args.masks is None:
+        found.append("--panoptic-json needs --masks, a PNG")
+    for name in ("num", "batch_size"):
+        if getattr(args, name) < 1:
+            found.append(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least 1")
+    found += [
+        f"--segmenter-option {option} is no KEY=VALUE"
+        for option in args.segmenter_option
+        if "=" not in option
+    ]
+    return found
+
+
+def _text_problems(args: argparse.Namespace) -> list[str]:
+    found = []
+    given = [name for name in TEXTS if getattr(args, name[2:].replace("-", "_"))]
+    if args.caption is not None and "--caption" not in given:
+        given.insert(0, "--caption")
+    if len(given) > 1:
+        found.append(f"{given[0]} and {given[1]} exclude each other")
+    if args.task in ("ground", "refer", "extract") and args.dataset is None and not given:
+        found.append(f"--caption is missing (or give one of {', '.join(TEXTS[1:])})")
+    if args.task in ("panoptic", "describe") and given:
+        found.append(f"--task {args.task} takes no captions; leave {given[0]} out")
+    if args.task == "refer" and given and given[0] in TEXTS[2:]:
+        found.append(f"--task refer takes expressions; {given[0]} writes captions")
+    if args.task == "panoptic" and args.categories is None:
+        found.append("--task panoptic needs --categories")
+    if args.categories is not None and args.task != "panoptic":
+        found.append("--categories goes with --task panoptic only")
+    if args.nouns is not None:
+        if args.extract:
+            found.append("--nouns and --extract exclude each other")
+        if args.task != "ground" or len(args.caption or ()) != 1:
+            found.append("--nouns goes with one --caption and --task ground only")
+    if args.captioner_model is not None and not args.captioner:
+        found.append("--captioner-model goes with --captioner only")
+    return found
+
+
+def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Picture]]:
+    """Jobs of ``--input``, and its pictures.
 
     Raises:
-        FileNotFoundError: there is no such JSON file.
-        ValueError: it is no COCO panoptic file, or knows no such PNG.
+        FileNotFoundError, ValueError: of the files that the arguments name, or an empty caption.
     """
-    if not Path(panoptic_json).is_file():
-        raise FileNotFoundError(f"panoptic JSON {panoptic_json} does not exist; check the path")
-    try:
-        annotations = json.loads(Path(panoptic_json).read_text(encoding="utf-8"))["annotations"]
-        return next(a["segments_info"] for a in annotations if a["file_name"] == mask_name)
-    except StopIteration:
-        raise ValueError(
-            f"panoptic JSON {panoptic_json} has no annotation with file_name {mask_name}"
-        ) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{panoptic_json} is no COCO panoptic file ({error!r})") from error
+    leave_out = [Path(path) for path in (args.output, args.masks) if path]
+    pictures = list_pictures(Path(args.input), leave_out)
+    given: list[tuple[Picture, Job]] = []
+    blank = Job(pictures[0], "")
+    if args.captions:
+        found, lost = assign(read_captions(args.captions), pictures)
+        for entry in lost[:LISTED]:
+            print(f"note: {shown(entry.where)}: {shown(entry.image)} is no picture of --input")
+        for place, entries in sorted(found.items()):
+            for entry in entries:
+                job = replace(blank, text=entry.text, nouns=entry.nouns, masks=entry.masks)
+                given.append((pictures[place], job))
+        if len(found) < len(pictures):
+            print(f"note: {len(pictures) - len(found)} of {len(pictures)} pictures have no caption")
+    else:
+        texts = args.caption or [None]
+        if any(text is not None and not text.strip() for text in texts):
+            raise ValueError("the caption is empty; write a sentence that names what to find")
+        nouns = split_nouns(args.nouns)
+        given = [(p, replace(blank, text=text, nouns=nouns)) for p in pictures for text in texts]
+    titles = output_names([picture.name for picture, _ in given])
+    jobs = [
+        replace(job, picture=picture, name=title) for (picture, job), title in zip(given, titles)
+    ]
+    return jobs, pictures
 
 
-def read_dataset(args: argparse.Namespace, cfg: Any) -> list[Job]:
-    """Take the first ``--num`` pictures of a registered dataset, with their first captions."""
-    names = DatasetCatalog.list()
-    if args.dataset not in names:
-        known = ", ".join(sorted(name for name in names if name.startswith("gella_")))
-        raise ValueError(f"dataset {args.dataset} is not registered; there are: {known}")
-    jobs: dict[str, Job] = {}
-    records = DatasetCatalog.get(args.dataset)
-    for record in choose_entities(records, args.dataset, cfg, is_train=False):
-        if len(jobs) == args.num:
-            break
-        name = Path(record["file_name"]).stem
-        if name in jobs or not record.get("caption") or not record.get("phrases"):
-            continue
-        source = {"image": record["file_name"], "dataset": args.dataset}
-        source["image_id"] = record["image_id"]
-        phrases = None if args.extract else record["phrases"]
-        jobs[name] = Job(
-            name,
-            source,
-            read_image(record["file_name"]),
-            load_from_record(record),
-            record["image_id"],
-            record["caption"],
-            phrases=phrases,
-        )
-    if not jobs:
-        raise ValueError(f"dataset {args.dataset} has no record with a caption and nouns")
-    return list(jobs.values())
+def choose_masks(args: argparse.Namespace, pictures: Sequence[Picture]) -> MaskSource:
+    """The source of masks that the arguments name; wrong ones are ValueErrors."""
+    if args.dataset is not None:
+        return Records()
+    if args.segmenter is not None:
+        options = dict(option.split("=", 1) for option in args.segmenter_option)
+        limits = MaskLimits(args.min_area, max_entities=args.max_entities)
+        return Live(args.segmenter, args.device, options, limits)
+    if args.masks is not None:
+        return masks_from(Path(args.masks), pictures, args.masks_format, args.panoptic_json)
+    # What the language model says of a picture does not depend on masks.
+    return Beside(Whole() if args.task in ("describe", "extract") else None)
 
 
-def ground(predictor: GellaPredictor, job: Job) -> Grounding:
-    """Ground one job's caption."""
-    predictor.set_image(job.image, job.entities, image_id=job.image_id)
-    if job.phrases is not None:
-        return predictor.ground_phrases(job.caption, job.phrases)
-    return predictor.ground(job.caption, job.nouns)
-
-
-def write(result: Grounding, job: Job, folder: Path) -> list[Path]:
-    """Write the two pictures and the JSON, each complete or not at all; return their paths."""
-    text = json.dumps({**job.source, **result.to_json()}, indent=2, ensure_ascii=False)
-    grounding, colormap = result.plot(), result.plot_colormap()
-    writers = {
-        f"{job.name}_grounding.png": lambda stream: grounding.save(stream, format="PNG"),
-        f"{job.name}_colormap.png": lambda stream: colormap.save(stream, format="PNG"),
-        f"{job.name}.json": lambda stream: stream.write(text.encode("utf-8")),
+def make_plan(args: argparse.Namespace, jobs: Sequence[Job], masks: MaskSource) -> Plan:
+    """What to do with the jobs; opens the captioner."""
+    origin = {
+        name: getattr(args, name)
+        for name in ("masks", "segmenter", "dataset")
+        if getattr(args, name) is not None
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, writer in writers.items():
-        write_atomically(str(folder / name), writer)
-    return [folder / name for name in writers]
+    captioner = None
+    if args.captioner:
+        captioner = open_captioner(
+            args.captioner, args.captioner_model, device=args.device or "cpu"
+        )
+        origin["captioner"] = captioner.model
+        if is_endpoint(args.captioner):
+            print(f"captions: the pictures are sent to {captioner.address}")
+    single = args.dataset is None and len(jobs) == 1 and not Path(args.input).is_dir()
+    return Plan(
+        task=args.task,
+        masks=masks,
+        categories=read_categories(args.categories),
+        describe_first=args.describe_first,
+        captioner=captioner,
+        extract=args.extract,
+        origin=origin,
+        batch_size=args.batch_size,
+        overwrite=args.overwrite,
+        strict=single,
+    )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Read the input, then build the model (the slow part), then ground and write."""
+def execute(args: argparse.Namespace) -> int:
+    """Read the input, then build the model (the slow part), then do the jobs; the exit code."""
+    if Path(args.output).exists() and not Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output} is a file; name a folder")
     cfg = load_config(args.config_file, args.opts)
     import_modules(cfg)
     if args.weights is not None:
         cfg.MODEL.WEIGHTS = args.weights
     if args.device is not None:
         cfg.MODEL.DEVICE = args.device
-    jobs = read_own_input(args) if args.dataset is None else read_dataset(args, cfg)
+    if args.dataset is not None:
+        jobs, pictures = dataset_jobs(args.dataset, args.num, cfg, args.task), []
+    else:
+        jobs, pictures = own_jobs(args)
+    plan = make_plan(args, jobs, choose_masks(args, pictures))
     predictor = GellaPredictor(cfg, config_file=args.config_file)
     if not cfg.MODEL.WEIGHTS:
         print("no weights: the model is untrained, and the output is labelled so")
-    for job in jobs:
-        result = ground(predictor, job)
-        for phrase in result.phrases:
-            print(f"  {phrase['phrase']}: entities {phrase['entity_ids']}")
-        for path in write(result, job, Path(args.output)):
-            print(f"wrote {path}")
-    print(f"next: open {Path(args.output) / jobs[0].name}_grounding.png, or try your own:")
-    weights = f" --weights {cfg.MODEL.WEIGHTS}" if cfg.MODEL.WEIGHTS else ""
+    run = Run(predictor, plan, Output(Path(args.output)))
+    with Stop(plan.captioner) as stop, logging_redirect_tqdm():
+        run.do(jobs, stop)
+    summarize(run, args, len(jobs), bool(stop.number))
+    if stop.number:
+        return 128 + stop.number
+    return 1 if run.failures else 0
+
+
+def summarize(run: Run, args: argparse.Namespace, total: int, stopped: bool) -> None:
+    """Say what was done, what failed, where to look and what to do next."""
+    if run.skipped:
+        print(f"{run.skipped} of {total} were done before (--overwrite does them again)")
+    print(f"{run.done} done, {len(run.failures)} failed")
+    for failure in run.failures[:LISTED]:
+        print(f"failed: {shown(failure['image'])}: {shown(failure['reason'])}")
+    if len(run.failures) > LISTED:
+        print(f"and {len(run.failures) - LISTED} more")
+    if run.failures:
+        print(f"all failures: {Path(args.output) / 'failures.json'}")
+    print(f"wrote {Path(args.output) / PAGE}")
+    if stopped:
+        print("next: the same command goes on where this one stopped")
+        return
+    if run.failures:
+        print("next: mend these and run the same command again; it does only what is missing")
+        return
+    print(f"next: open {Path(args.output) / PAGE} in a browser, or try your own:")
+    weights = f" --weights {shlex.quote(args.weights)}" if args.weights else ""
     print(
-        f"  python tools/demo.py --config-file {args.config_file}{weights}"
+        f"  python tools/demo.py --config-file {shlex.quote(args.config_file)}{weights}"
         ' --input IMAGE --masks FILE --caption "..."'
     )
 
@@ -229,13 +321,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     args = parse_args(argv)
     try:
-        run(args)
-    except (ValueError, OSError) as error:
+        return execute(args)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    except (EndpointError, ValueError, OSError) as error:
         if os.getenv("GELLA_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {shown(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":
