@@ -13,7 +13,7 @@ class Replacement(NamedTuple):
     """One change of the code blocks of a page.
 
     Attributes:
-        page: path from the root, or "*" for all pages.
+        page: path from the root, "*" for all pages, or Makefile.
         old: text that must occur in a block of the page (of some page for "*").
         new: text in its place. ``@CHAT@`` is the address of a chat endpoint on this machine,
             ``@PORT@`` a free port.
@@ -33,6 +33,7 @@ HUB = "no network: a random model of the same kind"
 GPUS = "no GPUs; tests/test_launching.py starts several processes in every way"
 OWN = "a name that stands for the reader's own"
 SHORT = "two steps show that it runs"
+SERVER = "a server that nobody stops: it is asked for its page once"
 RANDOM = " || test $? -eq 1"  # after a command whose random weights cannot succeed
 
 REPLACEMENTS = (
@@ -40,7 +41,13 @@ REPLACEMENTS = (
     Replacement("*", "sam:facebook/sam-vit-huge", "sam:models/sam", HUB),
     Replacement("*", PANOPTIC, "transformers:models/mask2former", HUB),
     Replacement("*", INSTANCE, "transformers:models/mask2former", HUB),
+    Replacement("README.md", "prepare_shapes.py\n", "prepare_shapes.py --train 6 --val 4\n", SHORT),
     Replacement("README.md", "SOLVER.MAX_ITER 3000", "SOLVER.MAX_ITER 3", SHORT),
+    Replacement("*", "python tools/app.py", "python tests/docs_serve.py tools/app.py", SERVER),
+    Replacement("Makefile", "python tools/app.py", "python tests/docs_serve.py tools/app.py", SERVER),
+    Replacement("Makefile", "--train 0\n", "--train 0 --val 4\n", SHORT),
+    Replacement("Makefile", "prepare_shapes.py\n", "prepare_shapes.py --train 6 --val 4\n", SHORT),
+    Replacement("Makefile", "-n 2 tests", "tests/test_prompts.py", "this test is one of them"),
     Replacement("docs/ANALYSIS.md", "benchmark.py eval", "benchmark.py eval --help", "minutes"),
     Replacement("docs/CAPTIONS.md", "https://host/v1", "@CHAT@", "a chat endpoint of one's own"),
     Replacement("docs/CAPTIONS.md", "GELLA_API_KEY=...", "GELLA_API_KEY=none", "a key"),
@@ -113,3 +120,11 @@ REPLACEMENTS = (
         "minutes of drawing on a busy machine",
     ),
 )
+
+
+def replace(text: str, page: str) -> str:
+    """The commands of a page, or the Makefile, after the changes of the table."""
+    for entry in REPLACEMENTS:
+        if entry.page == page or (entry.page == "*" and page != "Makefile"):
+            text = text.replace(entry.old, entry.new)
+    return text

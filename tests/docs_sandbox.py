@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docs_replacements import replace
+
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("docs", "examples", "projects", "tests", "tools", "weights", "README.md", "setup.py")
 LINKED += ("constraints.txt", "pyproject.toml")
@@ -45,6 +47,7 @@ def build_sandbox(folder: Path) -> None:
     for name in LINKED:
         if (ROOT / name).exists():
             (folder / name).symlink_to(ROOT / name)
+    (folder / "Makefile").write_text(replace(ROOT.joinpath("Makefile").read_text(), "Makefile"))
     _write_configs(folder)
     _write_datasets(folder)
     previous = os.getcwd()
