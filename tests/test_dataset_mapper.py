@@ -21,7 +21,8 @@ from gella.data.dataset_mapper import GroundingMapper
 from gella.data.mirror import mirrored_words
 from gella.data.phrases import EntityMatcher, category_phrases, segment_iou
 from gella.data.task_sampling import build_train_loader
-from gella.entities import EntityMap, id_to_rgb, mask_iou
+from gella.entities import EntityMap, id_to_rgb
+from gella.entity_masks import mask_iou
 from gella.entity_sources import LiveSource, load_from_record
 from gella.prompts import (
     IGNORE_INDEX,

@@ -18,10 +18,10 @@ from gella.entities import (
     EntityMap,
     entity_colors,
     id_to_rgb,
-    mask_iou,
     paint_colormap,
     rgb_to_id,
 )
+from gella.entity_masks import mask_iou
 
 
 def random_masks(rng: np.random.Generator, count: int, side: int = 24) -> np.ndarray:

@@ -120,6 +120,8 @@ GROUPS = {
     "interactive_parts": "interactive",
     "overlong": "prompts",
     "metrics_panoptic": "metrics",
+    "entity_limits": "entities",
+    "entity_masks": "entities",
     "entity_runs": "entities",
     "color_choice": "entities",
     "zero_branch": "zero",
@@ -130,6 +132,7 @@ GROUPS = {
     "colormap_kernel": "entities",
     "entity_files": "entity_sources",
     "entity_json": "entity_sources",
+    "entity_npz": "entity_sources",
 }
 # Leaves of modeling do not even see each other: only these arrows inside the room.
 MODELING_ARROWS = {

@@ -39,7 +39,9 @@ def test_the_python_use_works_at_once_and_prints_what_it_says(tmp_path, monkeypa
 def test_the_make_targets_are_there_and_in_the_help():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (quick,) = [block for block in blocks("bash") if block.startswith("make ")]
-    helped = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True).stdout
+    helped = subprocess.run(
+        ["make", "-C", str(ROOT), "help"], capture_output=True, text=True
+    ).stdout
     named = re.findall(r"^make (\w+)", quick, re.MULTILINE)
     assert named == ["demo", "app", "train", "test"]
     for name in named:

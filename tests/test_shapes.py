@@ -311,7 +311,9 @@ def test_preparation_spares_foreign_folders(prepare_shapes, tmp_path, capsys):
     assert files_below(tmp_path) == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("option", [["--train", "-1"], ["--val", "0"], ["--size", "20"], ["--workers", "0"]])
+@pytest.mark.parametrize(
+    "option", [["--train", "-1"], ["--val", "0"], ["--size", "20"], ["--workers", "0"]]
+)
 def test_preparation_refuses_bad_settings(prepare_shapes, tmp_path, option, capsys):
     assert prepare_shapes.main(["--output", str(tmp_path / "x"), *option]) == 1
     assert option[1] in capsys.readouterr().err

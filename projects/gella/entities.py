@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from gella.color_choice import location_colors, random_colors, separated_colors
+from gella.entity_limits import MAX_ENTITIES, MAX_SEGMENT_ID
+from gella.entity_masks import binary_masks, flatten
 from gella.entity_runs import Runs, find_runs, flip_runs, pad_runs, pick_runs
 
 ASSIGNMENTS = ("random", "location", "separated")
@@ -31,8 +33,8 @@ class EntityMap:
 
     E may be 0, and an entity may have no pixel (after a resize): it keeps its place, so indices
     stay comparable between the frames of one image. `ids` is not to be changed in place: what is
-    known of its runs is kept. Raises ValueError for other shapes, repeated segment ids, non-finite
-    scores and pixels over E.
+    known of its runs is kept. Raises ValueError for other shapes and types, repeated segment ids,
+    non-finite scores and pixels over E.
     """
 
     ids: np.ndarray
@@ -41,12 +43,23 @@ class EntityMap:
     _runs: Runs | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.ids = np.ascontiguousarray(self.ids, dtype=np.int32)
+        given = np.asarray(self.ids)
+        if given.dtype.kind not in "iu":
+            raise ValueError(f"ids must be integers (H, W), got {given.dtype} {given.shape}")
+        for end in (given.min(), given.max()) if given.dtype.itemsize > 4 and given.size else ():
+            if not 0 <= end < 1 << 31:
+                raise ValueError(f"ids holds {end}; entity numbers are 0 to 2147483647")
+        self.ids = np.ascontiguousarray(given, dtype=np.int32)
         if self.ids.ndim != 2 or 0 in self.ids.shape:
             raise ValueError(f"ids must be (H, W) with at least a pixel, got {self.ids.shape}")
         highest = int(self.ids.view(np.uint32).max())  # a negative number is 2^31 or more here
         if highest >= 1 << 31:
             raise ValueError(f"ids holds {int(self.ids.min())}; entity numbers start at 0")
+        if highest > MAX_ENTITIES and not len(self.segment_ids):
+            raise ValueError(
+                f"ids holds entity number {highest}, more than {MAX_ENTITIES}; numbers count the "
+                "entities, and ids of a file go through EntityMap.from_id_image"
+            )
         self.segment_ids = [int(i) for i in self.segment_ids] or list(range(1, highest + 1))
         count = len(self.segment_ids)
         if highest > count:
@@ -62,20 +75,32 @@ class EntityMap:
         id_image: np.ndarray,
         segment_ids: Sequence[int] | None = None,
         scores: Sequence[float] | np.ndarray | None = None,
+        *,
+        max_entities: int = MAX_ENTITIES,
     ) -> EntityMap:
         """Number the ids of an (H, W) integer image, 0 being void.
 
         Args:
-            id_image: (H, W), any integer type, for instance the ids of a panoptic PNG.
+            id_image: (H, W), any integer type, for instance the ids of a panoptic PNG; 0 to
+                `MAX_SEGMENT_ID`.
             segment_ids: which ids are entities and in which order; one that has no pixel is kept,
                 ids of the image that are not listed become 0. None: all non-zero ids, ascending.
             scores: (E,), in the order of `segment_ids`.
+            max_entities: more of them are refused.
+
+        Raises ValueError for another type, ids out of range, and too many of them.
         """
         image = np.asarray(id_image)
         if image.ndim != 2 or image.size == 0 or image.dtype.kind not in "iu":
             raise ValueError(f"id image must be integer (H, W), got {image.dtype} {image.shape}")
         runs = find_runs(image)
         values, inverse = np.unique(runs.values, return_inverse=True)
+        for end in (int(values[0]), int(values[-1])):
+            if not 0 <= end <= MAX_SEGMENT_ID:
+                raise ValueError(f"the id image holds {end}; ids are 0 (void) to {MAX_SEGMENT_ID}")
+        count = np.count_nonzero(values) if segment_ids is None else len(segment_ids)
+        if count > max_entities:
+            raise ValueError(f"holds {count} entities, more than the {max_entities} that are read")
         if segment_ids is None:
             segment_ids = [int(v) for v in values if v != 0]
         wanted = [int(i) for i in segment_ids]
@@ -93,29 +118,22 @@ class EntityMap:
         scores: Sequence[float] | np.ndarray | None = None,
         segment_ids: Sequence[int] | None = None,
     ) -> EntityMap:
-        """Flatten masks (E, H, W), non-zero inside, that may overlap.
+        """Flatten masks (E, H, W) that may overlap; see `binary_masks` for what may be in them.
 
         They are painted in ascending score, so the best lies on top; among equal scores the smaller
         one does, and among equal sizes the later one. Entities that end without a visible pixel are
         dropped; the others keep their order and their ids (by default place + 1 in `masks`).
         """
-        masks = np.asarray(masks)
-        if masks.ndim != 3:
-            raise ValueError(f"masks must be (E, H, W), got shape {masks.shape}")
-        masks = masks.astype(bool, copy=False)
+        masks = binary_masks(masks)
         count = masks.shape[0]
         ranks = _checked_scores(scores, count)
         names = list(range(1, count + 1)) if segment_ids is None else [int(i) for i in segment_ids]
         if len(names) != count:
             raise ValueError(f"{count} masks but {len(names)} segment_ids; give one id per mask")
         areas = masks.sum(axis=(1, 2), dtype=np.int64)
-        canvas = np.zeros(masks.shape[1:], dtype=np.int32)
-        for k in np.lexsort((-areas, ranks)):
-            canvas[masks[k]] = k + 1
-        visible = np.bincount(canvas.ravel(), minlength=count + 1)[1:] > 0
-        renumber = np.concatenate(([0], np.where(visible, np.cumsum(visible), 0))).astype(np.int32)
-        kept = [name for name, seen in zip(names, visible) if seen]
-        return cls(renumber[canvas], kept, ranks[visible])
+        size = (masks.shape[1], masks.shape[2])
+        ids, visible = flatten(size, areas, ranks, masks.__getitem__)
+        return cls(ids, [name for name, seen in zip(names, visible) if seen], ranks[visible])
 
     @property
     def num_entities(self) -> int:
@@ -304,24 +322,6 @@ def paint_colormap(entities: EntityMap, colors: np.ndarray) -> np.ndarray:
     from gella.colormap_kernel import paint_planes  # imports numba and compiles
 
     return paint_planes(entities.ids, colors).transpose(1, 2, 0)
-
-
-def mask_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of every pair: bool (N, H, W), (M, H, W) -> float64 (N, M).
-
-    Two empty masks have IoU 0. Raises ValueError when the sizes differ.
-    """
-    a, b = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
-    if a.ndim != 3 or b.ndim != 3 or a.shape[1:] != b.shape[1:]:
-        raise ValueError(f"masks of one size (N, H, W) are needed, got {a.shape} and {b.shape}")
-    pixels = a.shape[1] * a.shape[2]
-    # float32 counts exactly up to 2^24 and multiplies twice as fast.
-    kind = np.float32 if pixels < 1 << 24 else np.float64
-    left, right = a.reshape(len(a), pixels).astype(kind), b.reshape(len(b), pixels).astype(kind)
-    shared = (left @ right.T).astype(np.float64)
-    sizes_a, sizes_b = (m.sum(axis=(1, 2), dtype=np.int64).astype(np.float64) for m in (a, b))
-    union = sizes_a[:, None] + sizes_b[None] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
 def _checked_scores(scores: Any, count: int) -> np.ndarray:

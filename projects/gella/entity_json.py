@@ -11,11 +11,14 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
 
 from gella.entities import EntityMap
+from gella.entity_limits import MAX_ENTITIES, MAX_OUTLINE
+from gella.entity_masks import flatten
 
 JSON_FORMATS = ("coco_results", "coco_panoptic", "coco_instances")
 # Under what the entries lie; a results file is the list itself.
@@ -65,11 +68,11 @@ def entries_of(path: Path, kind: str, image_id: int | str | None) -> list[dict[s
 
 def whole_id(value: Any, what: str) -> int:
     """A segment id as int; whole numbers and their text are taken, ValueError for the rest."""
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+    number = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    text = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20
+    if (number or text) and -(1 << 63) <= int(value) < 1 << 63:
         return int(value)
-    if isinstance(value, str) and value.isascii() and value.isdigit():
-        return int(value)
-    raise ValueError(f"{what} is {value!r}; ids are whole numbers")
+    raise ValueError(f"{what} is {short(value)}; ids are whole numbers of at most 63 bits")
 
 
 def checked_segments(segments_info: Any) -> list[tuple[int, bool, dict[str, Any]]]:
@@ -83,45 +86,80 @@ def checked_segments(segments_info: Any) -> list[tuple[int, bool, dict[str, Any]
         number = whole_id(segment["id"], f"id of entry {place} of segments_info")
         crowd = segment.get("iscrowd", 0)
         if crowd not in (0, 1):
-            raise ValueError(f"segment {number}: iscrowd is {crowd!r}, not 0 or 1")
+            raise ValueError(f"segment {number}: iscrowd is {short(crowd)}, not 0 or 1")
         checked.append((number, bool(crowd), segment))
     return checked
 
 
-def from_results(entries: Sequence[dict[str, Any]], size: tuple[int, int]) -> EntityMap:
+def from_results(
+    entries: Sequence[dict[str, Any]], size: tuple[int, int], max_entities: int = MAX_ENTITIES
+) -> EntityMap:
     """Entities of one image from its entries in a results file; overlaps are flattened."""
-    masks = np.zeros((len(entries), *size), dtype=bool)
-    scores = []
+    _check_count(len(entries), max_entities)
+    codes, scores = [], []
     for place, entry in enumerate(entries):
         try:
-            if "segmentation" not in entry:
-                raise ValueError("'segmentation' is missing")
-            masks[place] = decode_segmentation(entry["segmentation"], size)
+            codes.append(_code_of(entry, size))
             scores.append(_score(entry.get("score", 1.0)))
         except ValueError as error:
             raise ValueError(f"result {place} of the image: {error}") from error
-    return EntityMap.from_masks(masks, scores)
+    return _flattened(codes, size, scores, list(range(1, len(codes) + 1)))
 
 
-def from_segments(segments_info: Any, size: tuple[int, int]) -> EntityMap:
+def from_segments(
+    segments_info: Any, size: tuple[int, int], max_entities: int = MAX_ENTITIES
+) -> EntityMap:
     """Entities from segments with a COCO `segmentation` each; crowd is left out.
 
     The smaller of two that overlap lies on top; one without a visible pixel is dropped.
     """
     own = [(i, segment) for i, crowd, segment in checked_segments(segments_info) if not crowd]
-    masks = np.zeros((len(own), *size), dtype=bool)
-    for mask, (number, segment) in zip(masks, own):
+    _check_count(len(own), max_entities)
+    codes = []
+    for number, segment in own:
         try:
-            if "segmentation" not in segment:
-                raise ValueError("'segmentation' is missing")
-            mask[:] = decode_segmentation(segment["segmentation"], size)
+            codes.append(_code_of(segment, size))
         except ValueError as error:
             raise ValueError(f"segment {number}: {error}") from error
-    return EntityMap.from_masks(masks, segment_ids=[number for number, _ in own])
+    return _flattened(codes, size, [1.0] * len(codes), [number for number, _ in own])
+
+
+def _code_of(entry: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    if "segmentation" not in entry:
+        raise ValueError("'segmentation' is missing")
+    return encode_segmentation(entry["segmentation"], size)
+
+
+def _flattened(
+    codes: list[dict[str, Any]], size: tuple[int, int], scores: list[float], names: list[int]
+) -> EntityMap:
+    """Like `EntityMap.from_masks`, but with one mask decoded at a time."""
+    from pycocotools import mask as coco_mask
+
+    ranks = np.array(scores, dtype=np.float32)
+    if not np.isfinite(ranks).all():
+        raise ValueError(f"score {max(scores, key=abs)} is too large")
+    areas = np.array(coco_mask.area(codes) if codes else [])
+    ids, visible = flatten(
+        size, areas, ranks, lambda k: coco_mask.decode(codes[k]).astype(bool, copy=False)
+    )
+    return EntityMap(ids, [name for name, seen in zip(names, visible) if seen], ranks[visible])
+
+
+def _check_count(count: int, max_entities: int) -> None:
+    if count > max_entities:
+        raise ValueError(f"holds {count} entities, more than the {max_entities} that are read")
 
 
 def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
-    """Mask of a COCO segmentation: bool (H, W).
+    """Mask of a COCO segmentation: bool (H, W). Arguments and errors of `encode_segmentation`."""
+    from pycocotools import mask as coco_mask
+
+    return coco_mask.decode(encode_segmentation(segmentation, size)).astype(bool)
+
+
+def encode_segmentation(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """A COCO segmentation as compressed run lengths {"size", "counts"} of the whole image.
 
     Args:
         segmentation: compressed or plain run lengths {"size", "counts"}, or a list of parts, each
@@ -130,18 +168,33 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
         size: (H, W) of the image.
 
     Raises ValueError for run lengths of another size or that do not add up to it, and for
-    coordinates that are no numbers or far from the image.
+    coordinates that are no numbers, far from the image, or of an outline over `MAX_OUTLINE`.
     """
     from pycocotools import mask as coco_mask
 
-    if isinstance(segmentation, list):
-        mask = np.zeros(size, dtype=bool)
-        for part in segmentation:
-            if isinstance(part, dict):
-                mask |= decode_segmentation(part, size)
-            elif len(points := _polygon(part, size)) >= 6:
-                mask |= coco_mask.decode(coco_mask.frPyObjects([points], *size)[0]).astype(bool)
-        return mask
+    if not isinstance(segmentation, list):
+        return _checked_code(segmentation, size)
+    codes, polygons, outline = [], [], 0.0
+    for part in segmentation:
+        if isinstance(part, dict):
+            codes.append(_checked_code(part, size))
+            continue
+        points = _polygon(part, size)
+        outline += _outline(points)
+        if outline > MAX_OUTLINE:
+            raise ValueError(f"polygons are {outline:.0f} pixels long, more than {MAX_OUTLINE}")
+        if len(points) >= 6:
+            polygons.append(points)
+    if polygons:
+        codes += coco_mask.frPyObjects(polygons, *size)
+    if not codes:
+        codes = [coco_mask.encode(np.zeros(size, dtype=np.uint8, order="F"))]
+    return coco_mask.merge(codes) if len(codes) > 1 else codes[0]
+
+
+def _checked_code(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
+    from pycocotools import mask as coco_mask
+
     if not isinstance(segmentation, dict):
         raise ValueError(f"segmentation is a {type(segmentation).__name__}, not RLE or polygons")
     for key in ("size", "counts"):
@@ -149,21 +202,20 @@ def decode_segmentation(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
             raise ValueError(f"run lengths lack '{key}'")
     sides = segmentation["size"]
     if not isinstance(sides, (list, tuple)) or [type(side) for side in sides] != [int, int]:
-        raise ValueError(f"run lengths have size {sides!r}, not [height, width]")
+        raise ValueError(f"run lengths have size {short(sides)}, not [height, width]")
     check_size(sides, size)
-    counts = segmentation["counts"]
+    counts, pixels = segmentation["counts"], size[0] * size[1]
     if isinstance(counts, list):
         if any(type(run) is not int or run < 0 for run in counts):
             raise ValueError("run lengths are not all whole numbers of at least 0")
         covered = sum(counts)
     else:
         covered = _covered(counts)
-    if covered != size[0] * size[1]:
-        raise ValueError(f"runs cover {covered} of {size[0] * size[1]} pixels")
+    if covered != pixels:
+        told = str(covered) if covered < 1 << 63 else "far more"
+        raise ValueError(f"runs cover {told} of {pixels} pixels")
     code = {"size": list(size), "counts": counts}
-    return coco_mask.decode(
-        coco_mask.frPyObjects(code, *size) if isinstance(counts, list) else code
-    ).astype(bool)
+    return coco_mask.frPyObjects(code, *size) if isinstance(counts, list) else code
 
 
 def check_size(found: Sequence[int], size: tuple[int, int]) -> None:
@@ -179,7 +231,7 @@ def _polygon(part: Any, size: tuple[int, int]) -> list[float]:
     numbers = isinstance(part, (list, tuple)) and all(type(v) in (int, float) for v in part)
     if not numbers or len(part) % 2:
         raise ValueError("polygons cannot be read: each is a flat list x1, y1, x2, y2, ...")
-    if not all(math.isfinite(v) for v in part):
+    if not all(_is_finite(v) for v in part):
         raise ValueError("polygons cannot be read: a coordinate is not finite")
     if part:
         for name, values, side in (("x", part[::2], size[1]), ("y", part[1::2], size[0])):
@@ -224,9 +276,21 @@ def _covered(counts: Any) -> int:
 
 
 def _score(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"score is {value!r}, not a finite number")
+    if type(value) not in (int, float) or not _is_finite(value):
+        raise ValueError(f"score is {short(value)}, not a finite number")
     return float(value)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # JSON's whole numbers have any length
+        return False
+
+
+def _outline(points: Sequence[float]) -> float:
+    xy = np.array(points).reshape(-1, 2)
+    return float(np.abs(xy - np.roll(xy, 1, axis=0)).max(axis=1).sum()) if len(xy) else 0.0
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:

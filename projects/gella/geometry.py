@@ -6,6 +6,7 @@ the colormap always show the same scene in the same place.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +15,90 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gella.entities import EntityMap, entity_colors, paint_colormap
+from gella.entity_limits import MAX_PIXELS, check_pixels
+
+# Formats of photographs. Pillow knows more, of which one (EPS) runs a program on the file.
+PHOTO_FORMATS = (
+    *("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"),
+)
 
 
-def read_image(file_name: str | Path, *, upright: bool = False) -> np.ndarray:
+def read_image(
+    file_name: str | Path, *, upright: bool = False, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """Read a picture as uint8 RGB (H, W, 3).
 
-    Grey, palette and transparent pictures are converted to RGB.
+    Grey (8 or 16 bits), palette, CMYK and transparent pictures are converted to RGB. What the file
+    declares is checked before it is decoded.
 
     Args:
-        file_name: any format that Pillow reads.
+        file_name: a picture in one of `PHOTO_FORMATS`, whatever its suffix.
         upright: turn the picture by its EXIF orientation. Sizes in COCO's annotations are those of
             the stored pixels, so dataset readers leave it off; for a photograph from a phone,
             segmenters and viewers show the turned one.
+        max_pixels: larger pictures are refused. Above 178,956,970 Pillow refuses them itself,
+            unless `PIL.Image.MAX_IMAGE_PIXELS` is raised too.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no picture, or ends before its last row.
+        ValueError: the file is no picture, ends before its last row, has too many pixels, more
+            than one frame, or numbers of no known range in place of colours.
     """
     path = Path(file_name)
     if not path.is_file():
         raise FileNotFoundError(f"image {path} does not exist; check the path")
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            turned = ImageOps.exif_transpose(picture) if upright else picture
-            # A picture that is RGB already would be copied by convert() all the same.
-            plain = turned if turned.mode == "RGB" else turned.convert("RGB")
-            return np.array(plain, dtype=np.uint8)
+        with Image.open(path, formats=_formats()) as picture:
+            refused = _refusal(picture, max_pixels)
+            if not refused:
+                picture.load()
+                turned = ImageOps.exif_transpose(picture) if upright else picture
+                return np.array(_as_rgb(turned), dtype=np.uint8)
     except UnidentifiedImageError as error:
-        raise ValueError(f"image {path} is no picture that Pillow can read") from error
+        raise ValueError(
+            f"image {path} is no picture that Pillow can read as {', '.join(PHOTO_FORMATS)}"
+        ) from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"image {path} is too large to open safely ({error})") from error
-    # Pillow reports damaged data by OSError ("image file is truncated"), SyntaxError (PNG chunks)
-    # or ValueError, according to the format.
-    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"image {path} is too large to open safely, more than {max_pixels} pixels ({error})"
+        ) from error
+    # Pillow reports damaged data by OSError ("image file is truncated"), SyntaxError (PNG chunks),
+    # ValueError and others, according to the format and the damage.
+    except Exception as error:
         raise ValueError(
             f"image {path} is truncated or damaged ({error}); copy it again"
         ) from error
+    raise ValueError(f"image {path}: {refused}")
+
+
+@lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in PHOTO_FORMATS if name in Image.OPEN]  # HEIF needs a plugin
+
+
+def _refusal(picture: Image.Image, max_pixels: int) -> str:
+    """Why a picture that was opened is not to be decoded; "" if it may be."""
+    try:
+        check_pixels(picture.height, picture.width, max_pixels)
+    except ValueError as error:
+        return str(error)
+    # The further pictures in a telephone's MPO are previews and gain maps of the first.
+    if picture.format != "MPO" and getattr(picture, "is_animated", False):
+        return f"more than 1 frame in the {picture.format} file; save the one that is meant alone"
+    if picture.mode in ("I", "F"):
+        return (
+            f"32-bit numbers (Pillow's mode {picture.mode}) of no known range; "
+            "save colours with 8 or 16 bits"
+        )
+    return ""
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):  # Pillow would clip all that is over 255
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    # A picture that is RGB already would be copied by convert() all the same.
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def image_token_count(image_size: int, patch_size: int, stride: int) -> int:
