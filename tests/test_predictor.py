@@ -49,19 +49,31 @@ class StubModel(torch.nn.Module):
 
     def __init__(self, text: str = "") -> None:
         super().__init__()
-        self.text, self.inputs = text, []
+        self.text, self.inputs, self.views = text, [], []
 
-    def forward(self, batch: list[dict]) -> list[dict]:
-        (inputs,) = batch
-        self.inputs.append(inputs)
+    def encode_images(self, views: list[dict], prefix_ids: torch.Tensor) -> list[str]:
+        self.views += views
+        return [f"image {len(self.views)}"] * len(views)
+
+    def write_answers(self, batch: list[dict], encoded: list[str], on_text: Any) -> list[str]:
+        self._note(batch, encoded)
+        return [self.text] * len(batch)
+
+    def find_entities(self, batch: list[dict], encoded: list[str]) -> list[dict]:
+        self._note(batch, encoded)
+        return [self._found(inputs) for inputs in batch]
+
+    def _note(self, batch: list[dict], encoded: list[str]) -> None:
         assert not self.training and not torch.is_grad_enabled()
-        if inputs["task"] in ("extract", "describe"):
-            return [{"text": self.text}]
+        assert encoded == [f"image {len(self.views)}"]
+        self.inputs += batch
+
+    def _found(self, inputs: dict) -> dict:
         entities = inputs["entities_full"]
         if inputs["task"] == "panoptic":
             ids = torch.as_tensor(entities.ids)
             info = [{"id": 1, "category_id": 4, "isthing": 0, "score": 0.5}]
-            return [{"panoptic_seg": (ids, info)}]
+            return {"panoptic_seg": (ids, info)}
         grounding = []
         for index, phrase in enumerate(inputs["phrases"]):
             chosen = sorted({index % entities.num_entities, entities.num_entities - 1})
@@ -75,7 +87,7 @@ class StubModel(torch.nn.Module):
                     "mask": entities.union(chosen),
                 }
             )
-        return [{"grounding": grounding}]
+        return {"grounding": grounding}
 
 
 def _predictor(cfg: Any, scene: tuple, text: str = "") -> tuple[GellaPredictor, StubModel]:
@@ -118,6 +130,48 @@ def test_json_masks_decode_to_the_masks(cfg: Any, scene: tuple) -> None:
         assert CAPTION[noun["start"] : noun["end"]] == noun["noun"]
     assert loaded["nouns"][1]["entity_ids"] == [5, 7]
     assert loaded["nouns"][1]["entity_numbers"] == [2, 4]
+
+
+def test_masks_alone_as_rle(cfg: Any, scene: tuple) -> None:
+    predictor, _ = _predictor(cfg, scene)
+    result = predictor.ground(CAPTION, ["A red circle", "two squares"])
+    coded = json.loads(json.dumps(result.to_rle()))
+    assert [n["noun"] for n in coded["nouns"]] == ["A red circle", "two squares"]
+    for noun, phrase in zip(coded["nouns"], result.phrases, strict=True):
+        assert (mask_utils.decode(noun["mask"]).astype(bool) == phrase["mask"]).all()
+    assert [(e["id"], e["number"]) for e in coded["entities"]] == [
+        (11, 1),
+        (5, 2),
+        (300, 3),
+        (7, 4),
+    ]
+    for entity in coded["entities"]:
+        assert (mask_utils.decode(entity["mask"]) == (scene[1].ids == entity["number"])).all()
+
+
+def test_a_panoptic_result_as_json(cfg: Any, scene: tuple) -> None:
+    predictor, _ = _predictor(cfg, scene)
+    result = predictor.panoptic([{"id": 4, "name": "sand", "isthing": 0}])
+    loaded = json.loads(json.dumps(result.to_json()))
+    (segment,) = loaded.pop("segments")
+    assert loaded == {
+        "task": "panoptic",
+        "height": 60,
+        "width": 90,
+        "config": "",
+        "weights": "untrained",
+        "categories": [{"id": 4, "name": "sand", "isthing": 0}],
+    }
+    assert result.untrained
+    assert (mask_utils.decode(segment["mask"]) == (result.ids == 1)).all()
+    assert result.to_rle() == [{"id": 1, "mask": segment.pop("mask")}]
+    assert segment == {
+        "id": 1,
+        "category_id": 4,
+        "category": "sand",
+        "isthing": False,
+        "score": 0.5,
+    }
 
 
 def test_extracted_nouns_that_the_caption_lacks_are_dropped(cfg: Any, scene: tuple) -> None:
@@ -339,6 +393,9 @@ def test_from_config_falls_back_to_the_cpu(tokenizer_dir: Path) -> None:
     assert predictor.cfg.MODEL.DEVICE == wanted
     assert predictor.config_file == str(TINY)
     assert predictor.cfg.MODEL.WEIGHTS == ""
+    assert predictor.cfg.MODEL.LANGUAGE.DTYPE == "float32"
+    with pytest.raises(ValueError, match="dtype 'half' is unknown; use one of float32, bfloat16"):
+        GellaPredictor.from_config(TINY, weights="", dtype="half", opts=opts)
 
 
 def test_config_is_left_as_it_was(cfg: Any) -> None:

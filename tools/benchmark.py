@@ -5,14 +5,16 @@
     python tools/benchmark.py data --json data.json
     python tools/benchmark.py generation --config-file configs/gella_tiny_shapes.yaml
     python tools/benchmark.py eval --json eval.json
+    python tools/benchmark.py predict --config-file configs/gella_tiny_shapes.yaml
     python tools/benchmark.py crash --kills 20
     python tools/benchmark.py curves --config-file configs/gella_tiny_shapes.yaml
 
 ``cost`` counts parameters, FLOPs and memory of each part, and memory per GPU under ZeRO, without
 weights or a GPU. ``data`` times the mapper, the loader and the colormap. ``generation`` counts the
 calls of the language model for an answer. ``eval`` times the metrics and the language pass of given
-nouns. ``curves`` lays a training under ZeRO over a plain one. ``crash`` kills a training again and
-again. Each explains itself: ``python tools/benchmark.py cost --help``.
+nouns. ``predict`` times captions on one picture and pictures in one batch. ``curves`` lays a
+training under ZeRO over a plain one. ``crash`` kills a training again and again. Each explains
+itself: ``python tools/benchmark.py cost --help``.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import benchmark_curves
 import benchmark_data
 import benchmark_eval
 import benchmark_generation
+import benchmark_predict
 
 MODES = {
     "cost": (benchmark_cost, "parameters, FLOPs and memory of each part, counted"),
@@ -35,6 +38,7 @@ MODES = {
     "data": (benchmark_data, "images per second of mapper and loader"),
     "generation": (benchmark_generation, "calls of the language model for an answer"),
     "eval": (benchmark_eval, "time of panoptic quality, average recall and given nouns"),
+    "predict": (benchmark_predict, "captions on one picture, and pictures in one batch"),
 }
 
 

@@ -273,8 +273,7 @@ class LanguageDecoder(nn.Module):
         Args:
             image_grid: (B, C, g, g) penultimate CLIP features.
             input_ids: per sample (L_i,) int64 prompts without an answer.
-            max_new_tokens: the longest answer, in tokens.
-            eos_token_id: the token that ends an answer.
+            max_new_tokens, eos_token_id: the longest answer, and what ends one.
             pad_token_id: what fills the answers of a batch that end early.
             snippets: pieces that answers are made of, as token ids, for answers that repeat words
                 of their prompts, as noun extraction does. A single prompt is then decoded with
