@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gella.colors import ink_on
 from gella.entities import EntityMap
-from gella.text_layout import Piece, load_font, wrap_pieces
+from gella.labels import place_labels
+from gella.mask_layers import Grid, Layer, looks
+from gella.text_layout import Piece, flow_items, load_font, wrap_pieces
 from gella.visualizer import (
     MASK_OPACITY,
     caption_pieces,
@@ -146,6 +149,70 @@ def test_wrapping_keeps_every_word_and_the_width() -> None:
         assert font.getlength("".join(piece.text for piece in row).rstrip()) <= 200
 
 
+def test_items_flow_whole_and_within_the_width() -> None:
+    font = load_font(18)
+    items = [[Piece(f"noun {k}", (1, 2, 3)), Piece(f": [{k}, {k + 1}]", None)] for k in range(20)]
+    items.insert(7, [Piece("a very long noun " * 9, (4, 5, 6)), Piece(": no entity", None)])
+    rows = flow_items(items, font, 500)
+    assert 10 <= len(rows) <= 17
+    texts = ["".join(piece.text for piece in row) for row in rows]
+    assert all(any(f"noun {k}: [{k}, {k + 1}]" in text for text in texts) for k in range(20))
+    for row in rows:
+        chips = 6 * sum(piece.color is not None for piece in row)
+        assert font.getlength("".join(piece.text for piece in row).rstrip()) + chips <= 506
+
+
+# CIELAB as dichromats see it: Machado, Oliveira and Fernandes 2009, severity 1, in linear RGB.
+VISIONS = {
+    "normal": np.eye(3),
+    "protan": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deutan": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritan": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
+                [0.0193339, 0.1191920, 0.9503041]])  # fmt: skip
+
+
+def cielab(colors: list[tuple[int, int, int]], vision: str) -> np.ndarray:
+    """Lightness, a and b (D65) of RGB colours 0..255, (N, 3)."""
+    values = np.array(colors) / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(VISIONS[vision]).T, 0, 1) @ XYZ.T / [0.95047, 1, 1.08883]
+    f = np.where(seen > 216 / 24389, np.cbrt(seen), (24389 / 27 * seen + 16) / 116)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+def test_colours_stay_apart_for_every_reader(vision: str) -> None:
+    """2.3 is just noticeable; published sets for colour-blind readers keep some 16 among 8."""
+    lab = cielab(palette(64), vision)
+    pairs = np.linalg.norm(lab[:, None] - lab[None], axis=2)
+    np.fill_diagonal(pairs, np.inf)
+    for count, least in ((4, 42), (8, 23), (16, 18), (32, 11), (64, 7.5)):
+        assert pairs[:count, :count].min() >= least
+    assert np.diagonal(pairs, 1).min() >= 23  # nouns that follow each other in a caption
+    chroma = np.hypot(lab[:, 1], lab[:, 2])  # the picture below the masks is grey
+    assert chroma[:8].min() >= 16 and chroma.min() >= 10
+
+
+def test_ink_is_the_one_with_more_contrast() -> None:
+    for color, dark in (((255, 255, 0), True), ((0, 0, 160), False), ((230, 159, 0), True)):
+        assert (ink_on(color) == (25, 25, 25)) is dark
+    assert ink_on((250, 250, 250), dark=(1, 2, 3)) == (1, 2, 3)
+
+
 def test_palette_is_distinct() -> None:
     colors = palette(140)
     assert len(set(colors)) == 140
@@ -184,3 +251,165 @@ def test_panoptic_colours_by_category() -> None:
     dog, sky = (np.rint(MASK_OPACITY * np.array(c)) for c in palette(2))
     for y, color in ((15, dog), (50, sky), (82, dog), (35, np.zeros(3)), (65, np.zeros(3))):
         assert np.abs(_overlay_pixel(pixels, 50, y) - color).max() <= 1
+
+
+# -- masks in a drawing of another size ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(30, 44), (61, 80), (7, 9), (1, 1), (20, 30)])
+def test_masks_are_brought_to_the_drawing_as_a_whole_would_be(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    grid = Grid((20, 30), size)
+    for _ in range(40):
+        top, left = rng.integers(0, 20), rng.integers(0, 30)
+        mask = rng.random((rng.integers(1, 21 - top), rng.integers(1, 31 - left))) < 0.4
+        whole = np.zeros((20, 30), dtype=bool)
+        whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+        layer, other = grid.layer(mask, (left, top)), grid.layer(whole)
+        assert (layer is None) == (other is None) == (not mask.any())
+        if layer is None or other is None:
+            continue
+        assert layer.place == other.place and (layer.mask == other.mask).all()
+        drawn = np.zeros(size, dtype=bool)
+        drawn[layer.place] = layer.mask
+        rows, columns = (np.arange(n) * m // n for n, m in zip((20, 30), size))
+        if size[0] >= 20:
+            back = [((np.arange(n) * m) // n) for n, m in zip(size, (20, 30))]
+            assert (drawn == whole[np.ix_(*back)]).all()
+        else:
+            ys, xs = np.nonzero(whole)
+            near = np.pad(drawn, 1)
+            for y, x in zip(rows[ys], columns[xs]):  # nothing is lost altogether
+                assert near[y : y + 3, x : x + 3].any()
+
+
+def test_reduced_masks_keep_their_areas_and_their_thin_parts() -> None:
+    mask = np.zeros((600, 900), dtype=bool)
+    mask[100:300, 200:500] = True
+    mask[200, 500:880] = True  # a line of one pixel
+    layer = Grid((600, 900), (60, 90)).layer(mask)
+    assert layer is not None
+    drawn = np.zeros((60, 90), dtype=bool)
+    drawn[layer.place] = layer.mask
+    assert drawn[10:30, 20:50].all() and drawn[20, 51:88].all()
+    assert drawn.sum() == 20 * 30 + 37
+
+
+@pytest.mark.parametrize("thickness", [1, 2])
+def test_outlines_lie_in_wide_parts_and_around_thin_ones(thickness: int) -> None:
+    mask = np.zeros((60, 90), dtype=bool)
+    mask[10:40, 10:40] = True
+    mask[25 : 25 + thickness, 40:80] = True
+    look = looks(Layer(mask, 0, 0), thickness, mask.shape)
+    drawn = {name: np.zeros(mask.shape, dtype=bool) for name in ("border", "thin", "ring")}
+    for name, canvas in drawn.items():
+        canvas[look.place] = getattr(look, name)
+    inside = mask[10:40, 10:40].copy()
+    inside[thickness:-thickness, thickness:-thickness] = False
+    assert (drawn["border"][10:40, 10:39] == inside[:, :-1]).sum() >= 29 * 30 - 4
+    assert not drawn["thin"][:, :38].any() and drawn["thin"][25 : 25 + thickness, 46:80].all()
+    assert not (drawn["ring"] & mask).any()
+    column = drawn["ring"][:, 60] | drawn["thin"][:, 60]
+    assert 3 * thickness <= column.sum() <= 5 * thickness
+    for left, top in ((0, 0), (80, 50)):  # at the edges of the drawing
+        small = looks(Layer(np.ones((10, 10), dtype=bool), left, top), thickness, mask.shape)
+        assert drawn["thin"][small.place].shape == small.border.shape == small.ring.shape
+
+
+@pytest.mark.parametrize("size", [(900, 1300), (1500, 40), (40, 1500), (96, 96)])
+def test_a_line_of_one_pixel_is_seen(size: tuple[int, int]) -> None:
+    height, width = size
+    ids = np.ones(size, dtype=np.int32)
+    place = width // 3 if height >= width else height // 3
+    ids[:, place] = 2 if height >= width else 1
+    if width > height:
+        ids[place] = 2
+    entities = EntityMap.from_id_image(ids)
+    items = [_item("a wall", 0, [1], entities), _item("a line", 10, [2], entities)]
+    image = np.full((*size, 3), 120, dtype=np.uint8)
+    picture = draw_grounding(image, "a wall, a line", items, entities=entities)
+    color = noun_colors(items)[1]
+    found = (np.asarray(picture) == color).all(axis=2)
+    lines = found[: picture.height - 110]  # not the chips below
+    assert lines.sum() > 0.6 * min(max(size), 900)
+
+
+# -- labels ----------------------------------------------------------------------------------------
+
+
+def _crowd(seed: int, height: int, width: int, count: int) -> list[Layer]:
+    rng = np.random.default_rng(seed)
+    ids = np.zeros((height, width), dtype=np.int32)
+    for number in range(1, count + 1):
+        h, w = (rng.integers(1, max(2, int(side * rng.uniform(0.02, 0.5)))) for side in ids.shape)
+        y, x = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+        ids[y : y + h, x : x + w] = number
+    layers = []
+    for number in range(1, count + 1):
+        rows, columns = np.nonzero(ids == number)
+        if len(rows):
+            crop = (ids == number)[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+            layers.append(Layer(crop, int(columns.min()), int(rows.min())))
+    return layers
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("frame", [(640, 480), (480, 480), (900, 60), (60, 900)])
+def test_labels_never_overlap_nor_leave_the_picture(seed: int, frame: tuple[int, int]) -> None:
+    layers = _crowd(seed, frame[1], frame[0], 20 * (seed + 1) - 20 * (seed == 5))
+    sizes = [(14.0 + 7 * (k % 3), 15.0) for k in range(len(layers))]
+    placed = place_labels(layers, sizes, frame)
+    boxes = np.array(
+        [
+            (p.x - w / 2, p.y - h / 2, p.x + w / 2, p.y + h / 2)
+            for p, (w, h) in zip(placed, sizes)
+            if p
+        ]
+    )
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= frame).all()
+    clear = (boxes[:, None, 2:] <= boxes[None, :, :2]) | (boxes[None, :, 2:] <= boxes[:, None, :2])
+    overlap = ~clear.any(axis=2)
+    assert overlap.sum() == len(boxes)  # each with itself
+    if min(frame) >= 480:
+        assert len(boxes) == len(layers)
+    for spot, layer, (width, height) in zip(placed, layers, sizes):
+        if spot is not None:
+            x, y = (int(value) for value in spot.anchor)
+            assert layer.mask[y - layer.y, x - layer.x]
+            far = (
+                abs(spot.x - spot.anchor[0]) > width / 2
+                or abs(spot.y - spot.anchor[1]) > height / 2
+            )
+            assert spot.apart == far
+
+
+def test_where_there_is_no_room_small_masks_go_without_a_label() -> None:
+    masks = [np.ones((5 + k, 40), dtype=bool) for k in range(10)]
+    layers = [Layer(mask, 0, 0) for mask in masks]
+    placed = place_labels(layers, [(38.0, 14.0)] * 10, (40, 32))
+    labelled = [k for k, spot in enumerate(placed) if spot]
+    assert labelled in ([9], [8, 9])
+    assert place_labels(layers[:1], [(50.0, 14.0)], (40, 32)) == [None]
+    assert place_labels([], [], (40, 32)) == []
+
+
+def test_a_label_does_not_hide_a_small_mask() -> None:
+    dot = Layer(np.ones((6, 6), dtype=bool), 100, 80)
+    (spot,) = place_labels([dot], [(20.0, 16.0)], (300, 200))
+    assert spot is not None and spot.apart
+    covered = (abs(spot.x - 103) < 13) and (abs(spot.y - 83) < 11)
+    assert not covered
+    large = Layer(np.ones((60, 80), dtype=bool), 100, 80)
+    (spot,) = place_labels([large], [(20.0, 16.0)], (300, 200))
+    assert spot is not None and not spot.apart
+
+
+def test_very_wide_pictures_stand_above_each_other_with_room_for_labels() -> None:
+    ids = np.repeat(np.arange(1, 41, dtype=np.int32), 50)[None].repeat(40, axis=0)
+    entities = EntityMap.from_id_image(ids)
+    items = [_item("all", 0, list(range(1, 41)), entities)]
+    image = np.zeros((40, 2000, 3), dtype=np.uint8)
+    picture = draw_grounding(image, "all", items, entities=entities)
+    assert 1800 <= picture.width <= 2000 and picture.height < 700
+    dark = (np.asarray(picture) == (25, 25, 25)).all(axis=2)
+    assert dark.sum() > 40 * 100  # the labels' boxes

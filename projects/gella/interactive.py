@@ -53,8 +53,9 @@ _HINT = "Point at a noun or a mask. A click keeps it lit, another click or Escap
 _PAGE_STYLE = """:root { color-scheme: light dark; }
 body { margin: 0; background: Canvas; color: CanvasText; font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 1280px; margin: 0 auto; padding: 12px 16px 48px; }
-h1 { font-size: 1.5em; margin: 8px 0 16px; unicode-bidi: isolate; }
-h2 { font-size: 1.15em; margin: 28px 0 8px; overflow-wrap: anywhere; }
+h1, h2 { unicode-bidi: isolate; overflow-wrap: anywhere; }
+h1 { font-size: 1.5em; margin: 8px 0 16px; }
+h2 { font-size: 1.15em; margin: 28px 0 8px; }
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -120,11 +120,18 @@ def color_classes(phrases: Sequence[dict[str, Any]]) -> list[int]:
     return [order[color] % COLOR_CLASSES for color in colors]
 
 
-def _stride(areas: Sequence[Area]) -> int:
-    stride = 1
-    while sum(corner_count(area.mask[::stride, ::stride]) for area in areas) > MAX_CORNERS:
+def _thinned(areas: Sequence[Area]) -> tuple[list[Area], int]:
+    """Areas with MAX_CORNERS at most, on every n-th pixel of the frame, and n."""
+    thinned, stride = list(areas), 1
+    while sum(corner_count(area.mask) for area in thinned) > MAX_CORNERS:
         stride *= 2
-    return stride
+        thinned = []
+        for area in areas:
+            x, y = (-(-start // stride) for start in area.origin)
+            first = (y * stride - area.origin[1], x * stride - area.origin[0])
+            mask = area.mask[first[0] :: stride, first[1] :: stride]
+            thinned.append(replace(area, mask=mask, origin=(x, y)))
+    return thinned, stride
 
 
 def areas_svg(
@@ -140,10 +147,10 @@ def areas_svg(
         ident: start of the ids in it; unique on the page and safe.
     """
     height, width = size
-    stride = _stride(areas)
+    drawn, stride = _thinned(areas)
     patterns: dict[tuple[int, ...], str] = {}
-    paths, labelled = [], []
-    for area in sorted(areas, key=lambda a: -np.count_nonzero(a.mask)):
+    paths = []
+    for area in sorted(drawn, key=lambda a: -np.count_nonzero(a.mask)):
         owners = [noun for noun in nouns if area.number in noun.numbers]
         colors = tuple(dict.fromkeys(noun.color for noun in owners))
         if len(colors) > 1:
@@ -151,14 +158,13 @@ def areas_svg(
             look = f'class="named" fill="url(#{name})"'
         else:
             look = f'class="named single c{colors[0]}"' if colors else 'class="unnamed"'
-        origin = (area.origin[0] // stride, area.origin[1] // stride)
-        data = svg_path(area.mask[::stride, ::stride], origin)
+        data = svg_path(area.mask, area.origin)
         says = f"{area.name}: {', '.join(isolated(noun.text) for noun in owners) or 'no noun'}"
         scaled = f' transform="scale({stride})"' if stride > 1 else ""
         told = f'data-entity="{area.number}" data-says="{safe(says)}"'
         paths.append(f'<path {told} {look}{scaled} d="{data}"/>')
-        if owners and area.label:
-            labelled.append(area)
+    named = {number for noun in nouns for number in noun.numbers}
+    labelled = [area for area in areas if area.label and area.number in named]
     kind = "wide" if width > 12 * height else "tall" if height > 12 * width else "plain"
     kind += " crisp" if max(size) <= 256 else ""
     return (

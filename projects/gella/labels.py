@@ -15,6 +15,7 @@ _GAP = 1.0  # pixels between labels
 _ANGLES = 16
 _RINGS = 14
 _SMALL = 6  # masks of fewer label areas are hidden by a label on them
+_HIDING = 5.0  # a mask hidden is as bad as a label so many label sizes away
 
 
 class PlacedLabel(NamedTuple):
@@ -91,7 +92,7 @@ def _place(
     if not free.any():
         return None
     cost = np.abs((centers - anchor) / size).max(axis=1)
-    cost += 4 * small.share(boxes) + 0.7 * ~_inside(layer, centers)
+    cost += _HIDING * small.hidden(boxes) + 0.7 * ~_inside(layer, centers)
     best = int(np.where(free, cost, np.inf).argmin())
     x, y = centers[best].tolist()
     within = np.abs(centers[best] - anchor) <= half
@@ -115,31 +116,30 @@ def _inside(layer: Layer, points: np.ndarray) -> np.ndarray:
 
 
 class _Cover:
-    """How much of a box small masks cover, from sums over a grid of at most 1024 cells a side."""
+    """How many small masks a box hides, from sums over a grid of at most 1024 cells a side."""
 
     def __init__(self, frame: tuple[int, int]) -> None:
         self._step = max(1, -(-max(frame) // 1024))
         shape = (-(-frame[1] // self._step), -(-frame[0] // self._step))
-        self._cells = np.zeros(shape, dtype=bool)
+        self._cells = np.zeros(shape)
         self._sums = np.zeros((1, 1))
 
     def add(self, layer: Layer) -> None:
         rows, columns = np.nonzero(layer.mask)
-        self._cells[(rows + layer.y) // self._step, (columns + layer.x) // self._step] = True
+        places = (rows + layer.y) // self._step, (columns + layer.x) // self._step
+        np.add.at(self._cells, places, 1 / max(len(rows), 1))
 
     def finish(self) -> None:
-        sums = self._cells.astype(np.int64).cumsum(axis=0).cumsum(axis=1)
-        self._sums = np.pad(sums, ((1, 0), (1, 0)))
+        self._sums = np.pad(self._cells.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
 
-    def share(self, boxes: np.ndarray) -> np.ndarray:
-        """Covered share, 0..1, of boxes (N, 4): left, top, right, bottom."""
+    def hidden(self, boxes: np.ndarray) -> np.ndarray:
+        """Masks under each box (N, 4: left, top, right, bottom), a half of one counting half."""
         edges = np.rint(boxes / self._step).astype(np.intp)
         height, width = self._cells.shape
         left, right = np.clip(edges[:, 0], 0, width - 1), np.clip(edges[:, 2], 1, width)
         top, bottom = np.clip(edges[:, 1], 0, height - 1), np.clip(edges[:, 3], 1, height)
         sums = self._sums
-        inside = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
-        return inside / np.maximum((right - left) * (bottom - top), 1)
+        return sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
 
 
 def deepest_point(mask: np.ndarray) -> tuple[int, int]:
