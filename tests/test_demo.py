@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import demo
 import numpy as np
 import pytest
 import torch
@@ -22,18 +21,6 @@ from gella.entities import id_to_rgb
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs" / "gella_tiny_shapes.yaml")
 CAPTION = "A red circle and two squares on the sand."
-
-
-def _load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gella_demo", ROOT / "tools" / "demo.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = _load_tool()
 
 
 @pytest.fixture

@@ -30,12 +30,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, NoReturn
 
 from demo_captions import assign, read_captions
@@ -74,10 +74,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.config_file is None:
         if not RELEASE.is_file():
             parser.error("--config-file is missing")
-        args.config_file = os.path.relpath(RELEASE)
+        args.config_file = _release()
     for problem in (*_input_problems(args), *_text_problems(args)):
         parser.error(problem)
     return args
+
+
+def _release() -> str:
+    return os.path.relpath(RELEASE)
 
 
 def _add_model(add: Any) -> None:
@@ -309,11 +313,9 @@ def summarize(run: Run, args: argparse.Namespace, total: int, stopped: bool) -> 
         print("next: mend these and run the same command again; it does only what is missing")
         return
     print(f"next: open {Path(args.output) / PAGE} in a browser, or try your own:")
-    weights = f" --weights {shlex.quote(args.weights)}" if args.weights else ""
-    print(
-        f"  python tools/demo.py --config-file {shlex.quote(args.config_file)}{weights}"
-        ' --input IMAGE --masks FILE --caption "..."'
-    )
+    model = "" if args.config_file == _release() else f" --config-file {quote(args.config_file)}"
+    model += f" --weights {quote(args.weights)}" if args.weights else ""
+    print(f'  python tools/demo.py{model} --input IMAGE --masks FILE --caption "..."')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

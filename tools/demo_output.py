@@ -104,8 +104,8 @@ class Output:
         elif isinstance(result, PanopticResult):
             pictures[f"{job.name}_panoptic.png"] = result.plot()
         files = list(pictures)
-        small, data = _small(image)
-        html = _section(task, result, job, image.shape[:2], f"{PARTS}/{job.name}.{small}", files)
+        small, data = _small(image, enlarge=not pictures)
+        html = _section(task, result, job, f"{PARTS}/{job.name}.{small}", files)
         parts = {f"{job.name}.{small}": data, f"{job.name}.html": html.encode("utf-8")}
         content = {**source, "files": [*files, *(f"{PARTS}/{name}" for name in parts)]}
         content.update(as_json(task, result, job))
@@ -159,10 +159,14 @@ def _inside(name: str) -> str:
     return name
 
 
-def _small(image: np.ndarray) -> tuple[str, bytes]:
-    """The picture as the page shows it, and its suffix."""
+def _small(image: np.ndarray, *, enlarge: bool) -> tuple[str, bytes]:
+    """The picture as the page shows it, and its suffix; a browser would blur a small one."""
     picture = Image.fromarray(np.ascontiguousarray(image))
     if max(picture.size) <= _EXACT_SIDE:
+        if enlarge:
+            times = _SHOWN_SIDE // max(picture.size)
+            size = (picture.width * times, picture.height * times)
+            picture = picture.resize(size, Image.Resampling.NEAREST)
         return "png", _png(picture)
     picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
@@ -176,35 +180,31 @@ def _png(picture: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def _section(
-    task: str, result: Any, job: Job, size: tuple[int, int], address: str, files: Sequence[str]
-) -> str:
-    """One job's part of the page; ``size``: (H, W) of its picture."""
+def _section(task: str, result: Any, job: Job, address: str, files: Sequence[str]) -> str:
+    """One job's part of the page."""
     key = hashlib.sha256(job.name.encode("utf-8")).hexdigest()[:16]
     if isinstance(result, Grounding):
         figure = grounding_html(result, key=key, image_src=quote(address))
     elif isinstance(result, PanopticResult):
         figure = panoptic_html(result, key=key, image_src=quote(address))
     else:
-        figure = _text_figure(task, result, job, size, address)
+        figure = _text_figure(task, result, job, address)
     names = (*files, f"{job.name}.json")
     links = ", ".join(f'<a href="{quote(name)}">{escape(name)}</a>' for name in names)
     title = escape(plain(job.picture.name))
     return f'<section id="{key}"><h2>{title}</h2>{plain(figure)}<p>{links}</p></section>\n'
 
 
-def _text_figure(task: str, result: Any, job: Job, size: tuple[int, int], address: str) -> str:
-    """The picture of (H, W) beside the text that the model wrote, in the form of other figures."""
+def _text_figure(task: str, result: Any, job: Job, address: str) -> str:
+    """The picture beside the text that the model wrote, in the form of the other figures."""
     if task == "describe":
         texts = [escape(result)]
     else:
         nouns = " ".join(f"<mark>{escape(noun)}</mark>" for noun in result)
         texts = [escape(job.text or ""), nouns or "no nouns"]
     said = "".join(f'<p class="caption" dir="auto">{text}</p>' for text in texts)
-    kind = "stage crisp" if max(size) <= _EXACT_SIDE else "stage"
+    # No <image> of SVG: the figures' style fades what no noun names.
     return (
-        f'<figure class="gella"><div class="{kind}"><svg viewBox="0 0 {size[1]} {size[0]}" '
-        f'role="img" aria-label="picture"><image href="{quote(address)}" width="{size[1]}" '
-        f'height="{size[0]}" preserveAspectRatio="none"/></svg></div>'
-        f"<figcaption>{said}</figcaption></figure>"
+        f'<figure class="gella"><div class="stage"><img src="{quote(address)}" width="100%" '
+        f'alt="" loading="lazy"></div><figcaption>{said}</figcaption></figure>'
     )
