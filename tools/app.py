@@ -18,10 +18,12 @@ input.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -171,9 +173,27 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
+def check_address(host: str, port: int | None) -> None:
+    """Raise OSError for a port in use or a host of another machine, before the model is loaded."""
+    try:
+        family = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port or 0))
+    except OSError as error:
+        where = f"{host}, port {port}" if port else host
+        raise OSError(
+            f"the page cannot answer at {where} ({error.strerror or error}); choose another "
+            "address by --host and --port"
+        ) from None
+
+
 def run(args: argparse.Namespace, stop: threading.Event | None = None) -> None:
     """Build the model, open the page and serve until a signal, or ``stop``, says so."""
     stop = stop or threading.Event()
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError('the web page needs gradio; install it: pip install -e ".[app]"')
+    check_address(args.host, args.port)
     uploads = int(MAX_UPLOADS * args.max_upload_mb * 1e6)
     with Workspace(uploads, MAX_AGE) as workspace:
         print("loading the model ...", flush=True)

@@ -31,6 +31,7 @@ _HEADERS = {
     "x-content-type-options": "nosniff",
 }
 SLACK = 100_000  # bytes of a request besides the file or the texts in it
+DRAINED = 10  # times the allowed size: so much of a refused request is read, to tell why
 _UPLOAD = "/upload"
 
 
@@ -61,12 +62,22 @@ class Guard:
         limit = self._max_upload if upload else self._max_body
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > limit:
+            await _drain(receive, DRAINED * limit)
             await _refuse(send, 413, f"The request is too large; at most {limit:,} bytes go.")
             return
         if upload and self._full():
             await _refuse(send, 503, "There is no room for uploads now; try again in a while.")
             return
         await self._app(scope, _Counted(receive, limit), _with_headers(send))
+
+
+async def _drain(receive: Any, limit: int) -> None:
+    """Read a body and drop it: a browser looks at the answer only when it has sent all."""
+    while limit > 0:
+        message = await receive()
+        limit -= len(message.get("body", b""))
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return
 
 
 class _Counted:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from app_sessions import Held, Sessions
-from app_uploads import Limits, read_scene
+from app_uploads import Limits, fingerprint, read_scene
 from PIL import Image
 
 from gella.captions.ask import caption_picture
@@ -62,27 +62,37 @@ class Desk:
         self.predictor, self.limits, self.sessions = predictor, limits, sessions
         self.finder, self.captioner = finder, captioner
 
-    def scene(self, session: str, picture: str | None, masks: Sequence[str] | None) -> Held:
+    def scene(
+        self,
+        session: str,
+        picture: str | None,
+        masks: Sequence[str] | None,
+        *,
+        needs_masks: bool = True,
+    ) -> Held:
         """The session's encoded picture; it is read and encoded only if it is another one.
 
         Args:
             session: whose.
             picture: path of the uploaded picture.
             masks: paths of the uploaded masks; none: the finder makes them.
+            needs_masks: False: without masks and finder, the whole picture is one entity.
 
         Raises ValueError: there is no picture or no mask, and what `read_scene` and the predictor
         raise.
         """
         if not picture:
             raise ValueError("There is no picture yet: upload one or click an example.")
-        if not masks and self.finder is None:
+        if not masks and self.finder is None and needs_masks:
             raise ValueError("There are no masks yet: upload the picture's entity masks.")
         paths = [Path(picture), *(Path(path) for path in masks or ())]
-        key = tuple(_stamp(path) for path in paths)
+        key = tuple(fingerprint(path, self.limits) for path in paths)
         held = self.sessions.get(session, key)
         if held is None:
             image, entities, image_id = read_scene(paths[0], paths[1:], self.limits)
-            if entities is None:
+            if entities is None and self.finder is None:
+                entities = EntityMap(np.ones(image.shape[:2], np.int32))
+            elif entities is None:
                 entities = self._find(image)
             scene = self.predictor.encode(image, entities, image_id=image_id)
             held = Held(key, scene, paths[0].stem, preview(image))
@@ -151,15 +161,8 @@ class Desk:
 
 def unasked(scene: Any) -> Grounding:
     """A scene as the grounding of no caption: its entities, with no noun."""
+    # Weights, whatever they are called, keep the figure from warning of an untrained model.
     return Grounding(scene.image, "", scene.entities, [], scene.colormap, weights="none asked")
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        raise ValueError(f"{path.name} is no longer here; upload it again.") from None
-    return str(path), status.st_mtime_ns, status.st_size
 
 
 def preview(image: np.ndarray) -> str:

@@ -5,6 +5,7 @@ Every message says what is wrong and what is allowed, and none of them names a f
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
@@ -118,6 +119,15 @@ def _check_bytes(path: Path, limits: Limits) -> None:
         raise ValueError(
             f"{path.name} has {size:,} bytes; at most {limits.max_upload:,} are allowed."
         )
+
+
+def fingerprint(path: Path, limits: Limits) -> tuple[str, str]:
+    """Name and SHA-256 of a file: the same file uploaded again is the same.
+
+    Raises ValueError: it has too many bytes, or is no longer there.
+    """
+    _check_bytes(path, limits)
+    return path.name, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_masks(paths: Sequence[Path], limits: Limits) -> None:
