@@ -8,6 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^( *)```(\S*)[ \t]*\n(.*?)^\1```[ \t]*$", re.DOTALL | re.MULTILINE)
+# A command in a sentence, such as `tools/score.py OUTPUT_DIR`.
+INLINE = re.compile(r"(?:(?:\.venv/bin/)?python )?((?:tools|datasets)/\w+\.py)((?:\s[^`]*)?)")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 # What makes a line of a block without a language a command all the same.
 COMMAND = re.compile(r"^\s*(?:\$ )?(?:\.venv/bin/)?(?:python3?|make|pytest|torchrun|srun|bash) \S")
@@ -62,6 +64,22 @@ def stray_commands(page: str) -> list[str]:
     prose = without_blocks(page).splitlines()
     lines += [line for line in prose if line.startswith("    ")]
     return [line for line in lines if COMMAND.match(line)]
+
+
+def inline_commands(page: str) -> list[tuple[str, list[str]]]:
+    """The scripts that a page's sentences and tables call, each with its arguments."""
+    spans = re.findall(r"`([^`]+)`", without_blocks(page))
+    found = [INLINE.fullmatch(span) for span in spans]
+    return [(match[1], match[2].split()) for match in found if match]
+
+
+def shown_after(block: Block) -> list[str]:
+    """The lines of a block of output that stands right below a block of code."""
+    last = block.line + block.text.count("\n") + 1
+    for other in blocks(block.page):
+        if other.language in ("", "text") and last < other.line <= last + 2:
+            return other.text.splitlines()
+    return []
 
 
 def links(page: str) -> list[str]:

@@ -34,6 +34,7 @@ GPUS = "no GPUs; tests/test_launching.py starts several processes in every way"
 OWN = "a name that stands for the reader's own"
 SHORT = "two steps show that it runs"
 SERVER = "a server that nobody stops: it is asked for its page once"
+UNSURE = "a trained SAM: the random one is sure of nothing"
 RANDOM = " || test $? -eq 1"  # after a command whose random weights cannot succeed
 
 REPLACEMENTS = (
@@ -41,16 +42,18 @@ REPLACEMENTS = (
     Replacement("*", "sam:facebook/sam-vit-huge", "sam:models/sam", HUB),
     Replacement("*", PANOPTIC, "transformers:models/mask2former", HUB),
     Replacement("*", INSTANCE, "transformers:models/mask2former", HUB),
+    Replacement("*", "https://host/v1", "@CHAT@", "a chat endpoint of one's own"),
+    Replacement("*", "GELLA_API_KEY=...", "GELLA_API_KEY=none", "a key"),
     Replacement("README.md", "prepare_shapes.py\n", "prepare_shapes.py --train 6 --val 4\n", SHORT),
     Replacement("README.md", "SOLVER.MAX_ITER 3000", "SOLVER.MAX_ITER 3", SHORT),
     Replacement("*", "python tools/app.py", "python tests/docs_serve.py tools/app.py", SERVER),
-    Replacement("Makefile", "python tools/app.py", "python tests/docs_serve.py tools/app.py", SERVER),
+    Replacement(
+        "Makefile", "python tools/app.py", "python tests/docs_serve.py tools/app.py", SERVER
+    ),
     Replacement("Makefile", "--train 0\n", "--train 0 --val 4\n", SHORT),
     Replacement("Makefile", "prepare_shapes.py\n", "prepare_shapes.py --train 6 --val 4\n", SHORT),
     Replacement("Makefile", "-n 2 tests", "tests/test_prompts.py", "this test is one of them"),
     Replacement("docs/ANALYSIS.md", "benchmark.py eval", "benchmark.py eval --help", "minutes"),
-    Replacement("docs/CAPTIONS.md", "https://host/v1", "@CHAT@", "a chat endpoint of one's own"),
-    Replacement("docs/CAPTIONS.md", "GELLA_API_KEY=...", "GELLA_API_KEY=none", "a key"),
     Replacement(
         "docs/CAPTIONS.md",
         "--device cuda --dtype float16 \\\n    --input images --output captions.jsonl",
@@ -58,17 +61,34 @@ REPLACEMENTS = (
         "a GPU, and a LLaVA that describes",
     ),
     Replacement(
+        "docs/APP.md",
+        "--weights model_final.pth --device cuda",
+        "--weights output/gella_swin_t/model_final.pth --device cpu",
+        "a GPU",
+    ),
+    Replacement("docs/APP.md", "sam:facebook/sam-vit-base", "sam:models/sam", HUB),
+    Replacement(
+        "docs/DEMO.md",
+        "--min-area 100",
+        "--min-area 1 --segmenter-option pred_iou_thresh=-100 "
+        "--segmenter-option stability_score_thresh=0 --segmenter-option points_per_side=4",
+        UNSURE,
+    ),
+    Replacement(
+        "docs/DEMO.md", "prepare_shapes.py\n", "prepare_shapes.py --train 6 --val 4\n", SHORT
+    ),
+    Replacement(
         "docs/ENTITY_MASKS.md",
-        "setup=mask2former:add_maskformer2_config "
-        "--option MODEL.MASK_FORMER.TEST.INSTANCE_ON=True",
+        "setup=mask2former:add_maskformer2_config --option MODEL.MASK_FORMER.TEST.INSTANCE_ON=True",
         TOY_SETUP,
         "Mask2Former's repository: a Detectron2 model that finds red and blue",
     ),
     Replacement(
         "docs/ENTITY_MASKS.md",
         "--min-area 100",
-        "--min-area 1 --option pred_iou_thresh=-100 --option stability_score_thresh=0",
-        "a trained SAM: the random one is sure of nothing",
+        "--min-area 1 --option pred_iou_thresh=-100 --option stability_score_thresh=0 "
+        "--option points_per_side=4",
+        UNSURE,
     ),
     Replacement(
         "docs/ENTITY_MASKS.md",

@@ -20,9 +20,17 @@ SECONDS = 120.0  # until the address is there, on a busy machine
 def main(arguments: list[str]) -> int:
     """Run the script until its page has been there."""
     server = subprocess.Popen(["python", *arguments], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
     watch = threading.Timer(SECONDS, server.kill)
     watch.start()
+    try:
+        return _ask_and_stop(server)
+    finally:
+        watch.cancel()
+
+
+def _ask_and_stop(server: subprocess.Popen[str]) -> int:
+    """Wait for the address, get the page, stop; the exit status."""
+    assert server.stdout is not None
     for line in server.stdout:
         print(line, end="", flush=True)
         found = re.search(r"http://127\.0\.0\.1:\d+\S*", line)
@@ -31,8 +39,7 @@ def main(arguments: list[str]) -> int:
                 print(f"the page has {len(answer.read())} bytes, status {answer.status}")
             server.send_signal(signal.SIGINT)
             print(server.stdout.read(), end="")
-            watch.cancel()
-            return server.wait(SECONDS)
+            return server.wait()
     print("no address was printed", file=sys.stderr)
     return 1
 

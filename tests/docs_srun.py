@@ -1,6 +1,6 @@
 """What `srun` does, on this machine: two tasks with SLURM's variables.
 
-    python docs_srun.py [--OPTION=VALUE ...] python SCRIPT [ARGUMENTS]
+python docs_srun.py [--OPTION=VALUE ...] python SCRIPT [ARGUMENTS]
 """
 
 from __future__ import annotations

@@ -8,19 +8,35 @@ order. `python` there is a fork of one process that has the libraries imported (
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 from caption_server import chat_server
-from docs_pages import ROOT, Block, anchors, blocks, links, pages, read, stray_commands
+from detectron2.config import get_cfg
+from docs_pages import (
+    ROOT,
+    Block,
+    anchors,
+    blocks,
+    inline_commands,
+    links,
+    pages,
+    read,
+    shown_after,
+    stray_commands,
+)
 from docs_replacements import REPLACEMENTS, replace
 from docs_sandbox import build_sandbox, copy_sandbox
 from docs_srun import free_port
+
+from gella.config import add_gella_config
 
 RUN = ("bash", "python")
 SHOWN = ("", "json", "yaml", "text", "sbatch")  # files, trees, output
@@ -90,7 +106,9 @@ def run_block(block: Block, text: str, folder: Path, environment: dict[str, str]
     finally:
         kill_group(process)
     place = f"{block.page}:{block.line}"
-    assert process.returncode == 0, f"{place}: status {process.returncode}\n{text}\n{output[-3000:]}"
+    assert process.returncode == 0, (
+        f"{place}: status {process.returncode}\n{text}\n{output[-3000:]}"
+    )
     return output
 
 
@@ -107,13 +125,53 @@ def test_every_block_of_the_page_runs(page, warm, sandbox, tmp_path):
     with chat_server() as chat:
         for block in page_blocks(page):
             text = replace(block.text, page).replace("@CHAT@", chat.url)
-            run_block(block, text.replace("@PORT@", str(free_port())), folder, environment)
+            text = text.replace("@PORT@", str(free_port()))
+            output = run_block(block, text, folder, environment)
+            assert [line for line in shown_after(block) if line not in output] == []
 
 
 @pytest.mark.parametrize("page", pages())
 def test_blocks_have_a_known_language_and_commands_stand_in_blocks_of_bash(page):
     assert {block.language for block in blocks(page)} <= {*RUN, *SHOWN}
     assert stray_commands(page) == []
+
+
+@pytest.fixture(scope="module")
+def help_of(warm, sandbox, tmp_path_factory):
+    """What a script's --help says, with a first word that may be a mode of its own."""
+    folder = tmp_path_factory.mktemp("help") / "gella"
+    environment = copy_sandbox(sandbox, folder, warm)
+
+    @cache
+    def ask(script: str, mode: str) -> str:
+        command = ["python", script, *([mode] if mode else []), "--help"]
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr[-1000:]}"
+        return done.stdout
+
+    return ask
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if inline_commands(page)])
+def test_commands_in_sentences_have_files_options_and_keys_that_exist(page, help_of):
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    for script, words in inline_commands(page):
+        assert (ROOT / script).is_file(), script
+        options = [word.partition("=")[0] for word in words if word.startswith("--")]
+        if options:
+            mode = words[0] if script == "tools/benchmark.py" else ""
+            known = help_of(script, mode)
+            assert [o for o in options if not re.search(rf"{o}\b", known)] == [], (script, words)
+        for word in words:
+            if word.startswith("configs/") and "." in word:
+                assert (ROOT / word).is_file(), word
+            if re.fullmatch(r"[A-Z]+(\.[A-Z_\d]+)+", word):
+                node = cfg
+                for part in word.split("."):
+                    node = node[part]
 
 
 @pytest.mark.parametrize("entry", REPLACEMENTS, ids=lambda entry: f"{entry.page}: {entry.old}")

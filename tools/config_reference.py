@@ -4,9 +4,9 @@
     python tools/config_reference.py            # writes the page
     python tools/config_reference.py --check    # says whether it is up to date (exit code 1: not)
 
-Keys, defaults and types come from the config that add_gella_config makes, meanings from the comments
-of that file: one behind a key is its own, one above it also counts for the keys that follow without
-a comment. A key without a meaning is an error.
+Keys, defaults and types come from the config that add_gella_config makes, meanings from the
+comments of that file: one behind a key is its own, one above it also counts for the keys that
+follow without a comment. A key without a meaning is an error.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ python tools/train_net.py --config-file configs/gella_tiny_shapes.yaml SOLVER.MA
     DATASETS.TEST "('gella_shapes_png_val',)" OUTPUT_DIR output/reference
 ```
 
-Lists are written as in Python, in quotes. An unknown key, or a value of another type, ends a command
-with one line and status 2. Sizes of images are in pixels; learning rates are per iteration; weights
-of losses and probabilities have no unit.
+Lists are written as in Python, in quotes. An unknown key, or a value of another type, ends a
+command with one line and status 2. Weights of losses and probabilities have no unit.
 """
 # Detectron2 has no comments to take, and these are the keys of its own that one changes most here.
 DETECTRON2 = {
@@ -52,7 +51,7 @@ DETECTRON2 = {
     "DATASETS.TRAIN": "registered names; one that stands twice counts twice",
     "DATASETS.TEST": "registered names, each evaluated by its `evaluator_type`",
     "DATALOADER.NUM_WORKERS": "processes that load images, per training process",
-    "INPUT.RANDOM_FLIP": '`horizontal` mirrors images of captions without sides, `none` never',
+    "INPUT.RANDOM_FLIP": "`horizontal` mirrors images of captions without sides, `none` never",
     "SOLVER.IMS_PER_BATCH": "images of an iteration over all processes",
     "SOLVER.BASE_LR": "learning rate, before the multipliers of the groups",
     "SOLVER.MAX_ITER": "iterations; computed where `SOLVER.EPOCHS` is above 0",
@@ -199,7 +198,9 @@ def _row(name: str, meaning: str, cfg: Any, full: bool = False) -> str:
     if isinstance(value, str):
         shown = f'"{value}"'
     meaning = re.sub(r"<\w+>", r"`\g<0>`", re.sub(r"[|*]", r"\\\g<0>", meaning))
-    meaning = meaning[:1].upper() + meaning[1:] if not meaning.startswith(("as `", "`")) else meaning
+    meaning = (
+        meaning[:1].upper() + meaning[1:] if not meaning.startswith(("as `", "`")) else meaning
+    )
     label = name if full else name.rpartition(".")[2]
     return f"| `{label}` | {type(value).__name__} | `{shown}` | {meaning} |\n"
 
