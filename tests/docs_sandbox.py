@@ -34,7 +34,10 @@ MODEL:
     MAX_POSITIONS: 4096
     MAX_NEW_TOKENS: 8
 DATASETS:
-  TRAIN: ("gella_coco_png_train2017", "gella_coco_panoptic_train2017", "gella_entityseg_captions_train")
+  TRAIN:
+    - gella_coco_png_train2017
+    - gella_coco_panoptic_train2017
+    - gella_entityseg_captions_train
   TEST: ("gella_coco_png_val2017", "gella_coco_panoptic_val2017")
 OUTPUT_DIR: output/gella_swin_t
 """

@@ -196,3 +196,24 @@ def test_the_index_names_every_page():
     named = {target.partition("#")[0] for target in links("docs/README.md")}
     written = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert written <= named
+
+
+def test_the_reader_of_pages_sees_what_is_wrong(tmp_path):
+    page = str(tmp_path / "page.md")
+    Path(page).write_text(
+        "# A `title`, twice\n# A `title`, twice\n[x](b.md#c) ![p](p.png) [out](https://host/)\n"
+        "Run `tools/score.py DIR --json F` and `score`.\n\n"
+        "    python tools/score.py\n\n"
+        "```bash\nmake demo\n```\n\n```\nsaid\n```\n\n- in a list\n\n"
+        "  ```\n  $ make train\n  ```\n\n```json\npython is not run here\n```\n"
+    )
+    assert [(b.line, b.language) for b in blocks(page)] == [
+        *((8, "bash"), (12, ""), (18, ""), (22, "json")),
+    ]
+    assert shown_after(blocks(page)[0]) == ["said"] and shown_after(blocks(page)[1]) == []
+    assert [line.strip() for line in stray_commands(page)] == [
+        *("$ make train", "python is not run here", "python tools/score.py"),
+    ]
+    assert links(page) == ["b.md#c", "p.png"]
+    assert anchors(page) == {"a-title-twice", "a-title-twice-1"}
+    assert inline_commands(page) == [("tools/score.py", ["DIR", "--json", "F"])]
