@@ -16,7 +16,7 @@ def add_gella_config(cfg: Any) -> None:
     the colours, ``DATALOADER.TASK_RATIOS`` Table 9, ``SOLVER.*_MULTIPLIER`` the learning rates.
     """
     node = type(cfg)
-    cfg.MODEL.META_ARCHITECTURE = "GELLA"
+    cfg.MODEL.META_ARCHITECTURE = "GELLA"  # a name in META_ARCH_REGISTRY
     _add_encoders(cfg, node)
     _add_mask_decoder(cfg, node)
     _add_language(cfg, node)
@@ -32,7 +32,7 @@ def _add_encoders(cfg: Any, node: type) -> None:
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.280, 103.530]
     cfg.MODEL.PIXEL_STD = [58.395, 57.120, 57.375]
 
-    cfg.MODEL.BACKBONE.NAME = "TimmColormapEncoder"
+    cfg.MODEL.BACKBONE.NAME = "TimmColormapEncoder"  # a name in BACKBONE_REGISTRY (eq. 1)
     encoder = cfg.MODEL.COLORMAP_ENCODER = node()
     # A timm model with `features_only` at strides 4, 8, 16, 32 (eq. 1).
     encoder.ARCH = "swin_tiny_patch4_window7_224"
@@ -41,10 +41,10 @@ def _add_encoders(cfg: Any, node: type) -> None:
     clip.NAME = "CLIPImageEncoder"  # a name in BACKBONE_REGISTRY (eq. 2)
     clip.IMAGE_SIZE = 336  # pixels; CLIP's own input side
     clip.PATCH_SIZE = 14  # pixels; the grid has (IMAGE_SIZE / PATCH_SIZE)^2 cells
-    clip.WIDTH = 1024
-    clip.LAYERS = 24
-    clip.HEAD_WIDTH = 64
-    clip.MLP_RATIO = 4.0
+    clip.WIDTH = 1024  # channels of Z_v
+    clip.LAYERS = 24  # transformer layers
+    clip.HEAD_WIDTH = 64  # channels of an attention head
+    clip.MLP_RATIO = 4.0  # feed-forward channels over WIDTH
     # OpenAI's weights need quick GELU; the plain one is silently wrong by 2e-2.
     clip.QUICK_GELU = True
     # "patch": CLIP's one strided convolution. "conv": strided 3x3 convolutions of the same total
@@ -52,15 +52,15 @@ def _add_encoders(cfg: Any, node: type) -> None:
     clip.STEM = "patch"
     clip.FREEZE = True  # LLaVA-1.5 keeps CLIP frozen
     clip.PIXEL_MEAN = [122.7709383, 116.7460125, 104.09373615]  # RGB, 0..255
-    clip.PIXEL_STD = [68.5005327, 66.6321579, 70.32316305]
+    clip.PIXEL_STD = [68.5005327, 66.6321579, 70.32316305]  # RGB, 0..255
 
     blend = cfg.MODEL.RESOBLEND = node()
     # "image_query": eq. 7-8 to the letter; "image_query_mask_residual": the projected z^s is added
     # after the upsampling; "mask_query": z^s asks, the image tokens answer, residual z^s.
     blend.FUSION = "mask_query"
     blend.DIM = 256  # channels of the attention and of every output level
-    blend.NUM_HEADS = 8
-    blend.FFN_RATIO = 4.0
+    blend.NUM_HEADS = 8  # of both attentions
+    blend.FFN_RATIO = 4.0  # feed-forward channels over DIM
     # Table 7's parts: self-attention, cross-attention, feed-forward, residual Z_v, convolution.
     blend.SELF_ATTENTION = True
     blend.CROSS_ATTENTION = True
@@ -75,7 +75,7 @@ def _add_mask_decoder(cfg: Any, node: type) -> None:
     # "Mask2FormerHead", ours over transformers, or "MaskFormerHead", upstream's own: its repository
     # on PYTHONPATH, learned queries only.
     cfg.MODEL.SEM_SEG_HEAD.NAME = "Mask2FormerHead"
-    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]  # strides 4 to 32
     decoder = cfg.MODEL.MASK_DECODER = node()
     # "learned": Mask2Former's queries and Hungarian matching; "entity": one query per input entity.
     decoder.QUERIES = "learned"
@@ -85,19 +85,19 @@ def _add_mask_decoder(cfg: Any, node: type) -> None:
     decoder.ENTITY_SHAPE_SIZE = 16
     decoder.HIDDEN_DIM = 256  # channels of E_vc; a multiple of 32
     decoder.MASK_DIM = 256  # channels of the mask features
-    decoder.NUM_HEADS = 8
+    decoder.NUM_HEADS = 8  # of every attention
     decoder.ENCODER_LAYERS = 6  # deformable attention layers of the pixel decoder
-    decoder.ENCODER_FFN_DIM = 1024
+    decoder.ENCODER_FFN_DIM = 1024  # their feed-forward channels
     decoder.DECODER_LAYERS = 9  # transformer decoder layers actually built
-    decoder.DECODER_FFN_DIM = 2048
-    decoder.ENTITY_WEIGHT = 2.0  # loss weights of eq. 6, Mask2Former's defaults
-    decoder.MASK_WEIGHT = 5.0
-    decoder.DICE_WEIGHT = 5.0
-    decoder.NO_OBJECT_WEIGHT = 0.1
-    decoder.DEEP_SUPERVISION = True
+    decoder.DECODER_FFN_DIM = 2048  # their feed-forward channels
+    decoder.ENTITY_WEIGHT = 2.0  # of entity or no object, eq. 6; Mask2Former's defaults
+    decoder.MASK_WEIGHT = 5.0  # of the points' cross-entropy, eq. 6
+    decoder.DICE_WEIGHT = 5.0  # of the dice loss, eq. 6
+    decoder.NO_OBJECT_WEIGHT = 0.1  # of queries without an entity in that loss
+    decoder.DEEP_SUPERVISION = True  # the losses of eq. 6 after every decoder layer
     decoder.TRAIN_NUM_POINTS = 12544  # points sampled per mask: 112 x 112
-    decoder.OVERSAMPLE_RATIO = 3.0
-    decoder.IMPORTANCE_SAMPLE_RATIO = 0.75
+    decoder.OVERSAMPLE_RATIO = 3.0  # candidates per point
+    decoder.IMPORTANCE_SAMPLE_RATIO = 0.75  # share of points where the mask is unsure
 
 
 def _add_language(cfg: Any, node: type) -> None:
@@ -109,13 +109,13 @@ def _add_language(cfg: Any, node: type) -> None:
     # INIT_STD. Weights come from MODEL.WEIGHTS, never from this folder.
     language.CONFIG = ""
     language.VOCAB_SIZE = 32001  # rows of the embedding: LLaMA's 32,000 and <SEG>
-    language.HIDDEN_SIZE = 4096
-    language.INTERMEDIATE_SIZE = 11008
-    language.NUM_LAYERS = 32
-    language.NUM_HEADS = 32
-    language.NUM_KEY_VALUE_HEADS = 32
-    language.RMS_NORM_EPS = 1e-5
-    language.ROPE_THETA = 10000.0
+    language.HIDDEN_SIZE = 4096  # channels of E_vl
+    language.INTERMEDIATE_SIZE = 11008  # feed-forward channels
+    language.NUM_LAYERS = 32  # transformer layers
+    language.NUM_HEADS = 32  # of the queries
+    language.NUM_KEY_VALUE_HEADS = 32  # fewer than NUM_HEADS: heads share keys and values
+    language.RMS_NORM_EPS = 1e-5  # of all norms
+    language.ROPE_THETA = 10000.0  # base of the rotary positions
     # One matrix for word embedding and output layer. LLaMA has two; a small decoder trained from
     # scratch learns to copy the caption's words sooner with one.
     language.TIE_EMBEDDINGS = False
@@ -136,12 +136,13 @@ def _add_language(cfg: Any, node: type) -> None:
     language.PROJECTOR = "mlp2x_gelu"  # eq. 3: "mlp2x_gelu" (LLaVA-1.5) or "linear" (the paper)
     # CLIP's grid is average-pooled by this factor per side before it becomes tokens; 1 keeps all.
     language.IMAGE_TOKEN_STRIDE = 1
+    # What a prompt begins with; LLaVA-1.5's words.
     language.SYSTEM = (
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     )
     language.ANSWER_WEIGHT = 1.0  # of L_ans, eq. 10
-    language.MAX_NEW_TOKENS = 512
+    language.MAX_NEW_TOKENS = 512  # longest answer, in tokens
     # Prompt lookup: noun extraction of a single caption drafts up to this many tokens at a time by
     # copying from the prompt, and checks them in one pass: the same answer in fewer passes. 0: off.
     language.PROMPT_LOOKUP_TOKENS = 10
@@ -167,9 +168,9 @@ def _add_lora(language: Any, node: type) -> None:
     # MODEL.WEIGHTS_ALLOW_MISSING "['*.lora_*']".
     lora = language.LORA = node()
     lora.ENABLED = False
-    lora.RANK = 128
+    lora.RANK = 128  # channels of an adapter
     lora.ALPHA = 256  # adapters are scaled by ALPHA / RANK
-    lora.DROPOUT = 0.05
+    lora.DROPOUT = 0.05  # probability, before an adapter
     lora.TARGETS = [  # last names of linear layers
         "q_proj",
         "k_proj",
@@ -220,7 +221,7 @@ def _add_test(test: Any) -> None:
 
 
 def _add_data(cfg: Any, node: type) -> None:
-    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.FORMAT = "RGB"  # order of the channels of images as they are read
     gella = cfg.INPUT.GELLA = node()
     gella.COLORMAP_SIZE = 896  # pixels; the padded square side of the colormap. Swin: n x 224
     gella.COLORS = "random"  # "random", "location" (Table 5b) or "separated"
@@ -260,8 +261,8 @@ def _add_data(cfg: Any, node: type) -> None:
 
 
 def _add_training(cfg: Any, node: type) -> None:
-    cfg.SOLVER.OPTIMIZER = "ADAMW"
-    cfg.SOLVER.BETAS = [0.9, 0.999]
+    cfg.SOLVER.OPTIMIZER = "ADAMW"  # no other one is known
+    cfg.SOLVER.BETAS = [0.9, 0.999]  # decay of Adam's two running means
     # Learning rate of a group = BASE_LR x its multiplier, throughout warm-up and decay. Heads are
     # the parts without public pretrained weights: ResoBlend, association, entity head and queries.
     cfg.SOLVER.LANGUAGE_MULTIPLIER = 1.0
@@ -275,7 +276,7 @@ def _add_training(cfg: Any, node: type) -> None:
     # drawn for. To try a few iterations: SOLVER.EPOCHS 0 SOLVER.MAX_ITER 2.
     cfg.SOLVER.EPOCHS = 0
     cfg.SOLVER.STEP_EPOCHS = (46, 48)  # the rate is multiplied by GAMMA after these epochs
-    cfg.SOLVER.EPOCH_SIZE = 0
+    cfg.SOLVER.EPOCH_SIZE = 0  # images; 0: as many as DATASETS.TRAIN has records
     # A DeepSpeed JSON file, such as configs/zero/stage2.json: the language decoder trains under
     # ZeRO, the rest as always. "": plain training.
     cfg.SOLVER.ZERO = node()
