@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gella.colors import palette
 from gella.entities import EntityMap
 from gella.grounding import Grounding, PanopticResult
 from gella.interactive import SCRIPT, STYLE, grounding_html, page, panoptic_html
-from gella.outlines import corner_count, mask_box, mean_width, svg_path
+from gella.pictures.colors import palette
+from gella.pictures.outlines import corner_count, mask_box, mean_width, svg_path
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = [

@@ -257,7 +257,7 @@ def test_a_segmenter_by_name_is_loaded_once(
         loaded.append((spec, device))
         return Whole()
 
-    monkeypatch.setattr("gella.engine.load_segmenter", load)
+    monkeypatch.setattr("gella.predictor.engine.load_segmenter", load)
     predictor, _ = _predictor(cfg, scene)
     for spec in ("sam:a", "sam:a", "transformers:b"):
         found = predictor.encode(scene[0], spec)

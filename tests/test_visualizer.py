@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gella.colors import ink_on
 from gella.entities import EntityMap
-from gella.labels import place_labels
-from gella.mask_layers import Grid, Layer, looks
-from gella.text_layout import Piece, flow_items, load_font, wrap_pieces
-from gella.visualizer import (
+from gella.pictures.colors import ink_on
+from gella.pictures.labels import place_labels
+from gella.pictures.mask_layers import Grid, Layer, looks
+from gella.pictures.text_layout import Piece, flow_items, load_font, wrap_pieces
+from gella.pictures.visualizer import (
     MASK_OPACITY,
     caption_pieces,
     deepest_point,

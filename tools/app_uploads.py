@@ -23,7 +23,7 @@ from gella.entities import EntityMap
 from gella.entity_json import entries_by_image, forget_files, json_format
 from gella.entity_sources import load_entities
 from gella.geometry import read_image
-from gella.scene import image_id_of
+from gella.predictor.scene import image_id_of
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MASK_SUFFIXES = (".png", ".npz", ".json")

@@ -52,7 +52,7 @@ from gella.captions.captioner import EndpointError
 from gella.config_file import load_config
 from gella.plugins import import_modules
 from gella.predictor import GellaPredictor
-from gella.questions import TASKS
+from gella.predictor.questions import TASKS
 from gella.segmenters.segmenter import SPECS, MaskLimits
 
 RELEASE = Path(__file__).resolve().parents[1] / "weights" / "gella_tiny_shapes" / "config.yaml"

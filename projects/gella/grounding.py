@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from gella.entities import EntityMap
-from gella.visualizer import draw_colormap, draw_grounding, draw_panoptic
+from gella.pictures.visualizer import draw_colormap, draw_grounding, draw_panoptic
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Grounding:
         }
 
     def plot(self) -> Image.Image:
-        """Return the picture of :func:`gella.visualizer.draw_grounding`."""
+        """Return the picture of :func:`gella.pictures.visualizer.draw_grounding`."""
         return draw_grounding(
             self.image,
             self.caption,
@@ -182,7 +182,7 @@ class PanopticResult:
         ]
 
     def plot(self) -> Image.Image:
-        """Return the picture of :func:`gella.visualizer.draw_panoptic`."""
+        """Return the picture of :func:`gella.pictures.visualizer.draw_panoptic`."""
         return draw_panoptic(
             self.image,
             self.ids,

@@ -14,8 +14,8 @@ from torch import nn
 
 from gella.entities import EntityMap
 from gella.evaluation_hooks import undisturbed
-from gella.text_layout import PAPER, Piece, draw_row, load_font
-from gella.visualizer import draw_colormap, draw_grounding
+from gella.pictures.text_layout import PAPER, Piece, draw_row, load_font
+from gella.pictures.visualizer import draw_colormap, draw_grounding
 
 __all__ = ["PicturePanel", "draw_panel", "panel_input"]
 
@@ -132,7 +132,7 @@ def draw_panel(
 
     Args:
         inputs: from :func:`panel_input`.
-        grounding: the model's answer for it, see :func:`gella.visualizer.draw_grounding`.
+        grounding: the model's answer for it, see :func:`gella.pictures.visualizer.draw_grounding`.
         title: what to write above.
         own_masks: the answer's ids number masks that the model decoded itself, not the entities.
     """

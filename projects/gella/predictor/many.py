@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gella import prompts
-from gella.answers import Result
-from gella.engine import Asked, Engine
-from gella.questions import (
+from gella.predictor.answers import Result
+from gella.predictor.engine import Asked, Engine
+from gella.predictor.questions import (
     TASKS,
     Question,
     Request,
@@ -20,7 +20,7 @@ from gella.questions import (
     referring_question,
     text_question,
 )
-from gella.scene import Scene
+from gella.predictor.scene import Scene
 
 Outcome = Result | Exception
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from gella import prompts
-from gella.answers import to_grounding, to_panoptic
 from gella.grounding import Grounding, PanopticResult
-from gella.questions import Question, fit_question, mapped_input, prefix_ids
-from gella.scene import Scene, read_scene
+from gella.predictor.answers import to_grounding, to_panoptic
+from gella.predictor.questions import Question, fit_question, mapped_input, prefix_ids
+from gella.predictor.scene import Scene, read_scene
 from gella.segmenters.segmenter import Segmenter, load_segmenter
 
 
@@ -66,7 +66,7 @@ class Engine:
             return self._tokenizer
 
     def read(self, image: Any, entities: Any, **options: Any) -> Scene:
-        """A scene that is not encoded yet; see :func:`gella.scene.read_scene`."""
+        """A scene that is not encoded yet; see :func:`gella.predictor.scene.read_scene`."""
         with self._encoding:
             return read_scene(
                 image,

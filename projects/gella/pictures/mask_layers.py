@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gella.outlines import mask_box
+from gella.pictures.outlines import mask_box
 
 __all__ = ["Grid", "Layer", "Looks", "looks"]
 

@@ -21,13 +21,13 @@ import torch
 from detectron2.modeling import build_model
 
 from gella import prompts
-from gella.answers import Result
 from gella.checkpoint import load_weights
 from gella.config_file import load_config
-from gella.engine import Engine
 from gella.grounding import Grounding, PanopticResult
-from gella.many import answer_requests
-from gella.questions import (
+from gella.predictor.answers import Result
+from gella.predictor.engine import Engine
+from gella.predictor.many import answer_requests
+from gella.predictor.questions import (
     Question,
     Request,
     caption_question,
@@ -37,7 +37,7 @@ from gella.questions import (
     referring_question,
     text_question,
 )
-from gella.scene import EntitiesLike, Scene, image_id_of
+from gella.predictor.scene import EntitiesLike, Scene, image_id_of
 
 __all__ = ["DTYPES", "GellaPredictor", "Grounding", "Request", "Scene", "image_id_of"]
 
@@ -124,7 +124,7 @@ class GellaPredictor:
             image: uint8 (H, W, 3) RGB, or a file (turned upright by its EXIF orientation).
             entities: the picture's entities (same frame): an EntityMap, ids (H, W), masks
                 (E, H, W), a mask file, a segmenter, or the spec of one (``sam:PATH``); see
-                :func:`gella.scene.read_entities`.
+                :func:`gella.predictor.scene.read_entities`.
             masks_format: format of a mask file.
             segments_info: of a COCO panoptic file: which segments are crowd.
             image_id: picks the picture's masks in a file of many, and the colours of the

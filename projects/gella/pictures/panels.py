@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from gella.colors import Color
-from gella.labels import place_labels
-from gella.mask_layers import Grid, Layer, looks
-from gella.text_layout import INK, PAPER, load_font
+from gella.pictures.colors import Color
+from gella.pictures.labels import place_labels
+from gella.pictures.mask_layers import Grid, Layer, looks
+from gella.pictures.text_layout import INK, PAPER, load_font
 
 __all__ = ["MASK_OPACITY", "Panels"]
 
@@ -53,7 +53,7 @@ class Panels:
         return self._framed(self._plain)
 
     def layer(self, mask: np.ndarray, origin: tuple[int, int] = (0, 0)) -> Layer | None:
-        """A part of a mask (see :meth:`gella.mask_layers.Grid.layer`) in the panel."""
+        """A part of a mask (see :meth:`gella.pictures.mask_layers.Grid.layer`) in the panel."""
         return self._grid.layer(mask, origin)
 
     def blend(self, layers: Sequence[Layer], colors: Sequence[Color]) -> None:

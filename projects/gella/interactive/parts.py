@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from gella.colors import palette
-from gella.labels import place_labels
-from gella.mask_layers import Layer
-from gella.outlines import corner_count, mask_box, mean_width, svg_path
-from gella.visualizer import noun_colors
+from gella.pictures.colors import palette
+from gella.pictures.labels import place_labels
+from gella.pictures.mask_layers import Layer
+from gella.pictures.outlines import corner_count, mask_box, mean_width, svg_path
+from gella.pictures.visualizer import noun_colors
 
 COLOR_CLASSES = 64
 """Number of noun colours on a page; further nouns start again with the first."""
@@ -121,7 +121,7 @@ def area_of_mask(number: int, name: str, mask: np.ndarray) -> list[Area]:
 
 
 def color_classes(phrases: Sequence[dict[str, Any]]) -> list[int]:
-    """Return the class of each noun's colour: that of :func:`gella.visualizer.noun_colors`."""
+    """Return the class of each noun's colour: that of ``visualizer.noun_colors``."""
     colors = noun_colors(phrases)
     order = {color: place for place, color in enumerate(palette(len(colors)))}
     return [order[color] % COLOR_CLASSES for color in colors]
@@ -196,8 +196,7 @@ def _shown(size: tuple[int, int]) -> tuple[str, float]:
 
 
 def _labels(areas: Sequence[Area], size: tuple[int, int], text: float) -> str:
-    """Numbers where :func:`gella.labels.place_labels` puts them, joined to masks that they are not
-    on by a line.
+    """Numbers where ``labels.place_labels`` puts them; a line joins those that lie off their masks.
 
     Args:
         text: height of the letters in pixels of the frame.

@@ -19,7 +19,7 @@ from PIL import Image
 
 from gella.entities import EntityMap
 from gella.grounding import Grounding, PanopticResult
-from gella.interactive_parts import (
+from gella.interactive.parts import (
     COLOR_CLASSES,
     Area,
     Noun,
@@ -35,10 +35,12 @@ from gella.interactive_parts import (
 
 __all__ = ["SCRIPT", "STYLE", "grounding_html", "page", "panoptic_html"]
 
-STYLE = resources.files("gella").joinpath("interactive.css").read_text("utf-8") + color_style()
+_FILES = resources.files("gella.interactive")
+
+STYLE = _FILES.joinpath("interactive.css").read_text("utf-8") + color_style()
 """CSS of the figures; every rule is for ``.gella`` and what is in it."""
 
-SCRIPT = resources.files("gella").joinpath("interactive.js").read_text("utf-8")
+SCRIPT = _FILES.joinpath("interactive.js").read_text("utf-8")
 """JavaScript of the figures: listeners on ``document``, also for figures that are inserted later.
 
 Including it twice does no harm. Class ``lit`` is on what is lit, ``active`` on a figure in which

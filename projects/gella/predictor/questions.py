@@ -15,7 +15,7 @@ from gella import prompts
 from gella.entities import EntityMap
 from gella.geometry import image_token_count
 from gella.overlong import FittedPrompt, fit_prompt
-from gella.scene import Scene
+from gella.predictor.scene import Scene
 from gella.segmenters.segmenter import Segmenter
 
 __all__ = [

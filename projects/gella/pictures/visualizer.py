@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from gella.colors import Color, palette
 from gella.entities import EntityMap
-from gella.labels import deepest_point
-from gella.mask_layers import Layer
-from gella.panels import MASK_OPACITY, Panels
-from gella.text_layout import PAPER, Piece, draw_row, flow_items, load_font, wrap_pieces
+from gella.pictures.colors import Color, palette
+from gella.pictures.labels import deepest_point
+from gella.pictures.mask_layers import Layer
+from gella.pictures.panels import MASK_OPACITY, Panels
+from gella.pictures.text_layout import PAPER, Piece, draw_row, flow_items, load_font, wrap_pieces
 
 __all__ = [
     "MASK_OPACITY",

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from gella.grounding import Grounding, PanopticResult
-from gella.questions import Question
-from gella.scene import Scene
+from gella.predictor.questions import Question
+from gella.predictor.scene import Scene
 
 Result = Grounding | PanopticResult | str | list[str]
 """Of "ground" and "refer", "panoptic", "describe", "extract"."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from PIL import ImageDraw, ImageFont
 
-from gella.colors import Color, ink_on
+from gella.pictures.colors import Color, ink_on
 
 INK = (25, 25, 25)
 """RGB of dark text."""

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gella.mask_layers import Layer
-from gella.outlines import mask_box
+from gella.pictures.mask_layers import Layer
+from gella.pictures.outlines import mask_box
 
 __all__ = ["PlacedLabel", "deepest_point", "place_labels"]
 
