@@ -36,10 +36,10 @@ demo train: export DETECTRON2_DATASETS := datasets
 demo: $(STAMP)
 	$(BIN)/python datasets/prepare_shapes.py --train 0
 	$(BIN)/python tools/train_net.py --config-file $(RELEASE) --eval-only OUTPUT_DIR output/demo
-	$(BIN)/python tools/demo.py --config-file $(RELEASE) \
-		--dataset gella_shapes_png_val --num 3 --output output/demo/pictures
+	$(BIN)/python tools/demo.py --config-file $(RELEASE) --input examples/shapes \
+		--captions examples/shapes/captions.jsonl --output output/demo/pictures
 	@echo
-	@echo "Pictures:  output/demo/pictures"
+	@echo "Pictures:  output/demo/pictures, index.html shows them all"
 	@echo "Figures:   output/demo/results.json"
 	@echo "Your turn: make app, or $(BIN)/python tools/demo.py --help"
 

@@ -334,6 +334,17 @@ def test_a_line_of_one_pixel_is_seen(size: tuple[int, int]) -> None:
     assert lines.sum() > 0.6 * min(max(size), 900)
 
 
+def test_lines_beside_each_other_leave_each_other_their_colours() -> None:
+    ids = np.zeros((700, 900), dtype=np.int32)
+    ids[300], ids[301] = 1, 2
+    entities = EntityMap.from_id_image(ids)
+    items = [_item("one", 0, [1], entities), _item("two", 4, [2], entities)]
+    image = np.full((700, 900, 3), 120, dtype=np.uint8)
+    pixels = np.asarray(draw_grounding(image, "one two", items, entities=entities))
+    for color in noun_colors(items):
+        assert (pixels[:716] == color).all(axis=2).sum() >= 800
+
+
 # -- labels ----------------------------------------------------------------------------------------
 
 

@@ -86,10 +86,8 @@ def load_entities(
     try:
         check_pixels(*size, max_pixels)
         listed = segments_info is not None and format in ("coco_results", "coco_instances")
-        if not listed and path.stat().st_size > max_bytes:
-            raise ValueError(
-                f"{path.stat().st_size} bytes, more than the {max_bytes} that are read"
-            )
+        if not listed:
+            _check_length(path, max_bytes)
         entities = _load(path, size, format, segments_info, image_id, max_entities)
     except ValueError as error:
         raise ValueError(f"image {name}, entity file {path}: {error}") from error
@@ -98,6 +96,12 @@ def load_entities(
             f"image {name}, entity file {path}: no entity at all; give masks with at least one"
         )
     return entities
+
+
+def _check_length(path: Path, max_bytes: int) -> None:
+    length = path.stat().st_size
+    if length > max_bytes:
+        raise ValueError(f"{length} bytes, more than the {max_bytes} that are read")
 
 
 def _load(

@@ -139,7 +139,8 @@ def _flattened(
     ranks = np.array(scores, dtype=np.float32)
     if not np.isfinite(ranks).all():
         raise ValueError(f"score {max(scores, key=abs)} is too large")
-    areas = np.array(coco_mask.area(codes) if codes else [])
+    # One by one: of more than 255 at once pycocotools 2.0.11 raises OverflowError.
+    areas = np.array([int(coco_mask.area(code)) for code in codes], dtype=np.int64)
     ids, visible = flatten(
         size, areas, ranks, lambda k: coco_mask.decode(codes[k]).astype(bool, copy=False)
     )

@@ -49,7 +49,7 @@ def flatten(
 
     Args:
         size: (H, W) of the masks.
-        areas: (E,), pixels of each.
+        areas: int64 (E,), pixels of each.
         scores: float (E,), finite.
         mask_of: gives the bool (H, W) mask of an index, once each; only one is held at a time.
 
@@ -57,7 +57,7 @@ def flatten(
     (E,).
     """
     canvas = np.zeros(size, dtype=np.int32)
-    for k in np.lexsort((-areas.astype(np.int64), scores)):
+    for k in np.lexsort((-areas, scores)):
         canvas[mask_of(int(k))] = k + 1
     seen = np.zeros(len(areas) + 1, dtype=bool)
     seen[find_runs(canvas).values] = True

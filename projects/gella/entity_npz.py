@@ -46,40 +46,32 @@ def load_npz(path: Path, size: tuple[int, int], max_entities: int = MAX_ENTITIES
         *(OSError, EOFError, KeyError, MemoryError, NotImplementedError, RuntimeError),
         *(zipfile.BadZipFile, zlib.error, struct.error),
     ) as error:
-        raise ValueError(f"truncated or damaged ({error}); write it again") from error
+        reason = str(error)[:100]  # zipfile quotes bytes of the file
+        raise ValueError(f"truncated or damaged ({reason}); write it again") from error
 
 
 def _load(archive: zipfile.ZipFile, size: tuple[int, int], max_entities: int) -> EntityMap:
     names = {name.removesuffix(".npy") for name in archive.namelist()}
     scores = None
     if "scores" in names:
-        shape, kind = _header(archive, "scores")
-        if kind.kind not in "fiu" or len(shape) != 1:
+        shape, kind = _header(archive, "scores", size, max_entities)
+        if len(shape) != 1 or kind.kind not in "fiu":
             raise ValueError(f"scores must be numbers (E,), got {kind} {shape}")
-        _check_count(shape[0], max_entities)
         scores = _read(archive, "scores")
     if "masks" in names:
-        shape, kind = _header(archive, "masks")
+        shape, kind = _header(archive, "masks", size, max_entities)
         if len(shape) != 3 or kind.kind not in "bui":
             raise ValueError(f"masks must be bool (E, H, W), got {kind} {shape}")
-        check_size(shape[1:], size)
-        _check_count(shape[0], max_entities)
         return EntityMap.from_masks(_read(archive, "masks"), scores)
     if "ids" in names:
-        shape, kind = _header(archive, "ids")
+        shape, kind = _header(archive, "ids", size, max_entities)
         if len(shape) != 2 or kind.kind not in "ui":
             raise ValueError(f"ids must be int32 (H, W), got {kind} {shape}")
-        check_size(shape, size)
         ids = _read(archive, "ids")
         if ids.min() < 0:
             raise ValueError(f"ids holds {int(ids.min())}; ids start at 1, and 0 is void")
         return EntityMap.from_id_image(ids, scores=scores, max_entities=max_entities)
     raise ValueError(f"holds {short(sorted(names))} but neither 'masks' (E, H, W) nor 'ids' (H, W)")
-
-
-def _check_count(count: int, max_entities: int) -> None:
-    if count > max_entities:
-        raise ValueError(f"holds {count} entities, more than the {max_entities} that are read")
 
 
 def _check_directory(path: Path) -> None:
@@ -99,7 +91,9 @@ def _check_directory(path: Path) -> None:
         raise ValueError(f"holds {count} arrays, more than the {MAX_MEMBERS} that are read")
 
 
-def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+def _header(
+    archive: zipfile.ZipFile, name: str, size: tuple[int, int], max_entities: int
+) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and type that an array declares; ValueError unless its bytes are as many as these."""
     member = archive.getinfo(f"{name}.npy")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -111,6 +105,10 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dt
         raise ValueError(
             f"{name} holds Python objects (a pickle), which are not read; save numbers"
         )
+    if len(shape) in (2, 3):
+        check_size(shape[-2:], size)
+    if len(shape) in (1, 3) and shape[0] > max_entities:
+        raise ValueError(f"holds {shape[0]} entities, more than the {max_entities} that are read")
     count = math.prod(shape) * kind.itemsize
     if count > MAX_ARRAY_BYTES:
         raise ValueError(f"{name} {shape} has {count} bytes, more than {MAX_ARRAY_BYTES}")

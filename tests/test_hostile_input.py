@@ -1,0 +1,592 @@
+"""Picture and mask files from strangers: one clear error each, and never much memory.
+
+test_malformed.py has the mistakes that people make; here are files that were made to do harm.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gella.entities import EntityMap, id_to_rgb
+from gella.entity_limits import MAX_ENTITIES, MAX_OUTLINE, MAX_PIXELS
+from gella.entity_masks import binary_masks
+from gella.entity_npz import MAX_MEMBERS
+from gella.entity_sources import FileSource, load_entities
+from gella.geometry import read_image
+
+SIZE = (24, 30)
+IDS = np.zeros(SIZE, np.int32)
+IDS[3:9, 4:20], IDS[12:20, 2:9] = 5, 9
+MASKS = np.stack([IDS == 5, IDS == 9])
+MIB = 1 << 20
+
+
+def png(
+    width: int, height: int, *, depth: int = 8, kind: int = 2, rows: int | None = None
+) -> bytes:
+    """A PNG of zeros, whole or with fewer rows than it declares, made without its pixels."""
+    channels = {0: 1, 2: 3}[kind]
+    row = bytes(1 + (width * channels * depth + 7) // 8)
+    packer = zlib.compressobj(1)
+    pixels = b"".join(packer.compress(row) for _ in range(height if rows is None else rows))
+    header = struct.pack(">2I5B", width, height, depth, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", pixels + packer.flush()), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+def encoded(picture: Image.Image, format: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def npz(compressed: bool = True, **arrays: Any) -> bytes:
+    stream = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(stream, **arrays)
+    return stream.getvalue()
+
+
+def npy_header(shape: tuple[int, ...], kind: str = "|b1") -> bytes:
+    stream = io.BytesIO()
+    described = {"descr": kind, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, described)
+    return stream.getvalue()
+
+
+def archive(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method, compresslevel=1) as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    return stream.getvalue()
+
+
+def gray(count: int) -> Image.Image:
+    return Image.fromarray(np.zeros(SIZE, np.uint8)) if count == 1 else Image.fromarray(IDS)
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+FRAMES = [Image.fromarray(np.full((*SIZE, 3), value, np.uint8)) for value in (0, 99, 200)]
+PICTURES: dict[str, tuple[bytes, str]] = {
+    "20,000 x 20,000 pixels, 50 kB": (
+        png(20000, 20000, depth=1, kind=0),
+        rf"too large.*{MAX_PIXELS} pixels .*400000000 pixels",
+    ),
+    "more than we read, less than Pillow refuses": (
+        png(13000, 10000, rows=1),
+        rf"13000x10000 = 130000000 pixels .* {MAX_PIXELS} .*max_pixels",
+    ),
+    "declares four billion by four billion": (
+        png(2**31 - 1, 2**31 - 1, rows=1),
+        "too large|damaged",
+    ),
+    "ends early": (png(300, 200)[:-40], "truncated or damaged"),
+    "an animation (GIF)": (
+        encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]),
+        "more than 1 frame in the GIF",
+    ),
+    "an animation (PNG)": (
+        encoded(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]),
+        "more than 1 frame in the PNG",
+    ),
+    "pages (TIFF)": (
+        encoded(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]),
+        "more than 1 frame in the TIFF",
+    ),
+    "floating point": (encoded(Image.fromarray(np.ones(SIZE, np.float32)), "TIFF"), "mode F"),
+    "32 bits": (encoded(Image.fromarray(IDS), "TIFF"), "mode I"),
+    "a program (PostScript)": (encoded(FRAMES[0], "EPS"), "no picture that Pillow can read as"),
+    "a zip archive": (npz(masks=MASKS), "no picture"),
+    "empty": (b"", "no picture"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_hostile_picture_is_one_clear_error(tmp_path: Path, name: str) -> None:
+    data, message = PICTURES[name]
+    path = tmp_path / "from_a_stranger.png"
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with pytest.raises(ValueError, match=rf"from_a_stranger\.png.*({message})") as caught:
+            read_image(path, upright=True)
+    assert len(str(caught.value)) < 500 + len(str(path)) and "\n" not in str(caught.value)
+
+
+def test_the_bound_on_pixels_is_an_argument_and_exact(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(40, 25))
+    assert read_image(path, max_pixels=1000).shape == (25, 40, 3)
+    with pytest.raises(ValueError, match="40x25 = 1000 pixels are more than the 999"):
+        read_image(path, max_pixels=999)
+
+
+def test_good_pictures_of_rare_kinds_are_read(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    # 16 bits: the high byte counts. Pillow alone clips everything over 255, so all would be white.
+    deep = tmp_path / "deep.png"
+    Image.fromarray((pixels[..., 0].astype(np.uint16) << 8) + 77).save(deep)
+    np.testing.assert_array_equal(read_image(deep), np.repeat(pixels[..., :1], 3, axis=2))
+    # A wrong suffix, and a telephone's picture with previews behind it.
+    (tmp_path / "jpeg.png").write_bytes(encoded(picture, "BMP"))
+    np.testing.assert_array_equal(read_image(tmp_path / "jpeg.png"), pixels)
+    phone = tmp_path / "phone.jpg"
+    phone.write_bytes(encoded(picture, "MPO", save_all=True, append_images=[FRAMES[1]], quality=95))
+    assert Image.open(phone).format == "MPO" and Image.open(phone).n_frames == 2
+    with Image.open(phone) as opened:
+        np.testing.assert_array_equal(read_image(phone), np.asarray(opened.convert("RGB")))
+    # Printers' colours.
+    smooth = Image.fromarray(
+        np.tile(np.linspace(0, 255, 30, dtype=np.uint8)[None, :, None], (24, 1, 3))
+    )
+    smooth.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    with Image.open(tmp_path / "cmyk.jpg") as opened:
+        assert opened.mode == "CMYK"
+    difference = read_image(tmp_path / "cmyk.jpg").astype(int) - np.asarray(smooth)
+    assert np.abs(difference).max() < 12
+
+
+# --- masks --------------------------------------------------------------------------------------
+
+
+def with_end(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    place = data.rfind(b"PK\x05\x06")
+    return data[:place] + change(data[place:])
+
+
+def lying_size(size: int) -> bytes:
+    """An archive whose directory declares fewer bytes of the array than its stream expands to."""
+    data = bytearray(archive({"masks.npy": npy_header((2, *SIZE)) + bytes(40 * MIB)}))
+    place = data.rfind(b"PK\x01\x02")
+    data[place + 24 : place + 28] = struct.pack("<I", size)
+    return bytes(data)
+
+
+def results(**entry: Any) -> bytes:
+    code = EntityMap.from_masks(MASKS).to_rle()[0]
+    return json.dumps([{"image_id": 1, "score": 0.5, "segmentation": code, **entry}]).encode()
+
+
+def polygon(*points: float) -> bytes:
+    return results(segmentation=[list(points)])
+
+
+NEEDS = 2 * SIZE[0] * SIZE[1]
+MASK_FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
+    # PNG
+    "20,000 x 20,000 ids": (
+        "m.png",
+        lambda: png(20000, 20000, depth=1, kind=0),
+        "masks are 20000x20000 pixels but the image is 30x24",
+    ),
+    "declares more than Pillow opens": (
+        "m.png",
+        lambda: png(60000, 60000, rows=1),
+        "masks are 60000x60000 pixels but the image is 30x24",
+    ),
+    "an animation": (
+        "m.png",
+        lambda: encoded(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]),
+        "3 frames",
+    ),
+    "a JPEG in PNG's name": ("m.png", lambda: encoded(FRAMES[0], "JPEG"), "a JPEG picture"),
+    "CMYK in PNG's name": (
+        "m.png",
+        lambda: encoded(FRAMES[0].convert("CMYK"), "TIFF"),
+        "a TIFF picture",
+    ),
+    "16 bits per colour": (
+        "m.png",
+        lambda: png(30, 24, depth=16),
+        "16 bits per colour",
+    ),
+    # npz
+    "an archive of zeros behind a small header": (
+        "m.npz",
+        lambda: archive({"masks.npy": npy_header((2, *SIZE)) + bytes(200 * MIB)}),
+        rf"masks \(2, 24, 30\) needs {NEEDS} bytes but the archive holds {200 * MIB}",
+    ),
+    "a directory that lies": (
+        "m.npz",
+        lambda: lying_size(NEEDS + len(npy_header((2, *SIZE)))),
+        "truncated or damaged",
+    ),
+    "a million masks": (
+        "m.npz",
+        lambda: archive({"masks.npy": npy_header((1_000_000, *SIZE)) + bytes(NEEDS)}),
+        rf"holds 1000000 entities, more than the {MAX_ENTITIES}",
+    ),
+    "huge masks": (
+        "m.npz",
+        lambda: archive({"masks.npy": npy_header((1, 10**6, 10**6)) + bytes(NEEDS)}),
+        "masks are 1000000x1000000 pixels but the image is 30x24",
+    ),
+    "huge numbers per pixel": (
+        "m.npz",
+        lambda: archive({"ids.npy": npy_header(SIZE, "<i8") + bytes(NEEDS)}),
+        rf"ids \(24, 30\) needs {SIZE[0] * SIZE[1] * 8} bytes but the archive holds {NEEDS}",
+    ),
+    "a negative shape": (
+        "m.npz",
+        lambda: archive({"masks.npy": npy_header((-2, *SIZE)) + bytes(NEEDS)}),
+        "needs -1440 bytes",
+    ),
+    "thousands of members": (
+        "m.npz",
+        lambda: archive({f"{n}.npy": b"" for n in range(3000)}),
+        f"holds 3000 arrays, more than the {MAX_MEMBERS}",
+    ),
+    "a directory longer than its count": (
+        "m.npz",
+        lambda: with_end(
+            archive({"n" * 60000 + str(n): b"" for n in range(300)}),
+            lambda end: end[:8] + struct.pack("<2H", 2, 2) + end[12:],
+        ),
+        "more than the 64",
+    ),
+    "a 64-bit directory": (
+        "m.npz",
+        lambda: with_end(npz(masks=MASKS), lambda end: b"PK\x06\x07" + bytes(16) + end),
+        "64-bit zip directory; at most 64",
+    ),
+    "another compression": (
+        "m.npz",
+        lambda: archive({"masks.npy": npy_header((2, *SIZE)) + bytes(NEEDS)}, zipfile.ZIP_BZIP2),
+        "compressed in way 12",
+    ),
+    "objects": ("m.npz", lambda: npz(masks=np.array([{}], object)), "Python objects"),
+    "objects as scores": (
+        "m.npz",
+        lambda: npz(masks=MASKS, scores=np.array([{}, {}], object)),
+        "scores holds Python objects",
+    ),
+    "paths and no masks": (
+        "m.npz",
+        lambda: archive({"../../masks.npy": b"x", "/etc/ids.npy": b"x"}),
+        "neither 'masks'",
+    ),
+    "no header": ("m.npz", lambda: archive({"masks.npy": b"MZ" * 99}), "no array of numpy"),
+    "NaN": ("m.npz", lambda: npz(masks=np.full((2, *SIZE), np.nan)), "must be bool .*float64"),
+    "NaN scores": (
+        "m.npz",
+        lambda: npz(masks=MASKS, scores=[0.5, np.nan]),
+        "score 1 is not finite",
+    ),
+    "infinite scores": ("m.npz", lambda: npz(masks=MASKS, scores=[np.inf, 1]), "score 0 is not"),
+    "soft masks": (
+        "m.npz",
+        lambda: npz(masks=(MASKS * np.linspace(0, 255, 30)).astype(np.uint8)),
+        "mask 0 holds 35 beside 167.*threshold",
+    ),
+    "negative masks": ("m.npz", lambda: npz(masks=-MASKS.astype(np.int8)), "mask 0 holds -1"),
+    "negative ids": ("m.npz", lambda: npz(ids=IDS - 1), "ids holds -1"),
+    "ids over three bytes": (
+        "m.npz",
+        lambda: npz(ids=np.where(IDS == 9, 1 << 24, IDS)),
+        "holds 16777216; ids are 0 .void. to 16777215",
+    ),
+    "64-bit ids": (
+        "m.npz",
+        lambda: npz(ids=np.where(IDS == 9, np.uint64(2**63 + 5), IDS.astype(np.uint64))),
+        "holds 9223372036854775813",
+    ),
+    # JSON
+    "a million by a million": (
+        "m.json",
+        lambda: results(segmentation={"size": [10**6, 10**6], "counts": [10**12]}),
+        "masks are 1000000x1000000 pixels but the image is 30x24",
+    ),
+    "runs without end": (
+        "m.json",
+        lambda: results(segmentation={"size": list(SIZE), "counts": [10**400, 1]}),
+        "runs cover far more of 720 pixels",
+    ),
+    "a score without end": (
+        "m.json",
+        lambda: results(score=10**400),
+        "score is 1000.* not a finite",
+    ),
+    "a score over float32": ("m.json", lambda: results(score=1e300), "score 1e.300 is too large"),
+    "a score that is NaN": ("m.json", lambda: results(score=float("nan")), "score is nan"),
+    "a corner without end": ("m.json", lambda: polygon(0, 0, 10**400, 0, 5, 5), "is not finite"),
+    "a corner at infinity": ("m.json", lambda: polygon(0, 0, float("inf"), 0, 5, 5), "not finite"),
+    "an outline that fills memory": (
+        "m.json",
+        lambda: polygon(*[0, 0, 29, 23] * 100_000),
+        rf"polygons are 5\d+ pixels long, more than {MAX_OUTLINE}",
+    ),
+    "too many entities": (
+        "m.json",
+        lambda: json.dumps([{"image_id": 1}] * (MAX_ENTITIES + 1)).encode(),
+        rf"holds {MAX_ENTITIES + 1} entities, more than the {MAX_ENTITIES}",
+    ),
+    "deep": ("m.json", lambda: b"[" * 500_000, "nested too deeply"),
+    "deep objects": ("m.json", lambda: b'{"a":' * 300_000, "nested too deeply"),
+    "a long value where a size is due": (
+        "m.json",
+        lambda: results(segmentation={"size": "x" * 10**6, "counts": [1]}),
+        r"size 'xxx.*\.\.\..*', not",
+    ),
+    "a zip archive in JSON's name": ("m.json", lambda: npz(masks=MASKS), "no valid JSON"),
+    "a picture that lies elsewhere": (
+        "m.json",
+        lambda: json.dumps(
+            {"annotations": [{"image_id": 1, "file_name": "../m.png", "segments_info": []}]}
+        ).encode(),
+        r"'\.\./m\.png' is no name in the folder",
+    ),
+    "a picture by its full path": (
+        "m.json",
+        lambda: json.dumps(
+            {"annotations": [{"image_id": 1, "file_name": "/etc/m.png", "segments_info": []}]}
+        ).encode(),
+        "'/etc/m.png' is no name in the folder",
+    ),
+    "an annotation without end": (
+        "m.json",
+        lambda: json.dumps(
+            {"annotations": [{"image_id": 1, "id": 10**400, "segmentation": [[0, 0, 9, 0, 9, 9]]}]}
+        ).encode(),
+        "no 'file_name'|ids are whole numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASK_FILES)
+def test_a_hostile_mask_file_is_one_clear_error(tmp_path: Path, name: str) -> None:
+    file, make, message = MASK_FILES[name]
+    Image.fromarray(id_to_rgb(IDS)).save(tmp_path / "m.png")  # what paths would lead to
+    path = tmp_path / "folder" / file
+    path.parent.mkdir()
+    path.write_bytes(make())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a cast of 1e300
+        with pytest.raises(ValueError, match=message) as caught:
+            load_entities(path, *SIZE, image_id=1)
+    text = str(caught.value)
+    assert f"image 1, entity file {path}: " in text
+    assert len(text) < 400 + len(str(path)) and "\n" not in text
+    assert len(list(tmp_path.rglob("*"))) == 3  # nothing was written anywhere
+
+
+def test_the_bounds_are_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "m.npz"
+    path.write_bytes(npz(masks=MASKS))
+    length = path.stat().st_size
+    assert (
+        load_entities(path, *SIZE, max_pixels=720, max_entities=2, max_bytes=length).num_entities
+        == 2
+    )
+    for bound, told in (
+        ({"max_pixels": 719}, "30x24 = 720 pixels are more than the 719"),
+        ({"max_entities": 1}, "holds 2 entities, more than the 1 "),
+        ({"max_bytes": length - 1}, f"{length} bytes, more than the {length - 1} "),
+    ):
+        with pytest.raises(ValueError, match=told):
+            load_entities(path, *SIZE, **bound)
+    Image.fromarray(id_to_rgb(IDS)).save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match="holds 2 entities, more than the 1 "):
+        load_entities(tmp_path / "m.png", *SIZE, max_entities=1)
+    with pytest.raises(ValueError, match="an image has at least one"):
+        load_entities(tmp_path / "m.png", 0, 30)
+
+
+def test_noise_is_no_map_of_entities(tmp_path: Path) -> None:
+    noise = np.arange(200 * 200).reshape(200, 200)
+    Image.fromarray(id_to_rgb(noise)).save(tmp_path / "noise.png")
+    with pytest.raises(ValueError, match=f"holds 39999 entities, more than the {MAX_ENTITIES}"):
+        load_entities(tmp_path / "noise.png", 200, 200)
+    with pytest.raises(ValueError, match=f"number 2000000000, more than {MAX_ENTITIES}"):
+        EntityMap(np.array([[2_000_000_000]]))
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [
+        (np.array([[0.0, np.nan]]), "ids must be integers .*float64"),
+        (np.array([[2**32 + 1]]), "ids holds 4294967297"),  # would be entity 1 in 32 bits
+        (np.array([[-(2**32) + 1]]), "ids holds -4294967295"),
+    ],
+)
+def test_arrays_that_are_no_ids(ids: np.ndarray, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        EntityMap(ids)
+
+
+@pytest.mark.parametrize(
+    ("masks", "told"),
+    [
+        (np.full((1, 2, 2), np.nan), "mask 0 holds nan"),
+        (np.array([[[0, 1.0]], [[0, np.inf]]]), "mask 1 holds inf"),
+        (np.array([[[0, 0.3, 0.9]]]), "mask 0 holds 0.3 beside 0.9"),
+        (np.array([[["a", "b"]]]), "must be bool"),
+        (np.zeros((2, 0, 5), bool), "at least a pixel"),
+    ],
+)
+def test_arrays_that_are_no_masks(masks: np.ndarray, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        EntityMap.from_masks(masks)
+
+
+def test_masks_of_any_one_value_are_masks() -> None:
+    for masks in (MASKS, MASKS * 255, MASKS.astype(np.float32), MASKS * np.int64(7)):
+        np.testing.assert_array_equal(binary_masks(masks), MASKS)
+    assert binary_masks(MASKS) is MASKS  # no copy of what is right
+
+
+def test_other_arrays_and_names_of_an_archive_are_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "m.npz"
+    path.parent.mkdir()
+    array = io.BytesIO()
+    np.save(array, MASKS)
+    members = {"../out.npy": b"x", "pickle.npy": b"cos\nsystem\n", "masks.npy": array.getvalue()}
+    path.write_bytes(archive(members))
+    assert load_entities(path, *SIZE).num_entities == 2
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["m.npz"]
+
+
+def test_a_folder_of_masks_is_not_left_by_the_names_in_a_json(tmp_path: Path) -> None:
+    Image.fromarray(id_to_rgb(IDS)).save(tmp_path / "secret.png")
+    (tmp_path / "masks").mkdir()
+    path = tmp_path / "masks" / "panoptic.json"
+    segments = [{"id": 5}, {"id": 9}]
+    annotation = {"image_id": 1, "file_name": "../../secret.png", "segments_info": segments}
+    path.write_text(json.dumps({"annotations": [annotation]}))
+    with pytest.raises(ValueError, match=r"secret\.png' is no name"):
+        FileSource(path).lead({"image_id": 1, "file_name": "1.jpg"})
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from gella.entity_sources import load_entities
+from gella.geometry import read_image
+import numpy, PIL.Image, pycocotools.mask
+PIL.Image.init()
+def peak():  # getrusage would tell the peak of the process that started this one, if higher
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines["VmHWM"].split()[0]) / 1024
+for path in sys.argv[1:]:
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = peak()
+    told = "read"
+    try:
+        read_image(path) if "picture" in path else load_entities(path, 24, 30, image_id=1)
+    except ValueError as error:
+        told = "refused"
+    print(told, round(peak() - before))
+"""
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc of Linux")
+
+
+@LINUX
+def test_no_bomb_takes_memory(tmp_path: Path) -> None:
+    bombs = {
+        "picture_20000.png": png(20000, 20000, depth=1, kind=0),  # 400 MiB of grey
+        "picture_13000.png": png(13000, 10000, depth=1, kind=0),
+        "ids_20000.png": png(20000, 20000, depth=1, kind=0),
+        "zeros.npz": MASK_FILES["an archive of zeros behind a small header"][1](),
+        "aside.npz": archive({"aside.npy": npy_header((200 * MIB,)) + bytes(200 * MIB)}),
+        "lying.npz": lying_size(NEEDS + len(npy_header((2, *SIZE)))),
+        "runs.json": results(segmentation={"size": [10**5, 10**5], "counts": [10**10]}),
+        "outline.json": polygon(*[0, 0, 29, 23] * 100_000),
+    }
+    for name, data in bombs.items():
+        (tmp_path / name).write_bytes(data)
+        assert len(data) < 2 * MIB, name
+    command = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in bombs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    told = dict(zip(bombs, (line.split() for line in done.stdout.splitlines()), strict=True))
+    assert {word for word, _ in told.values()} == {"refused"}
+    # A JSON of 1 MiB is 30 MiB of Python's numbers; each bomb would take 150 MiB or far more.
+    assert {name: int(mib) for name, (_, mib) in told.items() if int(mib) > 60} == {}
+
+
+@LINUX
+def test_many_masks_of_one_image_are_decoded_one_at_a_time(tmp_path: Path) -> None:
+    size = (1000, 1000)
+    runs = [[k * 3000, 2000, 10**6 - k * 3000 - 2000] for k in range(300)]
+    entries = [{"image_id": 1, "segmentation": {"size": size, "counts": counts}} for counts in runs]
+    path = tmp_path / "many.json"
+    path.write_text(json.dumps(entries))
+    script = MEASURE.replace("24, 30", "1000, 1000")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
+    )
+    word, mib = done.stdout.split()
+    assert word == "read" and int(mib) < 120  # all of them at once are 290 MiB
+    assert load_entities(path, *size, image_id=1).num_entities == 300
+
+
+# --- chance -------------------------------------------------------------------------------------
+
+
+def spoiled(data: bytes, rng: np.random.Generator) -> bytes:
+    """The data cut, or with some bytes changed, or with some put in."""
+    spoilt = bytearray(data)
+    way = rng.random()
+    if way < 0.3:
+        return bytes(spoilt[: rng.integers(len(spoilt))])
+    if way < 0.8:
+        for place in rng.integers(len(spoilt), size=rng.integers(1, 8)):
+            spoilt[place] = rng.integers(256)
+        return bytes(spoilt)
+    place = int(rng.integers(len(spoilt)))
+    return bytes(spoilt[:place]) + rng.bytes(int(rng.integers(1, 20))) + bytes(spoilt[place:])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM"])
+def test_spoiled_pictures_raise_nothing_else(tmp_path: Path, kind: str, capfd: Any) -> None:
+    rng = np.random.default_rng(3)
+    data = encoded(Image.fromarray(rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)), kind)
+    path = tmp_path / "spoiled"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(60):
+            path.write_bytes(spoiled(data, rng))
+            try:
+                assert read_image(path, upright=True, max_pixels=10**6).dtype == np.uint8
+            except ValueError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("kind", ["png", "npz", "json"])
+def test_spoiled_masks_raise_nothing_else(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(4)
+    data = {
+        "png": encoded(Image.fromarray(id_to_rgb(IDS)), "PNG"),
+        "npz": npz(masks=MASKS, scores=[0.5, 0.6]),
+        "json": results(),
+    }[kind]
+    path = tmp_path / f"spoiled.{kind}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(300):
+            path.write_bytes(spoiled(data, rng))
+            try:
+                assert load_entities(path, *SIZE, image_id=1).num_entities > 0
+            except ValueError as error:
+                assert str(path) in str(error) and len(str(error)) < 500 and "\n" not in str(error)
