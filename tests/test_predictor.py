@@ -20,6 +20,7 @@ from gella.config_file import load_config
 from gella.data.dataset_mapper import GroundingMapper
 from gella.entities import EntityMap, id_to_rgb
 from gella.predictor import GellaPredictor, image_id_of
+from gella.segmenters.segmenter import Segmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "gella_tiny_shapes.yaml"
@@ -241,6 +242,27 @@ def test_asking_before_set_image(cfg: Any) -> None:
     predictor = GellaPredictor(cfg, model=StubModel())
     with pytest.raises(RuntimeError, match="set_image"):
         predictor.refer("the dog")
+
+
+def test_a_segmenter_by_name_is_loaded_once(
+    cfg: Any, scene: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[str, str]] = []
+
+    class Whole(Segmenter):
+        def predict(self, images: Any) -> list:
+            return [(np.ones((1, *images[0].shape[:2]), bool), np.ones(1, np.float32))]
+
+    def load(spec: str, device: str) -> Segmenter:
+        loaded.append((spec, device))
+        return Whole()
+
+    monkeypatch.setattr("gella.engine.load_segmenter", load)
+    predictor, _ = _predictor(cfg, scene)
+    for spec in ("sam:a", "sam:a", "transformers:b"):
+        found = predictor.encode(scene[0], spec)
+        assert found.entities.areas().tolist() == [60 * 90]
+    assert loaded == [("sam:a", "cpu"), ("transformers:b", "cpu")]
 
 
 def test_colours_repeat_per_image_id(cfg: Any, scene: tuple) -> None:

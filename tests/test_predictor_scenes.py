@@ -99,7 +99,7 @@ def test_which_entity_a_query_met_is_known_before_the_nouns(
     scenes = [encode(predictor, record) for record in records]
     found = [answer(predictor, "ground", *pair) for pair in zip(records, scenes, strict=True)]
     met = torch.cat([scene.encoded.decoded.snapped for scene in scenes])
-    assert (met >= 0).sum() > 3 and (met < 0).sum() > 3
+    assert len(set(met.tolist())) > 2
 
     def anew(*args: Any, snapped: Any, **options: Any) -> Any:
         return postprocessing.gather_candidates(*args, **options)

@@ -131,6 +131,10 @@ def test_a_scene_is_a_copy_that_nobody_changes(
         scene.image[0] = 1
     with pytest.raises(AttributeError):
         scene.image = image  # type: ignore[misc]
+    assert scene == scene and scene != read_scene(
+        before, ids, segmenter=lambda spec: Halves(), **options
+    )
+    assert {scene: 1}[scene] == 1
     assert scene.image_id == 3 and scene.colormap.shape == (72, 96, 3)
     asked = []
     read_scene(before, "sam:x", segmenter=lambda spec: asked.append(spec) or Halves(), **options)

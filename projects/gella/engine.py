@@ -21,7 +21,7 @@ from gella.scene import Scene, read_scene
 from gella.segmenters.segmenter import Segmenter, load_segmenter
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Asked:
     """A question about a scene.
 
@@ -135,8 +135,10 @@ class Engine:
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        device = torch.device(self.cfg.MODEL.DEVICE).type
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=self._autocast):
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if self._autocast:  # else the caller's own autocast holds
+                device = torch.device(self.cfg.MODEL.DEVICE).type
+                stack.enter_context(torch.autocast(device, torch.bfloat16))
             yield
 
     def _segmenter(self, spec: str) -> Segmenter:

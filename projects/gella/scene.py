@@ -19,11 +19,12 @@ EntitiesLike = EntityMap | np.ndarray | str | Path | Segmenter
 """What the predictor takes for entities; see :func:`read_entities`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scene:
     """A picture and its entities, and what the model computed of them once.
 
-    Nothing in it changes any more, so that threads and questions may share it.
+    Nothing in it changes any more, so that threads and questions may share it. Scenes are equal
+    only to themselves.
 
     Attributes:
         image: uint8 (H, W, 3) RGB; read-only.

@@ -24,7 +24,7 @@ from gella.modeling.postprocessing import (
 from gella.modeling.prefix import Prefix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decoded:
     """What the mask decoder found in one image, whatever is asked about it.
 
@@ -43,7 +43,7 @@ class Decoded:
     snapped: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedImage:
     """What every question about one image needs, computed once; nothing in it changes.
 
