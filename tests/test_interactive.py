@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gella.colors import palette
 from gella.entities import EntityMap
 from gella.grounding import Grounding, PanopticResult
 from gella.interactive import SCRIPT, STYLE, grounding_html, page, panoptic_html
-from gella.outlines import corner_count, mask_box, svg_path
+from gella.outlines import corner_count, mask_box, mean_width, svg_path
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = [
@@ -155,6 +156,13 @@ def test_paths_have_corners_only() -> None:
     mask[150:200, 100:120] = False
     assert svg_path(mask, (1000, 0)) == "M1050 100h450v200h-450zM1100 150h20v50h-20z"
     assert corner_count(mask) == 8
+
+
+def test_mean_width_tells_lines_from_surfaces() -> None:
+    line, square = np.zeros((300, 300), dtype=bool), np.zeros((300, 300), dtype=bool)
+    line[7, 10:260], square[20:120, 30:130] = True, True
+    assert 0.9 < mean_width(line) < 1 and mean_width(square) == 50
+    assert mean_width(np.zeros((4, 4), dtype=bool)) == 0
 
 
 # -- the figure as HTML ----------------------------------------------------------------------------
@@ -408,7 +416,7 @@ def test_every_pixel_belongs_to_its_mask(show: Any) -> None:
         """() => { const box = document.querySelector('svg').getBoundingClientRect();
         const side = box.width / 16, found = [];
         for (let y = 0; y < 12; y++) for (let x = 0; x < 16; x++)
-          for (const [u, v] of [[.02, .02], [.98, .02], [.02, .98], [.98, .98], [.5, .5]]) {
+          for (const [u, v] of [[.01, .01], [.99, .01], [.01, .99], [.99, .99], [.5, .5]]) {
             const at = [box.x + (x + u) * side, box.y + (y + v) * side];
             found.push(Number(document.elementFromPoint(...at).dataset.entity || 0)); }
         return found; }"""
@@ -512,6 +520,35 @@ def test_a_picture_beside_the_page_is_shown(show: Any, tmp_path: Path) -> None:
     (tmp_path / "seen.png").write_bytes(tab.screenshot(clip=clip))
     red, green, _ = np.asarray(Image.open(tmp_path / "seen.png").convert("RGB"))[2, 2].tolist()
     assert red > green + 60 and tab.troubles == []
+
+
+def test_lines_thinner_than_the_screen_have_their_colour(show: Any, tmp_path: Path) -> None:
+    result = grounding("a line on a wall", [])
+    ids = np.ones((1200, 1600), dtype=np.int32)
+    ids[600] = 2
+    result.entities, result.image = EntityMap(ids), np.zeros((1200, 1600, 3), dtype=np.uint8)
+    result.phrases = [phrase(text, 0, [k], result.entities) for k, text in ((2, "a l"), (1, "x"))]
+    tab = show(page("Page", [grounding_html(result, key="a")]))
+    box = tab.locator("#gella-a svg").bounding_box()
+    clip = {"x": box["x"] + 30, "y": box["y"] + box["height"] / 2 - 5, "width": 4, "height": 10}
+    (tmp_path / "seen.png").write_bytes(tab.screenshot(clip=clip))
+    column = np.asarray(Image.open(tmp_path / "seen.png").convert("RGB"))[:, 2].astype(int)
+    assert (np.abs(column - palette(1)[0]).max(axis=1) < 40).sum() >= 2
+
+
+@pytest.mark.parametrize("size", [(40, 1900), (1900, 40)])
+def test_very_long_pictures_scroll_and_have_labels(show: Any, size: tuple[int, int]) -> None:
+    result = grounding("a wall", [])
+    ids = np.ones(size, dtype=np.int32)
+    result.entities, result.image = EntityMap(ids), np.zeros((*size, 3), dtype=np.uint8)
+    result.phrases = [phrase("a wall", 0, [1], result.entities)]
+    tab = show(page("Page", [grounding_html(result, key="a")]))
+    box = tab.locator("#gella-a svg").bounding_box()
+    assert 90 <= min(box["width"], box["height"]) <= 100
+    assert max(box["width"], box["height"]) > 4000
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 1000
+    label = tab.locator("#gella-a text").bounding_box()
+    assert 10 <= label["height"] <= 30
 
 
 @pytest.mark.parametrize("width", [360, 1200])

@@ -42,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "geometry": {"entities"},
     "text_layout": {"colors"},
     "mask_layers": {"outlines"},
-    "labels": {"mask_layers"},
+    "labels": {"mask_layers", "outlines"},
     "panels": {"colors", "labels", "mask_layers", "text_layout"},
     "visualizer": {"colors", "entities", "labels", "mask_layers", "panels", "text_layout"},
     "grounding": {"entities", "visualizer"},

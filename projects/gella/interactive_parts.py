@@ -14,7 +14,7 @@ from scipy import ndimage
 from gella.colors import palette
 from gella.labels import place_labels
 from gella.mask_layers import Layer
-from gella.outlines import corner_count, mask_box, svg_path
+from gella.outlines import corner_count, mask_box, mean_width, svg_path
 from gella.visualizer import noun_colors
 
 COLOR_CLASSES = 64
@@ -24,7 +24,14 @@ MAX_CORNERS = 400_000
 """Corners of all masks of a figure; masks with more (noise) are drawn on every 2nd, 4th, ... pixel,
 so that a page stays at some megabytes."""
 
-_LABEL_HEIGHT = 1 / 42  # of the picture's longer side
+# In pixels of a screen on which a picture is some 700 pixels wide:
+_SIDE = 700
+_SHORT_SIDE = 96  # of pictures so long (more than _LONG to one) that they scroll; see the style
+_LONG = 12
+_TEXT = 16  # height of the numbers
+_STRIPE = 12  # width of the stripes of areas with several nouns
+_THIN = 3  # mean width of areas that are drawn as lines
+
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _BIDI = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
@@ -147,17 +154,22 @@ def areas_svg(
         ident: start of the ids in it; unique on the page and safe.
     """
     height, width = size
+    kind, scale = _shown(size)
     drawn, stride = _thinned(areas)
     patterns: dict[tuple[int, ...], str] = {}
     paths = []
     for area in sorted(drawn, key=lambda a: -np.count_nonzero(a.mask)):
         owners = [noun for noun in nouns if area.number in noun.numbers]
         colors = tuple(dict.fromkeys(noun.color for noun in owners))
+        look = f'class="named c{colors[0]}' if colors else 'class="unnamed'
+        if colors and mean_width(area.mask) * stride * scale < _THIN:
+            look += " thin"
+        look += '"'
         if len(colors) > 1:
             name = patterns.setdefault(colors, f"{ident}-stripes-{len(patterns)}")
-            look = f'class="named" fill="url(#{name})"'
-        else:
-            look = f'class="named single c{colors[0]}"' if colors else 'class="unnamed"'
+            look += f' fill="url(#{name})"'
+        elif colors:
+            look += ' fill="currentColor"'
         data = svg_path(area.mask, area.origin)
         says = f"{area.name}: {', '.join(isolated(noun.text) for noun in owners) or 'no noun'}"
         scaled = f' transform="scale({stride})"' if stride > 1 else ""
@@ -165,20 +177,31 @@ def areas_svg(
         paths.append(f'<path {told} {look}{scaled} d="{data}"/>')
     named = {number for noun in nouns for number in noun.numbers}
     labelled = [area for area in areas if area.label and area.number in named]
-    kind = "wide" if width > 12 * height else "tall" if height > 12 * width else "plain"
-    kind += " crisp" if max(size) <= 256 else ""
     return (
         f'<div class="stage {kind}"><svg viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="picture with {len(areas)} masks">{_stripes(patterns, max(size) / 60)}'
+        f'aria-label="picture with {len(areas)} masks">{_stripes(patterns, _STRIPE / scale)}'
         f'<image href="{safe(source)}" width="{width}" height="{height}" '
-        f'preserveAspectRatio="none"/>{"".join(paths)}{_labels(labelled, size)}</svg></div>'
+        f'preserveAspectRatio="none"/>{"".join(paths)}'
+        f"{_labels(labelled, size, _TEXT / scale)}</svg></div>"
     )
 
 
-def _labels(areas: Sequence[Area], size: tuple[int, int]) -> str:
+def _shown(size: tuple[int, int]) -> tuple[str, float]:
+    """Classes of the stage, and about how many pixels of the screen a pixel of the frame gets."""
+    height, width = size
+    crisp = " crisp" if max(size) <= 256 else ""
+    if max(size) > _LONG * min(size):  # scrolls; the style gives the shorter side
+        return ("wide" if width > height else "tall") + crisp, _SHORT_SIDE / min(size)
+    return "plain" + crisp, _SIDE / max(size)
+
+
+def _labels(areas: Sequence[Area], size: tuple[int, int], text: float) -> str:
     """Numbers where :func:`gella.labels.place_labels` puts them, joined to masks that they are not
-    on by a line."""
-    text = round(max(size) * _LABEL_HEIGHT, 2)
+    on by a line.
+
+    Args:
+        text: height of the letters in pixels of the frame.
+    """
     layers = [Layer(area.mask, *area.origin) for area in areas]
     boxes = [((0.62 * len(area.label) + 0.4) * text, 1.15 * text) for area in areas]
     parts: list[str] = []
@@ -191,7 +214,7 @@ def _labels(areas: Sequence[Area], size: tuple[int, int]) -> str:
             ends = f'x1="{x:.1f}" y1="{y:.1f}" x2="{spot.x:.1f}" y2="{spot.y:.1f}"'
             parts.insert(0, f"<line {ident} {ends}/>")
         parts.append(f'<text {ident} x="{spot.x:.1f}" y="{spot.y:.1f}">{safe(area.label)}</text>')
-    return f'<g font-size="{text}">{"".join(parts)}</g>'
+    return f'<g font-size="{text:.2f}">{"".join(parts)}</g>'
 
 
 def _stripes(patterns: dict[tuple[int, ...], str], width: float) -> str:

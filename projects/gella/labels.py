@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gella.mask_layers import Layer
+from gella.outlines import mask_box
 
 __all__ = ["PlacedLabel", "deepest_point", "place_labels"]
 
@@ -143,17 +144,21 @@ class _Cover:
 
 
 def deepest_point(mask: np.ndarray) -> tuple[int, int]:
-    """Return (x, y) of a pixel of ``mask`` (bool (H, W), not empty) far from its border.
+    """Return (x, y) of a pixel of ``mask`` (bool (H, W)) far from its border.
 
-    Exact on small masks; above 128 pixels a side a coarser grid is searched.
+    Exact on small masks; above 128 pixels a side a coarser grid is searched. Raises ValueError for
+    an empty mask.
     """
-    rows, columns = np.nonzero(mask)
-    top, left = rows.min(), columns.min()
-    crop = mask[top : rows.max() + 1, left : columns.max() + 1]
+    box = mask_box(mask)
+    if box is None:
+        raise ValueError("an empty mask has no deepest point; leave such masks out")
+    left, top, right, bottom = box
+    crop = mask[top:bottom, left:right]
     step = max(1, max(crop.shape) // 128)
     coarse = crop[::step, ::step]
     if not coarse.any():  # a thin mask that the coarse grid misses
-        return int(columns[len(columns) // 2]), int(rows[len(rows) // 2])
+        rows, columns = np.nonzero(crop)
+        return int(left + columns[len(columns) // 2]), int(top + rows[len(rows) // 2])
     core = coarse
     while core.any():
         coarse, core = core, _shrunk(core)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["corner_count", "mask_box", "svg_path"]
+__all__ = ["corner_count", "mask_box", "mean_width", "svg_path"]
 
 
 def mask_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
@@ -22,6 +22,15 @@ def corner_count(mask: np.ndarray) -> int:
     """Return how many points :func:`svg_path` has for a bool (H, W) mask."""
     box = mask_box(mask)
     return 0 if box is None else len(_corners(mask[box[1] : box[3], box[0] : box[2]])[0])
+
+
+def mean_width(mask: np.ndarray) -> float:
+    """Return twice the area over the length of the boundary of a bool (H, W) mask, in pixels: about
+    the width of a line, half the side of a square; 0 for an empty mask."""
+    cells = np.pad(mask, 1)
+    across = np.count_nonzero(cells[1:] != cells[:-1])
+    length = across + np.count_nonzero(cells[:, 1:] != cells[:, :-1])
+    return 2 * np.count_nonzero(mask) / length if length else 0.0
 
 
 def svg_path(mask: np.ndarray, origin: tuple[int, int] = (0, 0)) -> str:
