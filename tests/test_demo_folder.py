@@ -11,6 +11,7 @@ from urllib.parse import unquote
 import demo_run
 import numpy as np
 import pytest
+from demo_inputs import plain
 from demo_scenes import CAPTION, Fake, Page, fake, run, scene, three, tokens, tree
 from PIL import Image
 
@@ -78,6 +79,16 @@ def test_a_second_run_does_only_what_changed(run: Any, three: Path, fake: type[F
     assert asked("--nouns", "the sand", opts=("INPUT.GELLA.COLORS", "location")) == 0
 
 
+def test_extracting_is_not_taken_for_given_nouns(run: Any, three: Path, fake: type[Fake]) -> None:
+    line = {"image": "a.png", "caption": CAPTION, "nouns": ["the sand"]}
+    (three.parent / "c.jsonl").write_text(json.dumps(line))
+    run("--captions", three.parent / "c.jsonl")
+    assert run("--captions", three.parent / "c.jsonl", "--extract")[0] == 0
+    assert len(fake.asked) == 2
+    content = json.loads((three.parent / "out" / "a.json").read_text())
+    assert [noun["noun"] for noun in content["nouns"]] == ["circle"]
+
+
 def test_other_weights_do_all_again(run: Any, three: Path, fake: type[Fake]) -> None:
     weights = three.parent / "w.pth"
     weights.write_bytes(b"one")
@@ -138,14 +149,14 @@ def test_a_caption_that_the_model_refuses_fails_alone(
 
 def test_hostile_names_and_captions(run: Any, tmp_path: Path, fake: type[Fake]) -> None:
     names = ["<img src=x onerror=alert(1)>\"'&.png", "n\nl\x1b[31m.png", "é図%23#?.png", "-x.png"]
-    names += ["x.png", "X.PNG", "sub/x.png", "failures.png", "index.png"]
+    names += ["x.png", "X.PNG", "sub/x.png", "failures.png", "b\udcff.png"]
     for seed, name in enumerate(names):
         scene(tmp_path / "in", name, seed)
     scene(tmp_path / "in", "x.jpg", 40, masks=False)
     lines = [{"image": name, "caption": f"{k} {SCRIPT}"} for k, name in enumerate(names)]
     lines += [{"image": "x.jpg", "caption": SCRIPT + "\u202e\u2028", "nouns": ["<b>", SCRIPT]}]
     lines += [{"image": name, "caption": "out"} for name in ("../../x.png", "/etc/passwd", "..")]
-    lines += [{"image": "x.png", "caption": "\ud83d", "masks": "../../../etc/passwd"}]
+    lines += [{"image": names[1], "caption": "\ud83d", "masks": "../../../etc/passwd"}]
     file = tmp_path / "c.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     before = tree(tmp_path)
@@ -161,13 +172,25 @@ def test_hostile_names_and_captions(run: Any, tmp_path: Path, fake: type[Fake]) 
     assert tags.count("script") == tags.count("b") == 1 and "img" not in tags  # <b>: the failure
     assert not [name for _, a in html.tags for name in a if name.startswith("on")]
     for k, name in enumerate(names):
-        assert f"{k} {SCRIPT}" in html.text and name in html.text
+        assert f"{k} {SCRIPT}" in html.text and plain(name) in html.text
     places = html.all("a", "href") + html.all("image", "href")
     assert all((tmp_path / "out" / unquote(place)).is_file() for place in places)
     assert len(set(html.all("image", "href"))) == len(names) + 1
     contents = [json.loads((tmp_path / path).read_text()) for path in new if path[-5:] == ".json"]
     captions = [item["caption"] for item in contents if isinstance(item, dict)]
     assert sorted(captions)[: len(names)] == [f"{k} {SCRIPT}" for k in range(len(names))]
+
+
+def test_names_and_captions_of_bytes_that_are_no_text(
+    run: Any, tmp_path: Path, fake: type[Fake]
+) -> None:
+    scene(tmp_path / "in", "a\udcff.png", 1)
+    (tmp_path / "m\udcff").mkdir()
+    (tmp_path / "in" / "a\udcff_masks.png").rename(tmp_path / "m\udcff" / "a\udcff.png")
+    code, out, err = run("--caption", "a \udcff", "--masks", tmp_path / "m\udcff")
+    assert code == 0, err
+    content = json.loads((tmp_path / "out" / "a_.json").read_text())
+    assert content["caption"] == "a \ufffd" and content["masks"].endswith("/m\ufffd")
 
 
 def test_ctrl_c_ends_after_the_batch_and_the_next_run_goes_on(
@@ -206,6 +229,7 @@ def test_the_page_is_there_while_the_run_goes_on(
     seen = []
     page = three.parent / "out" / "index.html"
     monkeypatch.setattr(demo_run, "_REFRESH", 0.0)
+    monkeypatch.setattr(demo_run, "_TIMES", 0)
     monkeypatch.setattr(
         fake, "during", lambda: seen.append(page.exists() and Page(page).text.count("lies on"))
     )

@@ -142,7 +142,17 @@ def test_captions_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_masks_of_a_folder_by_name(tmp_path: Path) -> None:
-    names = ["x.png", "x.jpg", "a/x.png", "a/y.png", "b/y.png", "b/z.webp", "w.png"]
+    names = [
+        "x.png",
+        "x.jpg",
+        "a/x.png",
+        "a/y.png",
+        "b/y.png",
+        "b/z.webp",
+        "w.png",
+        "v.png",
+        "c/v.png",
+    ]
     jobs = {name: Job(picture(name), name) for name in names}
     masks = MaskFolder(tmp_path, [job.picture for job in jobs.values()])
     write_ids(tmp_path / "a" / "x.png", 1)
@@ -153,6 +163,10 @@ def test_masks_of_a_folder_by_name(tmp_path: Path) -> None:
     assert masks.find(jobs["a/x.png"]) == tmp_path / "a" / "x.png"
     assert masks.find(jobs["x.jpg"]) == tmp_path / "x.jpg.png"
     assert masks.find(jobs["b/z.webp"]) == tmp_path / "z.png"
+    write_ids(tmp_path / "v.png", 6)
+    assert masks.find(jobs["v.png"]) == tmp_path / "v.png"
+    with pytest.raises(FileNotFoundError, match="such as c/v.png"):  # v.png is the other's
+        masks.find(jobs["c/v.png"])
     with pytest.raises(ValueError, match=r"x\.png: its masks .*x\.png could be .* x\.png\.png"):
         masks.find(jobs["x.png"])
     with pytest.raises(ValueError, match=r"a/y\.png: its masks .*y\.png could be .*call them a/y"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from caption_server import KEY, answer, chat_server, status
 from demo_scenes import CAPTION, TINY, Fake, Page, fake, run, three, tokens, tree
+from detectron2.data import DatasetCatalog
 from PIL import Image
 from tiny_gella import make_model
 
@@ -47,6 +48,8 @@ def test_captions_of_an_endpoint(
         server.default = answer("no JSON")
         code, out, _ = run(*arguments, "--overwrite")
         assert code == 1 and "none of 3 answers could be used" in out
+        code, out, err = run(*arguments, "--overwrite", input="in/a.png")
+        assert code == 2 and err.startswith("error: none of 3 answers") and err.count("\n") == 1
         server.default = status(401)
         code, out, err = run(*arguments, "--overwrite")
         assert code == 2 and "check the key" in err and err.count("error: ") == 1
@@ -119,6 +122,31 @@ def test_tasks_of_a_real_model(
     assert found["caption"] == CAPTION and isinstance(found["nouns"], list)
     (three / "a_masks.png").unlink()  # the text does not depend on masks
     assert content("--task", "describe", **one)["text"] == text["text"]
+
+
+def test_texts_of_a_dataset(three: Path, fake: type[Fake], capsys: Any) -> None:
+    masks = {"format": "panoptic_png", "file_name": str(three / "a_masks.png")}
+    record = {"image_id": 1, "height": 30, "width": 40, "entities": masks, "tasks": ()}
+    record.update(file_name=str(three / "a.png"), caption="Own words.", expressions=[])
+    record["phrases"] = [{"text": "Own words", "start": 0, "end": 9, "segment_ids": [1]}]
+    other = {**record, "file_name": str(three / "b.png"), "image_id": 2}
+    other["expressions"] = [{"text": "the left one", "sent_id": 1}]
+    out = three.parent / "out"
+    argv = ["--config-file", TINY, "--weights", "", "--dataset", "gella_test_texts"]
+    argv += ["--output", str(out)]
+    DatasetCatalog.register("gella_test_texts", lambda: [record, other])
+    try:
+        assert demo.main([*argv, "--task", "refer"]) == 0
+        assert {path.name for path in out.glob("*.json")} == {"b.json"}
+        assert fake.asked == [("refer", "the left one", (30, 40))]
+        fake.asked.clear()
+        assert demo.main([*argv, "--describe-first", "--num", "1"]) == 0
+        assert [text for _, text, _ in fake.asked] == ["", CAPTION]  # not the record's nouns
+        record["caption"] = other["caption"] = ""
+        assert demo.main([*argv, "--task", "extract"]) == 2
+    finally:
+        DatasetCatalog.remove("gella_test_texts")
+    assert "no record with a caption" in capsys.readouterr().err
 
 
 def test_extracted_nouns_are_shown_at_their_places(run: Any, three: Path, fake: Any) -> None:

@@ -39,7 +39,7 @@ from shlex import quote
 from typing import Any, NoReturn
 
 from demo_captions import assign, read_captions
-from demo_inputs import Job, Picture, dataset_jobs, list_pictures, output_names
+from demo_inputs import Job, Picture, dataset_jobs, list_pictures, output_names, plain
 from demo_masks import Beside, Live, MaskSource, Records, Whole, masks_from
 from demo_output import PAGE, Output, shown
 from demo_run import LISTED, Plan, Run
@@ -211,7 +211,7 @@ def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Picture]]:
         if len(found) < len(pictures):
             print(f"note: {len(pictures) - len(found)} of {len(pictures)} pictures have no caption")
     else:
-        texts = args.caption or [None]
+        texts = [plain(text) for text in args.caption] if args.caption else [None]
         if any(text is not None and not text.strip() for text in texts):
             raise ValueError("the caption is empty; write a sentence that names what to find")
         nouns = split_nouns(args.nouns)
@@ -278,7 +278,8 @@ def execute(args: argparse.Namespace) -> int:
     if args.device is not None:
         cfg.MODEL.DEVICE = args.device
     if args.dataset is not None:
-        jobs, pictures = dataset_jobs(args.dataset, args.num, cfg, args.task), []
+        pictures: list[Picture] = []
+        jobs = dataset_jobs(args.dataset, args.num, cfg, args.task)
     else:
         jobs, pictures = own_jobs(args)
     plan = make_plan(args, jobs, choose_masks(args, pictures))
@@ -305,7 +306,8 @@ def summarize(run: Run, args: argparse.Namespace, total: int, stopped: bool) -> 
         print(f"and {len(run.failures) - LISTED} more")
     if run.failures:
         print(f"all failures: {Path(args.output) / 'failures.json'}")
-    print(f"wrote {Path(args.output) / PAGE}")
+    if run.done or run.skipped or run.failures:
+        print(f"wrote {Path(args.output) / PAGE}")
     if stopped:
         print("next: the same command goes on where this one stopped")
         return

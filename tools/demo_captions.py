@@ -131,11 +131,11 @@ class Names:
         """Index the pictures."""
         self._places: dict[PurePosixPath, list[int]] = defaultdict(list)
         for place, picture in enumerate(pictures):
-            path = PurePosixPath(picture.name)
+            path = PurePosixPath(plain(picture.name))
             for form in {path, path.with_suffix("")}:
                 for start in range(len(form.parts)):
                     self._places[PurePosixPath(*form.parts[start:])].append(place)
-        self._pictures = pictures
+        self._names = [plain(picture.name) for picture in pictures]
 
     def find(self, name: str) -> int | None:
         """Place of the picture that a name means; None if there is none.
@@ -152,10 +152,10 @@ class Names:
             return None
         for start in range(len(parts)):
             found = self._places.get(PurePosixPath(*parts[start:]), [])
-            whole = [place for place in found if self._pictures[place].name == name]
+            whole = [place for place in found if self._names[place] == name]
             found = whole or found
             if len(found) > 1:
-                first, second = (self._pictures[place].name for place in found[:2])
+                first, second = (self._names[place] for place in found[:2])
                 raise ValueError(f"{name!r} could be {first} or {second}; write more of its path")
             if found:
                 return found[0]

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,8 @@ from gella.geometry import read_image
 from gella.predictor import GellaPredictor, Request
 
 _FORM = 1  # of the output files; another number makes all of them again
-_REFRESH = 10.0  # seconds between two writings of the page, at least
+_REFRESH = 10.0  # seconds between two writings of the page, at least,
+_TIMES = 20  # and times what writing it took
 _TALKATIVE = 5  # jobs; up to so many, results and files are printed
 LISTED = 10  # failures that the screen shows
 
@@ -86,7 +88,7 @@ class Run:
         self.done = self.skipped = 0
         self.failures: list[dict[str, str]] = []
         self._sections: dict[str, str] = {}  # by job, in the order of the jobs
-        self._written = time.monotonic()
+        self._next_page = time.monotonic() + _REFRESH
         self._model = model_key(predictor)
         self._last: tuple[Any, Any] = (None, None)  # picture and entities that were read last
 
@@ -96,7 +98,7 @@ class Run:
         Raises:
             EndpointError: the captioner cannot answer at all.
             OSError: the results cannot be written.
-            Exception: what went wrong, if the plan is strict; nothing is written then.
+            ValueError: what went wrong, if the plan is strict; nothing is written then.
         """
         chatty = len(jobs) <= _TALKATIVE
         with tqdm(total=len(jobs), unit="picture", disable=len(jobs) == 1) as bar:
@@ -106,7 +108,7 @@ class Run:
                     bar.update(len(batch))
                     if self.failures:
                         bar.set_postfix(failed=len(self.failures))
-                    if time.monotonic() - self._written > _REFRESH:
+                    if time.monotonic() >= self._next_page:
                         self.write_page(len(jobs))
             finally:
                 # A hopeless run shows what it has; a strict one leaves nothing.
@@ -121,8 +123,12 @@ class Run:
         state = f"{there} of {total} done, {len(self.failures)} failed"
         notes = [f"Task: {self.plan.task}. Model: {weights}. Pictures and captions: {state}."]
         sections = [*self._sections.values(), failure_section(self.failures)]
-        self._written = time.monotonic()
-        return self.output.write_page(notes, sections)
+        began = time.monotonic()
+        path = self.output.write_page(notes, sections)
+        # A page of thousands is long: refreshing it stays a small part of the time.
+        took = time.monotonic() - began
+        self._next_page = began + max(_REFRESH, _TIMES * took)
+        return path
 
     def _batches(self, jobs: Sequence[Job], bar: Any, stop: Stop) -> Iterator[list[Ready]]:
         """Read the jobs that are not finished, a batch at a time."""
@@ -172,6 +178,7 @@ class Run:
             "masks": self.plan.masks.key(job),
             "text": job.text,
             "nouns": job.nouns,
+            "extract": self.plan.extract,
             "phrases": _phrases(job, self.plan),
             "categories": self.plan.categories,
             "describe_first": self.plan.describe_first,
@@ -209,7 +216,7 @@ class Run:
         if self.plan.captioner is not None:
             workers = 4 if hasattr(self.plan.captioner, "address") else 1
             with ThreadPoolExecutor(workers) as pool:
-                answers = list(pool.map(self._caption, batch))
+                answers: list[Any] = list(pool.map(self._caption, batch))
         elif self.plan.describe_first:
             asked = [Request("describe", r.image, r.entities, image_id=_id(r)) for r in batch]
             answers = self.predictor.predict_many(asked, batch_size=self.plan.batch_size)
@@ -264,9 +271,12 @@ class Run:
             return error
 
     def _fail(self, job: Job, error: Exception) -> None:
-        if self.plan.strict:
-            raise error
         reason = " ".join(str(error).split()) or type(error).__name__
+        if self.plan.strict:
+            # Whatever a segmenter or a captioner raised, it is the user's to see in one line.
+            raise ValueError(reason) from error
+        if os.getenv("GELLA_TRACEBACK") == "1":
+            traceback.print_exception(error)
         failure = {"image": job.picture.name, "caption": job.text or "", "reason": reason}
         self.failures.append(failure)
 
