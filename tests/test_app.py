@@ -654,7 +654,8 @@ def test_a_full_queue_says_so_and_lives_on() -> None:
         slow, refer = threading.Event(), page.desk.predictor.refer
 
         def waiting(*args: Any, **options: Any) -> Any:
-            slow.wait(20)
+            slow.wait(60)
+            slow.set()
             return refer(*args, **options)
 
         page.desk.predictor.refer = waiting

@@ -195,6 +195,7 @@ def _caption_tab(page: Page, given: tuple[Any, Any], caption: Any, outputs: Any)
         [*given, caption, nouns],
         [*outputs, nouns],
         show_progress_on=outputs[0],
+        trigger_mode="always_last",  # a click meanwhile is not lost
         api_name="ground",
         **MODEL,
     )
@@ -220,6 +221,7 @@ def _line_tab(
             [*given, line],
             [*outputs],
             show_progress_on=outputs[0],
+            trigger_mode="always_last",
             api_name=answer.__name__ if trigger == button.click else None,
             **MODEL,
         )

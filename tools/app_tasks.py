@@ -26,7 +26,7 @@ from gella.entities import EntityMap
 from gella.grounding import Grounding, PanopticResult
 
 PREVIEW_SIDE = 1600  # longest side of the picture that the page shows, pixels
-LOSSLESS = 512 * 512  # pictures of at most so many pixels are shown without loss
+LOSSLESS = 256 * 256  # pictures of at most so many pixels are shown without loss
 
 _logger = logging.getLogger(__name__)
 
