@@ -74,10 +74,11 @@ def inline_commands(page: str) -> list[tuple[str, list[str]]]:
 
 
 def shown_after(block: Block) -> list[str]:
-    """The lines of a block of output that stands right below a block of code."""
+    """The lines of output that stand right below a block: ```text, below Python also ```."""
     last = block.line + block.text.count("\n") + 1
+    languages = ("", "text") if block.language == "python" else ("text",)
     for other in blocks(block.page):
-        if other.language in ("", "text") and last < other.line <= last + 2:
+        if other.language in languages and last < other.line <= last + 2:
             return other.text.splitlines()
     return []
 

@@ -204,11 +204,11 @@ def test_the_reader_of_pages_sees_what_is_wrong(tmp_path):
         "# A `title`, twice\n# A `title`, twice\n[x](b.md#c) ![p](p.png) [out](https://host/)\n"
         "Run `tools/score.py DIR --json F` and `score`.\n\n"
         "    python tools/score.py\n\n"
-        "```bash\nmake demo\n```\n\n```\nsaid\n```\n\n- in a list\n\n"
+        "```python\nmake demo\n```\n\n```\nsaid\n```\n\n- in a list\n\n"
         "  ```\n  $ make train\n  ```\n\n```json\npython is not run here\n```\n"
     )
     assert [(b.line, b.language) for b in blocks(page)] == [
-        *((8, "bash"), (12, ""), (18, ""), (22, "json")),
+        *((8, "python"), (12, ""), (18, ""), (22, "json")),
     ]
     assert shown_after(blocks(page)[0]) == ["said"] and shown_after(blocks(page)[1]) == []
     assert [line.strip() for line in stray_commands(page)] == [
