@@ -14,7 +14,7 @@ import sys
 import threading
 import urllib.request
 
-SECONDS = 120.0  # until the address is there, on a busy machine
+SECONDS = 400.0  # until the address is there, on a busy machine
 
 
 def main(arguments: list[str]) -> int:
