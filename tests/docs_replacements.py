@@ -75,9 +75,6 @@ REPLACEMENTS = (
         UNSURE,
     ),
     Replacement(
-        "docs/DEMO.md", "prepare_shapes.py\n", "prepare_shapes.py --train 6 --val 4\n", SHORT
-    ),
-    Replacement(
         "docs/ENTITY_MASKS.md",
         "setup=mask2former:add_maskformer2_config --option MODEL.MASK_FORMER.TEST.INSTANCE_ON=True",
         TOY_SETUP,

@@ -97,7 +97,7 @@ def make_desk(args: argparse.Namespace) -> Any:
     )
     finder = None
     if args.segmenter:
-        from gella.segmenters import load_segmenter
+        from gella.segmenters.segmenter import load_segmenter
 
         finder = load_segmenter(args.segmenter, args.device)
     sessions = Sessions(args.sessions)
