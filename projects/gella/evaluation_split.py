@@ -17,6 +17,7 @@ from detectron2.utils import comm
 
 from gella.data.record_store import Records, as_records, selected
 from gella.data.task_sampling import start_worker
+from gella.data.wrapped_loader import WrappedLoader
 
 __all__ = ["EvenLoader", "RealSamples", "build_even_loader", "evenly_spaced", "even_share"]
 
@@ -70,22 +71,13 @@ def even_share(size: int, rank: int, world_size: int) -> tuple[list[int], int]:
     return places, num_real
 
 
-class EvenLoader:
+class EvenLoader(WrappedLoader):
     """A test loader whose length is equal on all ranks; it marks the samples that are repeated."""
 
     def __init__(self, loader: Iterable[list[dict[str, Any]]], num_real: int) -> None:
         """``loader`` gives lists of mapped dicts, of which the first ``num_real`` in all count."""
-        self._loader, self.num_real = loader, num_real
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return len(self._loader)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else the loader has, such as ``dataset`` and ``batch_size``."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._loader, name)
+        super().__init__(loader)
+        self.num_real = num_real
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """The loader's batches."""

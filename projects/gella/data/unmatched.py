@@ -14,6 +14,8 @@ from typing import Any
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from gella.data.wrapped_loader import WrappedLoader
+
 __all__ = ["CountedLoader", "UnmatchedPhrases"]
 
 _logger = logging.getLogger(__name__)
@@ -88,22 +90,13 @@ class UnmatchedPhrases(HookBase):
             self._tally.add(inputs[0])
 
 
-class CountedLoader:
+class CountedLoader(WrappedLoader):
     """A test loader that logs, after its last batch, how many phrases match no input entity."""
 
     def __init__(self, loader: Iterable[list[dict[str, Any]]], dataset_name: str) -> None:
         """``loader`` gives lists of mapped dicts of the dataset."""
-        self._loader, self._name = loader, dataset_name
-
-    def __len__(self) -> int:
-        """Number of batches."""
-        return len(self._loader)  # type: ignore[arg-type]
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else the loader has, such as ``dataset`` and ``batch_size``."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._loader, name)
+        super().__init__(loader)
+        self._name = dataset_name
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """The loader's batches."""
