@@ -101,6 +101,6 @@ def test_ways_that_disagree_or_fail_are_told() -> None:
 def test_wrong_arguments_end_with_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert benchmark_predict.main(["--config-file", TINY, *SMALL, *arguments]) == 2
+    assert benchmark.main(["predict", "--config-file", TINY, *SMALL, *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
