@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Kill a training without warning, again and again: does it go on to the same weights?
 
     python tools/benchmark.py crash --kills 20

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Loss curves under ZeRO in several processes, laid over those of plain training in one.
 
     python tools/benchmark.py curves --config-file configs/gella_tiny_shapes.yaml \\

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Speed of the data path: the mapper, the loader, and the colormap against the plain way.
 
     python tools/benchmark.py data                                   scenes made on the spot

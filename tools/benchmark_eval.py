@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Speed of evaluation: panoptic quality, average recall, and all nouns of a caption in one pass.
 
     python tools/benchmark.py eval                         scenes made on the spot

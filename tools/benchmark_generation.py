@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """How often the language model is called for an answer: greedily, and with drafts.
 
     python tools/benchmark.py generation --config-file configs/gella_tiny_shapes.yaml \\

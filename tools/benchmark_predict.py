@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """What encoding a picture once saves, and what questions about several pictures at once save.
 
     python tools/benchmark.py predict --config-file configs/gella_tiny_shapes.yaml
