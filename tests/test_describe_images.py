@@ -120,7 +120,7 @@ def test_nothing_is_lost_and_nothing_twice_whatever_the_server_does(server, run,
     code, out, err = run("--concurrency", "3", "--json", str(report), *options)
     assert code == 0, err
     check_complete(tmp_path / "c.jsonl", truth)
-    assert server.most_at_once == 3
+    assert 3 <= server.most_at_once <= 4  # one that was cut may still be ending at the server
     counts = json.loads(report.read_text())["counts"]
     # 12 bad responses, 3 of which are answers of the model that could not be used
     assert len(server.requests) == counts["requests"] == 18 + 12

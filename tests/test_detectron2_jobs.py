@@ -46,6 +46,7 @@ from detectron2.utils.events import (
 )
 from detectron2.utils.logger import log_every_n_seconds, setup_logger
 from detectron2_toys import Loader, SumEvaluator, ToyModel
+from process_group import leave_group
 from torch import nn
 
 
@@ -258,7 +259,7 @@ def _two_processes(folder):
         json.dump(report, file)
     # The original leaves the group to the end of the interpreter, whose threads may then abort it.
     del ddp, trainer, checkpointer
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.skipif(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_scenes import CATEGORIES, all_evaluators, answer, make_sample, phrase, run, run_all
+from process_group import leave_group
 
 from gella import evaluation
 from gella.entities import EntityMap
@@ -241,8 +242,7 @@ def evaluate_share(rank: int, world: int, port: int, folder: str, result: str) -
         evaluation.save_results(found, Path(result) / "results.json")
     else:
         assert found == {}
-    torch.distributed.barrier()  # the first to leave would take the connection down
-    torch.distributed.destroy_process_group()
+    leave_group()  # the first to leave would take the connection down
 
 
 def free_port() -> int:

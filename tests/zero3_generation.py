@@ -15,6 +15,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.engine import launch
 from detectron2.utils import comm
+from process_group import leave_group
 from torch import nn
 
 from gella import add_gella_config
@@ -74,8 +75,7 @@ def main(folder):
     assert "generate" not in vars(decoder) and "generate" not in vars(decoder.llama)
     with open(f"{folder}/rank{comm.get_rank()}.json", "w", encoding="utf-8") as stream:
         json.dump([before, after], stream)
-    comm.synchronize()
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":
