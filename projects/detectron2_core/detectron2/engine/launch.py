@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
+import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -58,9 +61,10 @@ def _worker(local_rank: int, main_func, args: tuple, count: int, machine: int, g
     comm.synchronize()  # nobody runs on before all have joined
     main_func(*args)
     if dist.is_initialized():
-        # Threads of the backend that still run when the interpreter ends would abort the process,
-        # and a group that something still names keeps its threads.
         comm.synchronize()
-        comm._cpu_group.cache_clear()
-        comm._LOCAL_GROUP = None
         dist.destroy_process_group()
+        # Not through the end of the interpreter: a group that anything still names (default values
+        # of torch's functions do) keeps its threads, and one that drops a tensor then aborts.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(0)
