@@ -22,7 +22,7 @@ REQUIREMENTS = [
     "tokenizers>=0.23",  # the small tokenizer of the synthetic shapes
     "safetensors>=0.8",  # weight files
     "huggingface_hub>=1.0",  # planning of weight shards; transformers brings it
-    "scipy>=1.15.3",  # Hungarian matching of learned queries
+    "scipy>=1.15.3",  # Hungarian matching of learned queries; permutation test of loss curves
     # -- data, metrics, pictures
     "numpy>=2.2.6",  # masks and metrics
     "numba>=0.68",  # the colormap's loop: byte shuffles that NumPy does not offer

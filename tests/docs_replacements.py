@@ -53,7 +53,13 @@ REPLACEMENTS = (
     Replacement("Makefile", "--train 0\n", "--train 0 --val 4\n", SHORT),
     Replacement("Makefile", "prepare_shapes.py\n", "prepare_shapes.py --train 6 --val 4\n", SHORT),
     Replacement("Makefile", "-n 2 tests", "tests/test_prompts.py", "this test is one of them"),
-    Replacement("docs/ANALYSIS.md", "benchmark.py eval", "benchmark.py eval --help", "minutes"),
+    Replacement(
+        "docs/ANALYSIS.md",
+        "benchmark.py eval",
+        "benchmark.py eval --images 2 --size 96x64 --recall-nouns 100 --grid 4 --layers 1 "
+        "--width 64 --vocabulary 640 --repeat 1",
+        "minutes: all of it, of small things",
+    ),
     Replacement(
         "docs/CAPTIONS.md",
         "--device cuda --dtype float16 \\\n    --input images --output captions.jsonl",

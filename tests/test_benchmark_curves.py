@@ -6,7 +6,6 @@ import math
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,17 +15,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import benchmark_curves  # noqa: E402
 
 
+def run_with(value: float, noise: float = 0.0, seed: int = 0) -> dict[str, list[float]]:
+    """A run of 40 iterations whose loss falls to a value."""
+    generator = torch.Generator().manual_seed(seed)
+    rounding = noise * torch.randn(40, generator=generator, dtype=torch.float64)
+    return {"total_loss": [value + 1 / (i + 1) + float(rounding[i]) for i in range(40)]}
+
+
 def test_differences_of_early_and_of_all_iterations():
     plain = {"total_loss": [float(i) for i in range(30)]}
     zero = {"total_loss": [i + (0.5 if i == 3 else -2.0 if i == 25 else 0.0) for i in range(30)]}
     found = benchmark_curves.compare(plain, zero)
-    assert found == {"total_loss": {"mean": 14.5, "early": 0.5, "all": 2.0}}
-
-
-def test_noise_is_the_largest_difference_of_any_two_plain_runs():
-    totals = {"plain 0": 1.0, "plain 1": 2.0, "plain 2": -1.0, "zero": 9.0}
-    curves = {name: {"total_loss": [value] * 30} for name, value in totals.items()}
-    assert benchmark_curves.noise(curves) == {"total_loss": {"early": 3.0, "all": 3.0}}
+    assert found == {"total_loss": {"early": 0.5, "all": 2.0}}
 
 
 def test_other_curves_are_refused():
@@ -34,10 +34,51 @@ def test_other_curves_are_refused():
         benchmark_curves.compare({"a": [1.0]}, {"a": [1.0, 2.0]})
 
 
+def test_the_table_compares_runs_of_a_pair_and_any_two_plain_ones():
+    curves = {
+        kind: [{"total_loss": [value] * 25 + [value + late] * 15} for value, late in runs]
+        for kind, runs in {
+            "plain": [(1, 0), (2, 0), (-1, 4)],
+            "zero": [(1, 0), (9, 1), (1, 4)],
+        }.items()
+    }
+    (row,) = benchmark_curves.table(curves)
+    assert row["curve"] == "total_loss" and row["mean size"] == 1.0
+    assert (row["pair, early"], row["pair, all"]) == (7.0, 8.0)
+    assert (row["two plain, early"], row["two plain, all"]) == (3.0, 3.0)
+    # The last 20 iterations: 1, 2 and 2 in the mean.
+    assert row["late plain"] == "1.667 ± 0.58"
+
+
+def test_runs_that_differ_by_rounding_alone_are_told_from_others():
+    def share(value: float) -> float:
+        plain = [run_with(1.0, 0.01, seed) for seed in range(8)]
+        zero = [run_with(value, 0.01, 100 + seed) for seed in range(8)]
+        return benchmark_curves.energy_test({"plain": plain, "zero": zero})["share"]
+
+    assert share(1.0) > 0.05
+    assert share(1.02) == 1 / 2**7  # of all 2 ** 8 ways to swap, this one and its mirror image
+
+
+def test_a_pair_is_left_out_of_the_distances_across():
+    plain = [run_with(1.0, 0.01, seed) for seed in range(4)]
+    found = benchmark_curves.energy_test({"plain": plain, "zero": plain})
+    assert found["one of each"] == pytest.approx(found["two plain runs"])
+    assert found["share"] == 1.0
+
+
+def test_stretches_weigh_the_same_whatever_their_size():
+    runs = [run_with(1.0, 0.01, seed) for seed in range(5)]
+    larger = [{"total_loss": [100 * v for v in run["total_loss"]]} for run in runs]
+    found = benchmark_curves.distances(runs)
+    assert found == pytest.approx(benchmark_curves.distances(larger))
+    assert found == pytest.approx(found.T) and (found.diagonal() == 0).all() and found.max() > 1
+
+
 def test_the_picture(tmp_path):
-    curves = {name: {"total_loss": [3.0, 2.0, 1.0]} for name in ("plain 0", "plain 1", "zero")}
+    runs = [{"total_loss": [3.0, 2.0, 1.0]}, {"total_loss": [3.0, 2.0, 1.1]}]
     path = tmp_path / "folder" / "curves.png"
-    benchmark_curves.draw(curves, str(path), "2 processes")
+    benchmark_curves.draw({"plain": runs, "zero": runs[::-1]}, str(path), "2 processes")
     assert len(Image.open(path).convert("RGB").getcolors(100_000)) > 10
 
 
@@ -52,9 +93,17 @@ def test_one_process_is_no_comparison():
 def test_moved_weights_are_the_neighbours_of_the_first_ones():
     model = torch.nn.Linear(40, 40)
     before = model.weight.detach().clone()
-    hook = benchmark_curves.LastPlace(1)
-    hook.trainer = SimpleNamespace(model=model)
-    hook.before_train()
+    benchmark_curves.move_weights(model, 1)
     after = model.weight.detach()
     up, down = (torch.nextafter(before, torch.tensor(end)) for end in (math.inf, -math.inf))
     assert ((after == up) | (after == down)).all() and (after == up).any() and (after == down).any()
+
+
+def test_the_same_seed_moves_wrapped_weights_likewise():
+    torch.manual_seed(0)
+    one = torch.nn.Linear(9, 9)
+    other = torch.nn.ModuleDict({"module": torch.nn.Linear(9, 9)})
+    other["module"].load_state_dict(one.state_dict())
+    benchmark_curves.move_weights(one, 3)
+    benchmark_curves.move_weights(other, 3)
+    assert torch.equal(one.weight, other["module"].weight)
