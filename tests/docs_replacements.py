@@ -107,6 +107,7 @@ REPLACEMENTS = (
     Replacement("docs/EVALUATION.md", "OUTPUT_DIR", "output/gella_tiny_shapes", OWN),
     Replacement("docs/EVALUATION.md", "NAME", "gella_shapes_png_train", OWN),
     Replacement("docs/OPTIONS.md", "SOLVER.MAX_ITER 400", "SOLVER.MAX_ITER 2", SHORT),
+    Replacement("docs/RESULTS.md", "--moved 7", "--moved 1 --iterations 2", SHORT),
     Replacement("docs/RESULTS.md", " MODEL.DEVICE cuda", " MODEL.DEVICE cpu", "a GPU"),
     Replacement(
         "docs/RESULTS.md",
