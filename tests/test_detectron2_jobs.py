@@ -46,8 +46,9 @@ from detectron2.utils.events import (
 )
 from detectron2.utils.logger import log_every_n_seconds, setup_logger
 from detectron2_toys import Loader, SumEvaluator, ToyModel
-from process_group import leave_group
 from torch import nn
+
+from gella.launching import leave_process_group
 
 
 def test_event_storage_and_json_writer(tmp_path):
@@ -257,9 +258,7 @@ def _two_processes(folder):
     comm.synchronize()
     with open(os.path.join(folder, f"rank{rank}.json"), "w") as file:
         json.dump(report, file)
-    # The original leaves the group to the end of the interpreter, whose threads may then abort it.
-    del ddp, trainer, checkpointer
-    leave_group()
+    leave_process_group()  # the original would leave the group to the end of the interpreter
 
 
 @pytest.mark.skipif(

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 from evaluation_scenes import CATEGORIES, all_evaluators, answer, make_sample, phrase, run, run_all
-from process_group import leave_group
 
 from gella import evaluation
 from gella.entities import EntityMap
 from gella.evaluation.offline import SavedPredictions
 from gella.evaluation.truth import TruthReader
+from gella.launching import leave_process_group
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def evaluate_share(rank: int, world: int, port: int, folder: str, result: str) -
         evaluation.save_results(found, Path(result) / "results.json")
     else:
         assert found == {}
-    leave_group()  # the first to leave would take the connection down
+    leave_process_group()  # the first to leave would take the connection down
 
 
 def free_port() -> int:

@@ -15,11 +15,11 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.engine import launch
 from detectron2.utils import comm
-from process_group import leave_group
 from torch import nn
 
 from gella import add_gella_config
 from gella.evaluation_hooks import undisturbed
+from gella.launching import leave_process_group
 from gella.modeling.language_decoder import IMAGE_TOKEN_ID, LanguageDecoder
 from gella.zero import ZeroHook
 
@@ -75,7 +75,7 @@ def main(folder):
     assert "generate" not in vars(decoder) and "generate" not in vars(decoder.llama)
     with open(f"{folder}/rank{comm.get_rank()}.json", "w", encoding="utf-8") as stream:
         json.dump([before, after], stream)
-    leave_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

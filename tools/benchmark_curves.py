@@ -37,6 +37,7 @@ from tabulate import tabulate
 
 from gella import load_config
 from gella.evaluation.results import write_json
+from gella.launching import leave_process_group
 from gella.plugins import import_modules
 from gella.trainer import GellaTrainer
 
@@ -104,6 +105,7 @@ def train(config_file: str, options: list[Any], output: str, moved: int) -> None
     if moved:  # before DeepSpeed, which starts with the training, copies the weights
         move_weights(trainer.model, moved)
     trainer.train()
+    leave_process_group()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

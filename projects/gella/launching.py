@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ __all__ = [
     "data_parallel_on",
     "first_host",
     "launch_from_environment",
+    "leave_process_group",
     "placement_from_environment",
 ]
 
@@ -265,15 +266,24 @@ def _run(main: Callable[[Any], Any], args: Any) -> None:
             _end(end.code if isinstance(end.code, int) else 1)
         if end.code:
             raise
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """Wait for the other processes of the group, then end this one, with status 0.
+
+    Without a process group it returns at once. Functions registered with ``atexit`` run; the end of
+    the interpreter does not. Whoever still holds a group (Detectron2's comm, DeepSpeed, and default
+    values of torch's own functions do) keeps its threads alive, and one of them that drops a tensor
+    while the interpreter ends aborts the process.
+    """
     if dist.is_initialized():
         comm.synchronize()
         dist.destroy_process_group()
         _end(0)
 
 
-def _end(status: int) -> None:
-    # Whoever still holds a group (Detectron2's comm and DeepSpeed do, in globals) keeps its threads
-    # alive; those that meet the interpreter's own end abort the process now and then.
+def _end(status: int) -> NoReturn:
     atexit._run_exitfuncs()
     logging.shutdown()
     sys.stdout.flush()
