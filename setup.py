@@ -98,7 +98,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "projects"},
     packages=find_packages("projects", include=["gella", "gella.*"]),
-    package_data={"gella.interactive": ["interactive.css", "interactive.js"]},
+    package_data={"gella.pictures": ["page.css", "page.js"]},
     python_requires=">=3.10,<3.13",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -33,13 +33,13 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
+import shapes
 from PIL import Image
+from shapes_scene import MIN_SIZE
+from shapes_tokens import train_tokenizer
 from tqdm import tqdm
 
-from gella.data import shapes
-from gella.data.shapes_scene import MIN_SIZE
-from gella.data.shapes_tokens import train_tokenizer
-from gella.entities import id_to_rgb
+from gella.entities.entity_map import id_to_rgb
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -34,7 +34,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir: Path) -> Any:
     """The tokenizer of `tokenizer_dir` with `<SEG>`."""
-    from gella.prompts import load_tokenizer
+    from gella.text.prompts import load_tokenizer
 
     return load_tokenizer(str(tokenizer_dir))
 

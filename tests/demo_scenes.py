@@ -7,13 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import demo
 import numpy as np
 import pytest
 from PIL import Image
 
-from gella.entities import EntityMap, id_to_rgb
-from gella.grounding import Grounding
+from gella.commands import demo
+from gella.entities.entity_map import EntityMap, id_to_rgb
+from gella.pictures.grounding import Grounding
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs" / "gella_tiny_shapes.yaml")

@@ -192,7 +192,7 @@ def _write_weights(folder: Path) -> None:
     import torch
     from detectron2.modeling import build_model
 
-    from gella.config_file import load_config
+    from gella.config import load_config
 
     for name in ("gella_tiny_shapes", "gella_swin_t"):
         torch.manual_seed(0)
@@ -217,7 +217,7 @@ def _write_public(folder: Path, cfg: Any, model: Any) -> None:
         LlavaForConditionalGeneration,
     )
 
-    from gella.modeling.state_dicts.mask2former import Mask2FormerUpstream
+    from gella.weights.mask2former import Mask2FormerUpstream
 
     language, clip = cfg.MODEL.LANGUAGE, cfg.MODEL.IMAGE_ENCODER
     words = language.VOCAB_SIZE - 1

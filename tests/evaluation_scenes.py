@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from gella import evaluation
-from gella.entities import EntityMap, id_to_rgb
+from gella.entities.entity_map import EntityMap, id_to_rgb
 from gella.evaluation.truth import TruthReader
 
 CATEGORIES = [

@@ -13,8 +13,8 @@ import torch
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 
-from gella.agreement import check_agreement
-from gella.launching import LaunchError, launch_from_environment
+from gella.engine.agreement import check_agreement
+from gella.engine.launch import LaunchError, launch_from_environment
 
 
 def local_group():

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from gella.data import datasets
 from gella.data.entityseg import load_entityseg
-from gella.entity_sources import load_entities, load_from_record
+from gella.entities.sources import load_entities, load_from_record
 
 SIZE = (12, 17)
 IDS = np.zeros(SIZE, np.int32)

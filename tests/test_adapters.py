@@ -11,7 +11,7 @@ import torch
 from tiny_language import EOS, PAD, make_batch, make_config, make_decoder
 from torch import nn
 
-from gella.checkpoint import GellaCheckpointer, check_state_dict, load_weights
+from gella.engine.checkpoint import GellaCheckpointer, check_state_dict, load_weights
 from gella.modeling.language_decoder import LanguageDecoder
 
 TARGETS = ["q_proj", "down_proj"]

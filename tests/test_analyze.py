@@ -10,17 +10,17 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import analyze
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from evaluation_scenes import CATEGORIES, answer, make_sample, run
 from PIL import Image
 
-from gella.analysis import figures, gallery, groups, report
-from gella.analysis.cases import Case, find_predictions
-from gella.analysis.scenes import Facts, Scene, case_facts, index_records, locate, to_lab
-from gella.entities import EntityMap, rgb_to_id
+from gella.commands import analyze
+from gella.commands.analysis import figures, gallery, groups, report
+from gella.commands.analysis.cases import Case, find_predictions
+from gella.commands.analysis.scenes import Facts, Scene, case_facts, index_records, locate, to_lab
+from gella.entities.entity_map import EntityMap, rgb_to_id
 from gella.evaluation import PNGEvaluator, ReferringEvaluator
 from gella.evaluation.base import encode_mask
 

@@ -26,18 +26,6 @@ from pycocotools import mask as mask_utils
 
 pytest.importorskip("gradio", reason="the web page needs gradio (pip install -e '.[app]')")
 
-import app  # noqa: E402
-from app_server import Guard, Workspace  # noqa: E402
-from app_sessions import Held, Janitor, Sessions  # noqa: E402
-from app_tasks import streamed  # noqa: E402
-from app_uploads import (  # noqa: E402
-    Limits,
-    check_masks,
-    check_picture,
-    clean_folder,
-    message_of,
-    read_scene,
-)
 from caption_server import answer, chat_server, status  # noqa: E402
 from web_page import (  # noqa: E402
     CAPTION,
@@ -51,8 +39,20 @@ from web_page import (  # noqa: E402
     write_zip_bomb,
 )
 
-from gella.entities import EntityMap, id_to_rgb  # noqa: E402
-from gella.entity_sources import load_entities  # noqa: E402
+from gella.commands import app  # noqa: E402
+from gella.commands.app_server import Guard, Workspace  # noqa: E402
+from gella.commands.app_sessions import Held, Janitor, Sessions  # noqa: E402
+from gella.commands.app_tasks import streamed  # noqa: E402
+from gella.commands.app_uploads import (
+    Limits,
+    check_masks,
+    check_picture,
+    clean_folder,
+    message_of,
+    read_scene,
+)
+from gella.entities.entity_map import EntityMap, id_to_rgb  # noqa: E402
+from gella.entities.sources import load_entities  # noqa: E402
 
 SMALL = Limits(max_upload=100_000, max_pixels=10_000, max_caption=60, max_entities=5)
 
@@ -746,7 +746,7 @@ def test_the_command_serves_until_it_is_stopped_and_leaves_nothing(tmp_path: Pat
 
 
 def test_examples_that_are_missing_or_wrong_are_named(tmp_path: Path) -> None:
-    from app_examples import copied, read_examples
+    from gella.commands.app_examples import copied, read_examples
 
     assert read_examples(tmp_path) == []
     assert len(read_examples(SCENES)) > 2

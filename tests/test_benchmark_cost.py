@@ -23,7 +23,7 @@ from detectron2.modeling import build_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gella import load_config
-from gella.entities import EntityMap
+from gella.entities.entity_map import EntityMap
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs" / "gella_tiny_shapes.yaml")

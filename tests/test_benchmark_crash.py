@@ -6,7 +6,7 @@ import argparse
 import json
 
 import benchmark
-import benchmark_crash
+import crash as benchmark_crash
 import pytest
 import torch
 

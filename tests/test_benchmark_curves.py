@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import benchmark_curves  # noqa: E402
+import curves as benchmark_curves  # noqa: E402
 
 
 def run_with(value: float, noise: float = 0.0, seed: int = 0) -> dict[str, list[float]]:

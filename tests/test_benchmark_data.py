@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 
 import benchmark
-import benchmark_colormap
-import benchmark_data
-import benchmark_scenes
-import benchmark_stages
+import colormap as benchmark_colormap
+import data as benchmark_data
 import numpy as np
 import pytest
+import scenes as benchmark_scenes
+import stages as benchmark_stages
 import torch
 from PIL import Image
 
-from gella.entity_sources import load_from_record
+from gella.entities.sources import load_from_record
 
 ROOT = Path(__file__).resolve().parents[1]
 

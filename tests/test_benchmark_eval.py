@@ -7,20 +7,20 @@ import threading
 import time
 
 import benchmark
-import benchmark_eval
-import benchmark_nouns
-import benchmark_scoring
+import evaluation as benchmark_eval
+import nouns as benchmark_nouns
 import numpy as np
 import pytest
+import scoring as benchmark_scoring
 import torch
 from evaluation_scenes import all_evaluators, answer, make_sample, run
 from PIL import Image
 
 from gella.data.coco_categories import coco_panoptic_categories
-from gella.entities import id_to_rgb
+from gella.entities.entity_map import id_to_rgb
 from gella.evaluation.id_png import read_id_png
 from gella.evaluation.overlap import OverlappedEvaluator, prepared_ahead
-from gella.metrics_panoptic import PQCounts
+from gella.evaluation.panoptic_quality import PQCounts
 
 TINY = "--grid 2 --layers 1 --width 64 --vocabulary 700 --nouns 3 --repeat 1 --recall-nouns 500"
 SMALL = ["eval", "--images", "2", "--size", "64x48", "--segments", "6", *TINY.split()]

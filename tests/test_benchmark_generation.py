@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import benchmark
-import benchmark_generation
+import generation as benchmark_generation
 import pytest
 import torch
 from tiny_language import EOS, IMAGE_DIM, PAD, make_copier

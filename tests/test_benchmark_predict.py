@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmark
-import benchmark_predict
+import predict as benchmark_predict
 import pytest
 import torch
 

@@ -13,7 +13,9 @@ import torch
 from detectron2.config import get_cfg
 from evaluation_scenes import CATEGORIES, make_sample, phrase, run
 
-from gella import add_gella_config, evaluating, evaluation, metrics_panoptic
+from gella import add_gella_config, evaluation
+from gella.engine import evaluate as evaluating
+from gella.evaluation import panoptic_quality as metrics_panoptic
 from gella.evaluation.calibration import (
     GRID,
     PANOPTIC_GRID,

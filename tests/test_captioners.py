@@ -33,7 +33,6 @@ from caption_server import (
 )
 from PIL import Image
 
-from gella.alignment import locate_phrases
 from gella.captions.captioner import (
     PROMPTS,
     EndpointError,
@@ -56,6 +55,7 @@ from gella.captions.text import (
     parse_json_answer,
     parse_noun_list,
 )
+from gella.text.alignment import locate_phrases
 
 # -- answers ---------------------------------------------------------------------------------------
 

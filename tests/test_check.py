@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapes
 from dataset_scripts import copied, prepare_small_shapes, registered, script
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from gella.data import datasets, shapes
+from gella.data import datasets
 from gella.data.checking import check_dataset
 from gella.data.known_counts import known_counts
 

@@ -14,7 +14,8 @@ import torch
 from detectron2.checkpoint import PeriodicCheckpointer
 from torch import nn
 
-from gella.checkpoint import GellaCheckpointer, consolidate, load_weights, write_atomically
+from gella.engine.checkpoint import GellaCheckpointer, consolidate, load_weights
+from gella.utils.io import write_atomically
 
 
 def make_cfg(missing=(), unexpected=()):
@@ -237,7 +238,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 KILLED_WHILE_SAVING = """
 import os, signal, sys, torch
 from torch import nn
-from gella.checkpoint import GellaCheckpointer
+from gella.engine.checkpoint import GellaCheckpointer
 
 checkpointer = GellaCheckpointer(nn.Linear(64, 64), sys.argv[1])
 checkpointer.save("model_0000000", iteration=0)

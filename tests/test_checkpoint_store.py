@@ -11,12 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gella.checkpoint_store import (
-    CheckpointStore,
-    is_checkpoint,
-    read_state,
-    why_incomplete,
-)
+from gella.engine.checkpoint_store import CheckpointStore, is_checkpoint, read_state, why_incomplete
 
 
 def save(store, iteration, content="weights", **facts):
@@ -35,7 +30,7 @@ def names(folder):
 @pytest.fixture
 def log(monkeypatch, caplog):
     """What the store logs, whoever set the logging up before."""
-    logger = logging.getLogger("gella.checkpoint_store")
+    logger = logging.getLogger("gella.engine.checkpoint_store")
     monkeypatch.setattr(logger, "propagate", False)
     logger.addHandler(caplog.handler)
     yield caplog

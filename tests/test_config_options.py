@@ -14,14 +14,14 @@ import torch
 from dataset_scripts import ROOT, prepare_small_shapes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from shapes import CATEGORIES
 from test_configs import ABLATIONS, BY_NAME, leaves
 
 from gella import load_config
-from gella.checkpoint import load_weights
 from gella.data import datasets
-from gella.data.shapes import CATEGORIES
 from gella.data.task_sampling import task_at
-from gella.trainer import GellaTrainer
+from gella.engine.checkpoint import load_weights
+from gella.engine.trainer import GellaTrainer
 
 PREFIX = "tiny_"  # of the paper's dataset names, here over drawn scenes
 ENTITY_KEYS = "mask_decoder.entity_queries.*"

@@ -21,9 +21,9 @@ from detectron2.modeling import build_model
 
 from gella import add_gella_config, load_config
 from gella.data.known_counts import known_counts
-from gella.entity_sources import SOURCE_KINDS
+from gella.engine.optimizer import with_epochs
+from gella.entities.sources import SOURCE_KINDS
 from gella.modeling.colormap_encoder import TimmColormapEncoder
-from gella.optimizer import with_epochs
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "configs"

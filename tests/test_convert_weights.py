@@ -7,18 +7,17 @@ import pickle
 import shutil
 from pathlib import Path
 
-import convert_sources
-import convert_weights
 import pytest
 import tiny_weights as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from gella.modeling.state_dicts import LlavaHf, LlavaOriginal
-from gella.modeling.state_dicts.clip import ClipOpenAI
-from gella.modeling.state_dicts.files import read_weights
-from gella.modeling.state_dicts.llava import EMBEDDINGS
-from gella.modeling.state_dicts.mask2former import Mask2FormerUpstream
+from gella.commands import convert_sources, convert_weights
+from gella.weights import LlavaHf, LlavaOriginal
+from gella.weights.clip import ClipOpenAI
+from gella.weights.files import read_weights
+from gella.weights.llava import EMBEDDINGS
+from gella.weights.mask2former import Mask2FormerUpstream
 
 WORDS = tiny.WORDS
 
@@ -458,7 +457,7 @@ def test_help_shows_both_ways(capsys):
 
 def test_the_page_names_every_format():
     page = Path(tiny.ROOT / "docs" / "WEIGHTS.md").read_text()
-    from gella.modeling.state_dicts import FORMATS
+    from gella.weights import FORMATS
 
     for kind, layouts in FORMATS.items():
         for layout in layouts:

@@ -21,10 +21,10 @@ from gella.data.dataset_mapper import GroundingMapper
 from gella.data.mirror import mirrored_words
 from gella.data.phrases import EntityMatcher, category_phrases, segment_iou
 from gella.data.task_sampling import build_train_loader
-from gella.entities import EntityMap, id_to_rgb
-from gella.entity_masks import mask_iou
-from gella.entity_sources import LiveSource, load_from_record
-from gella.prompts import (
+from gella.entities.entity_map import EntityMap, id_to_rgb
+from gella.entities.masks import mask_iou
+from gella.entities.sources import LiveSource, load_from_record
+from gella.text.prompts import (
     IGNORE_INDEX,
     IMAGE_TOKEN_ID,
     align_utterances,

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapes
 from dataset_scripts import prepare_small_shapes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from gella.data import datasets, shapes
+from gella.data import datasets
 from gella.data.coco_categories import coco_panoptic_categories
 from gella.data.coco_panoptic import read_categories
 from gella.data.reading import read_json_lines, read_plain_pickle
-from gella.entities import rgb_to_id
-from gella.entity_sources import load_from_record
+from gella.entities.entity_map import rgb_to_id
+from gella.entities.sources import load_from_record
 
 REFCOCO = ("refcoco", "refcocoplus")
 COCO_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "coco_sample"

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import demo
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,8 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from gella.entities import id_to_rgb
+from gella.commands import demo
+from gella.entities.entity_map import id_to_rgb
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs" / "gella_tiny_shapes.yaml")
@@ -110,7 +110,7 @@ def _tiny_state(folder: Path) -> dict[str, torch.Tensor]:
     from detectron2.modeling import build_model
 
     import gella  # noqa: F401  registers the model
-    from gella.config_file import load_config
+    from gella.config import load_config
 
     return build_model(load_config(TINY)).state_dict()
 

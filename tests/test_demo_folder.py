@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import demo_run
 import numpy as np
 import pytest
-from demo_inputs import plain
 from demo_scenes import CAPTION, Fake, Page, fake, run, scene, three, tokens, tree
 from PIL import Image
 
-from gella.entities import id_to_rgb
+from gella.commands import demo_run
+from gella.commands.demo_inputs import plain
+from gella.entities.entity_map import id_to_rgb
 
 __all__ = ["fake", "run", "three"]  # fixtures
 SCRIPT = "</p><script>alert(1)</script><img src=x onerror=alert(1)> & \"quotes' </svg>"

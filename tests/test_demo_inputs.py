@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from demo_captions import assign, read_captions
-from demo_inputs import Job, Picture, list_pictures, output_names
-from demo_masks import Beside, MaskFolder, MaskJson, Whole, masks_from
-from demo_text import read_categories, split_nouns
 from PIL import Image
 
-from gella.entities import id_to_rgb
+from gella.commands.demo_captions import assign, read_captions
+from gella.commands.demo_inputs import Job, Picture, list_pictures, output_names
+from gella.commands.demo_masks import Beside, MaskFolder, MaskJson, Whole, masks_from
+from gella.commands.demo_text import read_categories, split_nouns
+from gella.entities.entity_map import id_to_rgb
 
 
 def picture(name: str, root: Path = Path("in")) -> Picture:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import demo
 import numpy as np
 import pytest
 from caption_server import KEY, answer, chat_server, status
@@ -15,6 +14,7 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 from tiny_gella import make_model
 
+from gella.commands import demo
 from gella.predictor import GellaPredictor
 from gella.segmenters.segmenter import Segmenter
 
@@ -75,7 +75,9 @@ def test_masks_of_a_live_segmenter(
             return [(masks, np.array([0.5, 0.9], np.float32)) for _ in images]
 
     given: list[Any] = []
-    monkeypatch.setattr("demo_masks.load_segmenter", lambda *a: given.append(a) or Halves())
+    monkeypatch.setattr(
+        "gella.commands.demo_masks.load_segmenter", lambda *a: given.append(a) or Halves()
+    )
     pixels = np.asarray(Image.open(three / "b.png")).copy()
     pixels[0, 0] = 1, 2, 3
     Image.fromarray(pixels).save(three / "b.png")

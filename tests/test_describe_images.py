@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,21 +31,11 @@ from caption_server import (
 )
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from gella.commands import describe_images as tool
+
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "describe_images.py"
 BAD_NOUNS = json.dumps({"description": "A wall.", "nouns": ["unicorn", "dragon"]})
-
-
-def _load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gella_describe_images", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load_tool()
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ from detectron2.utils.logger import log_every_n_seconds, setup_logger
 from detectron2_toys import Loader, SumEvaluator, ToyModel
 from torch import nn
 
-from gella.launching import leave_process_group
+from gella.engine.launch import leave_process_group
 
 
 def test_event_storage_and_json_writer(tmp_path):

@@ -25,11 +25,11 @@ from tiny_gella import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gella import prompts
-from gella.entities import EntityMap
+from gella.entities.entity_map import EntityMap
 from gella.evaluation import PNGEvaluator
-from gella.overlong import fit_prompt
 from gella.predictor import GellaPredictor
+from gella.text import prompts
+from gella.text.overlong import fit_prompt
 
 MANY = [NOUNS[i % len(NOUNS)] for i in range(60)]
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from gella import colormap_kernel
-from gella.entities import (
+from gella.entities import colormap_kernel
+from gella.entities.entity_map import (
     ASSIGNMENTS,
     EntityMap,
     entity_colors,
@@ -21,7 +21,7 @@ from gella.entities import (
     paint_colormap,
     rgb_to_id,
 )
-from gella.entity_masks import mask_iou
+from gella.entities.masks import mask_iou
 
 
 def random_masks(rng: np.random.Generator, count: int, side: int = 24) -> np.ndarray:
@@ -310,7 +310,7 @@ def test_threads_paint_at_once() -> None:
 def test_other_processors_paint_the_same_and_numba_waits_for_the_first_colormap() -> None:
     code = """
 import sys, numpy as np, gella
-from gella.entities import EntityMap, paint_colormap
+from gella.entities.entity_map import EntityMap, paint_colormap
 assert "numba" not in sys.modules and "llvmlite" not in sys.modules
 rng = np.random.default_rng(0)
 ids, colors = rng.integers(0, 41, (150, 501)), rng.integers(0, 256, (40, 3), dtype=np.uint8)

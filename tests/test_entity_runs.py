@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from gella.entities import EntityMap, entity_colors, paint_colormap, rgb_to_id
-from gella.entity_runs import Runs, find_runs, flip_runs, pad_runs, pick_runs
-from gella.geometry import fit_image, make_view, received, to_send
+from gella.entities.entity_map import EntityMap, entity_colors, paint_colormap, rgb_to_id
+from gella.entities.runs import Runs, find_runs, flip_runs, pad_runs, pick_runs
+from gella.entities.view import fit_image, make_view, received, to_send
 
 SHAPES = [(1, 1), (1, 9), (7, 1), (13, 22), (40, 31)]
 

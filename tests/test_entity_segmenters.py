@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tiny_segmenters import save_mask2former, save_sam, save_sam2, save_toy
 
-from gella.entity_sources import load_from_record, source_for
+from gella.entities.sources import load_from_record, source_for
 from gella.segmenters.from_detectron2 import resized_size
 from gella.segmenters.segmenter import MaskLimits, Segmenter, SegmenterSource, load_segmenter
 

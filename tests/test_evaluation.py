@@ -17,7 +17,7 @@ from PIL import Image
 
 import gella.evaluation.base
 from gella import add_gella_config, evaluation
-from gella.entities import EntityMap, rgb_to_id
+from gella.entities.entity_map import EntityMap, rgb_to_id
 from gella.evaluation.truth import TruthReader
 
 

@@ -13,7 +13,7 @@ from evaluation_scenes import phrase, run, told
 from PIL import Image
 
 from gella import evaluation
-from gella.entities import EntityMap, rgb_to_id
+from gella.entities.entity_map import EntityMap, rgb_to_id
 from gella.evaluation.truth import TruthReader
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -25,9 +25,14 @@ from torch import nn
 
 from gella import add_gella_config
 from gella.data.unmatched import CountedLoader
-from gella.evaluation_hooks import BestCheckpoint, EvaluationInTraining, undisturbed, with_subset
-from gella.evaluation_split import RealSamples, build_even_loader, even_share, evenly_spaced
-from gella.trainer import GellaTrainer
+from gella.engine.evaluation_hooks import (
+    BestCheckpoint,
+    EvaluationInTraining,
+    undisturbed,
+    with_subset,
+)
+from gella.engine.evaluation_split import RealSamples, build_even_loader, even_share, evenly_spaced
+from gella.engine.trainer import GellaTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "gella_tiny_shapes.yaml")
@@ -253,7 +258,7 @@ def test_losses_do_not_depend_on_evaluations(cfg, tmp_path, seed, monkeypatch):
     assert [k for k in state if not torch.equal(state[k], other[k])] == []
     assert two._last_eval_results == {"seen": {"n": 6.0}}  # the last takes all
     if seed < 0:  # the test is able to fail: unprotected, the same evaluations do change it
-        monkeypatch.setattr("gella.trainer.undisturbed", lambda model: torch.no_grad())
+        monkeypatch.setattr("gella.engine.trainer.undisturbed", lambda model: torch.no_grad())
         assert trained(cfg, tmp_path / "rude", EVAL_PERIOD=2)[0] != plain
 
 
@@ -365,7 +370,7 @@ def test_a_resumed_run_goes_on_from_the_best(tmp_path):
 
 
 def test_an_unknown_metric_is_named_and_does_not_end_the_run(tmp_path, caplog, monkeypatch):
-    logger = logging.getLogger("gella.evaluation_hooks")
+    logger = logging.getLogger("gella.engine.evaluation_hooks")
     monkeypatch.setattr(logger, "propagate", False)
     logger.addHandler(caplog.handler)
     best, saved = best_of(tmp_path, "png/ARR")

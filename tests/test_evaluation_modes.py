@@ -17,12 +17,13 @@ from detectron2.evaluation import DatasetEvaluator
 from evaluation_scenes import CATEGORIES
 from tiny_gella import make_cfg, make_model, make_record
 
-from gella import add_gella_config, evaluating, evaluation
+from gella import add_gella_config, evaluation
+from gella.data.plugins import import_modules
+from gella.engine import evaluate as evaluating
+from gella.engine.trainer import GellaTrainer
 from gella.evaluation.paper import PAPER
 from gella.evaluation.run_info import config_hash, describe_run
 from gella.evaluation.tables import TABLES, changed, compared_markdown, plan_table, table_markdown
-from gella.plugins import import_modules
-from gella.trainer import GellaTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,10 +19,10 @@ import torch
 from evaluation_scenes import CATEGORIES, all_evaluators, answer, make_sample, phrase, run, run_all
 
 from gella import evaluation
-from gella.entities import EntityMap
+from gella.engine.launch import leave_process_group
+from gella.entities.entity_map import EntityMap
 from gella.evaluation.offline import SavedPredictions
 from gella.evaluation.truth import TruthReader
-from gella.launching import leave_process_group
 
 
 @pytest.fixture

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gella.entities import EntityMap
-from gella.geometry import fit_image, fitted_size, image_token_count, make_view, read_image
+from gella.entities.entity_map import EntityMap
+from gella.entities.view import (
+    fit_image,
+    fitted_size,
+    image_token_count,
+    make_view,
+    read_image,
+)
 
 
 def _scene(height: int, width: int) -> tuple[np.ndarray, EntityMap]:

@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gella.entities import EntityMap, id_to_rgb
-from gella.entity_limits import MAX_ENTITIES, MAX_OUTLINE, MAX_PIXELS
-from gella.entity_masks import binary_masks
-from gella.entity_npz import MAX_MEMBERS
-from gella.entity_sources import FileSource, load_entities
-from gella.geometry import read_image
+from gella.entities.entity_map import EntityMap, id_to_rgb
+from gella.entities.limits import MAX_ENTITIES, MAX_OUTLINE, MAX_PIXELS
+from gella.entities.masks import binary_masks
+from gella.entities.npz import MAX_MEMBERS
+from gella.entities.sources import FileSource, load_entities
+from gella.entities.view import read_image
 
 SIZE = (24, 30)
 IDS = np.zeros(SIZE, np.int32)
@@ -480,8 +480,8 @@ def test_a_folder_of_masks_is_not_left_by_the_names_in_a_json(tmp_path: Path) ->
 MEASURE = """
 import sys, warnings
 warnings.simplefilter("ignore")
-from gella.entity_sources import load_entities
-from gella.geometry import read_image
+from gella.entities.sources import load_entities
+from gella.entities.view import read_image
 import numpy, PIL.Image, pycocotools.mask
 PIL.Image.init()
 def peak():  # getrusage would tell the peak of the process that started this one, if higher

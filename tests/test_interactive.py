@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gella.entities import EntityMap
-from gella.grounding import Grounding, PanopticResult
-from gella.interactive import SCRIPT, STYLE, grounding_html, page, panoptic_html
+from gella.entities.entity_map import EntityMap
 from gella.pictures.colors import palette
+from gella.pictures.grounding import Grounding, PanopticResult
+from gella.pictures.html import SCRIPT, STYLE, grounding_html, page, panoptic_html
 from gella.pictures.outlines import corner_count, mask_box, mean_width, svg_path
 
 CHROMIUM = Path("/usr/bin/chromium")

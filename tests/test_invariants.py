@@ -19,8 +19,8 @@ from tiny_gella import (
     same_result,
 )
 
-from gella import prompts
-from gella.entities import EntityMap
+from gella.entities.entity_map import EntityMap
+from gella.text import prompts
 
 TASKS = ("describe", "extract", "ground", "panoptic")
 # Size of the picture, entities, nouns: squares, upright and flat ones, all different.

@@ -17,10 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from gella.agreement import UnequalRanks, check_agreement, config_facts, file_facts, record_facts
-from gella.config_file import load_config
+from gella.config import load_config
 from gella.data.record_store import as_records
-from gella.launching import (
+from gella.engine.agreement import (
+    UnequalRanks,
+    check_agreement,
+    config_facts,
+    file_facts,
+    record_facts,
+)
+from gella.engine.launch import (
     LaunchError,
     Placement,
     first_host,
@@ -327,7 +333,7 @@ def test_a_users_error_in_a_started_process_is_status_2(tmp_path):
 
 
 def test_nobody_at_the_address(monkeypatch):
-    monkeypatch.setattr("gella.launching.TIMEOUT", datetime.timedelta(seconds=1))
+    monkeypatch.setattr("gella.engine.launch.TIMEOUT", datetime.timedelta(seconds=1))
     port = str(free_port())
     changes = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "MASTER_PORT": port}
     environment = {**SRUN, **changes, "MASTER_ADDR": "127.0.0.1"}

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from gella.checkpoint import check_state_dict
+from gella.engine.checkpoint import check_state_dict
 from gella.modeling.image_encoder import CLIPImageEncoder
 from gella.modeling.language_decoder import IGNORE_INDEX, IMAGE_TOKEN_ID, LanguageDecoder
-from gella.modeling.state_dicts import LlavaOriginal, detect
-from gella.modeling.state_dicts.llava import fit_words
+from gella.weights import LlavaOriginal, detect
+from gella.weights.llava import fit_words
 
 # 99 words; the last row is <image> in LLaVA and <SEG> here.
 VOCAB, EXTRA, EOS, PAD = 100, 99, 2, 0

@@ -22,7 +22,7 @@ import pytest
 from malformed_files import CAPTION, IDS, SIZE, Files, rgb, rle
 from PIL import Image
 
-from gella.entity_sources import load_entities, load_from_record
+from gella.entities.sources import load_entities, load_from_record
 
 PANOPTIC, PNG, RESULTS, NPZ = "panoptic.json", "42.png", "results.json", "42.npz"
 REFS, INSTANCES = "refs(unc).p", "instances.json"

@@ -18,8 +18,8 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from gella.config import add_gella_config
 from gella.modeling.colormap_encoder import TimmColormapEncoder
 from gella.modeling.mask_decoder import Mask2FormerHead
-from gella.modeling.state_dicts.layout import matches_any
-from gella.modeling.state_dicts.mask2former import (
+from gella.weights.layout import matches_any
+from gella.weights.mask2former import (
     Mask2FormerTransformers,
     Mask2FormerUpstream,
     MaskFormerHeadUpstream,

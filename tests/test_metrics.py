@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gella import metrics
-from gella.metrics import NounUnit
+from gella.evaluation import metrics
+from gella.evaluation.metrics import NounUnit
 
 # --------------------------------------------------------------------------- average recall
 

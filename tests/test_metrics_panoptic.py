@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gella import metrics_panoptic
+from gella.evaluation import panoptic_quality as metrics_panoptic
 
 CATEGORIES = [{"id": i, "name": f"c{i}", "isthing": int(i < 5)} for i in (1, 2, 3, 4, 7, 8, 9)]
 

@@ -12,9 +12,10 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from gella import add_gella_config, prompts
+from gella import add_gella_config
 from gella.data.dataset_mapper import GroundingMapper
 from gella.data.datasets import load_coco_panoptic, load_png
+from gella.text import prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES = {"loss_entity", "loss_mask", "loss_dice", "loss_association", "loss_answer"}

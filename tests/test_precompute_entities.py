@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import shlex
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,24 +20,14 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 from tiny_segmenters import TOY_SETUP, save_mask2former, save_sam, save_toy
 
-from gella.entity_sources import load_entities
+from gella.commands import precompute_entities as tool
+from gella.entities.sources import load_entities
 from gella.segmenters.from_transformers import SamSegmenter, UniversalSegmenter
 from gella.segmenters.journal import MaskJournal
 from gella.segmenters.segmenter import load_segmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "precompute_entities.py"
-
-
-def _load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gella_precompute", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _load_tool()
 
 
 def draw(seed: int, height: int = 40, width: int = 56) -> np.ndarray:

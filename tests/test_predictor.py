@@ -14,13 +14,13 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 import gella
-from gella import prompts
-from gella.checkpoint import load_weights
-from gella.config_file import load_config
+from gella.config import load_config
 from gella.data.dataset_mapper import GroundingMapper
-from gella.entities import EntityMap, id_to_rgb
+from gella.engine.checkpoint import load_weights
+from gella.entities.entity_map import EntityMap, id_to_rgb
 from gella.predictor import GellaPredictor, image_id_of
 from gella.segmenters.segmenter import Segmenter
+from gella.text import prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "gella_tiny_shapes.yaml"

@@ -11,9 +11,9 @@ import pytest
 from predictor_results import same_answers
 from tiny_gella import CATEGORIES, NOUNS, QUERIES, make_caption, make_cfg, make_entities, make_model
 
-from gella import prompts
-from gella.entities import EntityMap
+from gella.entities.entity_map import EntityMap
 from gella.predictor import GellaPredictor, Request
+from gella.text import prompts
 
 SIZES = [(60, 80), (90, 60), (48, 48), (64, 96), (50, 50)]
 

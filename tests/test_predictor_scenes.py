@@ -25,10 +25,10 @@ from tiny_gella import (
     same_result,
 )
 
-from gella import prompts
 from gella.modeling import inference, postprocessing
 from gella.predictor import GellaPredictor, Scene
 from gella.predictor.questions import TASKS, caption_question, prefix_ids
+from gella.text import prompts
 
 # (height, width), number of entities, number of nouns
 SCENES = [((60, 80), 5, 2), ((90, 60), 9, 5), ((48, 48), 1, 1), ((64, 96), 14, 7)]

@@ -10,7 +10,7 @@ from dataset_scripts import prepare_small_shapes, registered, script
 
 from gella.data import datasets
 from gella.data.spans import alignment_report
-from gella.prompts import align_utterances
+from gella.text.prompts import align_utterances
 
 COCO_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "coco_sample" / "annotations"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gella.prompts import (
+from gella.text.prompts import (
     DESCRIBE_INSTRUCTIONS,
     EXTRACT_INSTRUCTIONS,
     IGNORE_INDEX,

@@ -21,10 +21,10 @@ from gella.data.dataset_mapper import GroundingMapper
 from gella.data.exclusion import held_out_images, without_held_out
 from gella.data.record_store import RecordStore
 from gella.data.refcoco import load_instances
-from gella.entities import id_to_rgb
-from gella.entity_sources import load_from_record
-from gella.prompts import load_tokenizer
-from gella.trainer import load_records
+from gella.engine.trainer import load_records
+from gella.entities.entity_map import id_to_rgb
+from gella.entities.sources import load_from_record
+from gella.text.prompts import load_tokenizer
 
 SIZE = (20, 30)
 

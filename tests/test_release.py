@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapes
 from detectron2.modeling import build_model
 from PIL import Image
+from shapes_phrases import COUNT_WORDS
+from shapes_tokens import train_tokenizer
 
 from gella import GellaPredictor, load_config
-from gella.checkpoint import check_state_dict
-from gella.data import shapes
-from gella.data.shapes_phrases import COUNT_WORDS
-from gella.data.shapes_tokens import train_tokenizer
-from gella.modeling.state_dicts.files import read_weights
+from gella.engine.checkpoint import check_state_dict
+from gella.weights.files import read_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "weights/gella_tiny_shapes/config.yaml"

@@ -20,11 +20,10 @@ from detectron2.config import get_cfg
 from detectron2.engine import HookBase
 from toy_run import toy_config, toy_run
 
-from gella.checkpoint import GellaCheckpointer, consolidate
 from gella.data.task_sampling import GroundingBatchSampler, GroundingTrainLoader
-from gella.prompts import TASKS
-from gella.run_checkpoints import RunCheckpoints, fitted_optimizer_state
-from gella.zero_checkpoint import (
+from gella.engine.checkpoint import GellaCheckpointer, consolidate
+from gella.engine.resume import RunCheckpoints, fitted_optimizer_state
+from gella.engine.zero_checkpoint import (
     check_readable,
     check_sample,
     consolidate_part,
@@ -33,6 +32,7 @@ from gella.zero_checkpoint import (
     part_layout,
     sample_weights,
 )
+from gella.text.prompts import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ROOT / "configs" / "zero"
@@ -331,7 +331,7 @@ class Drawn(HookBase):
 
 
 def test_the_place_of_the_data_is_saved_and_compared(tmp_path, caplog, monkeypatch):
-    logger = logging.getLogger("gella.run_checkpoints")
+    logger = logging.getLogger("gella.engine.resume")
     monkeypatch.setattr(logger, "propagate", False)
     logger.addHandler(caplog.handler)
 

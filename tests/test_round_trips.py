@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shapes
 from PIL import Image
 from pycocotools import mask as coco_mask
+from shapes_masks import to_segmentation
 
-from gella.data import datasets, shapes
-from gella.data.shapes_masks import to_segmentation
-from gella.entity_sources import FileSource, load_entities, load_from_record
+from gella.data import datasets
+from gella.entities.sources import FileSource, load_entities, load_from_record
 
 ROOT = Path(__file__).resolve().parents[1]
 

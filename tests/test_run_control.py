@@ -11,7 +11,7 @@ from detectron2.engine import HookBase, launch
 from detectron2.utils import comm
 from toy_run import toy_config, toy_run
 
-from gella.run_control import NonFiniteError, NonFiniteGuard, any_rank
+from gella.engine.run_control import NonFiniteError, NonFiniteGuard, any_rank
 
 
 def parameters(trainer):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny_gella import make_cfg
 
-from gella.entities import EntityMap, id_to_rgb
+from gella.entities.entity_map import EntityMap, id_to_rgb
 from gella.predictor.scene import image_id_of, is_spec, read_entities, read_scene
 from gella.segmenters.segmenter import Segmenter
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapes
 from pycocotools import mask as coco_mask
-
-from gella.data import shapes
-from gella.data.shapes_phrases import COUNT_WORDS, STUFF_NOUNS, kind_plural
-from gella.data.shapes_scene import COLOURS, HELD_OUT_PAIRS, KINDS, STUFF, TEXTURES, draw_scene
+from shapes_phrases import COUNT_WORDS, STUFF_NOUNS, kind_plural
+from shapes_scene import COLOURS, HELD_OUT_PAIRS, KINDS, STUFF, TEXTURES, draw_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = 40
@@ -322,8 +321,9 @@ def test_preparation_refuses_bad_settings(prepare_shapes, tmp_path, option, caps
 
 def test_tokenizer(samples, tmp_path):
     """One token a word, with its leading space; any text comes back; a constant size."""
-    from gella.data.shapes_tokens import VOCABULARY_SIZE, template_texts, train_tokenizer
-    from gella.prompts import load_tokenizer
+    from shapes_tokens import VOCABULARY_SIZE, template_texts, train_tokenizer
+
+    from gella.text.prompts import load_tokenizer
 
     captions = [r["description"] for s in samples["train"] for r in s.descriptions]
     assert train_tokenizer(captions, str(tmp_path)) == VOCABULARY_SIZE

@@ -9,11 +9,11 @@ from torch import nn
 
 from gella import load_config
 from gella.modeling.image_encoder import CLIPImageEncoder
-from gella.modeling.state_dicts import FORMATS, detect, format_named
-from gella.modeling.state_dicts.assembly import Piece, assemble, cover
-from gella.modeling.state_dicts.clip import ClipHf, ClipHfVision, ClipOpenAI, ClipOpenAIVisual
-from gella.modeling.state_dicts.layout import Composite, Layout, fuse, matches, rename, unfuse
-from gella.modeling.state_dicts.llava import EMBEDDINGS, fit_words
+from gella.weights import FORMATS, detect, format_named
+from gella.weights.assembly import Piece, assemble, cover
+from gella.weights.clip import ClipHf, ClipHfVision, ClipOpenAI, ClipOpenAIVisual
+from gella.weights.layout import Composite, Layout, fuse, matches, rename, unfuse
+from gella.weights.llava import EMBEDDINGS, fit_words
 
 PAPER = str(tiny.ROOT / "configs" / "gella_swin_t.yaml")
 

@@ -19,17 +19,17 @@ from detectron2.engine import TrainerBase, launch
 from detectron2.utils import comm
 from test_train_net import CONFIG, ROOT, SCRIPT, SMALL
 
-from gella import stopping
 from gella.data.task_sampling import start_worker
-from gella.evaluation_split import build_even_loader
-from gella.stopping import RunStopped, StopOnSignal, forwarded_signals, resume_command
+from gella.engine import stopping
+from gella.engine.evaluation_split import build_even_loader
+from gella.engine.stopping import RunStopped, StopOnSignal, forwarded_signals, resume_command
 
 # Stops every process in iteration 3 until the file "go" appears, so that signals hit that step.
 PAUSE = """
 import os, time
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from gella.trainer import GellaTrainer
+from gella.engine.trainer import GellaTrainer
 
 class Pause(HookBase):
     def before_step(self):

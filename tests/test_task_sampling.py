@@ -17,7 +17,7 @@ from gella.data.task_sampling import (
     build_train_loader,
     task_at,
 )
-from gella.prompts import TASKS
+from gella.text.prompts import TASKS
 
 RATIOS = (0.2, 0.2, 0.6)
 POOLS = {"describe": range(0, 7), "extract": range(5, 16), "ground": range(20, 50)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -38,7 +37,7 @@ SMALL = [
 KILLED = """
 import os, runpy, signal, sys
 from detectron2.engine import HookBase
-from gella.trainer import GellaTrainer
+from gella.engine.trainer import GellaTrainer
 
 class Kill(HookBase):
     def after_step(self):
@@ -246,17 +245,16 @@ def test_a_table_runs_all_that_it_needs_and_takes_calibrated_thresholds(scenes, 
 @pytest.fixture(scope="module")
 def train_net():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("tool_train_net", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from gella.commands import train
+
+    return train
 
 
 def refused(train_net, capsys, *arguments, config=CONFIG):
     """Run main and expect status 2; returns the one line of the error."""
     args = default_argument_parser().parse_args(["--config-file", config, *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        train_net.main(args)
+        train_net.run(args)
     assert end.value.code == 2
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(lines) == 1

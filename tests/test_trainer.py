@@ -17,9 +17,9 @@ from detectron2.solver import build_lr_scheduler
 from torch import nn
 
 from gella import add_gella_config
-from gella.optimizer import build_optimizer, role_of, split_off, with_epochs
-from gella.trainer import GellaTrainer, load_records
-from gella.training_hooks import GradientClipper, IterationSeed
+from gella.engine.hooks import GradientClipper, IterationSeed
+from gella.engine.optimizer import build_optimizer, role_of, split_off, with_epochs
+from gella.engine.trainer import GellaTrainer, load_records
 
 TOY = "GellaTrainerToy"
 
@@ -204,7 +204,7 @@ def test_random_numbers_depend_on_seed_and_iteration_only(cfg):
 
 def test_ranks_draw_what_one_process_draws_part_by_part(monkeypatch):
     def draws(rank, accumulate):
-        monkeypatch.setattr("gella.training_hooks.comm.get_rank", lambda: rank)
+        monkeypatch.setattr("gella.engine.hooks.comm.get_rank", lambda: rank)
         hook, model = IterationSeed(1), nn.Dropout(0.5)
         inner = SimpleNamespace(accumulate=accumulate, micro_step=0)
         hook.trainer = SimpleNamespace(model=model, iter=5, _trainer=inner)
@@ -316,7 +316,7 @@ def test_epochs_end_the_run(cfg, monkeypatch, caplog):
     monkeypatch.setattr(ToyLoader, "dataset", range(12), raising=False)
     cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.SOLVER.IMS_PER_BATCH = 3, (2,), 3
     cfg.SOLVER.WARMUP_ITERS = 0
-    with caplog.at_level("INFO", "gella.trainer"):
+    with caplog.at_level("INFO", "gella.engine.trainer"):
         trainer = start(cfg)
     assert "3 epochs of 12 images" in caplog.text and "SOLVER.MAX_ITER 12" in caplog.text
     rates = []

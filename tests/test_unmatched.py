@@ -14,7 +14,7 @@ from torch import nn
 
 from gella import add_gella_config
 from gella.data.unmatched import CountedLoader, UnmatchedPhrases
-from gella.trainer import GellaTrainer
+from gella.engine.trainer import GellaTrainer
 
 # (grounded, unmatched) of the samples of each batch
 BATCHES = [[(0, 0)], [(3, 1), (1, 0)], [(2, 2)], [(2, 0), (0, 0)]]

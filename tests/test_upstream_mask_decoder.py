@@ -17,12 +17,12 @@ from torch import nn
 from gella.config import add_gella_config
 from gella.modeling.criterion import GellaCriterion
 from gella.modeling.mask_decoder import Mask2FormerHead
-from gella.modeling.state_dicts.mask2former import Mask2FormerUpstream
 from gella.modeling.upstream_mask_decoder import (
     UpstreamMaskDecoder,
     build_mask_decoder,
     maskformer_config,
 )
+from gella.weights.mask2former import Mask2FormerUpstream
 
 SHAPES = {f"res{k + 2}": ShapeSpec(channels=16 * (k + 1), stride=4 * 2**k) for k in range(4)}
 

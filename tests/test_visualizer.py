@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gella.entities import EntityMap
+from gella.entities.entity_map import EntityMap
 from gella.pictures.colors import ink_on
 from gella.pictures.labels import place_labels
 from gella.pictures.mask_layers import Grid, Layer, looks

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import shapes
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase, launch
@@ -20,15 +21,15 @@ from detectron2.utils import comm
 from test_train_net import CONFIG, ROOT, SMALL
 from toy_run import toy_config, toy_run
 
-from gella import load_config, picture_panel, watching
-from gella.data import shapes
+from gella import load_config
 from gella.data.datasets import register_png
-from gella.entities import EntityMap
-from gella.picture_panel import PicturePanel, draw_panel, panel_input
-from gella.prompts import TASKS
-from gella.stopping import RunStopped, StopOnSignal
-from gella.trainer import GellaTrainer
-from gella.watching import peak_memory_mib
+from gella.engine import picture_panel, watching
+from gella.engine.picture_panel import PicturePanel, draw_panel, panel_input
+from gella.engine.stopping import RunStopped, StopOnSignal
+from gella.engine.trainer import GellaTrainer
+from gella.engine.watching import peak_memory_mib
+from gella.entities.entity_map import EntityMap
+from gella.text.prompts import TASKS
 
 # -- scalars ---------------------------------------------------------------------------------------
 
@@ -177,7 +178,7 @@ def pictures(monkeypatch):
 def test_a_panel_changes_nothing(scenes, tmp_path, monkeypatch, pictures):
     # IterationSeed would hide a changed generator.
     options = ["SOLVER.MAX_ITER", "8", "DATALOADER.TASK_RATIOS", "[0.5,0.2,0.3]"]
-    monkeypatch.setattr("gella.trainer.IterationSeed", lambda seed: HookBase())
+    monkeypatch.setattr("gella.engine.trainer.IterationSeed", lambda seed: HookBase())
     losses, weights, _ = tiny_run(scenes, tmp_path / "plain", *options)
     assert pictures == []
     shown_losses, shown_weights, trainer = tiny_run(

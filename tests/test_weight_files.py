@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gella.modeling.state_dicts.files import (
+from gella.weights.files import (
     main_file,
     new_folder,
     read_torch,

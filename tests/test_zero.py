@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gella.optimizer import split_off
-from gella.zero import ZeroHook, read_config
+from gella.engine.optimizer import split_off
+from gella.engine.zero import ZeroHook, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ROOT / "configs" / "zero"
@@ -217,8 +217,8 @@ def test_rates_follow_the_trainer_s_groups_also_after_a_resume():
 # -- the script ------------------------------------------------------------------------------------
 
 PLUGIN = """
-import gella.trainer
-build = gella.trainer.build_optimizer
+import gella.engine.trainer
+build = gella.engine.trainer.build_optimizer
 
 def steady(cfg, model):
     optimizer = build(cfg, model)
@@ -226,7 +226,7 @@ def steady(cfg, model):
         group["eps"] = 1e-3
     return optimizer
 
-gella.trainer.build_optimizer = steady
+gella.engine.trainer.build_optimizer = steady
 """
 
 

@@ -11,10 +11,10 @@ import torch
 from detectron2.modeling import build_model
 from PIL import Image
 
-from gella import prompts
-from gella.config_file import load_config
+from gella.config import load_config
 from gella.data.dataset_mapper import GroundingMapper
-from gella.entities import EntityMap, id_to_rgb
+from gella.entities.entity_map import EntityMap, id_to_rgb
+from gella.text import prompts
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "gella_tiny_shapes.yaml"
 TOLERANCE = 1e-5

@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from gella import add_gella_config
-from gella.trainer import GellaTrainer
+from gella.engine.trainer import GellaTrainer
 
 TASKS = ("describe", "extract", "ground", "refer")
 

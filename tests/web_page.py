@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import app
-from app_server import Workspace
+from gella.commands import app
+from gella.commands.app_server import Workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = ROOT / "examples" / "shapes"

@@ -18,10 +18,10 @@ from detectron2.utils import comm
 from torch import nn
 
 from gella import add_gella_config
-from gella.evaluation_hooks import undisturbed
-from gella.launching import leave_process_group
+from gella.engine.evaluation_hooks import undisturbed
+from gella.engine.launch import leave_process_group
+from gella.engine.zero import ZeroHook
 from gella.modeling.language_decoder import IMAGE_TOKEN_ID, LanguageDecoder
-from gella.zero import ZeroHook
 
 
 def build():

@@ -21,8 +21,8 @@ from torch import nn
 
 from gella import add_gella_config
 from gella.data.task_sampling import task_at
+from gella.engine.trainer import GellaTrainer
 from gella.modeling.meta_arch import GELLA
-from gella.trainer import GellaTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 RATIOS = [0.34, 0.33, 0.33]

@@ -22,14 +22,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-import benchmark_cost
-import benchmark_crash
-import benchmark_curves
-import benchmark_data
-import benchmark_eval
-import benchmark_generation
-import benchmark_predict
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(_ROOT / "benchmarks"), str(_ROOT / "datasets")]
+
+import cost as benchmark_cost  # noqa: E402
+import crash as benchmark_crash  # noqa: E402
+import curves as benchmark_curves  # noqa: E402
+import data as benchmark_data  # noqa: E402
+import evaluation as benchmark_eval  # noqa: E402
+import generation as benchmark_generation  # noqa: E402
+import predict as benchmark_predict  # noqa: E402
 
 MODES = {
     "cost": (benchmark_cost, "parameters, FLOPs and memory of each part, counted"),

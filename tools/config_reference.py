@@ -25,7 +25,7 @@ from typing import Any
 from detectron2.config import get_cfg
 
 from gella import config
-from gella.checkpoint import write_atomically
+from gella.utils.io import write_atomically
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "CONFIG.md"
 HEAD = """# Configuration reference

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-
-from gella.data.shapes_tokens import train_tokenizer
+from shapes_tokens import train_tokenizer
 
 WIDTH, HEIGHT = 64, 48
 COLORS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (40, 90, 214)}

@@ -8,9 +8,8 @@ Importing this package fills Detectron2's registries (``META_ARCH_REGISTRY``: ``
 from __future__ import annotations
 
 from gella import data, modeling, segmenters
-from gella.config import add_gella_config
-from gella.config_file import load_config
-from gella.entities import EntityMap
+from gella.config import add_gella_config, load_config
+from gella.entities.entity_map import EntityMap
 from gella.predictor import GellaPredictor, Grounding, Request, Scene
 
 __version__ = "0.1.0"

@@ -29,7 +29,7 @@ from gella.captions.text import (
     parse_json_answer,
     parse_noun_list,
 )
-from gella.geometry import read_image
+from gella.entities.view import read_image
 
 __all__ = [
     "MODES",
@@ -171,7 +171,7 @@ def load_picture(
     Args:
         source: file, or uint8 RGB (H, W, 3).
         max_side: longest side in pixels; a larger picture is scaled down, a smaller one kept.
-        upright: as :func:`gella.geometry.read_image`; off for datasets, whose masks lie in the
+        upright: as :func:`gella.entities.view.read_image`; off for datasets, whose masks lie in the
             frame of the stored pixels, on for photographs.
 
     Raises:

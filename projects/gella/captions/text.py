@@ -143,7 +143,7 @@ def match_nouns(description: str, nouns: Sequence[str]) -> NounMatch:
     its determiners; with its last word in the other number; both. Longer nouns choose their place
     first, so "hat" beside "red hat" is another hat, or left out.
 
-    The result is such that :func:`gella.alignment.locate_phrases` gives its spans back.
+    The result is such that :func:`gella.text.alignment.locate_phrases` gives its spans back.
     """
     result = NounMatch()
     text = description.translate(_QUOTES)

@@ -11,8 +11,8 @@ from typing import Any
 
 from detectron2.data import MetadataCatalog
 
-from gella.data import datasets, shapes
-from gella.data.coco_categories import coco_panoptic_categories
+from gella.data import datasets
+from gella.data.coco_categories import SHAPES_CATEGORIES, coco_panoptic_categories
 from gella.data.entityseg import first_that_exists
 
 __all__ = ["REFCOCO_SPLITS", "refcoco_name", "register_all"]
@@ -58,8 +58,8 @@ def register_all(root: str | Path) -> None:
 
 def _register_shapes(root: Path) -> None:
     notes = root / "annotations"
-    categories = shapes.CATEGORIES
-    for split in shapes.SPLITS:
+    categories = SHAPES_CATEGORIES
+    for split in ("train", "val"):
         panoptic_json = notes / f"panoptic_{split}.json"
         where = (root / split, notes / f"panoptic_{split}", panoptic_json)
         narratives = notes / f"png_shapes_{split}.json"

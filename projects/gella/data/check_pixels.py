@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from gella.data.check_report import Finding
-from gella.entities import rgb_to_id
-from gella.entity_json import decode_segmentation
+from gella.entities.entity_map import rgb_to_id
+from gella.entities.json_files import decode_segmentation
 
 __all__ = ["ImageJob", "check_image"]
 

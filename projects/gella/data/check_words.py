@@ -12,7 +12,7 @@ from gella.data.check_report import Report
 from gella.data.narratives import read_narratives
 from gella.data.reading import field, json_lines, listed, text, whole
 from gella.data.refcoco import read_refs
-from gella.prompts import align_utterances, locate_phrases
+from gella.text.prompts import align_utterances, locate_phrases
 
 __all__ = ["check_captions", "check_narratives", "check_refs"]
 

@@ -17,7 +17,7 @@ from gella.data.check_report import Finding, Report
 from gella.data.check_words import check_captions, check_narratives, check_refs
 from gella.data.entityseg import locate_images
 from gella.data.known_counts import known_counts
-from gella.entity_sources import load_from_record
+from gella.entities.sources import load_from_record
 
 __all__ = ["check_dataset"]
 

@@ -63,3 +63,24 @@ def _parsed(table: str, isthing: int) -> list[dict[str, Any]]:
             }
         )
     return categories
+
+
+# The drawn scenes of datasets/prepare_shapes.py.
+SHAPES_THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "diamond")
+SHAPES_STUFF = ("sky", "sand", "grass", "water", "wall", "floor")
+_SHAPES_PALETTE = (
+    (220, 20, 60), (0, 82, 0), (250, 170, 30), (255, 208, 186), (0, 60, 100), (174, 57, 255),
+    (110, 76, 0), (70, 130, 180), (206, 186, 171), (152, 251, 152), (58, 41, 149), (102, 102, 156),
+    (96, 96, 96),
+)  # fmt: skip
+# COCO's form. Things first; ids count from 1 without gaps.
+SHAPES_CATEGORIES: list[dict[str, Any]] = [
+    {
+        "id": number,
+        "name": name,
+        "isthing": int(name in SHAPES_THINGS),
+        "color": list(_SHAPES_PALETTE[number - 1]),
+        "supercategory": "shape" if name in SHAPES_THINGS else "region",
+    }
+    for number, name in enumerate((*SHAPES_THINGS, *SHAPES_STUFF), start=1)
+]

@@ -13,10 +13,10 @@ from detectron2.data import MetadataCatalog
 
 from gella.data.mirror import FLIP_TEXT, mirrored_words, names_a_side
 from gella.data.phrases import EntityMatcher, category_phrases
-from gella.entity_sources import annotation_of, load_entities, load_from_record
-from gella.geometry import image_token_count, make_view, read_image
-from gella.overlong import FittedPrompt, check_policy, fit_prompt
-from gella.prompts import (
+from gella.entities.sources import annotation_of, load_entities, load_from_record
+from gella.entities.view import image_token_count, make_view, read_image
+from gella.text.overlong import FittedPrompt, check_policy, fit_prompt
+from gella.text.prompts import (
     DESCRIBE_INSTRUCTIONS,
     EXTRACT_INSTRUCTIONS,
     load_tokenizer,
@@ -85,7 +85,7 @@ class GroundingMapper:
         self._cut = [0, 0]  # captions and nouns so far
         self.categories = list(categories)
         # Compiles here: forked workers would each do it again and keep 160 MiB of their own.
-        import gella.colormap_kernel  # noqa: F401
+        import gella.entities.colormap_kernel  # noqa: F401
 
     @classmethod
     def from_config(

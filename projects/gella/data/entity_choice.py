@@ -10,7 +10,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog
 
 from gella.data.record_store import mapped, selected
-from gella.entity_sources import AnnotationSource, EntitySource, source_for
+from gella.entities.sources import AnnotationSource, EntitySource, source_for
 
 __all__ = ["choose_entities", "use_source"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from gella.data.coco_panoptic import load_coco_panoptic
 from gella.data.reading import field, listed, read_json, read_json_lines, text
 from gella.data.record_store import RecordStore
-from gella.prompts import align_utterances, locate_phrases
+from gella.text.prompts import align_utterances, locate_phrases
 
 __all__ = ["load_captions", "load_png", "read_narratives", "with_captions"]
 

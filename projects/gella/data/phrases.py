@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gella.entities import EntityMap
-from gella.prompts import spoken_name
+from gella.entities.entity_map import EntityMap
+from gella.text.prompts import spoken_name
 
 
 class EntityMatcher:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from gella.data.narratives import read_narratives
 from gella.data.reading import field, listed, text
-from gella.prompts import align_utterances
+from gella.text.prompts import align_utterances
 
 __all__ = ["alignment_report"]
 

@@ -25,8 +25,8 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gella.data.record_store import as_records, indices_with_task
-from gella.geometry import received, to_send
-from gella.prompts import TASKS
+from gella.entities.view import received, to_send
+from gella.text.prompts import TASKS
 
 SampleKey = tuple[int, str, tuple[int, int, int]]
 

@@ -6,7 +6,7 @@ them, and returns ``{task: {metric: score}}`` in percent on the main process, ``
 Sums are exact or correctly rounded, so results depend neither on batches nor on processes.
 """
 
-from gella import metrics
+from gella.evaluation import metrics
 from gella.evaluation.categories import asked_categories
 from gella.evaluation.entity import EntityAPEvaluator
 from gella.evaluation.nouns import NounExtractionEvaluator

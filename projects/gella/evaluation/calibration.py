@@ -16,7 +16,7 @@ import numpy as np
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from gella import metrics_panoptic
+from gella.evaluation import panoptic_quality as metrics_panoptic
 from gella.evaluation.base import to_array
 from gella.evaluation.run_info import file_hash
 from gella.evaluation.truth import TruthReader

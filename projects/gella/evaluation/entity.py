@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gella import metrics_panoptic
+from gella.evaluation import panoptic_quality as metrics_panoptic
 from gella.evaluation.base import GatheringEvaluator, encode_mask, percent, sized_mask
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gella.entities import rgb_to_id
+from gella.entities.entity_map import rgb_to_id
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _EIGHT_BIT_RGB = b"\x08\x02"  # depth and colour type, bytes 24 and 25 of the file

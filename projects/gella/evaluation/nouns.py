@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from gella import metrics
+from gella.evaluation import metrics
 from gella.evaluation.base import GatheringEvaluator, percent
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gella.entity_json import decode_segmentation
-from gella.entity_sources import annotation_of, load_from_record
+from gella.entities.json_files import decode_segmentation
+from gella.entities.sources import annotation_of, load_from_record
 from gella.evaluation.id_png import read_id_png
 from gella.evaluation.truth import TruthReader
 

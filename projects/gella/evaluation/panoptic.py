@@ -11,8 +11,8 @@ import numpy as np
 from detectron2.evaluation import DatasetEvaluator
 from PIL import Image
 
-from gella import metrics_panoptic
-from gella.entities import id_to_rgb
+from gella.entities.entity_map import id_to_rgb
+from gella.evaluation import panoptic_quality as metrics_panoptic
 from gella.evaluation.base import GatheringEvaluator, percent, to_array
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gella import metrics
+from gella.evaluation import metrics
 from gella.evaluation.base import GatheringEvaluator, encode_mask, percent, sized_mask
 from gella.evaluation.png_form import png_form
 from gella.evaluation.results import write_json

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gella import metrics
+from gella.evaluation import metrics
 from gella.evaluation.base import GatheringEvaluator, encode_mask, percent, sized_mask
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gella.metrics import PROTOCOLS, SUBSETS
+from gella.evaluation.metrics import PROTOCOLS, SUBSETS
 
 _COLUMNS = ("all", *SUBSETS)
 _BASELINES = {

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from gella.entities import EntityMap
-from gella.entity_json import decode_segmentation
+from gella.entities.entity_map import EntityMap
+from gella.entities.json_files import decode_segmentation
 from gella.evaluation.id_png import read_id_png
-from gella.metrics_panoptic import VOID, check_segments
+from gella.evaluation.panoptic_quality import VOID, check_segments
 
 _KEPT = 4  # images held decoded; the captions of one image usually come one after the other
 

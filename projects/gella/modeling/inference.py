@@ -11,7 +11,6 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from gella import prompts
 from gella.modeling.mask_decoder import MaskDecoderOutput
 from gella.modeling.postprocessing import (
     gather_candidates,
@@ -22,6 +21,7 @@ from gella.modeling.postprocessing import (
     snap_to_entities,
 )
 from gella.modeling.prefix import Prefix
+from gella.text import prompts
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from gella.entities import EntityMap
+from gella.entities.entity_map import EntityMap
 from gella.pictures.colors import Color, palette
 from gella.pictures.labels import deepest_point
 from gella.pictures.mask_layers import Layer

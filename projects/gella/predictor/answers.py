@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gella.grounding import Grounding, PanopticResult
+from gella.pictures.grounding import Grounding, PanopticResult
 from gella.predictor.questions import Question
 from gella.predictor.scene import Scene
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from gella import prompts
-from gella.grounding import Grounding, PanopticResult
+from gella.pictures.grounding import Grounding, PanopticResult
 from gella.predictor.answers import to_grounding, to_panoptic
 from gella.predictor.questions import Question, fit_question, mapped_input, prefix_ids
 from gella.predictor.scene import Scene, read_scene
 from gella.segmenters.segmenter import Segmenter, load_segmenter
+from gella.text import prompts
 
 
 @dataclass(frozen=True, eq=False)

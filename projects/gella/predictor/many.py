@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gella import prompts
 from gella.predictor.answers import Result
 from gella.predictor.engine import Asked, Engine
 from gella.predictor.questions import (
@@ -21,6 +20,7 @@ from gella.predictor.questions import (
     text_question,
 )
 from gella.predictor.scene import Scene
+from gella.text import prompts
 
 Outcome = Result | Exception
 

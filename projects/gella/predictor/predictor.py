@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from detectron2.modeling import build_model
 
-from gella import prompts
-from gella.checkpoint import load_weights
-from gella.config_file import load_config
-from gella.grounding import Grounding, PanopticResult
+from gella.config import load_config
+from gella.engine.checkpoint import load_weights
+from gella.pictures.grounding import Grounding, PanopticResult
 from gella.predictor.answers import Result
 from gella.predictor.engine import Engine
 from gella.predictor.many import answer_requests
@@ -38,6 +37,7 @@ from gella.predictor.questions import (
     text_question,
 )
 from gella.predictor.scene import EntitiesLike, Scene, image_id_of
+from gella.text import prompts
 
 __all__ = ["DTYPES", "GellaPredictor", "Grounding", "Request", "Scene", "image_id_of"]
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from gella import prompts
-from gella.entities import EntityMap
-from gella.geometry import image_token_count
-from gella.overlong import FittedPrompt, fit_prompt
+from gella.entities.entity_map import EntityMap
+from gella.entities.view import image_token_count
 from gella.predictor.scene import Scene
 from gella.segmenters.segmenter import Segmenter
+from gella.text import prompts
+from gella.text.overlong import FittedPrompt, fit_prompt
 
 __all__ = [
     "TASKS",

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from gella.entities import EntityMap
-from gella.entity_sources import load_entities
-from gella.geometry import make_view, read_image
+from gella.entities.entity_map import EntityMap
+from gella.entities.sources import load_entities
+from gella.entities.view import make_view, read_image
 from gella.segmenters.segmenter import KINDS, Segmenter
 
 EntitiesLike = EntityMap | np.ndarray | str | Path | Segmenter
@@ -30,7 +30,7 @@ class Scene:
         image: uint8 (H, W, 3) RGB; read-only.
         entities: in the frame of ``image``; at least one.
         image_id: chose the colours of the colormap.
-        view: the model's view, see :func:`gella.geometry.make_view`; for the predictor.
+        view: the model's view, see :func:`gella.entities.view.make_view`; for the predictor.
         encoded: what the model computed once; for the predictor.
     """
 
@@ -136,7 +136,7 @@ def read_entities(
         entities: an EntityMap; ids, an integer array (H, W), 0 where no entity is; masks (E, H, W),
             bool or numbers of which one, such as 1 or 255, means inside (they may overlap: smaller
             masks lie on top); a file of any format that
-            :func:`gella.entity_sources.load_entities` reads; or a segmenter, which looks at the
+            :func:`gella.entities.sources.load_entities` reads; or a segmenter, which looks at the
             image.
         image: uint8 (H, W, 3) RGB.
         masks_format, segments_info, image_id: of a file, see :func:`read_scene`.

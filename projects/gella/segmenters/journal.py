@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from gella.checkpoint import write_atomically
-from gella.entities import EntityMap
+from gella.entities.entity_map import EntityMap
+from gella.utils.io import write_atomically
 
 
 @dataclass(frozen=True)

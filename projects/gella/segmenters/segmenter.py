@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from gella.entities import EntityMap
-from gella.entity_sources import SOURCE_KINDS, LiveSource
-from gella.geometry import read_image
+from gella.entities.entity_map import EntityMap
+from gella.entities.sources import SOURCE_KINDS, LiveSource
+from gella.entities.view import read_image
 
 KINDS = ("sam", "transformers", "detectron2")
 SPECS = "sam:PATH, transformers:PATH or detectron2:CONFIG:WEIGHTS"

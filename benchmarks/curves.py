@@ -1,0 +1,274 @@
+"""Loss curves under ZeRO in several processes, laid over those of plain training in one.
+
+    python tools/benchmark.py curves --config-file configs/gella_tiny_shapes.yaml \\
+        --processes 2 --zero configs/zero/stage2.json --iterations 200 --plot curves.png
+
+Both runs see the same batches: the one process cuts each into as many parts as there are
+processes (``SOLVER.ACCUMULATE``), and random numbers belong to the part, so that every difference
+is rounding. Rounding grows with every step that is taken on it, the faster the larger the learning
+rate. How far it gets by itself show more pairs of runs: before each, every one of the first weights
+is moved by one unit in its last place, at random, the same way in both runs of the pair.
+
+Printed for every loss and the gradient's norm, over the first twenty and over all iterations: the
+largest difference between the two runs of a pair, and the largest between any two plain runs; and
+over the second half of the iterations the mean of the runs of each kind, and their standard
+deviation. Last, over all curves: how far apart two runs are within each kind and across, and how
+often they are as far apart across when the kinds are swapped in some pairs (permutation test of the
+energy distance, Szekely and Rizzo 2004). A small share, say below 0.05, means that ZeRO trains
+differently; of N pairs it can be 1 in 2 ** (N - 1) at least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase, launch
+from detectron2.utils import comm
+from scipy.stats import permutation_test
+from tabulate import tabulate
+
+from gella import load_config
+from gella.data.plugins import import_modules
+from gella.engine.launch import leave_process_group
+from gella.engine.trainer import GellaTrainer
+from gella.evaluation.results import write_json
+
+EARLY = 20  # iterations of the second column, and of a stretch
+PERMUTATIONS = 9999  # at most; all, if there are fewer
+
+Curves = dict[str, list[float]]  # by name
+
+
+def move_weights(model: torch.nn.Module, seed: int) -> None:
+    """Move every weight to the next float up or down, at random.
+
+    Args:
+        seed: of the directions; they are the same however the model is wrapped.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            away = torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1.0
+            target = (away * float("inf")).to(parameter.device)
+            parameter.copy_(torch.nextafter(parameter, target))
+
+
+class Recorder(HookBase):
+    """Keeps the losses and the gradient's norm of every iteration; the main process writes them."""
+
+    def __init__(self, path: str) -> None:
+        """``path``: JSON file, written when the training ends."""
+        self._path = path
+        self._curves: Curves = {}
+
+    def after_step(self) -> None:
+        """Take this iteration's values, which are means over the processes."""
+        if not comm.is_main_process():
+            return
+        for name, (value, iteration) in self.trainer.storage.latest().items():
+            if iteration == self.trainer.iter and ("loss" in name or name == "grad_norm"):
+                self._curves.setdefault(name, []).append(float(value))
+
+    def after_train(self) -> None:
+        """Write the file."""
+        if comm.is_main_process():
+            write_json(self._path, self._curves)
+
+
+def train(config_file: str, options: list[Any], output: str, moved: int) -> None:
+    """Train in this process, one of those that ``launch`` made, and record.
+
+    Args:
+        config_file, options, output: the config, and where its run goes.
+        moved: seed with which the first weights are moved by one unit in the last place; 0 leaves
+            them.
+    """
+    torch.set_num_threads(1)
+    cfg = load_config(config_file, [*options, "OUTPUT_DIR", output])
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    import_modules(cfg)
+    cfg.freeze()
+    os.makedirs(output, exist_ok=True)
+    torch.manual_seed(max(cfg.SEED, 0))  # the same initial weights in all runs
+    trainer = GellaTrainer(cfg)
+    trainer.register_hooks([Recorder(os.path.join(output, "curves.json"))])
+    trainer.resume_or_load(resume=False)
+    if moved:  # before DeepSpeed, which starts with the training, copies the weights
+        move_weights(trainer.model, moved)
+    trainer.train()
+    leave_process_group()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the mode ``curves``."""
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--processes", type=int, default=2, help="under ZeRO; default 2")
+    parser.add_argument(
+        "--zero", default="configs/zero/stage2.json", metavar="FILE", help="DeepSpeed's JSON"
+    )
+    parser.add_argument("--iterations", type=int, default=200, help="default 200")
+    parser.add_argument("--moved", type=int, default=3, help="pairs with moved weights; default 3")
+    parser.add_argument("--plot", metavar="PNG", help="draw the curves into this file")
+    parser.add_argument("--json", metavar="FILE", help="write all values there")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+
+
+def record(args: argparse.Namespace) -> dict[str, list[Curves]]:
+    """Run the trainings; curves of the runs "plain" and "zero", the first of each not moved.
+
+    Raises:
+        ValueError: wrong arguments.
+    """
+    if args.processes < 2 or args.iterations < 1 or args.moved < 1:
+        raise ValueError(
+            f"--processes is {args.processes}, --iterations {args.iterations} and --moved "
+            f"{args.moved}: at least 2, 1 and 1"
+        )
+    # No evaluation and no checkpoint but the last: only the steps count.
+    common = ["SOLVER.MAX_ITER", args.iterations, "SOLVER.CHECKPOINT_PERIOD", args.iterations]
+    common += ["DATASETS.TEST", "()", "TEST.EVAL_PERIOD", 0, *args.opts]
+    kinds = {
+        "plain": (1, ["SOLVER.ACCUMULATE", args.processes]),
+        "zero": (args.processes, ["SOLVER.ZERO.CONFIG", args.zero]),
+    }
+    curves: dict[str, list[Curves]] = {kind: [] for kind in kinds}
+    for moved, (kind, (processes, options)) in itertools.product(
+        range(args.moved + 1), kinds.items()
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            job = (args.config_file, [*common, *options], folder, moved)
+            launch(train, processes, dist_url="auto", args=job)
+            with open(os.path.join(folder, "curves.json"), encoding="utf-8") as stream:
+                curves[kind].append(json.load(stream))
+    return curves
+
+
+def compare(one: Curves, other: Curves) -> dict[str, dict[str, float]]:
+    """Largest differences of each curve, over the early and over all iterations.
+
+    Raises:
+        ValueError: the runs recorded other curves, or other numbers of values.
+    """
+    if {k: len(v) for k, v in one.items()} != {k: len(v) for k, v in other.items()}:
+        raise ValueError(f"the runs recorded {sorted(one)} and {sorted(other)}, or more of one")
+    apart = {name: np.abs(np.subtract(one[name], other[name])) for name in one}
+    return {k: {"early": float(v[:EARLY].max()), "all": float(v.max())} for k, v in apart.items()}
+
+
+def table(curves: dict[str, list[Curves]]) -> list[dict[str, Any]]:
+    """One row per curve, of what this module's text says is printed."""
+    plain, zero = curves["plain"], curves["zero"]
+    pairs = [compare(a, b) for a, b in zip(plain, zero, strict=True)]
+    noise = [compare(a, b) for a, b in itertools.combinations(plain, 2)]
+    rows = []
+    for name in sorted(plain[0]):
+        row: dict[str, Any] = {"curve": name, "mean size": np.abs(plain[0][name]).mean()}
+        for part in ("early", "all"):
+            row[f"pair, {part}"] = max(pair[name][part] for pair in pairs)
+            row[f"two plain, {part}"] = max(pair[name][part] for pair in noise)
+        for kind, runs in curves.items():
+            late = [np.mean(run[name][len(run[name]) // 2 :]) for run in runs]
+            row[f"late {kind}"] = f"{np.mean(late):.4g} ± {np.std(late, ddof=1):.2g}"
+        rows.append(row)
+    return rows
+
+
+def distances(runs: list[Curves]) -> np.ndarray:
+    """Distance of any two runs, (N, N): root mean square difference of their stretches' means.
+
+    Stretches are of ``EARLY`` iterations. Each counts in standard deviations over the runs, so that
+    all stretches of all curves weigh the same.
+    """
+    means = []
+    for name in runs[0]:
+        values = np.array([run[name] for run in runs])
+        edges = range(EARLY, values.shape[1], EARLY)
+        means += [part.mean(1) for part in np.split(values, edges, axis=1)]
+    deviations = [(part - part.mean()) / part.std() for part in means if part.std() > 0]
+    points = np.stack(deviations, 1)
+    return np.sqrt(((points[:, None] - points[None]) ** 2).mean(-1))
+
+
+def energy_test(curves: dict[str, list[Curves]]) -> dict[str, float]:
+    """Whether it matters to a run which kind it is of.
+
+    Returns:
+        the mean distance of two plain runs, of two ZeRO runs and of one of each, pairs with the
+        same first weights left out; and "share": of all ways to swap the kinds within pairs, or of
+        many random ones, those whose energy distance is no smaller.
+    """
+    apart = distances(curves["plain"] + curves["zero"])
+
+    def mean_distances(one: np.ndarray, other: np.ndarray) -> list[float]:
+        others = ~np.eye(len(one), dtype=bool)  # neither a run and itself, nor a pair
+        ways = ((one, one), (other, other), (one, other))
+        return [float(apart[np.ix_(a.astype(int), b.astype(int))][others].mean()) for a, b in ways]
+
+    def energy(one: np.ndarray, other: np.ndarray) -> float:
+        plain, zero, across = mean_distances(one, other)
+        return 2 * across - plain - zero
+
+    groups = np.split(np.arange(len(apart)), 2)
+    options = {"permutation_type": "samples", "alternative": "greater", "rng": 0}
+    test = permutation_test(groups, energy, n_resamples=PERMUTATIONS, **options)
+    names = ("two plain runs", "two ZeRO runs", "one of each")
+    return {**dict(zip(names, mean_distances(*groups), strict=True)), "share": float(test.pvalue)}
+
+
+def draw(curves: dict[str, list[Curves]], path: str, title: str) -> None:
+    """The total losses, one over the other, and what runs differ by, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plain, zero = ([run["total_loss"] for run in curves[kind]] for kind in ("plain", "zero"))
+    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(7, 6), height_ratios=[3, 2])
+    top.plot(plain[0], color="#999999", linewidth=3, label="plain, one process")
+    top.plot(zero[0], color="#d55e00", linewidth=1, label=title)
+    ways = {
+        "two plain runs": (itertools.combinations(plain, 2), "#0072b2"),
+        "ZeRO and plain from the same weights": (zip(plain, zero, strict=True), "#d55e00"),
+    }
+    for label, (pairs, color) in ways.items():
+        for one, other in pairs:
+            apart = np.abs(np.subtract(one, other)) + 1e-9  # a logarithmic scale has no zero
+            bottom.semilogy(apart, color=color, linewidth=0.7, alpha=0.6, label=label)
+            label = ""
+    top.set_ylabel("total loss")
+    bottom.set_ylabel("difference")
+    bottom.set_xlabel("iteration")
+    top.legend()
+    bottom.legend()
+    figure.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, print the differences, draw and write what was asked for."""
+    curves = record(args)
+    rows, test = table(curves), energy_test(curves)
+    print(tabulate(rows, "keys", floatfmt=("", ".3f", ".1e", ".1e", ".1e", ".1e", "", "")))
+    print("\nmean distance of", ", ".join(f"{k} {v:.4g}" for k, v in test.items() if k != "share"))
+    print(f"as far apart with kinds swapped in some pairs: {test['share']:.3f} of all ways")
+    if args.plot:
+        draw(curves, args.plot, f"{args.processes} processes, {Path(args.zero).stem}")
+        print(f"\nwrote {args.plot}")
+    figures = {"curves": curves, "rows": rows, "energy_test": test}
+    if args.json:
+        write_json(args.json, figures)
+        print(f"\nwrote {args.json}")
+    return figures

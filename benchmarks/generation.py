@@ -1,0 +1,236 @@
+"""How often the language model is called for an answer: greedily, and with drafts.
+
+    python tools/benchmark.py generation --config-file configs/gella_tiny_shapes.yaml \\
+        --weights output/gella_tiny_shapes/model_final.pth --num 50
+
+Noun extraction copies its answer from the caption. A draft proposes what followed the last word in
+the prompt, and one call checks the whole proposal. Calls are counted at the language model; the one
+that reads the prompt counts too, and so does the token that ends an answer. Answers are generated
+one at a time. Untrained weights copy nothing and say nothing. The third row is transformers' own
+prompt lookup, which drafts what followed the first repetition of the last one or two words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from detectron2.modeling import build_model
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+
+from gella import load_config
+from gella.data.dataset_mapper import GroundingMapper
+from gella.data.plugins import import_modules
+from gella.engine.checkpoint import load_weights
+from gella.engine.trainer import load_records
+from gella.evaluation.results import write_json
+from gella.text.prompts import decode_answer
+
+TASK = "extract"
+WAYS = ("greedy", "drafts", "transformers")
+
+
+@dataclass
+class Tally:
+    """What one way of decoding took.
+
+    Attributes:
+        calls: passes of the language model.
+        tokens: generated tokens, end tokens included.
+        seconds: of generation alone, by the wall clock.
+        answers: token ids of each answer, without the end token.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    answers: list[list[int]] = field(default_factory=list)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark to a parser."""
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="YAML")
+    add("--weights", metavar="FILE", help="checkpoint; default: MODEL.WEIGHTS")
+    add("--dataset", metavar="NAME", help="registered dataset; default: all of DATASETS.TEST")
+    add("--num", type=int, default=50, metavar="N", help="captions (default 50)")
+    add("--lookup", type=int, metavar="N", help="draft length; default: PROMPT_LOOKUP_TOKENS")
+    add("--json", metavar="FILE", help="write the figures there too")
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of the config")
+
+
+def prepare(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], int]:
+    """The model with its weights, mapped inputs, and the draft length.
+
+    Raises:
+        ValueError, OSError, KeyError: wrong arguments, files or names.
+    """
+    if args.num < 1:
+        raise ValueError(f"--num is {args.num}; give at least 1")
+    cfg = load_config(args.config_file, args.opts)
+    import_modules(cfg)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    lookup = cfg.MODEL.LANGUAGE.PROMPT_LOOKUP_TOKENS if args.lookup is None else args.lookup
+    if lookup < 1:
+        raise ValueError(f"the draft length is {lookup}; --lookup must be at least 1")
+    if args.dataset:
+        cfg.DATASETS.TEST = (args.dataset,)
+    records = load_records(cfg.DATASETS.TEST, "DATASETS.TEST", cfg)
+    able = [i for i in range(len(records)) if TASK in records[i]["tasks"]][: args.num]
+    if not able:
+        raise ValueError(
+            f"no record of {', '.join(cfg.DATASETS.TEST)} has a caption to extract nouns from: "
+            "choose another --dataset"
+        )
+    mapper = GroundingMapper(cfg, is_train=False, task=TASK)
+    model = build_model(cfg)
+    load_weights(model, args.weights or cfg.MODEL.WEIGHTS, cfg)
+    return model.eval(), [mapper(records[i]) for i in tqdm(able, "reading", leave=False)], lookup
+
+
+@torch.no_grad()
+def count_calls(model: Any, inputs: list[dict[str, Any]], lookup: int) -> dict[str, Tally]:
+    """Answer every input in each of the ``WAYS``, one at a time.
+
+    Args:
+        model: GELLA in evaluation mode.
+        inputs: mapped dicts of the task extract.
+        lookup: the longest draft, in tokens.
+    """
+    decoder = model.language_decoder
+    tallies = {name: Tally() for name in WAYS}
+    now = [tallies["greedy"]]
+
+    def count(*_: Any) -> None:
+        now[0].calls += 1
+
+    before = decoder.prompt_lookup_tokens
+    decoder.prompt_lookup_tokens = lookup
+    hook = decoder.llama.base_model.register_forward_hook(count)
+    try:
+        for item in tqdm(inputs, "answering", leave=False):
+            grid = model.encode([item])[1]
+            for name, tally in tallies.items():
+                now[0] = tally
+                _answer(model, grid, item["input_ids"], tally, name)
+    finally:
+        hook.remove()
+        decoder.prompt_lookup_tokens = before
+    return tallies
+
+
+def _answer(model: Any, grid: Tensor, input_ids: Tensor, tally: Tally, way: str) -> None:
+    decoder, ids = model.language_decoder, input_ids.to(grid.device)
+    limit = min(model.max_new_tokens, decoder.max_positions - len(ids))
+    options: dict[str, Any] = dict(
+        max_new_tokens=limit,
+        eos_token_id=model.tokenizer.eos_token_id,
+        pad_token_id=model.tokenizer.pad_token_id,
+    )
+    start = time.perf_counter()
+    if way == "transformers":
+        answer = library_lookup(decoder, grid, ids, **options)
+    else:
+        snippets = model.noun_snippets if way == "drafts" else None
+        answer = decoder.generate(grid, [ids], snippets=snippets, **options)[0].tolist()
+    tally.seconds += time.perf_counter() - start  # the lists have waited for the device
+    tally.tokens += len(answer) + (len(answer) < limit)
+    tally.answers.append(answer)
+
+
+def library_lookup(decoder: Any, grid: Tensor, ids: Tensor, **options: Any) -> list[int]:
+    """Answer one prompt with transformers' prompt lookup; the token ids before the end token.
+
+    Args:
+        decoder: a ``LanguageDecoder``.
+        grid: (1, C, g, g) image features.
+        ids: (L,) int64, negative at the image tokens.
+        options: ``max_new_tokens``, ``eos_token_id``, ``pad_token_id``.
+    """
+    words = decoder.llama.get_input_embeddings()
+    embeds = words(ids.clamp(min=0))
+    embeds = embeds.masked_scatter((ids < 0)[:, None], decoder.image_tokens(grid)[0].to(embeds))
+    # What is searched must hold words only, and its last may not repeat: with embeddings as input,
+    # the library's first pass judges a draft by the wrong positions.
+    used = set(ids.tolist())
+    fill, last = [word for word in range(words.num_embeddings) if word not in used][:2]
+    searched = torch.where(ids < 0, fill, ids)
+    searched[-1] = last
+    answer = decoder.llama.generate(
+        searched[None],
+        inputs_embeds=embeds[None],
+        attention_mask=torch.ones_like(ids[None]),
+        do_sample=False,
+        prompt_lookup_num_tokens=decoder.prompt_lookup_tokens,
+        **options,
+    )[0, len(ids) :].tolist()
+    return answer[:-1] if answer[-1] == options["eos_token_id"] else answer
+
+
+def summarise(tallies: dict[str, Tally]) -> dict[str, Any]:
+    """Figures: per way ``calls``, ``tokens``, ``calls_per_token``, ``seconds`` and ``identical``
+    (answers equal to greedy's); ``captions``; ``calls_ratio`` of drafts to greedy.
+    """
+    figures: dict[str, Any] = {
+        name: {
+            "calls": tally.calls,
+            "tokens": tally.tokens,
+            "calls_per_token": tally.calls / tally.tokens,
+            "seconds": tally.seconds,
+        }
+        for name, tally in tallies.items()
+    }
+    greedy = tallies["greedy"]
+    figures["captions"] = len(greedy.answers)
+    for name, tally in tallies.items():
+        pairs = zip(greedy.answers, tally.answers)
+        figures[name]["identical"] = sum(one == other for one, other in pairs)
+    figures["calls_ratio"] = tallies["drafts"].calls / greedy.calls
+    return figures
+
+
+def report(figures: dict[str, Any], lookup: int, example: str) -> str:
+    """The printed table."""
+    titles = {
+        "greedy": "greedy",
+        "drafts": f"drafts of up to {lookup}",
+        "transformers": "transformers' prompt lookup",
+    }
+    rows = []
+    for name, title in titles.items():
+        taken = figures[name]
+        rows.append(
+            (
+                title,
+                taken["calls"],
+                taken["tokens"],
+                f"{taken['calls_per_token']:.3f}",
+                f"{taken['identical']} of {figures['captions']}",
+                f"{taken['seconds']:.2f}",
+            )
+        )
+    head = ["decoding", "calls", "tokens", "calls per token", "same answers", "seconds"]
+    return (
+        f"{tabulate(rows, head, colalign=('left', *['right'] * 5), disable_numparse=True)}\n\n"
+        f"calls with drafts / greedy calls: {figures['calls_ratio']:.3f}\nfirst answer: {example}"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print, and write ``--json``; the figures. Wrong arguments: ValueError, OSError."""
+    model, inputs, lookup = prepare(args)
+    tallies = count_calls(model, inputs, lookup)
+    figures = summarise(tallies)
+    example = decode_answer(model.tokenizer, tallies["greedy"].answers[0])
+    print(report(figures, lookup, example[:200]))
+    if args.json:
+        write_json(args.json, figures)
+        print(f"\nwrote {args.json}")
+    print("\nnext: MODEL.LANGUAGE.PROMPT_LOOKUP_TOKENS takes the draft length with fewest calls")
+    return figures

@@ -1,0 +1,239 @@
+"""What encoding a picture once saves, and what questions about several pictures at once save.
+
+    python tools/benchmark.py predict --config-file configs/gella_tiny_shapes.yaml
+    python tools/benchmark.py predict --config-file YAML --weights FILE --json predict.json
+
+Captions of synthetic scenes are grounded with given nouns: all on one ``set_image`` against a
+``set_image`` each, and pictures in one batch against one by one. Weights change no time and may be
+random; without the config's tokenizer one is trained on these captions. Seconds are processor time
+of one thread on the CPU (``--threads``), and by the clock on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from shapes import make_sample
+from shapes_text import write_narrative
+from shapes_tokens import train_tokenizer
+from tabulate import tabulate
+from tqdm import tqdm
+
+from gella import EntityMap, GellaPredictor, Request
+from gella.config import load_config
+from gella.data.plugins import import_modules
+from gella.evaluation.results import write_json
+
+SHARE, BATCH_SHARE = 0.5, 1.0  # what is asked, see `rules`
+TOLERANCE = 0.02  # of scores, which half precision rounds
+
+
+@dataclass(frozen=True)
+class Case:
+    """A picture, its entities, and captions about it with their nouns."""
+
+    image: np.ndarray
+    entities: EntityMap
+    captions: list[tuple[str, list[str]]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark to a parser."""
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="YAML")
+    add("--weights", default="", metavar="FILE", help="checkpoint; default: random weights")
+    add("--captions", type=int, default=20, metavar="N", help="of one picture (default 20)")
+    add("--images", type=int, default=16, metavar="N", help="of one batch (default 16)")
+    add("--size", type=int, default=96, metavar="N", help="side of the pictures (default 96)")
+    add("--repeat", type=int, default=5, metavar="N", help="turns; medians count (default 5)")
+    add("--threads", type=int, default=1, metavar="N", help="of torch (default 1)")
+    add("--json", metavar="FILE", help="write the figures there too")
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of the config")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """ValueError for numbers that nothing can be measured with, naming the option."""
+    for name, least in {"captions": 2, "images": 2, "size": 64, "repeat": 1, "threads": 1}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}; give at least {least}")
+
+
+def made_cases(images: int, captions: int, size: int) -> list[Case]:
+    """Scenes of the synthetic shapes: the first with so many captions, the others with one."""
+    cases = []
+    for index in range(images):
+        sample = make_sample(0, "val", index, size)
+        texts = []
+        for number in range(captions if index == 0 else 1):
+            rng = np.random.default_rng((index, number))
+            narrative = write_narrative(sample.scene, rng, held_out=True)
+            texts.append((narrative.caption, narrative.nouns))
+        entities = EntityMap.from_id_image(sample.id_map, sample.segment_ids)
+        cases.append(Case(sample.image_array, entities, texts))
+    return cases
+
+
+def load_predictor(args: argparse.Namespace, cases: list[Case], folder: Path) -> GellaPredictor:
+    """The predictor of the config, with a tokenizer of these captions where it has none."""
+    cfg = load_config(args.config_file, args.opts)
+    import_modules(cfg)
+    cfg.MODEL.WEIGHTS = args.weights
+    if not args.weights and not Path(cfg.MODEL.LANGUAGE.TOKENIZER).expanduser().is_dir():
+        train_tokenizer([text for case in cases for text, _ in case.captions], str(folder))
+        cfg.MODEL.LANGUAGE.TOKENIZER = str(folder)
+    return GellaPredictor(cfg, config_file=args.config_file)
+
+
+def ways(predictor: GellaPredictor, cases: list[Case]) -> dict[str, Callable[[], list[Any]]]:
+    """What is timed; each gives its results."""
+    first = cases[0]
+    requests = [
+        Request("ground", case.image, case.entities, *case.captions[0], image_id=number)
+        for number, case in enumerate(cases)
+    ]
+
+    def separate() -> list[Any]:
+        results = []
+        for caption, nouns in first.captions:
+            predictor.set_image(first.image, first.entities, image_id=0)
+            results.append(predictor.ground(caption, nouns))
+        return results
+
+    def shared() -> list[Any]:
+        predictor.set_image(first.image, first.entities, image_id=0)
+        return [predictor.ground(caption, nouns) for caption, nouns in first.captions]
+
+    def single() -> list[Any]:
+        return [predictor.predict_many([request])[0] for request in requests]
+
+    def batch() -> list[Any]:
+        return predictor.predict_many(requests, batch_size=len(requests))
+
+    return {"separate": separate, "shared": shared, "single": single, "batch": batch}
+
+
+def time_ways(
+    functions: dict[str, Callable[[], list[Any]]], repeat: int, device: str
+) -> dict[str, float]:
+    """Median seconds of each way; they take turns, so that a busy machine slows all of them.
+
+    Raises:
+        ValueError: two ways that must agree do not.
+    """
+    results = {name: function() for name, function in functions.items()}  # also warms up
+    for one, other in (("separate", "shared"), ("single", "batch")):
+        if not all(map(_same, results[one], results[other])):
+            raise ValueError(f"{one} and {other} calls gave different scores")
+    on_gpu = device.startswith("cuda")
+    clock = time.perf_counter if on_gpu else time.process_time
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in tqdm(range(repeat), "turns", leave=False):
+        for name, function in functions.items():
+            start = clock()
+            function()
+            if on_gpu:
+                torch.cuda.synchronize()
+            times[name].append(clock() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _same(one: Any, other: Any) -> bool:
+    for result in (one, other):
+        if isinstance(result, Exception):
+            raise result
+    # Of near ties, which random weights give many of, the entities may change places.
+    pairs = zip(one.phrases, other.phrases, strict=True)
+    return all(abs(a["scores"][0] - b["scores"][0]) < TOLERANCE for a, b in pairs)
+
+
+def rules(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is asked of the predictor, why, and whether this run met it."""
+    seconds = figures["seconds"]
+    asked = [
+        (
+            f"{figures['captions']} captions on one set_image, in {figures['captions']} separate "
+            "calls",
+            seconds["shared"] / seconds["separate"],
+            SHARE,
+            "the vision side and the keys and values of the image tokens are computed once",
+        ),
+        (
+            f"a batch of {figures['images']} pictures, in {figures['images']} single ones",
+            seconds["batch"] / seconds["single"],
+            BATCH_SHARE,
+            "one pass through each part instead of one per picture",
+        ),
+    ]
+    return [
+        {"name": name, "value": value, "limit": limit, "met": value <= limit, "why": why}
+        for name, value, limit, why in asked
+    ]
+
+
+def report(figures: dict[str, Any]) -> str:
+    """The printed table and verdicts."""
+    seconds, captions, images = figures["seconds"], figures["captions"], figures["images"]
+    rows = [
+        (f"{captions} captions, set_image for each", seconds["separate"], captions),
+        (f"{captions} captions, one set_image", seconds["shared"], captions),
+        (f"{images} pictures one by one", seconds["single"], images),
+        (f"{images} pictures in one batch", seconds["batch"], images),
+    ]
+    table = tabulate(
+        [(name, f"{value:.3f}", f"{1000 * value / count:.1f}") for name, value, count in rows],
+        ["", "seconds", "ms each"],
+        colalign=("left", "right", "right"),
+        disable_numparse=True,
+    )
+    parts = [f"{figures['of']}\n{figures['machine']}", table]
+    for rule in figures["rules"]:
+        verdict = "met" if rule["met"] else "NOT MET"
+        line = f"{rule['name']}: {rule['value']:.2f} (asked: <= {rule['limit']:g}, {verdict})"
+        parts.append(f"{line}\n    because: {rule['why']}")
+    return "\n\n".join(parts)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All figures; ValueError or OSError for wrong arguments."""
+    check_arguments(args)
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            cases = made_cases(args.images, args.captions, args.size)
+            predictor = load_predictor(args, cases, Path(folder))
+            device = predictor.cfg.MODEL.DEVICE
+            seconds = time_ways(ways(predictor, cases), args.repeat, device)
+    finally:
+        torch.set_num_threads(before)
+    figures: dict[str, Any] = {
+        "of": f"{args.config_file}, {args.weights or 'random weights'}, {args.size}x{args.size}",
+        "machine": f"{platform.machine()}, {platform.system()}, Python "
+        f"{platform.python_version()}, torch {torch.__version__} on {device}, "
+        f"{args.threads} threads",
+        "captions": args.captions,
+        "images": args.images,
+        "seconds": seconds,
+    }
+    return {**figures, "rules": rules(figures)}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print, and write ``--json``; the figures. Wrong arguments: ValueError, OSError."""
+    figures = measure(args)
+    print(report(figures))
+    if args.json:
+        write_json(args.json, figures)
+        print(f"\nwrote {args.json}")
+    print("\nnext: python tools/demo.py --help")
+    return figures

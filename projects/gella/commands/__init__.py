@@ -1,0 +1,1 @@
+"""The command lines. `tools/` holds scripts of a few lines that call them."""

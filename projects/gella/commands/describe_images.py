@@ -1,0 +1,339 @@
+"""Write descriptions of images and the nouns in them, made by a multimodal model.
+
+By a chat endpoint that speaks OpenAI's protocol (address, model and key also from GELLA_API_URL,
+GELLA_API_MODEL and GELLA_API_KEY; the key is best given there, where `ps` does not show it):
+
+    export GELLA_API_KEY=...
+    python tools/describe_images.py --url https://host/v1 --model some-model \\
+        --input images --output captions.jsonl
+
+By a model of transformers in this process:
+
+    python tools/describe_images.py --local models/llava-1.5-7b-hf --device cuda \\
+        --input images --output captions.jsonl
+
+Two descriptions are made of each image, one a prompt. An answer counts when it is on the disk. Stop
+the tool as you like: the same command goes on where it stopped. docs/CAPTIONS.md says more.
+Exit code 0: all there; 1: some images failed; 2: wrong input; 130: Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import gella.data  # noqa: F401  registers the datasets
+from gella.captions.captioner import (
+    MODES,
+    PROMPTS,
+    EndpointError,
+    Tally,
+    read_prompts,
+)
+from gella.captions.endpoint import EndpointCaptioner, EndpointSettings
+from gella.captions.file import CaptionFile
+from gella.captions.local import LocalCaptioner
+from gella.captions.run import CaptionRun, Job, Source
+from gella.data.reading import field, read_json
+from gella.evaluation.results import write_json
+from gella.predictor import image_id_of
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+LISTED = 10  # failures that the screen shows; --json has all
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            # A mistyped --key would show its value.
+            message = "an argument is not known: look at the spelling of the options"
+        self.exit(2, f"error: {message}; --help shows an example\n")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; a wrong one ends the process with code 2 and one line."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_data(parser.add_argument_group("images and captions").add_argument)
+    _add_model(parser.add_argument_group("model").add_argument)
+    _add_patience(parser.add_argument_group("endpoint: patience and limits").add_argument)
+    args = parser.parse_args(argv)
+    if sum(bool(given) for given in (args.input, args.dataset, args.images_json)) != 1:
+        parser.error("give exactly one of --input, --dataset and --images-json")
+    if args.images_json and not args.image_root:
+        parser.error("--images-json needs --image-root, the folder of its images")
+    if args.local and (args.url or args.model or args.key):
+        parser.error("--local and --url, --model, --key exclude each other")
+    for name in ("concurrency", "max_tokens", "max_side", "answer_attempts", "max_failures"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least 1")
+    for name in ("timeout", "retries", "backoff", "max_wait", "price_in", "price_out"):
+        value = getattr(args, name)
+        if not math.isfinite(value) or value < 0 or (name == "timeout" and value == 0):
+            parser.error(f"--{name.replace('_', '-')} is {value}; it must be positive")
+    if not 0 <= args.min_found <= 1:
+        parser.error(f"--min-found is {args.min_found}; a share between 0 and 1")
+    return args
+
+
+def _add_data(add: Any) -> None:
+    add("--input", nargs="+", metavar="PATH", help="image files and folders (searched through)")
+    add("--dataset", metavar="NAME", help="a registered dataset's images")
+    add("--images-json", metavar="JSON", help='COCO-style file: the ids and names in "images"')
+    add("--image-root", metavar="DIR", help="with --images-json: where the images are")
+    add("--output", required=True, metavar="JSONL", help="captions to write or to go on with")
+    add("--limit", type=int, metavar="N", help="only the first N images")
+    add("--upright", action="store_true", help="turn photographs by their EXIF orientation")
+    add("--max-side", type=int, default=1024, metavar="PIXELS", help="default 1024")
+    add("--prompts", metavar="JSON", help='own prompts: {"id": "text", ...}')
+    add("--prompt", action="append", metavar="ID", help="use only this prompt; may be repeated")
+    add("--json", metavar="FILE", help="write counts, cost and failures here too")
+
+
+def _add_model(add: Any) -> None:
+    add("--url", help="endpoint, such as https://host/v1; default: GELLA_API_URL")
+    add("--model", help="its model; default: GELLA_API_MODEL")
+    add("--key", help="its key; default: GELLA_API_KEY (better: others cannot see it)")
+    add("--extra", default="{}", metavar="JSON", help='request fields, e.g. {"temperature": 0.2}')
+    add("--local", metavar="PATH", help="a model of transformers instead of an endpoint")
+    add("--device", default="cpu", help="of the local model: cpu (default), cuda")
+    add("--dtype", default="auto", help="of the local model: auto (default), bfloat16, ...")
+    add("--mode", choices=MODES, help="default: json for an endpoint, two-steps for --local")
+    add("--max-tokens", type=int, default=1024, metavar="N", help="longest answer; default 1024")
+    add("--answer-attempts", type=int, default=3, metavar="N", help="per caption; default 3")
+    add("--min-found", type=float, default=0.8, metavar="SHARE", help="of the nouns; default 0.8")
+
+
+def _add_patience(add: Any) -> None:
+    add("--concurrency", type=int, default=4, metavar="N", help="requests at once; default 4")
+    add("--timeout", type=float, default=120, metavar="S", help="a whole request; default 120")
+    add("--retries", type=int, default=6, metavar="N", help="per request; default 6")
+    add("--backoff", type=float, default=1, metavar="S", help="before the first retry; default 1")
+    add("--max-wait", type=float, default=300, metavar="S", help="longest Retry-After; default 300")
+    add("--max-answer-bytes", type=int, default=1_000_000, metavar="N", help="default 1000000")
+    add("--max-failures", type=int, default=20, metavar="N", help="in a row: stop; default 20")
+    add("--price-in", type=float, default=0, metavar="X", help="per million prompt tokens")
+    add("--price-out", type=float, default=0, metavar="X", help="per million answer tokens")
+    add("--ca-file", metavar="PEM", help="certificates to trust instead of the system's")
+    add("--insecure", action="store_true", help="do not check the server's certificate")
+    add("--verbose", action="store_true", help="say why each request is retried")
+
+
+def read_sources(args: argparse.Namespace) -> list[Source]:
+    """The pictures that the arguments name, each once.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: no image at all, or two files with one id; the message names both.
+    """
+    if args.dataset:
+        found = _from_dataset(args.dataset)
+    elif args.images_json:
+        found = _from_json(args.images_json, Path(args.image_root))
+    else:
+        found = [source for path in args.input for source in _from_path(Path(path))]
+    sources: dict[str, Source] = {}
+    for source in found:
+        other = sources.setdefault(str(source.image_id), source)
+        if other.path != source.path:
+            raise ValueError(
+                f"{other.path} and {source.path} have one id, {source.image_id}: name them apart, "
+                "or give their ids by --images-json"
+            )
+    if not sources:
+        raise ValueError("there is no image; folders are searched for " + " ".join(SUFFIXES))
+    return list(sources.values())[: args.limit]
+
+
+def _from_path(path: Path) -> Iterator[Source]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; check --input")
+    root = path if path.is_dir() else path.parent
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files:
+        if file == path or (file.suffix.lower() in SUFFIXES and file.is_file()):
+            if not file.is_dir():
+                yield Source(image_id_of(file), file.relative_to(root).as_posix(), file)
+
+
+def _from_dataset(name: str) -> Iterator[Source]:
+    if name not in DatasetCatalog.list():
+        known = ", ".join(n for n in sorted(DatasetCatalog.list()) if n.startswith("gella_"))
+        raise ValueError(f"dataset {name} is not registered; there are: {known}")
+    records = DatasetCatalog.get(name)
+    root = MetadataCatalog.get(name).get("image_root", "")
+    for record in records:
+        path = Path(record["file_name"])
+        inside = bool(root) and path.is_relative_to(root)
+        short = path.relative_to(root).as_posix() if inside else path.name
+        yield Source(record["image_id"], short, path)
+
+
+def _from_json(path: str, root: Path) -> Iterator[Source]:
+    content = read_json(path)
+    for place, image in enumerate(field(content, "images", path, "the file")):
+        where = f"image {place}"
+        name = str(field(image, "file_name", path, where))
+        yield Source(field(image, "id", path, where), name, root / name)
+
+
+def build_captioner(args: argparse.Namespace, tally: Tally) -> Any:
+    """The model that the arguments name; wrong ones are ValueErrors."""
+    if args.local:
+        options = {"device": args.device, "dtype": args.dtype, "max_tokens": args.max_tokens}
+        return LocalCaptioner(args.local, tally=tally, **options)
+    try:
+        extra = json.loads(args.extra)
+    except ValueError as error:
+        raise ValueError(f"--extra is no JSON ({error})") from None
+    if not isinstance(extra, dict):
+        raise ValueError('--extra must be an object, such as {"temperature": 0.2}')
+    settings = EndpointSettings(
+        timeout=args.timeout,
+        retries=args.retries,
+        backoff=args.backoff,
+        max_wait=args.max_wait,
+        max_tokens=args.max_tokens,
+        max_bytes=args.max_answer_bytes,
+        verify=not args.insecure,
+        ca_file=args.ca_file,
+        extra=extra,
+    )
+    return EndpointCaptioner.from_environment(
+        args.url, args.model, args.key, settings=settings, tally=tally
+    )
+
+
+def choose_prompts(args: argparse.Namespace) -> dict[str, str]:
+    """The prompts to use, by id."""
+    prompts = read_prompts(args.prompts) if args.prompts else PROMPTS
+    unknown = [name for name in args.prompt or () if name not in prompts]
+    if unknown:
+        raise ValueError(f"there is no prompt {unknown[0]!r}; there are: {', '.join(prompts)}")
+    return {name: text for name, text in prompts.items() if name in (args.prompt or prompts)}
+
+
+def open_jobs(sources: Sequence[Source], prompts: Sequence[str], file: CaptionFile) -> list[Job]:
+    """What the file lacks.
+
+    Raises:
+        ValueError: a caption in the file is of another picture with the same id.
+    """
+    jobs = []
+    for source in sources:
+        for prompt_id in prompts:
+            name = file.file_name(source.image_id, prompt_id)
+            if name is None:
+                jobs.append(Job(source, prompt_id))
+            elif name != source.file_name:
+                raise ValueError(
+                    f"{file.path}: image {source.image_id} is {name} there, but "
+                    f"{source.file_name} here; write these images to another --output"
+                )
+    return jobs
+
+
+def print_summary(report: dict[str, Any], output: str) -> None:
+    """Say what was done, what it cost, what failed and what to do next."""
+    captions, counts = report["captions"], Counter(report["counts"])
+    print(
+        f"{output}: {captions['written']} captions written, {captions['there_before']} were there, "
+        f"{captions['failed']} failed, {captions['open']} to do"
+    )
+    print(
+        f"requests {counts['requests']}, retries {counts['retries']} "
+        f"({counts['rate_limited']} by rate limits), answers rejected {counts['rejected']}"
+    )
+    print(
+        f"nouns {counts['nouns']}: {counts['nouns_repaired']} repaired; left out: "
+        f"{counts['nouns_merged']} repeated or nested, {counts['nouns_dropped']} not in the text"
+    )
+    unknown = counts["answers_without_usage"]
+    prices = report["prices_per_million_tokens"]
+    print(
+        f"tokens: {counts['prompt_tokens']} asked, {counts['completion_tokens']} answered"
+        + (f" (not told for {unknown} answers)" if unknown else "")
+        + (f"; cost {report['cost']:.4f}" if any(prices.values()) else "")
+    )
+    for failure in report["failures"][:LISTED]:
+        print(f"failed: {failure['file_name']}, {failure['prompt_id']}: {failure['reason']}")
+    if len(report["failures"]) > LISTED:
+        print(f"and {len(report['failures']) - LISTED} more (all of them: --json FILE)")
+    if captions["open"]:
+        print("next: run the same command again; it goes on with what is missing")
+    else:
+        print("next: register the captions and train on them, see docs/CAPTIONS.md")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Read the input, ask the model, write; return the exit code."""
+    prompts = choose_prompts(args)
+    sources = read_sources(args)
+    tally = Tally()
+    captioner = None if args.local else build_captioner(args, tally)
+    with CaptionFile(args.output) as file:
+        jobs = open_jobs(sources, list(prompts), file)
+        total = len(sources) * len(prompts)
+        done = total - len(jobs)
+        print(f"{len(sources)} images, {total} captions, of which {done} are there")
+        if captioner is None and jobs:  # loading a large model takes minutes: only if needed
+            captioner = build_captioner(args, tally)
+        if captioner is not None:
+            others = [name for name in file.models() if name != captioner.model]
+            if others:
+                print(f"note: {args.output} also holds captions of {', '.join(others)}")
+        run = CaptionRun(
+            captioner,
+            file,
+            prompts,
+            mode=args.mode or ("two-steps" if args.local else "json"),
+            workers=1 if args.local else args.concurrency,
+            attempts=args.answer_attempts,
+            min_found=args.min_found,
+            max_failures=args.max_failures,
+            max_side=args.max_side,
+            upright=args.upright,
+            tally=tally,
+        )
+        try:
+            run.do(jobs, done)
+        finally:
+            report = run.report(total, args.price_in, args.price_out)
+            print_summary(report, args.output)
+            if args.json:
+                write_json(args.json, report)
+    if run.fatal is not None:
+        raise run.fatal
+    if run.interrupted:
+        return 128 + run.interrupted
+    return 1 if run.failures else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; return its exit code. ``GELLA_TRACEBACK=1`` shows where an error arose."""
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    level = logging.INFO if args.verbose else logging.WARNING
+    logging.getLogger("gella.captions.endpoint").setLevel(level)
+    try:
+        with logging_redirect_tqdm():
+            return execute(args)
+    except (EndpointError, ValueError, OSError) as error:
+        if os.getenv("GELLA_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130

@@ -1,0 +1,303 @@
+"""Train or evaluate GELLA with Detectron2's command line.
+
+    python tools/train_net.py --config-file configs/gella_tiny_shapes.yaml
+    python tools/train_net.py --config-file ... --resume
+    python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/.../model_final.pth
+    python tools/train_net.py --config-file ... --eval-only --table 3 MODEL.WEIGHTS ...
+
+--resume goes on from the newest complete checkpoint in OUTPUT_DIR/checkpoints, to the weights of a
+run that was never interrupted; after a change of ZeRO stage or of the number of processes with the
+same weights and a new optimiser of the language decoder.
+
+On several GPUs or machines, by --num-gpus and --num-machines, or started by torchrun or srun (then
+without these two; docs/TRAINING.md):
+
+    torchrun --nnodes 2 --nproc-per-node 8 ... tools/train_net.py --config-file ...
+
+SIGTERM and SIGINT (Ctrl-C) finish the step, save a checkpoint and end with status 0; a second one
+ends at once.
+
+Writes to OUTPUT_DIR: checkpoints/iter_* to resume from, model_final.pth (weights alone),
+config.yaml, log.txt, metrics.json, TensorBoard events, inference/<dataset>/, results.json ({task:
+{metric: score}}, and "run": how they came about) and results.md (the paper's rows beside ours).
+--table N runs all that a table of the paper needs, with these weights, and writes to
+OUTPUT_DIR/table_N; "all" is every mode (docs/EVALUATION.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import detectron2
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from gella import load_config
+from gella.data.plugins import import_modules
+from gella.engine.agreement import (
+    UnequalRanks,
+    check_agreement,
+    config_facts,
+    file_facts,
+    record_facts,
+)
+from gella.engine.checkpoint import FOLDER as CHECKPOINTS
+from gella.engine.checkpoint import load_weights
+from gella.engine.checkpoint_store import CheckpointStore
+from gella.engine.evaluate import (
+    Evaluation,
+    calibrated,
+    check_expected,
+    count_records,
+    evaluate_config,
+    evaluate_table,
+    save_evaluation,
+    without_expected,
+)
+from gella.engine.evaluation_hooks import with_subset
+from gella.engine.launch import LaunchError, launch_from_environment
+from gella.engine.stopping import RunStopped, resume_command
+from gella.engine.trainer import GellaTrainer, load_records
+from gella.evaluation import format_results
+from gella.evaluation.run_info import describe_run
+from gella.evaluation.tables import TABLES
+
+LOGGER = logging.getLogger("detectron2")
+# What a wrong file, name or value raises while a run is set up. Other exceptions are bugs.
+USER_ERRORS = (KeyError, ValueError, OSError, ImportError)
+
+
+@contextlib.contextmanager
+def user_errors(types: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
+    """End the process with one line and status 2 if a user's mistake is met inside.
+
+    Args:
+        types: the exceptions that are one.
+
+    Only the set-up runs in here; the training loop does not, so that its errors keep their
+    traceback. ``GELLA_TRACEBACK=1`` shows the traceback of the set-up too.
+    """
+    try:
+        yield
+    except types as error:
+        if os.getenv("GELLA_TRACEBACK") == "1":
+            traceback.print_exc()
+        # str() of a KeyError quotes its message
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        if isinstance(error, KeyError) and " " not in text:
+            text = f"KeyError {text} (GELLA_TRACEBACK=1 shows where)"
+        shared = isinstance(error, UnequalRanks)  # raised on all ranks
+        if comm.is_main_process() or not shared:
+            print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        if shared:
+            comm.synchronize()  # the first to end takes the others down
+        raise SystemExit(2) from None
+
+
+def setup(args: Any) -> CfgNode:
+    """Read the config file and the overrides, and set logging and seeds up.
+
+    Args:
+        args: what ``default_argument_parser`` parsed.
+
+    Returns:
+        The frozen config. Without a CUDA device, ``MODEL.DEVICE`` "cuda" becomes "cpu".
+    """
+    if not args.config_file:
+        raise ValueError("--config-file is missing; see the folder configs/")
+    cfg = load_config(args.config_file, args.opts or [])
+    if str(cfg.MODEL.DEVICE).startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    import_modules(cfg)
+    cfg.freeze()
+    default_setup(cfg, args)
+    # Detectron2 sets its own loggers up only.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gella")
+    LOGGER.info(
+        "detectron2 %s from %s", detectron2.__version__, os.path.dirname(detectron2.__file__)
+    )
+    LOGGER.info("device: %s", cfg.MODEL.DEVICE)
+    return cfg
+
+
+def evaluate(
+    cfg: CfgNode, *, resume: bool, config_file: str = "", table: str = ""
+) -> tuple[Evaluation, str]:
+    """Evaluate weights on ``DATASETS.TEST``, or run all that a table of the paper needs.
+
+    Args:
+        cfg: a frozen config; ``MODEL.WEIGHTS`` names the weights.
+        resume: take the newest checkpoint of ``OUTPUT_DIR`` instead.
+        config_file: its file, for the record.
+        table: one of ``TABLES``; the table is printed, and the evaluation comes back empty.
+
+    Returns:
+        the scores (empty on other processes than the main one) and the weights' path.
+    """
+    with user_errors():
+        weights = cfg.MODEL.WEIGHTS
+        if resume:
+            weights = newest_checkpoint(cfg.OUTPUT_DIR)
+        if not weights:
+            raise ValueError(
+                "--eval-only has nothing to evaluate: give MODEL.WEIGHTS FILE at the end of the"
+                " command, or --resume for the newest checkpoint of OUTPUT_DIR"
+            )
+        cfg, calibration = calibrated(with_subset(cfg, 0), weights)
+        facts, counts = read_test_sets(cfg)
+        check_agreement({**facts, **file_facts("the weights", weights)})
+        model = GellaTrainer.build_model(cfg)
+        load_weights(model, weights, cfg)
+    known = {"config_file": config_file, "weights": weights, "calibration": calibration}
+    if not table:
+        return evaluate_config(cfg, model, counts=counts, **known), weights
+    with user_errors():
+        text, folder = evaluate_table(cfg, model, table, **known)
+    if comm.is_main_process():
+        print(f"\n{text}\nTable:    {folder}/results.md; each run in a folder beside it")
+    return Evaluation(), weights
+
+
+def read_test_sets(cfg: CfgNode) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
+    """Read the annotations of ``DATASETS.TEST`` once, so that wrong ones end a run at its start.
+
+    Returns:
+        what must be equal on all ranks, for ``check_agreement``, and the datasets' counts, for
+        ``results.json``.
+
+    Raises:
+        OSError, KeyError, ValueError: what the readers refuse, naming file and record.
+    """
+    facts: dict[str, str] = {}
+    counts = {}
+    for name in cfg.DATASETS.TEST:
+        records = load_records([name], "DATASETS.TEST", cfg)
+        facts |= record_facts(f"test set {name}", records)
+        counts[name] = count_records(records)
+    return facts, counts
+
+
+def train_facts(trainer: GellaTrainer, *, resume: bool) -> dict[str, str]:
+    """What of the training data and the weights must be equal on all ranks."""
+    facts = record_facts("DATASETS.TRAIN", trainer.data_loader.dataset.records)
+    facts |= file_facts("MODEL.WEIGHTS", trainer.cfg.MODEL.WEIGHTS)
+    if resume:
+        checkpoint = trainer.checkpointer.get_checkpoint_file()
+        facts |= file_facts("the checkpoint to resume from", checkpoint)
+    return facts
+
+
+def newest_checkpoint(folder: str) -> str:
+    """Path of the newest complete checkpoint of an output folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: there are checkpoints, and none is complete.
+    """
+    newest = CheckpointStore(os.path.join(folder, CHECKPOINTS)).newest()
+    if newest is None:
+        raise FileNotFoundError(
+            f"{os.path.join(folder, CHECKPOINTS)} has no checkpoint: nothing was trained in"
+            f" OUTPUT_DIR {folder}"
+        )
+    return str(newest.path)
+
+
+def train(
+    cfg: CfgNode, *, resume: bool
+) -> tuple[dict[str, dict[str, float]] | None, str, dict[str, dict[str, int]]]:
+    """Train, and evaluate at the end.
+
+    Args:
+        cfg: a frozen config.
+        resume: continue from the newest checkpoint of ``OUTPUT_DIR`` if there is one.
+
+    Returns:
+        ``{task: {metric: score}}`` (None on other processes than the main one), the path of the
+        final weights, and the counts of the test sets.
+    """
+    with user_errors():
+        trainer = GellaTrainer(without_expected(cfg))
+        facts, counts = read_test_sets(cfg)
+        check_agreement({**train_facts(trainer, resume=resume), **facts})
+        trainer.resume_or_load(resume=resume)
+    return trainer.train(), os.path.join(cfg.OUTPUT_DIR, "model_final.pth"), counts
+
+
+def report(
+    cfg: CfgNode,
+    config_file: str,
+    results: dict[str, Any] | None,
+    weights: str,
+    run: dict[str, Any] | None = None,
+    outcome: dict[str, Any] | None = None,
+) -> None:
+    """Print the one table, write ``results.json`` and ``results.md``, say what to type next."""
+    lines = [f"Weights:  {weights}"]
+    if results:
+        path = save_evaluation(cfg.OUTPUT_DIR, results, run, outcome)
+        print(f"\n{format_results(results)}\n")
+        lines.append(f"Results:  {path}")
+    dataset = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "NAME"
+    lines.append(
+        f"Next:     python tools/demo.py --config-file {config_file} --weights {weights}"
+        f" --dataset {dataset} --num 3 --output {os.path.join(cfg.OUTPUT_DIR, 'demo')}"
+    )
+    print("\n".join(lines), flush=True)
+
+
+def run(args: Any) -> None:
+    """Run one process of the training or evaluation that the arguments describe."""
+    table = getattr(args, "table", "")
+    with user_errors():
+        if table and not args.eval_only:
+            raise ValueError(f"--table {table} evaluates weights: add --eval-only")
+        cfg = setup(args)
+        check_agreement(config_facts(cfg))
+    started = time.perf_counter()
+    run: dict[str, Any] | None = None
+    outcome = None
+    if args.eval_only:
+        done, weights = evaluate(cfg, resume=args.resume, config_file=args.config_file, table=table)
+        results, run, outcome = done.results, done.run, done.outcome
+    else:
+        try:
+            results, weights, counts = train(cfg, resume=args.resume)
+        except RunStopped as stopped:
+            if comm.is_main_process():
+                print(f"{stopped}\nNext:     {resume_command(sys.argv)}", flush=True)
+            return
+    if not comm.is_main_process():
+        return
+    if results and run is None:
+        run = describe_run(
+            cfg,
+            config_file=args.config_file,
+            weights=weights,
+            seconds=time.perf_counter() - started,
+            datasets=counts,
+        )
+    report(cfg, args.config_file, results, weights, run, outcome)
+    if results:
+        with user_errors():
+            check_expected(cfg, results)
+
+
+def main() -> None:
+    """Run the command line, in as many processes as it or the environment asks for."""
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument(
+        "--table", default="", choices=TABLES, help="evaluate all that a table of the paper needs"
+    )
+    with user_errors((LaunchError,)):
+        launch_from_environment(run, parser.parse_args())

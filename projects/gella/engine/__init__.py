@@ -1,0 +1,1 @@
+"""Training and evaluation: trainer, step, hooks, processes, checkpoints, ZeRO."""

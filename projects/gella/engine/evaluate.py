@@ -1,0 +1,267 @@
+"""Running evaluations: one config, or all that a table of the paper needs, and what they leave."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from torch import nn
+
+from gella.data.datasets import root_from_environment
+from gella.data.record_store import Records
+from gella.engine.trainer import GellaTrainer, load_records
+from gella.evaluation.calibration import read_calibration
+from gella.evaluation.results import (
+    by_dataset,
+    load_results,
+    merge_datasets,
+    save_results,
+    write_json,
+    write_text,
+)
+from gella.evaluation.run_info import describe_run
+from gella.evaluation.tables import Run, changed, compared_markdown, plan_table, table_markdown
+
+__all__ = [
+    "Evaluation",
+    "calibrated",
+    "check_expected",
+    "dataset_counts",
+    "evaluate_config",
+    "evaluate_table",
+    "save_evaluation",
+    "without_expected",
+]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Evaluation:
+    """Scores of one config and how they came about.
+
+    Attributes:
+        outcome: ``{dataset: {task: {metric: score}}}``, empty on other processes than the main one.
+        run: `run_info.describe_run`, likewise.
+    """
+
+    outcome: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def results(self) -> dict[str, dict[str, float]]:
+        """``{task: {metric: score}}``; see `merge_datasets`."""
+        return merge_datasets(self.outcome)
+
+
+def calibrated(cfg: Any, weights: str) -> tuple[Any, dict[str, Any] | None]:
+    """The config with the thresholds of ``TEST.CALIBRATION``, and what that file says.
+
+    Returns ``(cfg, None)`` where the key is empty. Raises what `read_calibration` raises.
+    """
+    if not cfg.TEST.CALIBRATION:
+        return cfg, None
+    calibration = read_calibration(cfg.TEST.CALIBRATION, weights)
+    copy = cfg.clone()
+    copy.defrost()
+    for name, value in calibration["thresholds"].items():
+        setattr(copy.MODEL.GELLA, name, value)
+    copy.freeze()
+    _logger.info("%s sets MODEL.GELLA: %s", cfg.TEST.CALIBRATION, calibration["thresholds"])
+    return copy, calibration
+
+
+def dataset_counts(cfg: Any) -> dict[str, dict[str, int]]:
+    """Numbers of ``records`` and of ``images`` of each dataset of ``DATASETS.TEST``.
+
+    Reads the annotations, so that wrong ones end a run at its start.
+
+    Raises:
+        OSError, KeyError, ValueError: what the readers refuse, naming file and record.
+    """
+    counts = {}
+    for name in cfg.DATASETS.TEST:
+        counts[name] = count_records(load_records([name], "DATASETS.TEST", cfg))
+    return counts
+
+
+def count_records(records: Records) -> dict[str, int]:
+    """Numbers of ``records`` and of the ``images`` that they are about."""
+    return {"records": len(records), "images": len(set(records.image_ids().tolist()))}
+
+
+def evaluate_config(
+    cfg: Any,
+    model: nn.Module,
+    *,
+    config_file: str,
+    weights: str,
+    calibration: dict[str, Any] | None = None,
+    counts: dict[str, dict[str, int]] | None = None,
+) -> Evaluation:
+    """Evaluate a model on ``DATASETS.TEST``; every process must call this.
+
+    Args:
+        cfg: a frozen config; its ``MODEL.GELLA`` is what the model goes by.
+        model: with its weights loaded.
+        config_file, weights, calibration: for the record.
+        counts: of `dataset_counts`, to spare reading the annotations once more.
+    """
+    inner = model.module if hasattr(model, "module") else model
+    inner.inference_options = cfg.MODEL.GELLA
+    counts = dataset_counts(cfg) if counts is None else counts
+    outcome: dict[str, dict[str, dict[str, float]]] = {}
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    for name in cfg.DATASETS.TEST:
+        began = time.perf_counter()
+        one = cfg.clone()
+        one.defrost()
+        one.DATASETS.TEST = (name,)
+        one.freeze()
+        outcome[name] = GellaTrainer.test(one, model)
+        seconds[name] = round(time.perf_counter() - began, 1)
+    if not comm.is_main_process():
+        return Evaluation()
+    run = describe_run(
+        cfg,
+        config_file=config_file,
+        weights=weights,
+        seconds=time.perf_counter() - started,
+        datasets={name: {**counts[name], "seconds": seconds[name]} for name in outcome},
+        calibration=calibration,
+    )
+    return Evaluation(outcome, run)
+
+
+def save_evaluation(
+    folder: str | Path,
+    results: Mapping[str, Mapping[str, float]],
+    run: Mapping[str, Any] | None = None,
+    outcome: Mapping[str, Any] | None = None,
+) -> str:
+    """Write ``results.json`` and ``results.md``, the paper's rows beside ours; return the former.
+
+    Args:
+        folder: ``OUTPUT_DIR``.
+        results: ``{task: {metric: score}}``.
+        run: how they came about.
+        outcome: the same by dataset; None: as far as ``results`` tells.
+    """
+    path = os.path.join(folder, "results.json")
+    save_results(results, path, run)
+    datasets = list((run or {}).get("datasets", {}))
+    text = compared_markdown(by_dataset(results, datasets) if outcome is None else outcome)
+    if text:
+        write_text(os.path.join(folder, "results.md"), text)
+    return path
+
+
+def evaluate_table(
+    cfg: Any,
+    model: nn.Module,
+    table: str,
+    *,
+    config_file: str,
+    weights: str,
+    calibration: dict[str, Any] | None = None,
+) -> tuple[str, Path]:
+    """Run all evaluations that a table needs; every process must call this.
+
+    Each run has a folder ``OUTPUT_DIR/table_<table>/<run>`` with its config, predictions and
+    ``results.json``; beside the folders stand the whole table as ``results.md`` and all scores as
+    ``results.json``.
+
+    Returns:
+        the table as Markdown ("" on other processes than the main one), and its folder.
+
+    Raises:
+        ValueError, OSError, KeyError: the table or a run's data are wrong, before the first run.
+    """
+    folder = Path(cfg.OUTPUT_DIR) / f"table_{table}"
+    runs = plan_table(cfg, table, root_from_environment())
+    configs = [changed(cfg, run, str(folder / run.name)) for run in runs]
+    counts = [dataset_counts(run_cfg) for run_cfg in configs]
+    done = []
+    for number, (run, run_cfg) in enumerate(zip(runs, configs, strict=True)):
+        _logger.info("table %s, run %d of %d: %s", table, number + 1, len(runs), run.name)
+        evaluation = evaluate_config(
+            run_cfg,
+            model,
+            config_file=config_file,
+            weights=weights,
+            calibration=calibration,
+            counts=counts[number],
+        )
+        done.append(evaluation)
+        if comm.is_main_process():
+            write_text(Path(run_cfg.OUTPUT_DIR) / "config.yaml", run_cfg.dump())
+            save_evaluation(
+                run_cfg.OUTPUT_DIR, evaluation.results, evaluation.run, evaluation.outcome
+            )
+    if not comm.is_main_process():
+        return "", folder
+    outcomes: list[Any] = [evaluation.outcome for evaluation in done]
+    written = {run.name: {"scores": e.outcome, "run": e.run} for run, e in zip(runs, done)}
+    write_json(folder / "results.json", written)
+    for run, outcome in _earlier(cfg.OUTPUT_DIR, table):
+        runs.append(run)
+        outcomes.append(outcome)
+    text = table_markdown(table, runs, outcomes)
+    write_text(folder / "results.md", text)
+    return text, folder
+
+
+def _earlier(output: str, table: str) -> list[tuple[Run, dict[str, Any]]]:
+    """Rows of ablations that were evaluated before: tables whose rows are different weights."""
+    if table not in ("6", "8", "9"):
+        return []
+    parent = Path(output).parent
+    pattern = f"table{int(table):02d}*/results.json"
+    found = sorted({*parent.glob(pattern), *(parent / "ablations").glob(pattern)})
+    rows = []
+    for path in found:
+        results, run = load_results(path)
+        datasets = tuple(run.get("datasets", ()))
+        label = f"ours, {path.parent.name}"
+        rows.append((Run("", label, datasets), by_dataset(results, datasets)))
+    return rows
+
+
+def without_expected(cfg: Any) -> Any:
+    """The config without ``TEST.EXPECTED_RESULTS``.
+
+    Detectron2's trainer checks them within ``train``, before anybody sees the scores; here they are
+    checked by `check_expected`, after the table was printed.
+    """
+    copy = cfg.clone()
+    copy.defrost()
+    copy.TEST.EXPECTED_RESULTS = []
+    copy.freeze()
+    return copy
+
+
+def check_expected(cfg: Any, results: Mapping[str, Mapping[str, float]]) -> None:
+    """Compare with ``TEST.EXPECTED_RESULTS`` by Detectron2's ``verify_results``: status 1 if off.
+
+    Raises:
+        ValueError: an entry is malformed, or of a task that was not evaluated.
+    """
+    for entry in cfg.TEST.EXPECTED_RESULTS:
+        if len(entry) != 4:
+            raise ValueError(
+                f"TEST.EXPECTED_RESULTS: {entry!r} is not [task, metric, expected, tolerance]"
+            )
+        if entry[0] not in results:
+            raise ValueError(
+                f"TEST.EXPECTED_RESULTS names the task {entry[0]!r}, but the results have "
+                f"{', '.join(results) or 'none'}"
+            )
+    verify_results(cfg, results)

@@ -1,0 +1,294 @@
+"""The checkpoints of a training run: written by all processes together, taken up by a later run.
+
+Beside weights and optimisers a folder gets ``config.yaml``, ``random_<rank>.pth`` with the states
+of the random generators, and in ``state.json`` the number of processes, the layout of ZeRO, and
+where the data stood. A run on the same layout goes on exactly. Where stage or number of processes
+changed, DeepSpeed cannot read its own files: the language decoder's weights are then put together
+and loaded exactly, and its optimiser starts anew, which is said.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from gella.engine import zero_checkpoint
+from gella.engine.checkpoint import GellaCheckpointer
+from gella.engine.checkpoint_folder import read_parts
+from gella.weights.files import read_torch
+
+__all__ = ["RunCheckpoints", "fitted_optimizer_state", "random_states", "set_random_states"]
+
+PACKAGES = ("torch", "detectron2", "deepspeed", "transformers")
+"""Whose versions ``state.json`` tells."""
+
+_logger = logging.getLogger(__name__)
+
+
+class RunCheckpoints(HookBase):
+    """Saves every ``period`` iterations and at the end, and takes a checkpoint up again.
+
+    In the place of Detectron2's periodic checkpointer, on all ranks; register it behind the hook of
+    ZeRO and the scheduler's. At the end the weights alone are saved as ``model_final.pth`` too.
+    """
+
+    def __init__(
+        self,
+        checkpointer: GellaCheckpointer,
+        period: int,
+        *,
+        zero: Any = None,
+        loader: Any = None,
+        config: Any = None,
+    ) -> None:
+        """Args:
+        checkpointer: of the trainer.
+        period: ``SOLVER.CHECKPOINT_PERIOD``, iterations.
+        zero: a ``ZeroHook``, or None.
+        loader: the training loader; one with ``position(iteration)`` tells where the data stand.
+        config: written to ``config.yaml`` by its ``dump()``.
+        """
+        self._checkpointer, self._period = checkpointer, period
+        self._zero, self._loader, self._config = zero, loader, config
+        self._facts: dict[str, Any] = {}  # of the checkpoint that is being resumed from
+        self._folder: Path | None = None
+        self._exact = False  # DeepSpeed reads its own files
+        self._whole: dict[str, torch.Tensor] = {}  # else what the part's weights must become
+
+    def after_step(self) -> None:
+        """Save if this iteration is the period's last, or the last of all."""
+        iteration = self.trainer.iter
+        last = iteration + 1 >= self.trainer.max_iter
+        if last:
+            # First: a run that is resumed behind its last iteration would not write it any more.
+            self.save(iteration, "model_final")
+        if last or (self._period > 0 and (iteration + 1) % self._period == 0):
+            self.save(iteration)
+
+    def save(self, iteration: int, name: str = "") -> None:
+        """Save a checkpoint to resume from, or with a name whole weights; all ranks call it."""
+        if name:
+            self._save_file(iteration, name)
+            return
+        store = self._checkpointer.store
+        if comm.is_main_process():
+            store.begin(iteration)
+        comm.synchronize()
+        folder = store.being_written(iteration)
+        torch.save(random_states(), folder / _random_file(comm.get_rank()))
+        facts = self._new_facts(iteration)
+        if self._zero is not None:
+            zero_checkpoint.save_engine(self._zero.engine, folder)
+        if comm.is_main_process():
+            self._checkpointer.write_parts(folder, iteration=iteration)
+            if self._config is not None:
+                (folder / "config.yaml").write_text(self._config.dump(), encoding="utf-8")
+        comm.synchronize()  # all have written
+        if comm.is_main_process():
+            _logger.info("Saved checkpoint %s", store.finish(iteration, facts))
+        comm.synchronize()  # nobody ends before it has its name
+
+    def _save_file(self, iteration: int, name: str) -> None:
+        def save() -> None:
+            self._checkpointer.save_weights(name, iteration=iteration)
+
+        if self._zero is None:
+            save()
+        else:
+            self._zero.save_whole(save)
+
+    def _new_facts(self, iteration: int) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "processes": comm.get_world_size(),
+            "zero": None,
+            "data": self._position(iteration + 1),
+            "versions": _versions(),
+        }
+        if self._zero is not None:
+            engine = self._zero.engine
+            facts["zero"] = {
+                "part": self._zero.part,
+                "layout": zero_checkpoint.part_layout(self._zero.config, engine.module),
+                "sample": zero_checkpoint.sample_weights(engine),
+            }
+        return facts
+
+    def _position(self, iteration: int) -> dict[str, Any]:
+        position = getattr(self._loader, "position", None)
+        return position(iteration) if position is not None else {}
+
+    def resume(self, path: str | Path) -> None:
+        """Load a checkpoint's folder into model, trainer and hooks, before the training starts.
+
+        All ranks call it. What is under ZeRO follows in :meth:`before_train`.
+
+        Raises:
+            ValueError: it is incomplete or damaged, or does not fit; names the file.
+        """
+        facts, states = read_parts(path)
+        self._facts, self._folder = facts, Path(path)
+        self._check_position(facts.get("data", {}))
+        reason, without = self._read_part(states)
+        optimizer = self.trainer.optimizer  # type: ignore[attr-defined]
+        inner = states["trainer"]["_trainer"]
+        inner["optimizer"] = fitted_optimizer_state(inner["optimizer"], optimizer)
+        self._checkpointer.load_parts(path, states, without=without)
+        if reason:
+            _logger.warning(
+                "The language decoder's weights are restored exactly, but its optimiser's averages"
+                " start anew, because of a change of layout: %s",
+                reason,
+            )
+
+    def _read_part(self, states: dict[str, Any]) -> tuple[str, str]:
+        """Add the weights of the part under ZeRO to the states if they have to be put together.
+
+        Returns why the optimiser starts anew ("" if it goes on), and the child of the model whose
+        weights this rank does not load here.
+        """
+        saved, zero = self._facts.get("zero"), self._zero
+        if saved is None and zero is None:
+            return "", ""
+        if saved is None:
+            start = f"{zero.part}."
+            model = states["model"].items() if comm.is_main_process() else ()
+            self._whole = {k[len(start) :]: t for k, t in model if k.startswith(start)}
+            return "no ZeRO -> ZeRO", ""
+        name, reason, needed = saved["part"], "ZeRO -> no ZeRO", True
+        if zero is not None:
+            reason = zero_checkpoint.layout_changes(
+                saved["layout"],
+                self._facts["processes"],
+                zero_checkpoint.part_layout(zero.config, zero.module),
+                comm.get_world_size(),
+            )
+            # DeepSpeed takes the weights of rank 0 when it starts.
+            needed = bool(reason) and comm.is_main_process()
+            self._exact = not reason
+        assert self._folder is not None
+        if self._exact:
+            zero_checkpoint.check_readable(self._folder)
+        if not needed:
+            return reason, name
+        part = zero_checkpoint.consolidate_part(self._folder, saved["sample"])
+        states["model"] = {**states["model"], **{f"{name}.{k}": t for k, t in part.items()}}
+        self._whole = part if zero is not None else {}
+        return reason, ""
+
+    def _check_position(self, saved: dict[str, Any]) -> None:
+        """Say what of the data is not as it was; their order is then another one."""
+        sampler = getattr(self._loader, "sampler", None)
+        if self._config is not None and self._config.SEED < 0 and saved and sampler is not None:
+            sampler.seed = saved["seed"]  # it was drawn at random: this run's is of no meaning
+        now = self._position(self._facts["iteration"] + 1)
+        for key in ("seed", "batch", "ratios", "records"):
+            if key in saved and key in now and saved[key] != now[key]:
+                _logger.warning(
+                    "the checkpoint was trained with %s %s, this run has %s: the images come in"
+                    " another order than in a run that was never interrupted",
+                    *(key, saved[key], now[key]),
+                )
+
+    def before_train(self) -> None:
+        """Give the engine of ZeRO what the checkpoint holds of it; all ranks."""
+        if self._folder is None or self._zero is None:
+            return
+        engine, saved = self._zero.engine, self._facts["zero"]
+        if self._exact:
+            zero_checkpoint.load_engine(engine, self._folder)
+        elif self._zero.stage > 0:
+            zero_checkpoint.set_weights(engine, self._whole)
+        self._whole = {}
+        if saved is not None:
+            zero_checkpoint.check_sample(engine, saved["sample"], self._folder)
+
+    def before_step(self) -> None:
+        """Before the first step of a resumed run, give the random generators their states back."""
+        if self._folder is None:
+            return
+        file = self._folder / _random_file(comm.get_rank())
+        if self._facts.get("processes") == comm.get_world_size() and file.is_file():
+            set_random_states(read_torch(file))
+        self._folder = None
+
+
+def fitted_optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:
+    """An optimiser's state for an optimiser that has, or lacks, the groups under ZeRO.
+
+    Args:
+        saved: a ``state_dict()`` of an optimiser with the same groups; those of the language side
+            may be without parameters in one of the two.
+        optimizer: that is going to load it; not changed.
+
+    Returns:
+        ``saved`` itself if it fits; else one where such groups have no state.
+
+    Raises:
+        ValueError: the groups differ in another way; names the group and both numbers.
+    """
+    now = optimizer.state_dict()["param_groups"]
+    before = saved["param_groups"]
+    if len(before) != len(now):
+        raise ValueError(
+            f"the checkpoint's optimiser has {len(before)} groups of parameters, this run's"
+            f" {len(now)}: other parts of the model are trained. Start from its weights instead"
+            " (MODEL.WEIGHTS, without --resume)"
+        )
+    states: dict[int, Any] = {}
+    groups = []
+    for old, new in zip(before, now, strict=True):
+        if len(old["params"]) == len(new["params"]):
+            pairs = zip(old["params"], new["params"], strict=True)
+            states |= {n: saved["state"][o] for o, n in pairs if o in saved["state"]}
+        elif old.get("role") != "language" or (old["params"] and new["params"]):
+            raise ValueError(
+                f"the checkpoint's optimiser has {len(old['params'])} parameters in the group"
+                f" {old.get('name')}, this run's {len(new['params'])}: other parts of the model are"
+                " trained. Start from its weights instead (MODEL.WEIGHTS, without --resume)"
+            )
+        groups.append({**old, "params": new["params"]})
+    return {"state": states, "param_groups": groups}
+
+
+def random_states() -> dict[str, Any]:
+    """States of the random generators of torch (CPU, current GPU), NumPy and Python; plain data."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Give the random generators the states that :func:`random_states` returned."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+
+
+def _random_file(rank: int) -> str:
+    return f"random_{rank:04d}.pth"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,307 @@
+"""Training and evaluation the Detectron2 way: the trainer joins data, step and hooks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from typing import Any
+
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.utils import comm
+from torch import nn
+
+from gella.data.dataset_mapper import GroundingMapper
+from gella.data.datasets import root_from_environment
+from gella.data.entity_choice import choose_entities
+from gella.data.exclusion import without_held_out
+from gella.data.record_store import Records, concatenated
+from gella.data.task_sampling import build_train_loader
+from gella.data.unmatched import CountedLoader, UnmatchedPhrases
+from gella.engine.checkpoint import GellaCheckpointer
+from gella.engine.evaluation_hooks import EvaluationInTraining, undisturbed, with_subset
+from gella.engine.evaluation_split import RealSamples, build_even_loader, evenly_spaced
+from gella.engine.hooks import ForwardAfterBackward, GradientClipper, IterationSeed
+from gella.engine.launch import data_parallel_on
+from gella.engine.optimizer import build_optimizer, split_off, with_epochs
+from gella.engine.picture_panel import PicturePanel
+from gella.engine.resume import RunCheckpoints
+from gella.engine.run_control import NonFiniteGuard
+from gella.engine.step import StepTrainer
+from gella.engine.stopping import StopOnSignal
+from gella.engine.watching import RunScalars
+from gella.engine.zero import ZeroHook, hide_from_ddp, read_config
+from gella.evaluation import asked_categories, build_evaluator, merge_datasets, task_for
+from gella.evaluation.overlap import OverlappedEvaluator
+
+# The child of the model that SOLVER.ZERO.CONFIG puts under DeepSpeed.
+LANGUAGE = "language_decoder"
+
+__all__ = ["GellaTrainer", "GradientClipper", "IterationSeed", "build_optimizer", "load_records"]
+
+
+def load_records(names: Any, key: str, cfg: Any = None) -> Records:
+    """Records of several registered datasets, in order.
+
+    Args:
+        names: dataset names.
+        key: the config key that named them, "DATASETS.TRAIN" or "DATASETS.TEST".
+        cfg: chooses the entities, see `choose_entities`, and the images that training leaves out
+            (``DATASETS.EXCLUDE_REFCOCO_VAL_TEST``); None takes everything as annotated.
+
+    Raises:
+        ValueError: no name, no record at all, or images without masks in the chosen source.
+        KeyError: a name that no catalog knows.
+    """
+    if not names:
+        raise ValueError(f"{key} is empty: name at least one registered dataset")
+    parts = [DatasetCatalog.get(name) for name in names]
+    if cfg is not None:
+        train = key == "DATASETS.TRAIN"
+        if train and cfg.DATASETS.EXCLUDE_REFCOCO_VAL_TEST:
+            root = root_from_environment()
+            parts = [without_held_out(part, name, root) for part, name in zip(parts, names)]
+        parts = [choose_entities(p, name, cfg, is_train=train) for p, name in zip(parts, names)]
+    records = concatenated(parts)
+    if not records:
+        raise ValueError(f"{key} {tuple(names)} has no record: check the annotation files")
+    return records
+
+
+class GellaTrainer(DefaultTrainer):
+    """Detectron2's default trainer with GELLA's data, optimiser, evaluators and checkpoints.
+
+    ``resume_or_load(resume=True)`` and ``train()`` continue an interrupted run to the weights of an
+    uninterrupted one: the data order and all random numbers depend on the iteration alone.
+    """
+
+    cfg: Any
+    _trainer: Any
+
+    def __init__(self, cfg: Any) -> None:
+        """Build everything that ``cfg`` describes.
+
+        Raises:
+            ValueError: mixed precision without a CUDA device, a batch that cannot be divided, and
+                whatever the parts refuse.
+            ImportError: ``SOLVER.ZERO.CONFIG`` without DeepSpeed.
+        """
+        if cfg.SOLVER.AMP.ENABLED and not str(cfg.MODEL.DEVICE).startswith("cuda"):
+            raise ValueError(
+                f"SOLVER.AMP.ENABLED needs a CUDA device but MODEL.DEVICE is {cfg.MODEL.DEVICE}:"
+                " set SOLVER.AMP.ENABLED False"
+            )
+        batch, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE * comm.get_world_size()
+        if cfg.SOLVER.ACCUMULATE < 1 or batch % parts:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH is {batch}, SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE} and"
+                f" {comm.get_world_size()} process(es): make the batch a multiple of their product"
+            )
+        self._zero: ZeroHook | None = None
+        with data_parallel_on(str(cfg.MODEL.DEVICE)):
+            super().__init__(cfg)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's hooks with ours after the timer, over our checkpointer and step.
+
+        The base class calls it last, so everything that it built is replaced here.
+        """
+        self._compute_epochs()
+        self._replace_step()
+        cfg = self.cfg
+        # The base class has just made a checkpointer; the hooks below must see the strict one.
+        self.checkpointer = GellaCheckpointer(
+            self.model,
+            cfg.OUTPUT_DIR,
+            allow_missing=cfg.MODEL.WEIGHTS_ALLOW_MISSING,
+            allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
+            keep=cfg.SOLVER.CHECKPOINT_KEEP,
+            keep_every=cfg.SOLVER.CHECKPOINT_KEEP_EVERY,
+            trainer=weakref.proxy(self),
+        )
+        self._checkpoints = RunCheckpoints(
+            self.checkpointer,
+            cfg.SOLVER.CHECKPOINT_PERIOD,
+            zero=self._zero,
+            loader=self._trainer.data_loader,
+            config=cfg,
+        )
+        own: list[HookBase] = [IterationSeed(cfg.SEED), UnmatchedPhrases(), RunScalars()]
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        if clip.ENABLED:
+            own.append(GradientClipper(clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE))
+        built = super().build_hooks()
+        if self._zero is not None:
+            if clip.ENABLED:
+                own[-1].check_zero()  # type: ignore[attr-defined]
+            own.insert(0, self._zero)
+        built = [h for h in built if not isinstance(h, hooks.PeriodicCheckpointer)]
+        place = next(i for i, h in enumerate(built) if isinstance(h, hooks.EvalHook))
+        built.insert(place, self._checkpoints)
+        guard = NonFiniteGuard(cfg.SOLVER.NONFINITE, cfg.SOLVER.NONFINITE_LIMIT, cfg.OUTPUT_DIR)
+        self._trainer.guard = guard  # looks at the norms that the clipper has put down
+        # Behind the scheduler, whose state is saved, and before what takes time.
+        late = [StopOnSignal(self._save_whole)]
+        if cfg.VIS_PERIOD > 0:
+            late.append(PicturePanel(cfg.VIS_PERIOD, cfg.OUTPUT_DIR))
+        evaluation = EvaluationInTraining.from_config(cfg, self._evaluate, self._save_whole)
+        built = [evaluation if isinstance(h, hooks.EvalHook) else h for h in built]
+        return [*built[:1], *own, guard, *built[1:2], *late, *built[2:]]
+
+    def _evaluate(self, num_images: int) -> dict[str, dict[str, float]]:
+        return self.test(with_subset(self.cfg, num_images), self.model)
+
+    def _save_whole(self, iteration: int, name: str = "") -> None:
+        """Save a checkpoint to resume from, or with a name whole weights; all ranks call it."""
+        self._checkpoints.save(iteration, name)
+
+    def _compute_epochs(self) -> None:
+        """Set ``MAX_ITER`` and ``STEPS`` from ``SOLVER.EPOCHS``, now that the data are known."""
+        records = getattr(self.data_loader, "dataset", ())
+        cfg = with_epochs(self.cfg, len(records))
+        if cfg is self.cfg:
+            return
+        self.cfg, self.max_iter = cfg, cfg.SOLVER.MAX_ITER
+        self.scheduler = self.build_lr_scheduler(cfg, self.optimizer)
+        logging.getLogger(__name__).info(
+            "%g epochs of %s images (%s) in batches of %d: SOLVER.MAX_ITER %d, SOLVER.STEPS %s",
+            *(cfg.SOLVER.EPOCHS, f"{cfg.SOLVER.EPOCH_SIZE or len(records):,}"),
+            "SOLVER.EPOCH_SIZE" if cfg.SOLVER.EPOCH_SIZE else "one per training record",
+            *(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS),
+        )
+
+    def _replace_step(self) -> None:
+        """Put our step in the place of Detectron2's, and the language decoder under ZeRO."""
+        old, solver = self._trainer, self.cfg.SOLVER
+        precision, scaler = None, None
+        if solver.AMP.ENABLED:
+            precision, scaler = torch.float16, old.grad_scaler
+            if torch.cuda.is_bf16_supported():
+                # bfloat16 has float32's range and needs no loss scaling.
+                precision, scaler = torch.bfloat16, None
+        step = StepTrainer(
+            old.model,
+            old.data_loader,
+            old.optimizer,
+            accumulate=solver.ACCUMULATE,
+            precision=precision,
+            grad_scaler=scaler,
+        )
+        if solver.ZERO.CONFIG:
+            if precision is torch.float16:
+                raise ValueError("SOLVER.ZERO.CONFIG with SOLVER.AMP needs a GPU with bfloat16")
+            parts = solver.ACCUMULATE * comm.get_world_size()
+            config = read_config(
+                solver.ZERO.CONFIG,
+                micro_batch=solver.IMS_PER_BATCH // parts,
+                accumulate=solver.ACCUMULATE,
+                bf16=precision is not None,
+            )
+            model = getattr(old.model, "module", old.model)
+            language, sources = split_off(old.optimizer, "language")
+            self._zero = ZeroHook(model, LANGUAGE, language, sources, config)
+            step.zero = self._zero
+        step.register_hooks([ForwardAfterBackward(self)])
+        self._trainer = step
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continue from the newest complete checkpoint of ``OUTPUT_DIR``, or load MODEL.WEIGHTS.
+
+        Raises:
+            ValueError: there are checkpoints and none is complete, or the files do not fit.
+        """
+        path = self.checkpointer.get_checkpoint_file() if resume else ""
+        if path:
+            self._checkpoints.resume(path)
+            self.start_iter = self.iter + 1  # the stored iteration was completed
+        else:
+            self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+
+    def train(self) -> dict[str, dict[str, float]] | None:
+        """Train from ``start_iter`` to the end.
+
+        Returns:
+            ``{task: {metric: score}}`` of the final evaluation on the main process, or None.
+        """
+        # The loader draws batch i from (seed, i), so a resumed run sees what it had not seen.
+        self._trainer.data_loader.start_iteration = self.start_iter
+        super().train()
+        return getattr(self, "_last_eval_results", None)
+
+    @classmethod
+    def build_model(cls, cfg: Any) -> nn.Module:
+        """Build the model of ``cfg`` on its device and log how many parameters it trains."""
+        model = super().build_model(cfg)
+        if cfg.SOLVER.ZERO.CONFIG:
+            hide_from_ddp(model, LANGUAGE)
+        total = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        logging.getLogger(__name__).info(
+            "Parameters: %s, trained: %s", f"{total:,}", f"{trained:,}"
+        )
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
+        """See :func:`build_optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: Any) -> Any:
+        """Batches of one task each (Table 9), reproducible from (``SEED``, iteration)."""
+        records = load_records(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", cfg)
+        mapper = GroundingMapper(cfg, is_train=True)
+        return build_train_loader(cfg, records=records, mapper=mapper, start_iteration=0)
+
+    @classmethod
+    def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
+        """``TEST.IMS_PER_BATCH`` images at a time, mapped for the task of the dataset's evaluator.
+
+        Raises:
+            ValueError: the dataset's metadata has no evaluator type that is known here.
+        """
+        records = load_records([dataset_name], "DATASETS.TEST", cfg)
+        records = evenly_spaced(records, cfg.TEST.SUBSET)
+        # The names to ask for, where they are not the dataset's own.
+        categories = asked_categories(cfg, dataset_name)
+        loader = build_even_loader(
+            records,
+            mapper=GroundingMapper(
+                cfg,
+                is_train=False,
+                dataset_names=[dataset_name],
+                task=task_for(cfg, dataset_name),
+                **({} if categories is None else {"categories": categories}),
+            ),
+            batch_size=cfg.TEST.IMS_PER_BATCH,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+        )
+        return CountedLoader(loader, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
+        """The evaluators of the dataset's type; they write below ``OUTPUT_DIR/inference``."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+        evaluators = RealSamples(build_evaluator(cfg, dataset_name, folder))
+        # While a GPU infers the CPU can score; on the CPU alone there is nothing to gain.
+        gpu = str(cfg.MODEL.DEVICE).startswith("cuda") and torch.cuda.is_available()
+        return OverlappedEvaluator(evaluators) if gpu else evaluators
+
+    @classmethod
+    def test(
+        cls, cfg: Any, model: nn.Module, evaluators: Any = None
+    ) -> dict[str, dict[str, float]]:
+        """Evaluate on ``DATASETS.TEST``, of each set ``TEST.SUBSET`` images; the model and the
+        random generators are left as they were.
+
+        Returns:
+            ``{task: {metric: score}}`` over all datasets, on the main process. Where two datasets
+            report the same task, the later one's key is ``task@dataset``.
+        """
+        with undisturbed(model):
+            results = super().test(cfg, model, evaluators)
+        if len(cfg.DATASETS.TEST) == 1:
+            return dict(results or {})
+        return merge_datasets(results)

@@ -1,0 +1,279 @@
+"""The language decoder under DeepSpeed ZeRO, while Detectron2 trains the rest of the model.
+
+Only the language decoder is large: its gradients, optimiser states and parameters are what ZeRO
+stages 1, 2 and 3 divide among the processes. Everything else stays under DistributedDataParallel
+and the trainer's own optimiser. One joint loss and one backward pass serve both.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gella.engine.zero_branch import EngineBranch, full_weights, owned_norm, throw_gradients_away
+
+__all__ = ["ZeroHook", "hide_from_ddp", "read_config"]
+
+_logger = logging.getLogger(__name__)
+
+# Keys of DeepSpeed's file that a run's config decides, with the key that does.
+_OURS = {
+    "train_batch_size": "SOLVER.IMS_PER_BATCH",
+    "train_micro_batch_size_per_gpu": "SOLVER.IMS_PER_BATCH",
+    "gradient_accumulation_steps": "SOLVER.ACCUMULATE",
+    "gradient_clipping": "SOLVER.CLIP_GRADIENTS",
+    "optimizer": "SOLVER.OPTIMIZER",
+    "scheduler": "SOLVER.LR_SCHEDULER_NAME",
+}
+
+
+def read_config(
+    path: str, *, micro_batch: int = 1, accumulate: int = 1, bf16: bool = False
+) -> dict[str, Any]:
+    """Read a DeepSpeed JSON file and fill in what the run's config decides.
+
+    Args:
+        path: file with ``zero_optimization`` and whatever else of DeepSpeed's documented keys; the
+            value "auto" of ``bf16.enabled`` and ``torch_autocast.enabled`` becomes ``bf16``.
+        micro_batch: images of one forward pass of one process.
+        accumulate: micro batches of one optimiser step.
+        bf16: whether ``SOLVER.AMP`` trains in bfloat16.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, a key that belongs to the run's config, or an unsupported value.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"SOLVER.ZERO.CONFIG {path} does not exist; see configs/zero/")
+    with open(path, encoding="utf-8") as stream:
+        try:
+            config = json.load(stream)
+        except ValueError as error:
+            raise ValueError(f"SOLVER.ZERO.CONFIG {path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or "stage" not in config.get("zero_optimization", {}):
+        raise ValueError(f'SOLVER.ZERO.CONFIG {path} lacks "zero_optimization": {{"stage": 0..3}}')
+    for key, ours in _OURS.items():
+        if key in config:
+            raise ValueError(f"SOLVER.ZERO.CONFIG {path} sets {key!r}: set {ours} instead")
+    for section in ("bf16", "torch_autocast"):
+        if config.get(section, {}).get("enabled") == "auto":
+            config[section] = {**config[section], "enabled": bf16}
+    _check_values(path, config)
+    return {
+        **config,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulate,
+        # DeepSpeed's default is 1.0, which would clip one side only and say nothing.
+        "gradient_clipping": 0.0,
+        "steps_per_print": None,
+        # The optimiser is ours at all stages, on the CPU too.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _check_values(path: str, config: Mapping[str, Any]) -> None:
+    zero = config["zero_optimization"]
+    if zero["stage"] not in (0, 1, 2, 3):
+        raise ValueError(
+            f"SOLVER.ZERO.CONFIG {path}: zero_optimization.stage is {zero['stage']!r}, not 0 to 3"
+        )
+    if config.get("fp16", {}).get("enabled"):
+        raise ValueError(
+            f"SOLVER.ZERO.CONFIG {path} enables fp16, whose skipped steps would move one side of"
+            " the model without the other: use bf16"
+        )
+    if config.get("bf16", {}).get("enabled") and zero["stage"] == 0:
+        raise ValueError(
+            f"SOLVER.ZERO.CONFIG {path} enables bf16 at stage 0: use torch_autocast, which keeps"
+            " float32 weights, or stage 1"
+        )
+    if zero.get("compute_grad_norm") is False:
+        raise ValueError(f"SOLVER.ZERO.CONFIG {path}: compute_grad_norm must not be false")
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device") == "nvme":
+            raise ValueError(f"SOLVER.ZERO.CONFIG {path}: {key} goes to 'cpu' or nowhere here")
+
+
+def hide_from_ddp(model: nn.Module, name: str) -> None:
+    """Make DistributedDataParallel, once wrapped around ``model``, ignore the child ``name``."""
+    ours = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    hidden = [key for key, _ in ours if key.startswith(f"{name}.")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, hidden)
+
+
+class ZeroHook(HookBase):
+    """Puts one child of the model under a DeepSpeed engine for the time of the training.
+
+    Until ``before_train`` the model is whole, so that weights are loaded as always. From then on
+    the child is an :class:`EngineBranch`, whose parameters are in no ``state_dict()``: use
+    :meth:`full_weights`. The learning rates follow the trainer's groups that the parameters came
+    from. ``StepTrainer`` calls the other methods; all ranks call all of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        sources: list[int],
+        config: dict[str, Any],
+    ) -> None:
+        """Args:
+            model: the model, not wrapped.
+            name: the child to train under ZeRO.
+            optimizer: of the child's trainable parameters alone.
+            sources: per group of ``optimizer``, the number of the group of the trainer's optimiser
+                whose rate it takes.
+            config: what :func:`read_config` gives.
+
+        Raises:
+            ImportError: DeepSpeed is not installed.
+        """
+        self._model, self._name, self._config = model, name, config
+        self._optimizer, self._sources = optimizer, sources
+        self._deepspeed = _import_deepspeed(next(model.parameters()).device)
+        self._branch: EngineBranch | None = None
+
+    @property
+    def part(self) -> str:
+        """Name of the child that is under ZeRO."""
+        return self._name
+
+    @property
+    def module(self) -> nn.Module:
+        """The child itself, also before the training starts."""
+        child = getattr(self._model, self._name)
+        return child.engine.module if isinstance(child, EngineBranch) else child
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What :func:`read_config` gave."""
+        return self._config
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's stage, 0 to 3."""
+        return int(self._config["zero_optimization"]["stage"])
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's engine; RuntimeError before the training starts."""
+        if self._branch is None:
+            raise RuntimeError("the ZeRO engine is made when the training starts")
+        return self._branch.engine
+
+    def before_train(self) -> None:
+        """Start the engine on the weights that the model has now."""
+        if self._branch is not None:
+            return
+        _join_process_group()
+        child = getattr(self._model, self._name)
+        engine, *_ = self._deepspeed.initialize(
+            model=child, optimizer=self._optimizer, config=self._config, dist_init_required=False
+        )
+        self._branch = EngineBranch(engine, child)
+        setattr(self._model, self._name, self._branch)
+        _logger.info(
+            "%s is under DeepSpeed %s, ZeRO stage %d, %d process(es), %s",
+            *(self._name, self._deepspeed.__version__, self.stage, comm.get_world_size()),
+            next(child.parameters()).dtype,
+        )
+
+    def before_step(self) -> None:
+        """Take the learning rates over."""
+        groups = self.trainer.optimizer.param_groups  # type: ignore[attr-defined]
+        for source, group in zip(self._sources, self.engine.optimizer.param_groups, strict=True):
+            group["lr"] = groups[source]["lr"]
+
+    def before_forward(self, last: bool) -> None:
+        """Say whether the next micro batch is the last one of its optimiser step."""
+        self.engine.set_gradient_accumulation_boundary(last)
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward pass of the joint loss of a micro batch, divided by their number."""
+        self.engine.backward(loss)
+
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of the child's gradient over all ranks, float32; infinite if not finite.
+
+        To be called between the last backward pass and :meth:`step`.
+        """
+        return owned_norm(self.engine)
+
+    def clip(self, factor: float) -> None:
+        """Let :meth:`step` multiply the gradient by a factor of 0 to 1."""
+        optimizer = self.engine.optimizer
+        if not hasattr(optimizer, "clip_grad"):  # stage 0 in float32: a plain optimiser
+            if factor < 1.0:
+                for parameter in self.engine.module.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
+            return
+        # DeepSpeed multiplies by clip_grad / (norm + 1e-6) if that is below 1.
+        norm = float(self.gradient_norm())
+        optimizer.clip_grad = (norm + 1e-6) * factor if factor < 1.0 else 0.0
+
+    def step(self) -> None:
+        """Optimiser step; forgets the gradient."""
+        self.engine.step()
+
+    def discard(self) -> None:
+        """Forget the gradients of the step that was begun."""
+        throw_gradients_away(self.engine)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The child's weights in float32 on the CPU, whole, by their names in the child.
+
+        All ranks must call it; only the main process gets them, the others an empty dict.
+        """
+        return full_weights(self.engine)
+
+    def save_whole(self, save: Callable[[], None]) -> None:
+        """Call ``save`` on the main process while the model's ``state_dict()`` is complete.
+
+        All ranks must call it.
+        """
+        if self._branch is None:
+            if comm.is_main_process():
+                save()
+            return
+        weights = self.full_weights()
+        if comm.is_main_process():
+            with self._branch.showing(weights):
+                save()
+        comm.synchronize()
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # even where there is a GPU
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError(
+            f"SOLVER.ZERO.CONFIG needs DeepSpeed: pip install 'gella[zero]' ({error})"
+        ) from error
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _join_process_group() -> None:
+    """DeepSpeed works in the process group that `launch` made; one process makes its own."""
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        comm.create_local_process_group(1)
+    # Without it DeepSpeed looks for MPI.
+    os.environ.setdefault("LOCAL_RANK", str(comm.get_local_rank()))

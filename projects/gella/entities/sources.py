@@ -1,0 +1,321 @@
+"""Where the entities of a dataset's images come from: its annotation, files, or a live segmenter.
+
+A source is chosen per dataset by the config key ``INPUT.GELLA.ENTITY_SOURCES``; the mapper then
+reads every image's entities through `load_from_record`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gella.entities.entity_map import EntityMap
+from gella.entities.files import (
+    FORMATS,
+    PICTURE_FORMATS,
+    load_entities,
+    panoptic_picture,
+)
+from gella.entities.json_files import (
+    JSON_FORMATS,
+    entries_by_image,
+    forget_files,
+    json_format,
+)
+
+__all__ = [
+    "FORMATS",
+    "SOURCE_KINDS",
+    "AnnotationSource",
+    "EntitySource",
+    "FileSource",
+    "LiveSource",
+    "annotation_of",
+    "load_entities",
+    "load_from_record",
+    "source_for",
+]
+
+
+class EntitySource(ABC):
+    """Gives the entities of any image of a dataset."""
+
+    @abstractmethod
+    def load(self, record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
+        """Entities of one image, in the frame of the original picture.
+
+        Args:
+            record: dataset dict; `file_name`, `image_id`, `height`, `width` are read.
+            image: its picture, uint8 RGB (H, W, 3), where the caller has decoded it already.
+
+        Raises FileNotFoundError or ValueError, naming the image, as `load_entities`.
+        """
+
+    def missing(self, records: Iterable[dict[str, Any]]) -> list[Any]:
+        """Ids of the images that have no masks here, each once, in the order of `records`.
+
+        No mask is decoded. Sources that make masks on demand miss none.
+        """
+        return []
+
+    def lead(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a dataset dict whose `entities` lead here; the annotation is at `targets`."""
+        return {**record, "entities": {"source": self, "targets": annotation_of(record)}}
+
+
+class AnnotationSource(EntitySource):
+    """The segments that the dataset itself is annotated with: the default."""
+
+    def load(self, record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
+        """See `EntitySource.load`."""
+        return load_from_record(self.lead(record))
+
+    def missing(self, records: Iterable[dict[str, Any]]) -> list[Any]:
+        """Images whose mask file does not exist."""
+        files = {r["image_id"]: str(annotation_of(r).get("file_name")) for r in records}
+        exists = {name: os.path.isfile(name) for name in set(files.values())}
+        return [image_id for image_id, name in files.items() if not exists[name]]
+
+    def lead(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a dataset dict that leads to its annotation (again)."""
+        return {**record, "entities": annotation_of(record)}
+
+
+class FileSource(EntitySource):
+    """Masks that a segmenter wrote: one JSON for all images, or a folder with a file per image."""
+
+    def __init__(self, path: str | Path, format: str = "auto") -> None:
+        """Args:
+            path: a JSON file (`JSON_FORMATS`, by image id), or a folder with one ``.npz`` or
+                ``.png`` file per image, named like the image file or, failing that, by image id.
+            format: one of `FORMATS`, or "auto": by suffix and content.
+
+        Raises:
+            FileNotFoundError: there is neither a file nor a folder.
+            ValueError: the format is unknown, or does not go with a folder or with a file, or the
+                JSON is malformed.
+        """
+        self.path, self.format = Path(path), format
+        if format not in ("auto", *FORMATS):
+            raise ValueError(f"unknown entity format {format!r}; known: auto, {', '.join(FORMATS)}")
+        if not self.path.exists():
+            raise FileNotFoundError(
+                f"entity masks {path} do not exist; make them first, or check the path"
+            )
+        folder = self.path.is_dir()
+        if not folder and self.path.suffix.lower() != ".json":
+            raise ValueError(
+                f"entity masks {path}: masks of a dataset are one .json file, or a folder with one "
+                "file per image; give the folder"
+            )
+        fitting = PICTURE_FORMATS if folder else JSON_FORMATS
+        if format not in ("auto", *fitting):
+            kind = "folder" if folder else "file"
+            raise ValueError(
+                f"entity masks {path} are a {kind}, but format {format} is not of a {kind}; "
+                f"use auto, {', '.join(fitting)}"
+            )
+        self._names = frozenset(os.listdir(self.path)) if folder else frozenset()
+        self._entries = None if folder else _Entries(self.path, format)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def load(self, record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
+        """See `EntitySource.load`."""
+        return load_from_record(self.lead(record))
+
+    def missing(self, records: Iterable[dict[str, Any]]) -> list[Any]:
+        """Images without an entry in the JSON, or without a file in the folder.
+
+        Raises ValueError when two images of a folder would share one file.
+        """
+        absent: dict[Any, None] = {}
+        owners: dict[str, str] = {}
+        for record in records:
+            place = self._place(record)
+            if place is None:
+                absent[record["image_id"]] = None
+            elif self._entries is None:
+                owner = owners.setdefault(place["file_name"], record["file_name"])
+                if owner != record["file_name"]:
+                    raise ValueError(
+                        f"images {owner} and {record['file_name']} would share the entity file "
+                        f"{place['file_name']}; use a .json file, which goes by image id"
+                    )
+        return list(absent)
+
+    def lead(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A copy of a dataset dict whose `entities` say `format` and `file_name` of its masks.
+
+        Entries of a JSON come along as `segments_info`, so that nobody reads the file again.
+
+        Raises ValueError for an image that has none, naming it and the file.
+        """
+        place = self._place(record)
+        if place is None:
+            raise ValueError(f"image {record['image_id']}: no masks in {self.path}")
+        return {**record, "entities": {**place, "targets": annotation_of(record)}}
+
+    def _place(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        if self._entries is not None:
+            return self._entries.place(record["image_id"])
+        kind = self.format
+        suffixes = (".npz", ".png") if kind == "auto" else (f".{kind.split('_')[-1]}",)
+        for stem in (Path(record["file_name"]).stem, str(record["image_id"])):
+            for suffix in suffixes:
+                if stem + suffix in self._names:
+                    return {"format": kind, "file_name": str(self.path / (stem + suffix))}
+        return None
+
+
+class LiveSource(EntitySource):
+    """A segmenter that looks at the picture when its entities are asked for.
+
+    It runs where the mapper runs: in the loader's worker processes, unless
+    ``DATALOADER.NUM_WORKERS`` is 0. Masks made once and read from a file cost less per epoch.
+    """
+
+    def __init__(self, segment: Callable[[np.ndarray], EntityMap]) -> None:
+        """``segment``: from uint8 RGB (H, W, 3) to the entities of that size."""
+        self._segment = segment
+
+    def load(self, record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
+        """See `EntitySource.load`; `image` has to be given.
+
+        Raises ValueError without it, and when the segmenter finds nothing.
+        """
+        if image is None:
+            raise ValueError(f"image {record['image_id']}: a live segmenter needs the picture")
+        entities = self._segment(image)
+        if entities.num_entities == 0:
+            raise ValueError(
+                f"image {record['image_id']} ({record['file_name']}): the segmenter found no "
+                "entity; lower its thresholds or leave the image out"
+            )
+        return entities
+
+
+class _Entries:
+    """A JSON file of many images, as bytes per image that forked processes share."""
+
+    def __init__(self, path: Path, format: str) -> None:
+        self._path = path
+        try:
+            self._kind = json_format(path) if format == "auto" else format
+            groups = entries_by_image(path, self._kind)
+        except ValueError as error:
+            raise ValueError(f"entity file {path}: {error}") from error
+        self._places = {image_id: place for place, image_id in enumerate(groups)}
+        self._bytes, self._ends = bytearray(), array("q", [0])
+        for entries in groups.values():
+            self._bytes += pickle.dumps(entries, pickle.HIGHEST_PROTOCOL)
+            self._ends.append(len(self._bytes))
+        forget_files()
+
+    def place(self, image_id: Any) -> dict[str, Any] | None:
+        """What a record's `entities` say of an image; None if the file has no entry of it."""
+        number = self._places.get(str(image_id))
+        if number is None:
+            return None
+        with memoryview(self._bytes) as view:
+            entries = pickle.loads(view[self._ends[number] : self._ends[number + 1]])
+        if self._kind != "coco_panoptic":
+            return {"format": self._kind, "file_name": str(self._path), "segments_info": entries}
+        for key in ("file_name", "segments_info"):
+            if key not in entries[0]:
+                raise ValueError(
+                    f"image {image_id}, entity file {self._path}: the annotation has no '{key}'"
+                )
+        picture = panoptic_picture(self._path, str(entries[0]["file_name"]))
+        segments = entries[0]["segments_info"]
+        return {
+            "format": "panoptic_png",
+            "file_name": str(picture),
+            "segments_info": segments,
+        }
+
+
+# By the second part of an entry of INPUT.GELLA.ENTITY_SOURCES: what makes a source of the third.
+SOURCE_KINDS: dict[str, Callable[[str], EntitySource]] = {
+    "annotation": lambda path: AnnotationSource(),
+    "auto": FileSource,
+    **{kind: partial(FileSource, format=kind) for kind in FORMATS},
+}
+
+
+def source_for(entries: Sequence[Sequence[str]], dataset_name: str) -> EntitySource:
+    """The source that a config chooses for a dataset; its annotation where no entry fits.
+
+    Args:
+        entries: (dataset name or shell pattern, kind, path) each; the first that fits counts.
+            Kinds are those of `SOURCE_KINDS`.
+        dataset_name: the dataset.
+
+    Raises ValueError for an entry of another form or an unknown kind, and what the source raises.
+    Datasets of one file get one source.
+    """
+    for entry in entries:
+        if isinstance(entry, str) or len(entry) != 3 or not all(isinstance(p, str) for p in entry):
+            raise ValueError(
+                f"INPUT.GELLA.ENTITY_SOURCES has {entry!r}; each entry is [dataset, kind, path], "
+                "for instance ['gella_shapes_png_val', 'auto', 'masks.json']"
+            )
+        if entry[1] not in SOURCE_KINDS:
+            raise ValueError(
+                f"INPUT.GELLA.ENTITY_SOURCES: kind {entry[1]!r} of {entry[0]} is unknown; known: "
+                f"{', '.join(SOURCE_KINDS)}"
+            )
+    for pattern, kind, path in entries:
+        if fnmatchcase(dataset_name, pattern):
+            status = os.stat(path) if os.path.exists(path) else None
+            return _made(kind, path, status and (status.st_mtime_ns, status.st_size))
+    return AnnotationSource()
+
+
+@lru_cache(maxsize=4)
+def _made(kind: str, path: str, changed: tuple[int, int] | None) -> EntitySource:
+    # Datasets that share a file share its index, which may be large.
+    return SOURCE_KINDS[kind](path)
+
+
+def load_from_record(record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
+    """Entities of a dataset dict, as its `entities` key describes them.
+
+    Args:
+        record: `entities` holds `file_name`, optionally `format` and `segments_info`, or else
+            `source`, an `EntitySource`; `height`, `width` and `image_id` are those of the image.
+        image: the decoded picture, for sources that look at it.
+
+    Raises what `load_entities` raises, and KeyError when the record has no `entities`.
+    """
+    place = record.get("entities")
+    if place and "source" in place:
+        return place["source"].load(record, image)
+    if not place or "file_name" not in place:
+        raise KeyError(
+            f"image {record.get('image_id')}: the record has no entities with a file_name; every "
+            "image needs masks"
+        )
+    return load_entities(
+        place["file_name"],
+        record["height"],
+        record["width"],
+        format=place.get("format", "auto"),
+        segments_info=place.get("segments_info"),
+        image_id=record.get("image_id"),
+    )
+
+
+def annotation_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Where the annotation's own masks are: `entities`, or its `targets` where it leads away."""
+    return record["entities"].get("targets") or record["entities"]

@@ -1,0 +1,220 @@
+"""From a picture and its entities to what the model sees: resized, coloured, padded squares.
+
+Training, evaluation and the predictor all come through :func:`make_view`, so the image for CLIP and
+the colormap always show the same scene in the same place.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from gella.entities.entity_map import EntityMap, entity_colors, paint_colormap
+from gella.entities.limits import MAX_PIXELS, check_pixels
+
+# Formats of photographs. Pillow knows more, of which one (EPS) runs a program on the file.
+PHOTO_FORMATS = (
+    *("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"),
+)
+
+
+def read_image(
+    file_name: str | Path, *, upright: bool = False, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """Read a picture as uint8 RGB (H, W, 3).
+
+    Grey (8 or 16 bits), palette, CMYK and transparent pictures are converted to RGB. What the file
+    declares is checked before it is decoded.
+
+    Args:
+        file_name: a picture in one of `PHOTO_FORMATS`, whatever its suffix.
+        upright: turn the picture by its EXIF orientation. Sizes in COCO's annotations are those of
+            the stored pixels, so dataset readers leave it off; for a photograph from a phone,
+            segmenters and viewers show the turned one.
+        max_pixels: larger pictures are refused. Above 178,956,970 Pillow refuses them itself,
+            unless `PIL.Image.MAX_IMAGE_PIXELS` is raised too.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no picture, ends before its last row, has too many pixels, more
+            than one frame, or numbers of no known range in place of colours.
+    """
+    path = Path(file_name)
+    if not path.is_file():
+        raise FileNotFoundError(f"image {path} does not exist; check the path")
+    try:
+        with Image.open(path, formats=_formats()) as picture:
+            refused = _refusal(picture, max_pixels)
+            if not refused:
+                picture.load()
+                turned = ImageOps.exif_transpose(picture) if upright else picture
+                return np.array(_as_rgb(turned), dtype=np.uint8)
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"image {path} is no picture that Pillow can read as {', '.join(PHOTO_FORMATS)}"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"image {path} is too large to open safely, more than {max_pixels} pixels ({error})"
+        ) from error
+    # Pillow reports damaged data by OSError ("image file is truncated"), SyntaxError (PNG chunks),
+    # ValueError and others, according to the format and the damage.
+    except Exception as error:
+        raise ValueError(
+            f"image {path} is truncated or damaged ({error}); copy it again"
+        ) from error
+    raise ValueError(f"image {path}: {refused}")
+
+
+@lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in PHOTO_FORMATS if name in Image.OPEN]  # HEIF needs a plugin
+
+
+def _refusal(picture: Image.Image, max_pixels: int) -> str:
+    """Why a picture that was opened is not to be decoded; "" if it may be."""
+    try:
+        check_pixels(picture.height, picture.width, max_pixels)
+    except ValueError as error:
+        return str(error)
+    # The further pictures in a telephone's MPO are previews and gain maps of the first.
+    if picture.format != "MPO" and getattr(picture, "is_animated", False):
+        return f"more than 1 frame in the {picture.format} file; save the one that is meant alone"
+    if picture.mode in ("I", "F"):
+        return (
+            f"32-bit numbers (Pillow's mode {picture.mode}) of no known range; "
+            "save colours with 8 or 16 bits"
+        )
+    return ""
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):  # Pillow would clip all that is over 255
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    # A picture that is RGB already would be copied by convert() all the same.
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def image_token_count(image_size: int, patch_size: int, stride: int) -> int:
+    """Return how many tokens the image takes in the prompt: the pooled CLIP grid's cells.
+
+    Args:
+        image_size: side of CLIP's input, pixels.
+        patch_size: side of one cell, pixels.
+        stride: pooling per side before the grid becomes tokens (``IMAGE_TOKEN_STRIDE``).
+    """
+    return (image_size // patch_size // stride) ** 2
+
+
+def fitted_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Return (height, width) scaled so that the longest side is ``side``, each at least 1 pixel."""
+    scale = side / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def fit_image(image: np.ndarray, side: int) -> np.ndarray:
+    """Scale uint8 (H, W, 3) to the longest side ``side`` and pad with zeros to (side, side, 3).
+
+    Bilinear with antialiasing (Pillow's reducing filter). The picture stays at the top left.
+    """
+    height, width = fitted_size(image.shape[0], image.shape[1], side)
+    square = np.zeros((side, side, 3), dtype=np.uint8)
+    if (height, width) == image.shape[:2]:
+        square[:height, :width] = image
+    else:
+        mirrored = image.strides[1] < 0  # array[:, ::-1]: Pillow would copy it byte by byte
+        picture = Image.fromarray(image[:, ::-1] if mirrored else image)
+        if mirrored:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+        square[:height, :width] = np.asarray(resized)
+    return square
+
+
+def make_view(
+    image: np.ndarray,
+    entities: EntityMap,
+    *,
+    image_size: int,
+    colormap_size: int,
+    assignment: str,
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """Bring one scene into the model's frame (paper, section 3.1 and "augmentation").
+
+    The longest side is scaled to the square's side and the rest is padded with zeros at the bottom
+    and on the right; nothing is cropped, since a crop would cut entities.
+
+    Args:
+        image: uint8 (H, W, 3) RGB.
+        entities: the scene's entities, in the frame of ``image``.
+        image_size: side S of CLIP's input, pixels.
+        colormap_size: side C of the colormap, pixels.
+        assignment: how colours are chosen, see :func:`gella.entities.entity_map.entity_colors`.
+        rng: source of the colours; the same state gives the same colormap.
+
+    Returns:
+        ``image`` uint8 tensor (3, S, S), ``colormap`` uint8 tensor (3, C, C), ``entities``
+        EntityMap of size (C, C) with the same E and order, ``colors`` uint8 (E, 3): those of the
+        colormap, ``valid_size`` (h, w): the part of the colormap that is no padding.
+
+    Raises:
+        ValueError: the image is not uint8 (H, W, 3), or its size is not that of the entities.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"image must be uint8 (H, W, 3) RGB, not {image.dtype} {tuple(image.shape)}"
+        )
+    if tuple(entities.size) != tuple(image.shape[:2]):
+        raise ValueError(
+            f"entity masks are {entities.size[1]}x{entities.size[0]} pixels but the image is "
+            f"{image.shape[1]}x{image.shape[0]} (width x height); give masks of the image's size"
+        )
+    height, width = fitted_size(image.shape[0], image.shape[1], colormap_size)
+    # Colours are drawn on the unpadded map: the place of a centroid must not depend on padding.
+    resized = entities.resize(height, width)
+    colors = entity_colors(resized, assignment, rng)
+    padded = resized.pad(colormap_size, colormap_size)
+    return {
+        "image": _to_tensor(fit_image(image, image_size)),
+        "colormap": _to_tensor(paint_colormap(padded, colors)),
+        "entities": padded,
+        "colors": colors,
+        "valid_size": (height, width),
+    }
+
+
+def to_send(mapped: dict[str, Any]) -> dict[str, Any]:
+    """A mapped dict as a loader's worker sends it: a tenth of the bytes, and no shared memory.
+
+    The colormap, most of what a view weighs, is left out, since entities and colours say the same;
+    tensors become arrays, because each tensor would take a file handle and pages of its own.
+    """
+    dropped = {"colormap"} if "colors" in mapped else set()
+    return {
+        key: value.numpy() if isinstance(value, torch.Tensor) else value
+        for key, value in mapped.items()
+        if key not in dropped
+    }
+
+
+def received(sent: dict[str, Any]) -> dict[str, Any]:
+    """The mapped dict of `to_send`, equal to it in every pixel; the colormap is painted here."""
+    mapped = {
+        key: torch.from_numpy(value) if isinstance(value, np.ndarray) and key != "colors" else value
+        for key, value in sent.items()
+    }
+    if "colors" in sent:
+        mapped["colormap"] = _to_tensor(paint_colormap(sent["entities"], sent["colors"]))
+    return mapped
+
+
+def _to_tensor(picture: np.ndarray) -> torch.Tensor:
+    # Costs nothing for a colormap, whose channels are planes already.
+    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))

@@ -1,0 +1,1 @@
+"""Prompts, answers, and where a caption names its nouns."""

@@ -1,0 +1,341 @@
+"""Prompts: what the language decoder is told and what it has to answer, and the way back.
+
+Every task is one question and one answer in LLaVA-1.5's conversation (Vicuna v1). Answers name
+nouns, each followed by one `<SEG>`, whose embedding is the noun's `E_vl` (paper, eq. 4).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gella.text.alignment import align_utterances, locate_phrases, located
+
+__all__ = [
+    "DESCRIBE_INSTRUCTIONS",
+    "EXTRACT_INSTRUCTIONS",
+    "IGNORE_INDEX",
+    "IMAGE_TOKEN_ID",
+    "SEG_TOKEN",
+    "TASKS",
+    "OverlongPrompt",
+    "Prompt",
+    "align_utterances",
+    "build_prompt",
+    "decode_answer",
+    "load_tokenizer",
+    "locate_phrases",
+    "located",
+    "noun_answer",
+    "number_in_words",
+    "panoptic_answer",
+    "panoptic_sentence",
+    "parse_nouns",
+    "question_text",
+    "spoken_name",
+    "task_text",
+]
+
+SEG_TOKEN = "<SEG>"
+IMAGE_MARK = "<image>"  # never in the text itself; the template puts the image tokens there
+IMAGE_TOKEN_ID = -200  # stands in `input_ids` for one projected image token
+IGNORE_INDEX = -100  # label of a position without loss
+TASKS = ("describe", "extract", "ground")
+
+# The first of each is the paper's; training draws among them, evaluation takes the first.
+DESCRIBE_INSTRUCTIONS = (
+    "Please help me describe the image.",
+    "Please describe the image.",
+    "What can be seen in the image?",
+    "Tell me what the image shows.",
+)
+EXTRACT_INSTRUCTIONS = (
+    "Please help me extract each semantic noun of the sentence. The sentence is {caption}",
+    "Please extract each semantic noun of the sentence. The sentence is {caption}",
+    "Which semantic nouns does the sentence hold? The sentence is {caption}",
+    "Find all semantic nouns of the sentence. The sentence is {caption}",
+)
+
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+).split()
+_TENS = ["-", "-", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_PANOPTIC_START = "There might exist "
+
+
+class OverlongPrompt(ValueError):
+    """A prompt has more tokens than the language model takes; the message has both numbers."""
+
+
+@dataclass
+class Prompt:
+    """One conversation as token ids.
+
+    Attributes:
+        input_ids: int64 (L,), image tokens as IMAGE_TOKEN_ID.
+        labels: int64 (L,), equal to `input_ids` at the answer and its end of sentence, IGNORE_INDEX
+            elsewhere. Not shifted: position i holds the label *of* token i.
+        seg_positions: int64 (P,), places of the answer's `<SEG>` tokens, in order.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    seg_positions: torch.Tensor
+
+
+def load_tokenizer(path: str) -> Any:
+    """Read a transformers tokenizer and give it `<SEG>` as one special token.
+
+    Args:
+        path: a folder written by `save_pretrained`, or a name on the Hugging Face hub.
+
+    Returns the tokenizer; without a pad token it takes the unknown token for it (as LLaVA does), or
+    else the end of sentence. Raises FileNotFoundError when nothing readable is there and ValueError
+    when the tokenizer has no end of sentence.
+    """
+    from transformers import AddedToken, AutoTokenizer
+
+    # Single sentences gain nothing from its threads, and they do not survive a worker's fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    advice = "set MODEL.LANGUAGE.TOKENIZER to a folder that holds tokenizer.json"
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if not path or (looks_local and not os.path.isdir(os.path.expanduser(path))):
+        raise FileNotFoundError(
+            f"no tokenizer folder at {path!r}; {advice} (for the synthetic shapes, "
+            "`python datasets/prepare_shapes.py` writes one)"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise FileNotFoundError(
+            f"no tokenizer can be read from {path!r} ({reason[0]}); {advice}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {path!r} has no eos_token; answers could never end")
+    # `lstrip` swallows the space before it, which would cost a token of its own per noun.
+    seg = AddedToken(SEG_TOKEN, lstrip=True, rstrip=False, normalized=False, special=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [seg]})
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def number_in_words(n: int) -> str:
+    """English number without hyphens or "and": 21 -> "twenty one". ValueError outside 0..999999."""
+    if not 0 <= n < 1_000_000:
+        raise ValueError(f"{n} cannot be written in words here; 0..999999 can")
+    if n >= 1000:
+        rest = f" {number_in_words(n % 1000)}" if n % 1000 else ""
+        return f"{number_in_words(n // 1000)} thousand{rest}"
+    if n >= 100:
+        rest = f" {number_in_words(n % 100)}" if n % 100 else ""
+        return f"{_SMALL[n // 100]} hundred{rest}"
+    if n >= 20:
+        return _TENS[n // 10] + (f" {_SMALL[n % 10]}" if n % 10 else "")
+    return _SMALL[n]
+
+
+def noun_answer(nouns: Sequence[str]) -> str:
+    """The answer to noun extraction and grounding (paper, Table 1), one `<SEG>` per noun.
+
+    White space inside a noun becomes one blank. Raises ValueError without any noun, for an empty
+    noun and for one that holds a token of the template.
+    """
+    cleaned = [_clean(noun) for noun in nouns]
+    if not cleaned:
+        raise ValueError("there is no noun to answer with; the caption must name at least one")
+    if len(cleaned) == 1:
+        return f"There is one semantic noun, including {cleaned[0]} {SEG_TOKEN}."
+    count = number_in_words(len(cleaned))
+    return f"There are {count} semantic nouns, including {_enumerate(cleaned, f' {SEG_TOKEN}')}."
+
+
+def panoptic_answer(names: Sequence[str]) -> str:
+    """The answer of panoptic inference: "There might exist a person <SEG>, ... and a dog <SEG>."
+
+    Args:
+        names: category names, at least one; articles are put before them.
+    """
+    return _PANOPTIC_START + _enumerate(_with_articles(names), f" {SEG_TOKEN}") + "."
+
+
+def panoptic_sentence(names: Sequence[str]) -> str:
+    """`panoptic_answer` without its `<SEG>` tokens: the sentence that is asked about."""
+    return _PANOPTIC_START + _enumerate(_with_articles(names), "") + "."
+
+
+def spoken_name(category: str) -> str:
+    """A COCO panoptic category name as words: "wall-other-merged" -> "wall", "net" -> "net".
+
+    The 133 names of COCO stay distinct.
+    """
+    name = re.sub(r"(-(other|merged|stuff))+$", "", category)
+    return _clean(re.sub(r"[-_]+", " ", name))
+
+
+def parse_nouns(answer: str) -> list[str]:
+    """Nouns of an answer, one per `<SEG>`, in order: the inverse of `noun_answer`.
+
+    Generated answers may deviate: what stands before a `<SEG>` is its noun, possibly empty, so the
+    result always has as many entries as the answer has `<SEG>`; text after the last is ignored.
+    """
+    chunks = answer.split(SEG_TOKEN)[:-1]
+    nouns = []
+    for place, chunk in enumerate(chunks):
+        if place == 0:
+            start = re.search(r"\bincluding\b|\bmight exist\b", chunk)
+            text = chunk[start.end() :] if start else chunk
+        elif chunk.lstrip().startswith(","):
+            text = chunk.lstrip()[1:]
+            if place == len(chunks) - 1:  # the template has no comma before the last "and"
+                text = re.sub(r"^\s*and\b", "", text)
+        else:
+            text = re.sub(r"^\s*and\b", "", chunk)
+        nouns.append(" ".join(text.split()))
+    return nouns
+
+
+def question_text(
+    task: str, caption: str, nouns: Sequence[str] = (), instruction_index: int = 0
+) -> str:
+    """The question of a task, as text; arguments and errors as for `task_text`.
+
+    Only "panoptic" reads the nouns; "describe" does not read the caption.
+    """
+    if task == "describe":
+        return DESCRIBE_INSTRUCTIONS[instruction_index % len(DESCRIBE_INSTRUCTIONS)]
+    if task not in (*TASKS, "panoptic", "refer"):
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}, panoptic, refer")
+    sentence = panoptic_sentence(nouns) if task == "panoptic" else _sentence(task, caption)
+    template = EXTRACT_INSTRUCTIONS[instruction_index % len(EXTRACT_INSTRUCTIONS)]
+    return template.replace("{caption}", sentence)
+
+
+def task_text(
+    task: str, caption: str, nouns: Sequence[str], instruction_index: int = 0
+) -> tuple[str, str]:
+    """Question and answer of a task, as text: (instruction, answer).
+
+    Args:
+        task: "describe", "extract" or "ground"; also "panoptic" (`nouns` are category names, the
+            caption is not read) and "refer" (`caption` is the expression and the only noun).
+        caption: the sentence; must not be blank, except for "panoptic".
+        nouns: its nouns, in order; not read by "describe" and "refer".
+        instruction_index: which phrasing, counted round; 0 is the paper's.
+    """
+    instruction = question_text(task, caption, nouns, instruction_index)
+    if task == "panoptic":
+        return instruction, panoptic_answer(nouns)
+    if task == "describe":
+        return instruction, _sentence(task, caption)
+    return instruction, noun_answer([caption] if task == "refer" else nouns)
+
+
+def build_prompt(
+    tokenizer: Any,
+    instruction: str,
+    answer: str | None,
+    *,
+    num_image_tokens: int,
+    system: str,
+    max_length: int,
+) -> Prompt:
+    r"""Token ids of one exchange: `{system} USER: <image>\n{instruction} ASSISTANT: {answer}</s>`.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        instruction: the question; may not hold `<SEG>`, `<image>` or a special token.
+        answer: may hold `<SEG>`. None ends the prompt after "ASSISTANT:", for generation, with all
+            labels ignored; those ids are a prefix of the ids with an answer.
+        num_image_tokens: how many image tokens stand for the picture.
+        system: the system line; "" starts the template with "USER: ".
+        max_length: most tokens allowed; without an answer one of them is kept for it. A longer
+            prompt is an OverlongPrompt, a ValueError with both numbers.
+    """
+    specials = [t for t in tokenizer.all_special_tokens if t != SEG_TOKEN] + [IMAGE_MARK]
+    _refuse(system, "system line", [*specials, SEG_TOKEN])
+    _refuse(instruction, "text", [*specials, SEG_TOKEN])
+    head = _encode(tokenizer, f"{system} USER: " if system else "USER: ")
+    question = f"\n{instruction} ASSISTANT:"
+    tail = _encode(tokenizer, question)
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompt = [*start, *head, *[IMAGE_TOKEN_ID] * num_image_tokens, *tail]
+    reply: list[int] = []
+    if answer is not None:
+        _refuse(answer, "answer", specials)
+        joined = _encode(tokenizer, f"{question} {answer}")
+        # Tokenizing both at once is what LLaVA trains on; where a merge crosses the border, the
+        # ids that generation starts from must win.
+        same = joined[: len(tail)] == tail
+        reply = joined[len(tail) :] if same else _encode(tokenizer, f" {answer}")
+        reply = [*reply, tokenizer.eos_token_id]
+    length = len(prompt) + len(reply)
+    fits = max_length if reply else max_length - 1
+    if length > fits:
+        room = "" if reply else ", with one left for the answer"
+        raise OverlongPrompt(
+            f"the prompt has {length} tokens ({num_image_tokens} of them image) but at most {fits} "
+            f"fit{room}; shorten the caption or raise MODEL.LANGUAGE.MAX_POSITIONS"
+        )
+    input_ids = torch.tensor([*prompt, *reply], dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    labels[len(prompt) :] = input_ids[len(prompt) :]
+    seg_id = tokenizer.convert_tokens_to_ids(SEG_TOKEN)
+    return Prompt(input_ids, labels, torch.nonzero(input_ids == seg_id).flatten())
+
+
+def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Text of generated token ids, with `<SEG>` kept and the other special tokens left out."""
+    seg_id = tokenizer.convert_tokens_to_ids(SEG_TOKEN)
+    skipped = set(tokenizer.all_special_ids) - {seg_id}
+    kept = [int(i) for i in ids if int(i) not in skipped and int(i) >= 0]
+    text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return re.sub(rf"\s*{SEG_TOKEN}", f" {SEG_TOKEN}", text).strip()
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _refuse(text: str, what: str, marks: Sequence[str]) -> None:
+    for mark in marks:
+        if mark in text:
+            raise ValueError(
+                f"the {what} holds {mark!r}, which the template keeps for itself: {text[:80]!r}"
+            )
+
+
+def _sentence(task: str, caption: str) -> str:
+    if not caption.strip():
+        raise ValueError(f"the caption is empty; task {task!r} needs a sentence")
+    return caption.strip()
+
+
+def _clean(noun: str) -> str:
+    text = " ".join(noun.split())
+    if not text:
+        raise ValueError("a noun is empty; every noun needs a text")
+    _refuse(text, "noun", (SEG_TOKEN, IMAGE_MARK))
+    return text
+
+
+def _enumerate(items: Sequence[str], after: str) -> str:
+    marked = [f"{item}{after}" for item in items]
+    if len(marked) == 1:
+        return marked[0]
+    return f"{', '.join(marked[:-1])} and {marked[-1]}"
+
+
+def _with_articles(names: Sequence[str]) -> list[str]:
+    if not names:
+        raise ValueError("there is no category name to list; give at least one")
+    # "u" as in "unit" and "eu" sound like a consonant.
+    vowel = re.compile(r"(?!uni|use|eu|one\b)[aeiou]", re.IGNORECASE)
+    return [f"{'an' if vowel.match(name) else 'a'} {name}" for name in map(_clean, names)]
