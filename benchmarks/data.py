@@ -28,7 +28,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from gella import add_gella_config, load_config
-from gella.data.dataset_mapper import GroundingMapper
+from gella.data.mapper import GroundingMapper
 from gella.data.plugins import import_modules
 from gella.engine.trainer import load_records
 from gella.evaluation.results import write_json

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gella import load_config
-from gella.data.dataset_mapper import GroundingMapper
+from gella.data.mapper import GroundingMapper
 from gella.data.plugins import import_modules
 from gella.engine.checkpoint import load_weights
 from gella.engine.trainer import load_records

@@ -11,13 +11,12 @@ from colormap import median_ms
 from PIL import Image
 from tqdm import tqdm
 
-from gella.data.dataset_mapper import GroundingMapper
-from gella.data.phrases import EntityMatcher
+from gella.data.mapper import GroundingMapper
+from gella.data.targets import EntityMatcher
 from gella.data.task_sampling import build_train_loader
 from gella.entities.entity_map import entity_colors, paint_colormap
 from gella.entities.sources import load_from_record
 from gella.entities.view import fit_image, fitted_size, read_image
-from gella.text.prompts import build_prompt, task_text
 
 STAGES = {
     "decode image": "JPEG or PNG to RGB",
@@ -72,15 +71,8 @@ class Steps:
 
     def prompt(self, i: int) -> Any:
         """Tokens and labels."""
-        mapped, mapper = self.mapped[i], self.mapper
-        nouns = [phrase["text"] for phrase in mapped["phrases"]]
-        return build_prompt(
-            mapper.tokenizer,
-            *task_text(mapped["task"], mapped["caption"], nouns, 0),
-            num_image_tokens=mapper.num_image_tokens,
-            system=mapper.system,
-            max_length=mapper.max_length,
-        )
+        mapped = self.mapped[i]
+        return self.mapper.fit(mapped["task"], mapped["caption"], mapped["phrases"])
 
     def targets(self, i: int) -> Any:
         """Entity indices of each noun."""

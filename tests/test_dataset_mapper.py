@@ -17,9 +17,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from gella import add_gella_config
-from gella.data.dataset_mapper import GroundingMapper
-from gella.data.mirror import mirrored_words
-from gella.data.phrases import EntityMatcher, category_phrases, segment_iou
+from gella.data.mapper import GroundingMapper, mirrored_words
+from gella.data.targets import EntityMatcher, category_phrases, segment_iou
 from gella.data.task_sampling import build_train_loader
 from gella.entities.entity_map import EntityMap, id_to_rgb
 from gella.entities.masks import mask_iou

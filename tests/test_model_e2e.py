@@ -13,8 +13,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from gella import add_gella_config
-from gella.data.dataset_mapper import GroundingMapper
 from gella.data.datasets import load_coco_panoptic, load_png
+from gella.data.mapper import GroundingMapper
 from gella.text import prompts
 
 ROOT = Path(__file__).resolve().parents[1]

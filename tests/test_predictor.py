@@ -15,7 +15,7 @@ from pycocotools import mask as mask_utils
 
 import gella
 from gella.config import load_config
-from gella.data.dataset_mapper import GroundingMapper
+from gella.data.mapper import GroundingMapper
 from gella.engine.checkpoint import load_weights
 from gella.entities.entity_map import EntityMap, id_to_rgb
 from gella.predictor import GellaPredictor, image_id_of

@@ -17,8 +17,8 @@ from PIL import Image
 from gella import add_gella_config
 from gella.data import datasets
 from gella.data.catalog import REFCOCO_SPLITS, refcoco_name, register_all
-from gella.data.dataset_mapper import GroundingMapper
 from gella.data.exclusion import held_out_images, without_held_out
+from gella.data.mapper import GroundingMapper
 from gella.data.record_store import RecordStore
 from gella.data.refcoco import load_instances
 from gella.engine.trainer import load_records

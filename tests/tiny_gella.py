@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from gella.config import load_config
-from gella.data.dataset_mapper import GroundingMapper
+from gella.data.mapper import GroundingMapper
 from gella.entities.entity_map import EntityMap, id_to_rgb
 from gella.text import prompts
 

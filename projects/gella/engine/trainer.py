@@ -13,10 +13,10 @@ from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
-from gella.data.dataset_mapper import GroundingMapper
 from gella.data.datasets import root_from_environment
 from gella.data.entity_choice import choose_entities
 from gella.data.exclusion import without_held_out
+from gella.data.mapper import GroundingMapper
 from gella.data.record_store import Records, concatenated
 from gella.data.task_sampling import build_train_loader
 from gella.data.unmatched import CountedLoader, UnmatchedPhrases

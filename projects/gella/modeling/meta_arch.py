@@ -123,7 +123,7 @@ class GELLA(Inference):
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Train on, or ground, a batch of mapped dicts (``data/dataset_mapper.py``).
+        """Train on, or ground, a batch of mapped dicts (``data/mapper.py``).
 
         Returns:
             in training a dict of weighted scalar losses with fixed names; else a dict per image:

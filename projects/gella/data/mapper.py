@@ -1,0 +1,493 @@
+"""The mapped dict, what the model takes: pixels, colormap, prompt and targets of one question.
+
+`InputMaker` and `mapped_input` make it for everybody: `GroundingMapper` from a dataset's record,
+the predictor from a picture and a question.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.config import configurable
+from detectron2.data import MetadataCatalog
+
+from gella.data.targets import EntityMatcher, category_phrases
+from gella.entities.entity_map import EntityMap
+from gella.entities.sources import annotation_of, load_entities, load_from_record
+from gella.entities.view import image_token_count, make_view, read_image
+from gella.text.overlong import FittedPrompt, check_policy, fit_prompt
+from gella.text.prompts import (
+    DESCRIBE_INSTRUCTIONS,
+    EXTRACT_INSTRUCTIONS,
+    load_tokenizer,
+    locate_phrases,
+    panoptic_sentence,
+)
+
+__all__ = [
+    "GroundingMapper",
+    "InputMaker",
+    "as_test_input",
+    "expression_phrase",
+    "mapped_input",
+    "mirrored_words",
+    "record_fields",
+]
+
+FLIP_TEXT = ("swap", "skip")  # values of INPUT.GELLA.FLIP_TEXT
+_logger = logging.getLogger(__name__)
+
+
+class InputMaker:
+    """Pictures and prompts as a config wants them, for :func:`mapped_input`."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        tokenizer: Any,
+        image_size: int,
+        colormap_size: int,
+        colors: str = "random",
+        num_image_tokens: int,
+        system: str = "",
+        max_length: int = 4096,
+        overlong: str = "error",
+    ) -> None:
+        """Args:
+        tokenizer: from `prompts.load_tokenizer`.
+        image_size: side of CLIP's input, pixels.
+        colormap_size: side of the colormap, pixels.
+        colors: assignment, see `entities.entity_colors`.
+        num_image_tokens: image tokens of the prompt.
+        system: the prompt's system line.
+        max_length: most tokens of a prompt.
+        overlong: what becomes of a caption with more: "error" or "cut", see `overlong.fit_prompt`.
+        """
+        self.tokenizer = tokenizer
+        self.image_size, self.colormap_size, self.colors = image_size, colormap_size, colors
+        self.limits = {
+            "num_image_tokens": num_image_tokens,
+            "system": system,
+            "max_length": max_length,
+        }
+        self.overlong = check_policy(overlong)
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> dict[str, Any]:
+        """Arguments from a config.
+
+        Raises ValueError for an ``INPUT.FORMAT`` other than RGB.
+        """
+        clip, language, own = cfg.MODEL.IMAGE_ENCODER, cfg.MODEL.LANGUAGE, cfg.INPUT.GELLA
+        if cfg.INPUT.FORMAT != "RGB":
+            raise ValueError(
+                f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, but pictures are read as RGB, the order of "
+                "the image encoder's weights; leave it at RGB"
+            )
+        return {
+            "tokenizer": load_tokenizer(language.TOKENIZER),
+            "image_size": clip.IMAGE_SIZE,
+            "colormap_size": own.COLORMAP_SIZE,
+            "colors": own.COLORS,
+            "num_image_tokens": image_token_count(
+                clip.IMAGE_SIZE, clip.PATCH_SIZE, language.IMAGE_TOKEN_STRIDE
+            ),
+            "system": language.SYSTEM,
+            "max_length": language.MAX_POSITIONS,
+            "overlong": own.OVERLONG_CAPTION,
+        }
+
+    def picture(
+        self,
+        image: np.ndarray,
+        entities: EntityMap,
+        *,
+        image_id: Any = None,
+        file_name: str = "",
+        rng: np.random.Generator | None = None,
+    ) -> dict[str, Any]:
+        """What the mapped dict says of a picture: `make_view`, and size and name of the original.
+
+        Args:
+            image: uint8 (H, W, 3) RGB.
+            entities: in the frame of ``image``.
+            image_id, file_name: as they are to stand in the dict.
+            rng: draws the colours; None: from the image id, so that results repeat.
+        """
+        if rng is None:
+            rng = np.random.default_rng(zlib.crc32(str(image_id).encode()))
+        options = {"image_size": self.image_size, "colormap_size": self.colormap_size}
+        view = make_view(image, entities, assignment=self.colors, rng=rng, **options)
+        view.update(height=image.shape[0], width=image.shape[1])
+        return {**view, "image_id": image_id, "file_name": file_name}
+
+    def fit(
+        self,
+        task: str,
+        caption: str,
+        phrases: Sequence[dict[str, Any]],
+        *,
+        phrasing: int = 0,
+        answered: bool = True,
+    ) -> FittedPrompt:
+        """The prompt of a question within the model's context; see `overlong.fit_prompt`."""
+        options: dict[str, Any] = {"phrasing": phrasing, "answered": answered, **self.limits}
+        return fit_prompt(self.tokenizer, task, caption, phrases, policy=self.overlong, **options)
+
+
+def mapped_input(
+    picture: dict[str, Any],
+    task: str,
+    fitted: FittedPrompt,
+    caption: str,
+    phrases: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """The mapped dict (docs/FORMATS.md 7): a picture, and what is asked or said about it.
+
+    Args:
+        picture: from :meth:`InputMaker.picture`; at test with ``entities_full``.
+        task: "describe", "extract", "ground", "panoptic" or "refer".
+        fitted: from :meth:`InputMaker.fit`.
+        caption: the sentence.
+        phrases: with ``segment_ids`` and ``entity_indices``, None where nobody knows them.
+    """
+    grounded = [phrase for phrase in phrases if phrase["segment_ids"]]
+    return {
+        **picture,
+        "task": task,
+        "caption": caption,
+        "phrases": list(phrases),
+        "input_ids": fitted.prompt.input_ids,
+        "labels": fitted.prompt.labels,
+        "seg_positions": fitted.prompt.seg_positions,
+        # Those whose segments no input entity covers have no target; they are counted and logged.
+        "num_grounded": len(grounded),
+        "num_unmatched": sum(not phrase["entity_indices"] for phrase in grounded),
+        "num_cut": fitted.num_cut,
+    }
+
+
+def record_fields(record: dict[str, Any]) -> dict[str, Any]:
+    """What the mapped dict of a test says of its record: all that evaluators need for the truth."""
+    truth = annotation_of(record)
+    return {
+        **{key: record[key] for key in ("image_id", "file_name", "height", "width")},
+        "annotation": {
+            "file_name": truth["file_name"],
+            "segments_info": truth.get("segments_info"),
+        },
+    }
+
+
+def as_test_input(mapped: dict[str, Any]) -> dict[str, Any]:
+    """A mapped training sample as an input to ground its nouns, for any task but "describe".
+
+    Training samples have no masks of the original size, so the answer's frame is the part of the
+    colormap that is no padding.
+    """
+    height, width = mapped["valid_size"]
+    entities = mapped["entities"]
+    full = EntityMap(entities.ids[:height, :width], entities.segment_ids, entities.scores)
+    frame = {"height": height, "width": width, "entities_full": full}
+    return {**mapped, "task": "ground", **frame}
+
+
+class GroundingMapper(InputMaker):
+    """Callable that maps one dataset dict for one task (docs/FORMATS.md 7).
+
+    The result depends only on the record, the task and `rng_seed`; at test the colours come from
+    the image id, so results repeat.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        is_train: bool,
+        flip: bool = False,
+        flip_text: str = "skip",
+        target_iou: float = 0.5,
+        panoptic_negatives: int = -1,
+        categories: Sequence[dict[str, Any]] = (),
+        task: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Args:
+        is_train: draw colours, phrasing, flip and negatives anew for each `rng_seed`; else give
+            the full-size entities and the annotation for evaluators too.
+        flip: mirror half of the training images.
+        flip_text: what becomes of a caption that says left or right: "swap" exchanges the words,
+            "skip" leaves its image as it is.
+        target_iou: least IoU at which an entity from elsewhere stands for an annotated segment.
+        panoptic_negatives: absent categories listed when a panoptic image trains; -1 for all.
+        categories: `id`, `name`, `isthing` of each category, for the task panoptic.
+        task: the task of every call that gives none; None takes the record's first.
+        options: of `InputMaker`.
+        """
+        super().__init__(**options)
+        if flip_text not in FLIP_TEXT:
+            raise ValueError(f"INPUT.GELLA.FLIP_TEXT is {flip_text!r}: use one of {FLIP_TEXT}")
+        self.is_train, self.task = is_train, task
+        self.flip, self.flip_text = flip and is_train, flip_text
+        self.target_iou, self.panoptic_negatives = target_iou, panoptic_negatives
+        self.categories = list(categories)
+        self._captions_cut, self._nouns_cut = 0, 0  # so far, in this process
+        # Compiles here: forked workers would each do it again and keep 160 MiB of their own.
+        import gella.entities.colormap_kernel  # noqa: F401
+
+    @classmethod
+    def from_config(
+        cls, cfg: Any, is_train: bool, dataset_names: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """Arguments from a config.
+
+        Args:
+            cfg: the config.
+            is_train: as in the constructor.
+            dataset_names: whose categories to use; None: `DATASETS.TRAIN` or `DATASETS.TEST`.
+
+        Raises ValueError when these datasets have different categories.
+        """
+        if dataset_names is None:
+            dataset_names = cfg.DATASETS.TRAIN if is_train else cfg.DATASETS.TEST
+        return {
+            **InputMaker.from_config(cfg),
+            "is_train": is_train,
+            "flip": cfg.INPUT.RANDOM_FLIP == "horizontal",
+            "flip_text": cfg.INPUT.GELLA.FLIP_TEXT,
+            "target_iou": cfg.INPUT.GELLA.TARGET_IOU,
+            "panoptic_negatives": cfg.INPUT.GELLA.PANOPTIC_NEGATIVES,
+            "categories": _shared_categories(dataset_names),
+        }
+
+    def __call__(
+        self,
+        record: dict[str, Any],
+        task: str | None = None,
+        rng_seed: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """Map one record; the record is not changed.
+
+        Args:
+            record: dataset dict (docs/FORMATS.md 7).
+            task: "describe", "extract", "ground", "panoptic" or "refer". "ground" of a record
+                without caption means its expressions, or else its panoptic categories.
+            rng_seed: integers that fix every random choice; None: from the image id.
+
+        Raises:
+            FileNotFoundError: the image or the entity file is missing.
+            ValueError: naming the image, for unreadable files, sizes that disagree, no entity, an
+                empty caption, a caption without nouns, unknown segment ids, a prompt too long.
+        """
+        task = self._resolve(record, task or self.task or record["tasks"][0])
+        seed = zlib.crc32(str(record["image_id"]).encode()) if rng_seed is None else rng_seed
+        rng = np.random.default_rng(seed)
+        image = read_image(record["file_name"])
+        size = (record["height"], record["width"])
+        if image.shape[:2] != size:
+            raise ValueError(
+                f"image {record['file_name']} is {image.shape[1]}x{image.shape[0]} pixels but its "
+                f"record says {size[1]}x{size[0]} (width x height); the annotation belongs to "
+                "another picture, or the sides are swapped"
+            )
+        entities = load_from_record(record, image)
+        matcher = self._matcher(record, entities)
+        try:
+            fitted, caption, phrases, mirrored = self._words(record, task, matcher, rng)
+        except ValueError as error:
+            raise ValueError(
+                f"image {record['image_id']} ({record['file_name']}), task {task}: {error}"
+            ) from error
+        shown = (image[:, ::-1], entities.flip()) if mirrored else (image, entities)
+        names = {"image_id": record["image_id"], "file_name": record["file_name"]}
+        picture = self.picture(*shown, **names, rng=rng)
+        if not self.is_train:
+            picture.update(record_fields(record), entities_full=entities)
+        return mapped_input(picture, task, fitted, caption, phrases)
+
+    def _resolve(self, record: dict[str, Any], task: str) -> str:
+        """The concrete task: datasets without captions can train grounding in their own way."""
+        if task == "ground" and "caption" not in record:
+            if record.get("expressions"):
+                return "refer"
+            if "panoptic" in record.get("tasks", ()):
+                return "panoptic"
+        return task
+
+    def _matcher(self, record: dict[str, Any], entities: EntityMap) -> EntityMatcher:
+        source = record["entities"]
+        targets = source.get("targets")
+        if targets is None:
+            return EntityMatcher(entities, source.get("segments_info"))
+        annotated = load_entities(
+            targets["file_name"],
+            record["height"],
+            record["width"],
+            format=targets.get("format", "auto"),
+            segments_info=targets.get("segments_info"),
+            image_id=record["image_id"],
+        )
+        return EntityMatcher(
+            entities, targets.get("segments_info"), annotated, min_iou=self.target_iou
+        )
+
+    def _words(
+        self, record: dict[str, Any], task: str, matcher: EntityMatcher, rng: np.random.Generator
+    ) -> tuple[FittedPrompt, str, list[dict[str, Any]], bool]:
+        """Prompt, caption and phrases with their entities, and whether to mirror the pixels."""
+        caption, phrases = self._caption_and_phrases(record, task, matcher, rng)
+        choices = DESCRIBE_INSTRUCTIONS if task == "describe" else EXTRACT_INSTRUCTIONS
+        phrasing = int(rng.integers(len(choices))) if self.is_train else 0
+        mirrored = self.flip and rng.random() < 0.5
+        if mirrored:
+            texts = (caption, *(phrase["text"] for phrase in phrases))
+            mirrored = not any(_names_a_side(text, self.flip_text) for text in texts)
+        if mirrored and self.flip_text == "swap":
+            caption, phrases = mirrored_words(caption, phrases)
+        # Outside training, descriptions and extracted nouns are the model's to say.
+        answered = self.is_train or task not in ("describe", "extract")
+        fitted = self.fit(task, caption, phrases, phrasing=phrasing, answered=answered)
+        if len(fitted.caption) < len(caption):
+            self._log_cut(record, fitted, len(caption))
+        if self.is_train:
+            # At test the nouns that were cut stay: evaluators count them as not found.
+            caption, phrases = fitted.caption, phrases[: fitted.num_nouns]
+        if task == "describe":
+            phrases = []  # its answer names no noun
+        phrases = [
+            {**phrase, "entity_indices": matcher.entity_indices(phrase["segment_ids"])}
+            for phrase in phrases
+        ]
+        return fitted, caption, phrases, mirrored
+
+    def _log_cut(self, record: dict[str, Any], fitted: FittedPrompt, length: int) -> None:
+        self._captions_cut += 1
+        self._nouns_cut += fitted.num_cut
+        if self._captions_cut & (self._captions_cut - 1) == 0:  # 1st, 2nd, 4th: a readable log
+            _logger.warning(
+                "image %s (%s): caption cut to %d of %d characters, %d of its nouns left out; "
+                "so far %d nouns of %d captions in this process: more than %d tokens",
+                *(record["image_id"], record["file_name"], len(fitted.caption), length),
+                *(fitted.num_cut, self._nouns_cut, self._captions_cut, self.limits["max_length"]),
+            )
+
+    def _caption_and_phrases(
+        self,
+        record: dict[str, Any],
+        task: str,
+        matcher: EntityMatcher,
+        rng: np.random.Generator,
+    ) -> tuple[str, list[dict[str, Any]]]:
+        if task == "panoptic":
+            if not self.categories:
+                raise ValueError("no category names; register the dataset with `categories`")
+            negatives = self.panoptic_negatives if self.is_train else -1
+            phrases = category_phrases(matcher.segments_info, self.categories, negatives, rng)
+            names = [phrase["text"] for phrase in phrases]
+            sentence = panoptic_sentence(names)
+            spans = locate_phrases(sentence, names)
+            for phrase, span in zip(phrases, spans):
+                phrase["start"], phrase["end"] = span or (-1, -1)
+            return sentence, phrases
+        if task == "refer":
+            return self._expression(record, rng)
+        caption = record.get("caption") or ""
+        if not caption.strip():
+            raise ValueError("the caption is empty; give a sentence")
+        phrases = list(record.get("phrases") or [])
+        if task != "describe" and not phrases:
+            raise ValueError(f"the caption has no noun: {caption[:80]!r}; at least one is needed")
+        return caption, phrases
+
+    def _expression(
+        self, record: dict[str, Any], rng: np.random.Generator
+    ) -> tuple[str, list[dict[str, Any]]]:
+        expressions = record.get("expressions") or []
+        if not expressions or (len(expressions) > 1 and not self.is_train):
+            raise ValueError(
+                f"the record has {len(expressions)} expressions; evaluation takes one record per "
+                "expression and training at least one"
+            )
+        phrase = expression_phrase(expressions[int(rng.integers(len(expressions)))])
+        return phrase["text"], [phrase]
+
+
+def expression_phrase(expression: dict[str, Any]) -> dict[str, Any]:
+    """A referring expression as the only phrase of a caption that is itself."""
+    text, ids = expression["text"].strip(), expression["segment_ids"]
+    span = {"start": 0, "end": len(text)}
+    return {**expression, "text": text, **span, "is_plural": len(ids) > 1, "is_thing": True}
+
+
+def _shared_categories(dataset_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Categories that all datasets with categories agree on; empty when none has any."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in dataset_names:
+        listed = MetadataCatalog.get(name).get("categories", None)
+        if listed:
+            found[name] = list(listed)
+    key = [[(c["id"], c["name"]) for c in listed] for listed in found.values()]
+    if any(entry != key[0] for entry in key):
+        raise ValueError(
+            f"datasets {', '.join(found)} have different categories; name datasets of one set of "
+            "categories, or give the mapper dataset_names"
+        )
+    return next(iter(found.values()), [])
+
+
+# "left", "Rightmost", "right-hand", "topleft"; not "bright", "leftover", "righteous".
+_SIDES = re.compile(
+    r"\b(?P<before>top|bottom|upper|lower|far)?(?P<side>left|right)"
+    r"(?=(?:most|ish|wards?|(?:hand|side)(?:ed)?)?\b)",
+    re.IGNORECASE,
+)
+# Words that turn over in a mirror and that no rule rewrites: "2nd from l", "rt guy", clock faces.
+_UNSURE = re.compile(
+    r"\b(?:l|r|lt|rt|lft|rgt|lhs|rhs|(?:counter|anti)?-?clockwise|o.?clock)\b", re.IGNORECASE
+)
+
+
+def _names_a_side(text: str, mode: str) -> bool:
+    """Whether a mirrored picture would make a text wrong, after `mirrored_words` if it swaps."""
+    return bool(_UNSURE.search(text) or (mode == "skip" and _SIDES.search(text)))
+
+
+def mirrored_words(
+    caption: str, phrases: Sequence[dict[str, Any]]
+) -> tuple[str, list[dict[str, Any]]]:
+    """A caption and its phrases for the mirrored picture; nothing is changed in place.
+
+    "left" and "right" change places, also inside "leftmost" or "right-hand", and keep their case
+    ("Left" -> "Right", "LEFT" -> "RIGHT"). ``start`` and ``end`` of phrases that have a place in
+    the caption (``start >= 0``) move along with the words before them.
+    """
+    swapped: list[dict[str, Any]] = []
+    for phrase in phrases:
+        changed = {**phrase, "text": _SIDES.sub(_other, phrase["text"])}
+        if phrase.get("start", -1) >= 0:
+            for key in ("start", "end"):
+                changed[key] = phrase[key] + _growth(caption, phrase[key])
+        swapped.append(changed)
+    return _SIDES.sub(_other, caption), swapped
+
+
+def _growth(caption: str, place: int) -> int:
+    """Characters that the words ending at or before a place gain."""
+    ends = (match for match in _SIDES.finditer(caption) if match.end() <= place)
+    return sum(1 if match["side"].lower() == "left" else -1 for match in ends)
+
+
+def _other(match: re.Match[str]) -> str:
+    side = match["side"]
+    other = "right" if side.lower() == "left" else "left"
+    if side.isupper():
+        other = other.upper()
+    elif side[0].isupper():
+        other = other.capitalize()
+    return (match["before"] or "") + other
