@@ -242,7 +242,7 @@ class GroundingMapper(InputMaker):
         import gella.entities.colormap_kernel  # noqa: F401
 
     @classmethod
-    def from_config(
+    def from_config(  # type: ignore[override]  # configurable passes what it takes
         cls, cfg: Any, is_train: bool, dataset_names: Sequence[str] | None = None
     ) -> dict[str, Any]:
         """Arguments from a config.
