@@ -26,10 +26,10 @@ from tqdm import tqdm
 from gella import load_config
 from gella.data.mapper import GroundingMapper
 from gella.data.plugins import import_modules
-from gella.engine.checkpoint import load_weights
 from gella.engine.trainer import load_records
 from gella.evaluation.results import write_json
 from gella.text.prompts import decode_answer
+from gella.weights.checkpoint import load_weights
 
 TASK = "extract"
 WAYS = ("greedy", "drafts", "transformers")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +48,15 @@ def coco_sample() -> Path:
     if not folder.is_dir():
         pytest.skip("the two sample COCO images are not at ../shared/coco_sample")
     return folder
+
+
+@pytest.fixture
+def gella_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.LogCaptureFixture]:
+    """What gella logs, whoever set the logging up before."""
+    logger = logging.getLogger("gella")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)

@@ -44,7 +44,7 @@ class Watch(HookBase):
 
         def save() -> None:
             if comm.is_main_process():
-                state = trainer.checkpointer.model.state_dict()
+                state = getattr(trainer.model, "module", trainer.model).state_dict()
                 torch.save(state, self.folder / f"{name}.pth")
 
         save() if trainer._zero is None else trainer._zero.save_whole(save)

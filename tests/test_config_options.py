@@ -20,8 +20,8 @@ from test_configs import ABLATIONS, BY_NAME, leaves
 from gella import load_config
 from gella.data import datasets
 from gella.data.task_sampling import task_at
-from gella.engine.checkpoint import load_weights
 from gella.engine.trainer import GellaTrainer
+from gella.weights.checkpoint import load_weights
 
 PREFIX = "tiny_"  # of the paper's dataset names, here over drawn scenes
 ENTITY_KEYS = "mask_decoder.entity_queries.*"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from gella.engine.checkpoint import check_state_dict
 from gella.modeling.image_encoder import CLIPImageEncoder
 from gella.modeling.language_decoder import IGNORE_INDEX, IMAGE_TOKEN_ID, LanguageDecoder
 from gella.weights import LlavaOriginal, detect
+from gella.weights.checkpoint import check_state_dict
 from gella.weights.llava import fit_words
 
 # 99 words; the last row is <image> in LLaVA and <SEG> here.

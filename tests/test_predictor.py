@@ -16,11 +16,11 @@ from pycocotools import mask as mask_utils
 import gella
 from gella.config import load_config
 from gella.data.mapper import GroundingMapper
-from gella.engine.checkpoint import load_weights
 from gella.entities.entity_map import EntityMap, id_to_rgb
 from gella.predictor import GellaPredictor, image_id_of
 from gella.segmenters.segmenter import Segmenter
 from gella.text import prompts
+from gella.weights.checkpoint import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "gella_tiny_shapes.yaml"

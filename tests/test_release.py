@@ -18,7 +18,7 @@ from shapes_phrases import COUNT_WORDS
 from shapes_tokens import train_tokenizer
 
 from gella import GellaPredictor, load_config
-from gella.engine.checkpoint import check_state_dict
+from gella.weights.checkpoint import check_state_dict
 from gella.weights.files import read_weights
 
 ROOT = Path(__file__).resolve().parents[1]

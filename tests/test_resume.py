@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import random
 import shutil
@@ -16,23 +15,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.engine import HookBase
 from toy_run import toy_config, toy_run
 
 from gella.data.task_sampling import GroundingBatchSampler, GroundingTrainLoader
-from gella.engine.checkpoint import GellaCheckpointer, consolidate
 from gella.engine.resume import RunCheckpoints, fitted_optimizer_state
 from gella.engine.zero_checkpoint import (
     check_readable,
-    check_sample,
-    consolidate_part,
+    current_digests,
     layout_changes,
     load_engine,
     part_layout,
     sample_weights,
 )
 from gella.text.prompts import TASKS
+from gella.weights.checkpoint import check_sample, consolidate
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ROOT / "configs" / "zero"
@@ -236,9 +233,12 @@ def test_reading_deepspeed_s_files_runs_no_code_of_theirs(runs, tmp_path):
     shutil.copytree(runs / "stage 2" / SAVED, copy)
     file = copy / "language" / "zero" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     torch.save({"optimizer_state_dict": Payload(str(tmp_path / "ran"))}, file)
+    state = json.loads((copy / "state.json").read_text())
+    state["files"][str(file.relative_to(copy))] = file.stat().st_size
+    (copy / "state.json").write_text(json.dumps(state))
     (tmp_path / "ran").unlink(missing_ok=True)
     with pytest.raises(ValueError, match="zero_pp_rank_0_mp_rank_00_optim_states.pt cannot be re"):
-        consolidate_part(copy)
+        consolidate(copy)
     assert not (tmp_path / "ran").exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
@@ -262,11 +262,11 @@ def test_the_engine_s_loading_is_checked(tmp_path):
         load_engine(SimpleNamespace(load_checkpoint=bare), tmp_path)
     engine = SimpleNamespace(module=torch.nn.Linear(2, 2))
     sample = sample_weights(engine)
-    check_sample(engine, sample, tmp_path)
+    check_sample(current_digests(engine, sample), sample, tmp_path)
     with torch.no_grad():
         engine.module.bias[1] += 1e-6
     with pytest.raises(ValueError, match=r"1 of 2 compared weights .* first bias"):
-        check_sample(engine, sample, tmp_path)
+        check_sample(current_digests(engine, sample), sample, tmp_path)
 
 
 def test_layout_changes():
@@ -330,10 +330,8 @@ class Drawn(HookBase):
             raise KeyboardInterrupt
 
 
-def test_the_place_of_the_data_is_saved_and_compared(tmp_path, caplog, monkeypatch):
-    logger = logging.getLogger("gella.engine.resume")
-    monkeypatch.setattr(logger, "propagate", False)
-    logger.addHandler(caplog.handler)
+def test_the_place_of_the_data_is_saved_and_compared(tmp_path, gella_log):
+    caplog = gella_log
 
     def loader(seed=3, batch=4, ratios=(0, 0.5, 0.5), records=5):
         pools = {task: range(records) for task in TASKS}
@@ -341,15 +339,10 @@ def test_the_place_of_the_data_is_saved_and_compared(tmp_path, caplog, monkeypat
         return GroundingTrainLoader([], sampler, 0)
 
     def checkpoints(loader, seed=3):
-        model = torch.nn.Linear(1, 1)
-        config = get_cfg()
-        config.SEED = seed
-        optimizer = torch.optim.AdamW(model.parameters())
-        checkpointer = GellaCheckpointer(model, str(tmp_path), trainer=Stateful())
-        hook = RunCheckpoints(checkpointer, 5, loader=loader, config=config)
-        hook.trainer = SimpleNamespace(optimizer=optimizer)
-        inner = {"optimizer": optimizer.state_dict()}
-        checkpointer.checkpointables["trainer"].state = {"_trainer": inner}
+        cfg = toy_config(tmp_path)
+        cfg.SEED = seed
+        hook = RunCheckpoints(cfg, loader=loader)
+        hook.trainer = toy_run(cfg)
         return hook
 
     checkpoints(loader()).save(9)
@@ -359,25 +352,13 @@ def test_the_place_of_the_data_is_saved_and_compared(tmp_path, caplog, monkeypat
     assert data["batches"]["describe"] == 0 and data["records"]["ground"] == 5
     assert "SEED: 3" in (folder / "config.yaml").read_text()
     checkpoints(loader()).resume(folder)
-    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert warned == []
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
     checkpoints(loader(batch=8, records=6)).resume(folder)
     assert "trained with batch 4, this run has 8" in caplog.text
     assert "'ground': 5}, this run has {" in caplog.text and "seed" not in caplog.text
     drawn = loader(seed=99)
     checkpoints(drawn, seed=-1).resume(folder)
     assert drawn.sampler.seed == 3  # a seed that was drawn is drawn once
-    logger.removeHandler(caplog.handler)
-
-
-class Stateful:
-    """Holds a state."""
-
-    def state_dict(self):
-        return self.state
-
-    def load_state_dict(self, state):
-        self.loaded = state
 
 
 def test_an_optimiser_s_state_for_other_groups():

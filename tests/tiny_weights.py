@@ -81,7 +81,7 @@ def load_gella(weights: str, opts: list[str] = OPTS, allow: list[str] = LEAVE_OU
     from detectron2.modeling import build_model
 
     from gella import load_config
-    from gella.engine.checkpoint import load_weights
+    from gella.weights.checkpoint import load_weights
 
     cfg = load_config(CONFIG, [*opts, *allow])
     model = build_model(cfg).eval()

@@ -37,11 +37,11 @@ from gella.commands.convert_sources import (
     read_piece,
 )
 from gella.data.plugins import import_modules
-from gella.engine.checkpoint import check_state_dict, consolidate
 from gella.evaluation.run_info import file_hash
 from gella.utils.io import write_atomically
 from gella.weights import FORMATS
 from gella.weights.assembly import Assembly, assemble, cover
+from gella.weights.checkpoint import check_state_dict, consolidate
 from gella.weights.files import read_weights
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}

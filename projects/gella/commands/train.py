@@ -52,8 +52,7 @@ from gella.engine.agreement import (
     record_facts,
 )
 from gella.engine.checkpoint import FOLDER as CHECKPOINTS
-from gella.engine.checkpoint import load_weights
-from gella.engine.checkpoint_store import CheckpointStore
+from gella.engine.checkpoint import CheckpointStore
 from gella.engine.evaluate import (
     Evaluation,
     calibrated,
@@ -71,6 +70,7 @@ from gella.engine.trainer import GellaTrainer, load_records
 from gella.evaluation import format_results
 from gella.evaluation.run_info import describe_run
 from gella.evaluation.tables import TABLES
+from gella.weights.checkpoint import load_weights
 
 LOGGER = logging.getLogger("detectron2")
 # What a wrong file, name or value raises while a run is set up. Other exceptions are bugs.
@@ -192,8 +192,8 @@ def train_facts(trainer: GellaTrainer, *, resume: bool) -> dict[str, str]:
     facts = record_facts("DATASETS.TRAIN", trainer.data_loader.dataset.records)
     facts |= file_facts("MODEL.WEIGHTS", trainer.cfg.MODEL.WEIGHTS)
     if resume:
-        checkpoint = trainer.checkpointer.get_checkpoint_file()
-        facts |= file_facts("the checkpoint to resume from", checkpoint)
+        newest = trainer.checkpoints.store.newest()
+        facts |= file_facts("the checkpoint to resume from", newest.path if newest else "")
     return facts
 
 

@@ -19,10 +19,19 @@ import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from torch import Tensor, nn
 
 from gella.engine import zero_checkpoint
-from gella.engine.checkpoint import GellaCheckpointer
-from gella.engine.checkpoint_folder import read_parts
+from gella.engine.checkpoint import FOLDER, CheckpointStore
+from gella.utils.io import write_atomically
+from gella.weights.checkpoint import (
+    MODEL_FILE,
+    TRAINER_FILE,
+    check_sample,
+    consolidate,
+    load_state,
+    read_parts,
+)
 from gella.weights.files import read_torch
 
 __all__ = ["RunCheckpoints", "fitted_optimizer_state", "random_states", "set_random_states"]
@@ -40,28 +49,28 @@ class RunCheckpoints(HookBase):
     ZeRO and the scheduler's. At the end the weights alone are saved as ``model_final.pth`` too.
     """
 
-    def __init__(
-        self,
-        checkpointer: GellaCheckpointer,
-        period: int,
-        *,
-        zero: Any = None,
-        loader: Any = None,
-        config: Any = None,
-    ) -> None:
+    def __init__(self, cfg: Any, *, zero: Any = None, loader: Any = None) -> None:
         """Args:
-        checkpointer: of the trainer.
-        period: ``SOLVER.CHECKPOINT_PERIOD``, iterations.
+        cfg: the run's config.
         zero: a ``ZeroHook``, or None.
         loader: the training loader; one with ``position(iteration)`` tells where the data stand.
-        config: written to ``config.yaml`` by its ``dump()``.
+
+        Raises:
+            ValueError: a negative ``SOLVER.CHECKPOINT_KEEP`` or ``SOLVER.CHECKPOINT_KEEP_EVERY``.
         """
-        self._checkpointer, self._period = checkpointer, period
-        self._zero, self._loader, self._config = zero, loader, config
+        solver = cfg.SOLVER
+        self.store = CheckpointStore(
+            Path(cfg.OUTPUT_DIR) / FOLDER,
+            keep=solver.CHECKPOINT_KEEP,
+            keep_every=solver.CHECKPOINT_KEEP_EVERY,
+        )
+        self._period, self._zero, self._loader, self._cfg = (
+            *(solver.CHECKPOINT_PERIOD, zero, loader, cfg),
+        )
         self._facts: dict[str, Any] = {}  # of the checkpoint that is being resumed from
         self._folder: Path | None = None
         self._exact = False  # DeepSpeed reads its own files
-        self._whole: dict[str, torch.Tensor] = {}  # else what the part's weights must become
+        self._whole: dict[str, Tensor] = {}  # else what the part's weights must become
 
     def after_step(self) -> None:
         """Save if this iteration is the period's last, or the last of all."""
@@ -78,27 +87,37 @@ class RunCheckpoints(HookBase):
         if name:
             self._save_file(iteration, name)
             return
-        store = self._checkpointer.store
         if comm.is_main_process():
-            store.begin(iteration)
+            self.store.begin(iteration)
         comm.synchronize()
-        folder = store.being_written(iteration)
+        folder = self.store.being_written(iteration)
         torch.save(random_states(), folder / _random_file(comm.get_rank()))
         facts = self._new_facts(iteration)
         if self._zero is not None:
             zero_checkpoint.save_engine(self._zero.engine, folder)
         if comm.is_main_process():
-            self._checkpointer.write_parts(folder, iteration=iteration)
-            if self._config is not None:
-                (folder / "config.yaml").write_text(self._config.dump(), encoding="utf-8")
+            states = {"trainer": self.trainer.state_dict(), "iteration": iteration}
+            torch.save({"model": self._model.state_dict()}, folder / MODEL_FILE)
+            torch.save(states, folder / TRAINER_FILE)
+            (folder / "config.yaml").write_text(self._cfg.dump(), encoding="utf-8")
         comm.synchronize()  # all have written
         if comm.is_main_process():
-            _logger.info("Saved checkpoint %s", store.finish(iteration, facts))
+            _logger.info("Saved checkpoint %s", self.store.finish(iteration, facts))
         comm.synchronize()  # nobody ends before it has its name
 
+    @property
+    def _model(self) -> nn.Module:
+        model = self.trainer.model  # type: ignore[attr-defined]
+        return getattr(model, "module", model)  # without the distributed wrapper
+
     def _save_file(self, iteration: int, name: str) -> None:
+        path = f"{self._cfg.OUTPUT_DIR}/{name}.pth"
+
         def save() -> None:
-            self._checkpointer.save_weights(name, iteration=iteration)
+            if comm.is_main_process():
+                _logger.info("Saving weights to %s", path)
+                data = {"model": self._model.state_dict(), "iteration": iteration}
+                write_atomically(path, lambda stream: torch.save(data, stream))
 
         if self._zero is None:
             save()
@@ -133,14 +152,15 @@ class RunCheckpoints(HookBase):
         Raises:
             ValueError: it is incomplete or damaged, or does not fit; names the file.
         """
-        facts, states = read_parts(path)
-        self._facts, self._folder = facts, Path(path)
-        self._check_position(facts.get("data", {}))
-        reason, without = self._read_part(states)
+        self._facts, weights, states = read_parts(path)
+        self._folder = Path(path)
+        self._check_position(self._facts.get("data", {}))
+        reason, without = self._read_part(weights)
         optimizer = self.trainer.optimizer  # type: ignore[attr-defined]
         inner = states["trainer"]["_trainer"]
         inner["optimizer"] = fitted_optimizer_state(inner["optimizer"], optimizer)
-        self._checkpointer.load_parts(path, states, without=without)
+        load_state(self._model, weights, self._cfg, source=str(path), without=without)
+        self.trainer.load_state_dict(states["trainer"])  # type: ignore[attr-defined]
         if reason:
             _logger.warning(
                 "The language decoder's weights are restored exactly, but its optimiser's averages"
@@ -148,8 +168,8 @@ class RunCheckpoints(HookBase):
                 reason,
             )
 
-    def _read_part(self, states: dict[str, Any]) -> tuple[str, str]:
-        """Add the weights of the part under ZeRO to the states if they have to be put together.
+    def _read_part(self, weights: dict[str, Tensor]) -> tuple[str, str]:
+        """Add the weights of the part under ZeRO to the others if they have to be put together.
 
         Returns why the optimiser starts anew ("" if it goes on), and the child of the model whose
         weights this rank does not load here.
@@ -159,8 +179,8 @@ class RunCheckpoints(HookBase):
             return "", ""
         if saved is None:
             start = f"{zero.part}."
-            model = states["model"].items() if comm.is_main_process() else ()
-            self._whole = {k[len(start) :]: t for k, t in model if k.startswith(start)}
+            whole = weights.items() if comm.is_main_process() else ()
+            self._whole = {k[len(start) :]: t for k, t in whole if k.startswith(start)}
             return "no ZeRO -> ZeRO", ""
         name, reason, needed = saved["part"], "ZeRO -> no ZeRO", True
         if zero is not None:
@@ -178,15 +198,17 @@ class RunCheckpoints(HookBase):
             zero_checkpoint.check_readable(self._folder)
         if not needed:
             return reason, name
-        part = zero_checkpoint.consolidate_part(self._folder, saved["sample"])
-        states["model"] = {**states["model"], **{f"{name}.{k}": t for k, t in part.items()}}
-        self._whole = part if zero is not None else {}
+        start = f"{name}."
+        part = {k: t for k, t in consolidate(self._folder).items() if k.startswith(start)}
+        weights |= part
+        if zero is not None:
+            self._whole = {k[len(start) :]: t for k, t in part.items()}
         return reason, ""
 
     def _check_position(self, saved: dict[str, Any]) -> None:
         """Say what of the data is not as it was; their order is then another one."""
         sampler = getattr(self._loader, "sampler", None)
-        if self._config is not None and self._config.SEED < 0 and saved and sampler is not None:
+        if self._cfg.SEED < 0 and saved and sampler is not None:
             sampler.seed = saved["seed"]  # it was drawn at random: this run's is of no meaning
         now = self._position(self._facts["iteration"] + 1)
         for key in ("seed", "batch", "ratios", "records"):
@@ -208,7 +230,8 @@ class RunCheckpoints(HookBase):
             zero_checkpoint.set_weights(engine, self._whole)
         self._whole = {}
         if saved is not None:
-            zero_checkpoint.check_sample(engine, saved["sample"], self._folder)
+            digests = zero_checkpoint.current_digests(engine, saved["sample"])
+            check_sample(digests, saved["sample"], self._folder)
 
     def before_step(self) -> None:
         """Before the first step of a resumed run, give the random generators their states back."""

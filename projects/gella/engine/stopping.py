@@ -63,10 +63,9 @@ class StopOnSignal(HookBase):
     agree with the other ranks.
     """
 
-    def __init__(self, save: Callable[[int], None] | None = None) -> None:
-        """``save`` is called with the iteration on all ranks; default: the trainer's checkpointer
-        saves ``model_<iteration>``, as the periodic one does."""
-        self._save = save or self._save_checkpoint
+    def __init__(self, save: Callable[[int], None]) -> None:
+        """``save`` is called with the iteration on all ranks."""
+        self._save = save
         self._previous: dict[signal.Signals, Any] = {}
         self._watch: _SignalWatch | None = None
 
@@ -96,9 +95,6 @@ class StopOnSignal(HookBase):
         if self._watch:
             self._watch.close()
             self._watch = None
-
-    def _save_checkpoint(self, iteration: int) -> None:
-        self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
 
 
 class _SignalWatch:

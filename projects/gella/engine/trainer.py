@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from gella.data.mapper import GroundingMapper
 from gella.data.record_store import Records, concatenated
 from gella.data.task_sampling import build_train_loader
 from gella.data.unmatched import CountedLoader, UnmatchedPhrases
-from gella.engine.checkpoint import GellaCheckpointer
 from gella.engine.evaluation_hooks import EvaluationInTraining, undisturbed, with_subset
 from gella.engine.evaluation_split import RealSamples, build_even_loader, evenly_spaced
 from gella.engine.hooks import ForwardAfterBackward, GradientClipper, IterationSeed
@@ -35,6 +33,7 @@ from gella.engine.watching import RunScalars
 from gella.engine.zero import ZeroHook, hide_from_ddp, read_config
 from gella.evaluation import asked_categories, build_evaluator, merge_datasets, task_for
 from gella.evaluation.overlap import OverlappedEvaluator
+from gella.weights.checkpoint import load_weights
 
 # The child of the model that SOLVER.ZERO.CONFIG puts under DeepSpeed.
 LANGUAGE = "language_decoder"
@@ -104,30 +103,14 @@ class GellaTrainer(DefaultTrainer):
             super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks with ours after the timer, over our checkpointer and step.
+        """Detectron2's hooks with ours after the timer, over our checkpoints and step.
 
         The base class calls it last, so everything that it built is replaced here.
         """
         self._compute_epochs()
         self._replace_step()
         cfg = self.cfg
-        # The base class has just made a checkpointer; the hooks below must see the strict one.
-        self.checkpointer = GellaCheckpointer(
-            self.model,
-            cfg.OUTPUT_DIR,
-            allow_missing=cfg.MODEL.WEIGHTS_ALLOW_MISSING,
-            allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
-            keep=cfg.SOLVER.CHECKPOINT_KEEP,
-            keep_every=cfg.SOLVER.CHECKPOINT_KEEP_EVERY,
-            trainer=weakref.proxy(self),
-        )
-        self._checkpoints = RunCheckpoints(
-            self.checkpointer,
-            cfg.SOLVER.CHECKPOINT_PERIOD,
-            zero=self._zero,
-            loader=self._trainer.data_loader,
-            config=cfg,
-        )
+        self.checkpoints = RunCheckpoints(cfg, zero=self._zero, loader=self._trainer.data_loader)
         own: list[HookBase] = [IterationSeed(cfg.SEED), UnmatchedPhrases(), RunScalars()]
         clip = cfg.SOLVER.CLIP_GRADIENTS
         if clip.ENABLED:
@@ -139,7 +122,7 @@ class GellaTrainer(DefaultTrainer):
             own.insert(0, self._zero)
         built = [h for h in built if not isinstance(h, hooks.PeriodicCheckpointer)]
         place = next(i for i, h in enumerate(built) if isinstance(h, hooks.EvalHook))
-        built.insert(place, self._checkpoints)
+        built.insert(place, self.checkpoints)
         guard = NonFiniteGuard(cfg.SOLVER.NONFINITE, cfg.SOLVER.NONFINITE_LIMIT, cfg.OUTPUT_DIR)
         self._trainer.guard = guard  # looks at the norms that the clipper has put down
         # Behind the scheduler, whose state is saved, and before what takes time.
@@ -155,7 +138,7 @@ class GellaTrainer(DefaultTrainer):
 
     def _save_whole(self, iteration: int, name: str = "") -> None:
         """Save a checkpoint to resume from, or with a name whole weights; all ranks call it."""
-        self._checkpoints.save(iteration, name)
+        self.checkpoints.save(iteration, name)
 
     def _compute_epochs(self) -> None:
         """Set ``MAX_ITER`` and ``STEPS`` from ``SOLVER.EPOCHS``, now that the data are known."""
@@ -212,12 +195,12 @@ class GellaTrainer(DefaultTrainer):
         Raises:
             ValueError: there are checkpoints and none is complete, or the files do not fit.
         """
-        path = self.checkpointer.get_checkpoint_file() if resume else ""
-        if path:
-            self._checkpoints.resume(path)
+        newest = self.checkpoints.store.newest() if resume else None
+        if newest:
+            self.checkpoints.resume(newest.path)
             self.start_iter = self.iter + 1  # the stored iteration was completed
-        else:
-            self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+        elif self.cfg.MODEL.WEIGHTS:
+            load_weights(self.model, self.cfg.MODEL.WEIGHTS, self.cfg)
 
     def train(self) -> dict[str, dict[str, float]] | None:
         """Train from ``start_iter`` to the end.

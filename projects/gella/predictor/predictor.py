@@ -21,7 +21,6 @@ import torch
 from detectron2.modeling import build_model
 
 from gella.config import load_config
-from gella.engine.checkpoint import load_weights
 from gella.pictures.grounding import Grounding, PanopticResult
 from gella.predictor.answers import Result
 from gella.predictor.engine import Engine
@@ -38,6 +37,7 @@ from gella.predictor.questions import (
 )
 from gella.predictor.scene import EntitiesLike, Scene, image_id_of
 from gella.text import prompts
+from gella.weights.checkpoint import load_weights
 
 __all__ = ["DTYPES", "GellaPredictor", "Grounding", "Request", "Scene", "image_id_of"]
 
