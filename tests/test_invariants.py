@@ -63,10 +63,10 @@ def test_every_tensor_of_a_batch_is_that_of_the_image_alone(records, tokenizer_d
     batch = batch_of(cfg, records, "ground")
     assert len({len(x["input_ids"]) for x in batch}) == len(SCENES)
     joint, grid = model.encode(batch)
-    joint_language, joint_logits = model.associate(batch, joint, grid)
+    joint_language, joint_logits = model.associate(batch, joint.query_embeddings, grid)
     for i, inputs in enumerate(batch):
         alone, own_grid = model.encode([inputs])
-        language, (logits,) = model.associate([inputs], alone, own_grid)
+        language, (logits,) = model.associate([inputs], alone.query_embeddings, own_grid)
         valid = joint.query_valid[i]
         assert int(valid.sum()) == (inputs["entities"].num_entities if queries == "entity" else 8)
         assert alone.query_valid.all()
@@ -278,7 +278,10 @@ def test_the_order_of_entities_does_not_matter(records, tokenizer_dir, snap):
         moved = [renumbered(x, order) for x, order in zip(batch, orders)]
         assert any((order[:-1] > order[1:]).any() for order in orders)
         with torch.no_grad():
-            logits = [model.associate(b, *model.encode(b))[1] for b in (batch, moved)]
+            logits = []
+            for views in (batch, moved):
+                output, grid = model.encode(views)
+                logits.append(model.associate(views, output.query_embeddings, grid)[1])
         for i, (before, after) in enumerate(zip(model(batch), model(moved))):
             count = len(orders[i])
             assert farthest(logits[0][i][:, orders[i]], logits[1][i][:, :count]) < TOLERANCE
@@ -359,7 +362,7 @@ def test_bfloat16_grounds_like_float32(records, tokenizer_dir, queries):
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             output, grid = model.encode(batch)
-            runs.append((output, *model.associate(batch, output, grid)))
+            runs.append((output, *model.associate(batch, output.query_embeddings, grid)))
             results = model(batch)
         for inputs, result in zip(batch, results):
             assert len(result["grounding"]) == len(inputs["phrases"])

@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from gella import add_gella_config
 from gella.data.datasets import load_coco_panoptic, load_png
 from gella.data.mapper import GroundingMapper
+from gella.modeling.inference import with_answer
 from gella.text import prompts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,18 +165,18 @@ def test_generated_and_given_answers_give_the_same_embeddings(shapes):
     model = make_model(cfg).eval()
     batch = batch_of(cfg, shapes, "ground", is_train=False, count=2)
     output, grid = model.encode(batch)
-    given, _ = model.associate(batch, output, grid)
+    queries = output.query_embeddings
+    given, _ = model.associate(batch, queries, grid)
     for i, inputs in enumerate(batch):
         # Cut the answer off and put it back as if it had been generated.
         start = int((inputs["labels"] != prompts.IGNORE_INDEX).nonzero()[0])
         prompt = {**inputs, "input_ids": inputs["input_ids"][:start]}
         answer = inputs["input_ids"][start:-1]  # without the end token
-        text, rebuilt = model._with_answer(prompt, answer)
+        rebuilt = with_answer(model.tokenizer, prompt, answer)
         assert [p["text"] for p in rebuilt["phrases"]] == [p["text"] for p in inputs["phrases"]]
-        assert text.count(prompts.SEG_TOKEN) == len(inputs["phrases"])
-        single, _ = model.associate([rebuilt], output, grid[i : i + 1]) if i == 0 else (None, None)
-        if single is not None:
-            assert torch.allclose(single.seg_embeddings[0], given.seg_embeddings[0], atol=1e-5)
+        assert rebuilt["text"].count(prompts.SEG_TOKEN) == len(inputs["phrases"])
+        single, _ = model.associate([rebuilt], queries[i : i + 1], grid[i : i + 1])
+        assert torch.allclose(single.seg_embeddings[0], given.seg_embeddings[i], atol=1e-5)
 
 
 def test_extraction_and_description_generate_text_in_mixed_batches(shapes):

@@ -56,9 +56,9 @@ class StubModel(torch.nn.Module):
         self.views += views
         return [f"image {len(self.views)}"] * len(views)
 
-    def write_answers(self, batch: list[dict], encoded: list[str], on_text: Any) -> list[str]:
+    def write_answers(self, batch: list[dict], encoded: list[str], on_text: Any) -> list[dict]:
         self._note(batch, encoded)
-        return [self.text] * len(batch)
+        return [{"text": self.text}] * len(batch)
 
     def find_entities(self, batch: list[dict], encoded: list[str]) -> list[dict]:
         self._note(batch, encoded)

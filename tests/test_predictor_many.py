@@ -84,22 +84,23 @@ class Passes:
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images: list[int] = []
         self.prompts: list[int] = []
-        encode, generate, associate = model.encode, model._generate, model.associate
+        decoder = model.language_decoder
+        encode, generate, associate = model.encode, decoder.generate, model.associate
 
         def encoding(views: list) -> Any:
             self.images.append(len(views))
             return encode(views)
 
-        def generating(inputs: list, *args: Any) -> Any:
+        def generating(grid: Any, inputs: list, **options: Any) -> Any:
             self.prompts.append(len(inputs))
-            return generate(inputs, *args)
+            return generate(grid, inputs, **options)
 
         def associating(inputs: list, *args: Any) -> Any:
             self.prompts.append(len(inputs))
             return associate(inputs, *args)
 
         monkeypatch.setattr(model, "encode", encoding)
-        monkeypatch.setattr(model, "_generate", generating)
+        monkeypatch.setattr(decoder, "generate", generating)
         monkeypatch.setattr(model, "associate", associating)
 
 
@@ -218,7 +219,7 @@ def test_extracted_nouns_are_grounded_in_one_pass_with_the_given_ones(
     caption, nouns = make_caption(NOUNS[:3])[0], list(NOUNS[:3])
     text = prompts.noun_answer([*nouns[:2], "a unicorn", nouns[2]])
     monkeypatch.setattr(
-        predictor.model, "write_answers", lambda inputs, *args: [text] * len(inputs)
+        predictor.model, "write_answers", lambda inputs, *args: [{"text": text}] * len(inputs)
     )
     passes = Passes(predictor.model, monkeypatch)
     requests = [Request("ground", *pictures[i], text=caption, image_id=i) for i in (0, 1)]

@@ -98,7 +98,7 @@ def test_which_entity_a_query_met_is_known_before_the_nouns(
     predictor = GellaPredictor(cfg, model=make_model(cfg))
     scenes = [encode(predictor, record) for record in records]
     found = [answer(predictor, "ground", *pair) for pair in zip(records, scenes, strict=True)]
-    met = torch.cat([scene.encoded.decoded.snapped for scene in scenes])
+    met = torch.cat([scene.encoded.snapped for scene in scenes])
     assert len(set(met.tolist())) > 2
 
     def anew(*args: Any, snapped: Any, **options: Any) -> Any:

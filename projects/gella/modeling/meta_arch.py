@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,21 +12,22 @@ from detectron2.config import configurable
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
 from torch import Tensor, nn
 
+from gella.modeling import inference as inference_path
 from gella.modeling.association import Association
 from gella.modeling.criterion import GellaCriterion
-from gella.modeling.inference import Inference
 from gella.modeling.language_decoder import LanguageDecoder
 from gella.modeling.loss_counts import count_terms
 from gella.modeling.mask_decoder import MaskDecoderOutput
 from gella.modeling.prefix import Prefix
 from gella.modeling.resoblend import ResoBlend
 from gella.modeling.upstream_mask_decoder import build_mask_decoder
+from gella.text import prompts
 
 _logger = logging.getLogger(__name__)
 
 
 @META_ARCH_REGISTRY.register()
-class GELLA(Inference):
+class GELLA(nn.Module):
     """Ground the nouns of a caption in given entity masks (arXiv 2402.02555, Figure 2).
 
     Training and inference share one path up to the heads. The module knows nothing of
@@ -37,6 +39,10 @@ class GELLA(Inference):
     pixel_std: Tensor
     image_mean: Tensor
     image_std: Tensor
+
+    encode_images = inference_path.encode_images
+    write_answers = inference_path.write_answers
+    find_entities = inference_path.find_entities
 
     @configurable
     def __init__(
@@ -65,7 +71,7 @@ class GELLA(Inference):
             pixel_statistics: mean and std of the colormap, RGB in 0..255.
             image_statistics: mean and std of CLIP's image, RGB in 0..255.
             answer_weight: of L_ans in eq. 10.
-            tokenizer_path: read at the first generation only.
+            tokenizer_path: read at the first question only.
             max_new_tokens: the longest generated answer.
             inference: the node ``MODEL.GELLA``.
         """
@@ -122,6 +128,18 @@ class GELLA(Inference):
         """Where the model lives; inputs are moved there."""
         return self.pixel_mean.device
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of ``MODEL.LANGUAGE.TOKENIZER``, loaded at first use."""
+        return prompts.load_tokenizer(self.tokenizer_path)
+
+    @cached_property
+    def noun_snippets(self) -> list[list[int]]:
+        """Token ids of pieces of extracted nouns, for drafts, each with the likeliest article."""
+        answers = [prompts.noun_answer(["the"] * n).split(prompts.SEG_TOKEN) for n in range(2, 31)]
+        texts = [" " + parts[0] for parts in answers] + [prompts.SEG_TOKEN + answers[1][1]]
+        return [self.tokenizer(t.rstrip(), add_special_tokens=False)["input_ids"] for t in texts]
+
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Train on, or ground, a batch of mapped dicts (``data/mapper.py``).
 
@@ -130,17 +148,19 @@ class GELLA(Inference):
             ``grounding``, ``instances``, ``panoptic_seg`` (panoptic), ``text`` (describe, extract).
         """
         if not self.training:
-            with torch.no_grad():
-                return self.inference(batched_inputs)
+            return inference_path.answer_batch(self, batched_inputs)
         if batched_inputs[0]["task"] == "describe":
             losses, language = self._describe(batched_inputs)
         else:
             decoder_output, image_grid = self.encode(batched_inputs)
-            language, logits = self.associate(batched_inputs, decoder_output, image_grid)
+            queries = decoder_output.query_embeddings
+            language, logits = self.associate(batched_inputs, queries, image_grid)
             targets, known = zip(*(self._association_targets(x) for x in batched_inputs))
             losses = self.criterion(
                 decoder_output,
-                target_masks=[self._entity_masks(x["entities"]) for x in batched_inputs],
+                target_masks=[
+                    inference_path.entity_masks(x["entities"], self.device) for x in batched_inputs
+                ],
                 association_logits=logits,
                 association_targets=list(targets),
                 association_valid=list(known),
@@ -181,7 +201,7 @@ class GELLA(Inference):
             output = self.mask_decoder(fused)
             self._warn_of_few_queries(batched_inputs, output.query_embeddings.shape[1])
             return output, grids["penultimate"]
-        masks = [self._entity_masks(x["entities"]) for x in batched_inputs]
+        masks = [inference_path.entity_masks(x["entities"], self.device) for x in batched_inputs]
         valid = nn.utils.rnn.pad_sequence(
             [m.new_ones(len(m)) for m in masks], batch_first=True
         ).bool()  # B E
@@ -202,7 +222,7 @@ class GELLA(Inference):
     def associate(
         self,
         batched_inputs: list[dict[str, Any]],
-        decoder_output: MaskDecoderOutput,
+        query_embeddings: Tensor,
         image_grid: Tensor,
         prefixes: Sequence[Prefix] | None = None,
     ) -> tuple[Any, list[Tensor]]:
@@ -210,14 +230,15 @@ class GELLA(Inference):
 
         Args:
             batched_inputs: mapped dicts.
-            decoder_output, image_grid: of :meth:`encode`, for the same images.
+            query_embeddings: (B, Q, D), ``E_vc`` of the same images.
+            image_grid: (B, C, g, g), their penultimate grids.
             prefixes: what the language decoder has read of each image already.
 
         Returns:
             the language decoder's output, and per image (P_i, Q) association logits.
         """
         language = self._answer(batched_inputs, image_grid, prefixes)
-        logits = self.association(language.seg_embeddings, decoder_output.query_embeddings)
+        logits = self.association(language.seg_embeddings, query_embeddings)
         return language, logits
 
     def _answer(

@@ -116,8 +116,8 @@ class Engine:
         """
         encoded = [one.scene.encoded for one in asked]
         with self._computing():
-            texts = self.model.write_answers([one.inputs for one in asked], encoded, on_text)
-        return [text.replace(self.tokenizer.eos_token, "").strip() for text in texts]
+            written = self.model.write_answers([one.inputs for one in asked], encoded, on_text)
+        return [answer["text"] for answer in written]
 
     def find(self, asked: Sequence[Asked]) -> list[Grounding | PanopticResult]:
         """What questions of the other tasks ask for; the tasks may be mixed."""
