@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import queue
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -26,8 +24,9 @@ from gella.captions.captioner import (
     token_cost,
 )
 from gella.captions.file import CaptionFile
+from gella.utils.stopping import StopRequest
 
-__all__ = ["CaptionRun", "Interrupts", "Job", "Outcome", "Source", "run_jobs"]
+__all__ = ["CaptionRun", "Job", "Outcome", "Source", "run_jobs"]
 
 _TICK = 0.1  # seconds between looks at the signals
 
@@ -114,40 +113,6 @@ def run_jobs(
             yield outcome
 
 
-class Interrupts:
-    """Counts Ctrl-C and SIGTERM instead of letting them break in anywhere; a context manager.
-
-    Attributes:
-        count: signals so far.
-        number: the last one, 0 if none came; 128 plus it is the exit code that shells expect.
-    """
-
-    def __init__(self) -> None:
-        """Catch nothing yet."""
-        self.count = self.number = 0
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Interrupts:
-        """Begin to count; does nothing outside the main thread, where signals never arrive."""
-        if threading.current_thread() is threading.main_thread():
-            for kind in (signal.SIGINT, signal.SIGTERM):
-                self._before[kind] = signal.signal(kind, self._note)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Give the signals back to who had them."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.count, self.number = self.count + 1, number
-
-
 class CaptionRun:
     """Writes captions of many pictures to a file; keeps what failed and why it ended.
 
@@ -191,7 +156,7 @@ class CaptionRun:
         self.written = self._before = 0
         self.failures: list[tuple[Job, str]] = []
         self.fatal: Exception | None = None
-        self._interrupts = Interrupts()
+        self._interrupts = StopRequest(again=lambda number: None)  # see _listen
         self._stop = threading.Event()
         self._in_a_row = self._heard = 0
 
