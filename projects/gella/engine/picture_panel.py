@@ -14,8 +14,9 @@ from torch import nn
 
 from gella.engine.evaluation_hooks import undisturbed
 from gella.entities.entity_map import EntityMap
-from gella.pictures.text_layout import PAPER, Piece, draw_row, load_font
-from gella.pictures.visualizer import draw_colormap, draw_grounding
+from gella.pictures.chips import PAPER, Piece, draw_row, load_font
+from gella.pictures.grounding import Grounding
+from gella.pictures.panels import draw_colormap
 
 __all__ = ["PicturePanel", "draw_panel", "panel_input"]
 
@@ -132,7 +133,7 @@ def draw_panel(
 
     Args:
         inputs: from :func:`panel_input`.
-        grounding: the model's answer for it, see :func:`gella.pictures.visualizer.draw_grounding`.
+        grounding: the model's answer for it, see `gella.pictures.grounding.Grounding.phrases`.
         title: what to write above.
         own_masks: the answer's ids number masks that the model decoded itself, not the entities.
     """
@@ -140,18 +141,17 @@ def draw_panel(
     truth = [_truth(phrase, entities) for phrase in inputs["phrases"]]
     known = any(phrase["entity_indices"] is not None for phrase in inputs["phrases"])
     what = "ground truth" if known else "the entities of these nouns are not annotated"
+    colormap = inputs["colormap"].cpu().numpy().transpose(1, 2, 0)
+
+    def grounded(phrases: list[dict[str, Any]], own: bool) -> Image.Image:
+        # Named weights: a model in training needs no warning that it is untrained.
+        named: dict[str, Any] = {"own_masks": own, "weights": "in training"}
+        return Grounding(picture, caption, entities, phrases, colormap, **named).plot()
+
     parts = [
-        (f"{title}: {what}", draw_grounding(picture, caption, truth, entities=entities)),
-        (
-            "prediction",
-            draw_grounding(picture, caption, grounding, entities=None if own_masks else entities),
-        ),
-        (
-            "colormap",
-            draw_colormap(
-                inputs["colormap"].cpu().numpy().transpose(1, 2, 0), inputs["valid_size"]
-            ),
-        ),
+        (f"{title}: {what}", grounded(truth, False)),
+        ("prediction", grounded(grounding, own_masks)),
+        ("colormap", draw_colormap(colormap, inputs["valid_size"])),
     ]
     width = max(part.width for _, part in parts)
     height = sum(part.height + _TITLE_HEIGHT for _, part in parts)

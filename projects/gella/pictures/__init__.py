@@ -1,1 +1,1 @@
-"""Still pictures of results; ``visualizer.py`` composes the other files of this room."""
+"""Pictures of results: ``grounding.py`` has the results and draws them, ``html.py`` makes pages."""

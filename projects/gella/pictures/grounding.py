@@ -1,23 +1,68 @@
-"""What the predictor returns: a grounded caption or a panoptic map, ready for JSON and pictures."""
+"""Results, ready for JSON and pictures: a grounded caption, and a panoptic map."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_utils
 
 from gella.entities.entity_map import EntityMap
-from gella.pictures.visualizer import draw_colormap, draw_grounding, draw_panoptic
+from gella.pictures.chips import Color, Piece, palette
+from gella.pictures.overlays import layers_of_ids
+from gella.pictures.panels import Panels, draw_colormap
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """Return a bool (H, W) mask as COCO's compressed RLE: ``{"size": [H, W], "counts": str}``."""
     rle = mask_utils.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+class Noun(NamedTuple):
+    """A noun or a category as pictures and pages show it.
+
+    Attributes:
+        text: the noun.
+        color: place of its colour in the palette; equal nouns with equal entities share one.
+        numbers: of its input entities, counted from 1 in their order, ascending.
+        made: ids of its masks that the model made itself, ascending.
+        names: how a reader is told of both: "1", "2", "new".
+        start, end: characters of the caption; -1 where it is not in it.
+    """
+
+    text: str
+    color: int
+    numbers: tuple[int, ...]
+    made: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    start: int = -1
+    end: int = -1
+
+    @property
+    def listed(self) -> str:
+        """Its entities as text, such as "[1, 2, new]"."""
+        return f"[{', '.join(self.names)}]" if self.names else "no entity"
+
+
+def cut_caption(caption: str, nouns: Sequence[Noun]) -> list[tuple[str, int | None]]:
+    """Cut a caption at the spans of its nouns, into texts that joined are the caption again.
+
+    Returns:
+        each text with the index of its noun. Nouns without a span, or whose span overlaps an
+        earlier one, get none.
+    """
+    pieces: list[tuple[str, int | None]] = []
+    cursor = 0
+    for index in sorted(range(len(nouns)), key=lambda k: nouns[k].start):
+        start, end = nouns[index].start, min(nouns[index].end, len(caption))
+        if cursor <= start < end:
+            pieces += [(caption[cursor:start], None), (caption[start:end], index)]
+            cursor = end
+    return [piece for piece in [*pieces, (caption[cursor:], None)] if piece[0]]
 
 
 @dataclass
@@ -64,6 +109,7 @@ class Grounding:
         ``entity_numbers`` counts the input entities from 1 in their order, as the picture does;
         it is None for a mask that the model decoded itself.
         """
+        numbers = self._numbers()
         return {
             "task": self.task,
             "caption": self.caption,
@@ -78,7 +124,7 @@ class Grounding:
                     "start": int(phrase["start"]),
                     "end": int(phrase["end"]),
                     "entity_ids": [int(entity) for entity in phrase["entity_ids"]],
-                    "entity_numbers": [self._number(entity) for entity in phrase["entity_ids"]],
+                    "entity_numbers": [numbers.get(entity) for entity in phrase["entity_ids"]],
                     "scores": [float(score) for score in phrase["scores"]],
                     "mask": encode_mask(phrase["mask"]),
                 }
@@ -106,24 +152,71 @@ class Grounding:
             ],
         }
 
+    def nouns(self) -> list[Noun]:
+        """The nouns as pictures show them, in the order of ``phrases``."""
+        known, order, nouns = self._numbers(), {}, []
+        for item in self.phrases:
+            ids = item["entity_ids"]
+            color = order.setdefault((item["phrase"].lower(), tuple(ids)), len(order))
+            numbers = tuple(sorted(known[entity] for entity in ids if entity in known))
+            made = tuple(sorted(entity for entity in ids if entity not in known))
+            names = [*numbers, *(made if self.own_masks else ["new"] * len(made))]
+            texts = tuple(str(name) for name in names)
+            span = (item["start"], item["end"])
+            nouns.append(Noun(item["phrase"], color, numbers, made, texts, *span))
+        return nouns
+
     def plot(self) -> Image.Image:
-        """Return the picture of :func:`gella.pictures.visualizer.draw_grounding`."""
-        return draw_grounding(
-            self.image,
-            self.caption,
-            self.phrases,
-            entities=None if self.own_masks else self.entities,
-            untrained=self.untrained,
-        )
+        """Draw the grounded caption as in Figure 4 of the paper.
+
+        Left the picture, right the same in grey with each noun's masks in its colour and the
+        entities outlined and numbered, below both the caption with the nouns on chips of the same
+        colours, and the list ``noun: [entity numbers]`` ("new" is a mask that the model made
+        itself). A pixel that several nouns claim is striped in their colours.
+
+        Raises:
+            ValueError: a mask's size is not the image's.
+        """
+        nouns, panels = self.nouns(), Panels(self.image)
+        colors = palette(1 + max((noun.color for noun in nouns), default=0))
+        masks: dict[int, list[np.ndarray]] = {}  # by colour: a repeated noun is not striped
+        owners: dict[int, list[Color]] = {}
+        made = []  # masks that the model made itself belong to no input entity
+        for noun, item in zip(nouns, self.phrases, strict=True):
+            layer, color = panels.layer(item["mask"]), colors[noun.color]
+            masks.setdefault(noun.color, []).append(item["mask"])
+            if noun.made and layer is not None:
+                made.append((layer, [color]))
+            for number in noun.numbers:
+                owners.setdefault(number, []).append(color)
+        united = {color: np.logical_or.reduce(group) for color, group in masks.items()}
+        layers = {color: panels.layer(mask) for color, mask in united.items()}
+        panels.blend([(layer, colors[k]) for k, layer in layers.items() if layer is not None])
+        parts = {k: part for k, part in layers_of_ids(self.entities.ids).items() if k in owners}
+        numbered = panels.layers(parts)
+        outlined = [(layer, list(dict.fromkeys(owners[k]))) for k, layer in numbered.items()]
+        panels.outline([*outlined, *made])
+        text = [
+            Piece(part, None if index is None else colors[nouns[index].color])
+            for part, index in cut_caption(self.caption, nouns)
+        ]
+        items = [
+            [
+                Piece(noun.text, colors[noun.color]),
+                Piece(f": {noun.listed}{' (not in the caption)' if noun.start < 0 else ''}"),
+            ]
+            for noun in nouns
+        ]
+        return panels.picture(numbered, text, items, untrained=self.untrained)
 
     def plot_colormap(self) -> Image.Image:
         """Return the colormap as a picture; its colours are those that the model saw."""
         return draw_colormap(self.colormap)
 
-    def _number(self, entity_id: int) -> int | None:
-        if self.own_masks or entity_id not in self.entities.segment_ids:
-            return None
-        return self.entities.index_of(entity_id) + 1
+    def _numbers(self) -> dict[int, int]:
+        """The number of every input entity that ``entity_ids`` may name, by its id."""
+        ids = () if self.own_masks else self.entities.segment_ids
+        return {segment_id: number for number, segment_id in enumerate(ids, start=1)}
 
 
 @dataclass
@@ -151,9 +244,13 @@ class PanopticResult:
         """Whether the weights are random, so that the answer means nothing."""
         return not self.weights
 
+    @property
+    def names(self) -> dict[int, str]:
+        """Name of every category that was asked for, by its id."""
+        return {category["id"]: category["name"] for category in self.categories}
+
     def to_json(self) -> dict[str, Any]:
         """Return the result in values that ``json`` can write; masks as COCO's compressed RLE."""
-        names = {category["id"]: category["name"] for category in self.categories}
         return {
             "task": "panoptic",
             "height": int(self.ids.shape[0]),
@@ -165,7 +262,7 @@ class PanopticResult:
                 {
                     "id": int(segment["id"]),
                     "category_id": segment["category_id"],
-                    "category": names.get(segment["category_id"]),
+                    "category": self.names.get(segment["category_id"]),
                     "isthing": bool(segment["isthing"]),
                     "score": float(segment["score"]),
                     "mask": coded["mask"],
@@ -181,12 +278,31 @@ class PanopticResult:
             for segment in self.segments_info
         ]
 
+    def numbered(self) -> np.ndarray:
+        """Segments numbered 1, 2, ... in the order of ``segments_info``: int32 (H, W), 0 = void."""
+        return EntityMap.from_id_image(self.ids, [s["id"] for s in self.segments_info]).ids
+
+    def nouns(self) -> list[Noun]:
+        """The categories that were found, with the numbers of their segments (`numbered`)."""
+        members: dict[int, list[int]] = {}
+        for number, segment in enumerate(self.segments_info, start=1):
+            members.setdefault(segment["category_id"], []).append(number)
+        return [
+            Noun(self.names[k], color, tuple(group), (), tuple(map(str, group)))
+            for color, (k, group) in enumerate(members.items())
+        ]
+
     def plot(self) -> Image.Image:
-        """Return the picture of :func:`gella.pictures.visualizer.draw_panoptic`."""
-        return draw_panoptic(
-            self.image,
-            self.ids,
-            self.segments_info,
-            self.categories,
-            untrained=self.untrained,
-        )
+        """Draw the map: one colour per category, one outline per segment, names below."""
+        nouns, panels = self.nouns(), Panels(self.image)
+        colors = palette(len(nouns))
+        panels.layer(self.ids != 0)  # refuses a map of another size
+        owner = {number: colors[noun.color] for noun in nouns for number in noun.numbers}
+        layers = panels.layers(layers_of_ids(self.numbered()))
+        panels.blend([(layer, owner[number]) for number, layer in layers.items()])
+        panels.outline([(layer, [owner[number]]) for number, layer in layers.items()])
+        items = []
+        for noun, color in zip(nouns, colors, strict=True):
+            count = len(noun.numbers)
+            items.append([Piece(noun.text, color), Piece(f" x {count}" if count > 1 else "")])
+        return panels.picture({}, [], items, untrained=self.untrained)

@@ -1,24 +1,31 @@
-"""The panels of a picture: as it was given, and in grey with coloured masks and their numbers."""
+"""A picture beside its copy in grey with coloured masks, and the text and the lists below both."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from gella.pictures.colors import Color
-from gella.pictures.labels import place_labels
-from gella.pictures.mask_layers import Grid, Layer, looks
-from gella.pictures.text_layout import INK, PAPER, load_font
-
-__all__ = ["MASK_OPACITY", "Panels"]
+from gella.pictures.chips import (
+    INK,
+    PAPER,
+    Color,
+    Piece,
+    draw_row,
+    flow_items,
+    load_font,
+    wrap_pieces,
+)
+from gella.pictures.overlays import Grid, Layer, looks, place_labels
 
 MASK_OPACITY = 0.6
 """Share of the noun's colour in a masked pixel; the rest is the picture in grey."""
+UNTRAINED = "untrained weights: shows the form of the output, not a result"
 
 _MIN_WIDTH = 640  # pixels; narrower pictures cannot hold legible text
+_MARGIN = 16  # pixels around the panels and the text
 _STRIPE = 8  # pixels; width of a stripe where several nouns claim a place
 _PANEL_SIDE = 960  # pixels; larger pictures are reduced to this longest side
 _WIDE_SIDE = 1800  # pixels; the same for panels that stand one above the other
@@ -28,14 +35,17 @@ _THIN_MARGIN = 48  # pixels; that room
 
 
 class Panels:
-    """The picture in the size of a panel, plain and with masks, in a margin if it is very thin."""
+    """The picture in the size of a panel, plain and with masks, in a margin if it is very thin.
+
+    ``image`` is uint8 (H, W, 3) RGB. Small pictures are enlarged.
+    """
 
     def __init__(self, image: np.ndarray) -> None:
         height, width = image.shape[:2]
-        self.stacked = width > _STACK * height
+        self._frame, self._stacked = (height, width), width > _STACK * height
         # Panels side by side share the minimal width; whole factors while they fit.
-        scale: float = max(1, math.ceil(_MIN_WIDTH / (1 if self.stacked else 1.5) / width))
-        side = _WIDE_SIDE if self.stacked else _PANEL_SIDE
+        scale: float = max(1, math.ceil(_MIN_WIDTH / (1 if self._stacked else 1.5) / width))
+        side = _WIDE_SIDE if self._stacked else _PANEL_SIDE
         if max(height, width) * scale > side:
             scale = side / max(height, width)
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -48,57 +58,92 @@ class Panels:
         rows, columns = np.ogrid[: size[1], : size[0]]
         self._turns = (rows + columns) // _STRIPE
 
-    def plain(self) -> Image.Image:
-        """The picture itself."""
-        return self._framed(self._plain)
+    def layer(self, mask: np.ndarray) -> Layer | None:
+        """A bool (H, W) mask in the panel; None if it is empty; ValueError for another size."""
+        if mask.shape != self._frame:
+            raise ValueError(
+                f"a mask is {mask.shape[1]}x{mask.shape[0]} pixels but the image is "
+                f"{self._frame[1]}x{self._frame[0]} (width x height); give masks of the image's "
+                "size"
+            )
+        return self._grid.layer(mask)
 
-    def layer(self, mask: np.ndarray, origin: tuple[int, int] = (0, 0)) -> Layer | None:
-        """A part of a mask (see :meth:`gella.pictures.mask_layers.Grid.layer`) in the panel."""
-        return self._grid.layer(mask, origin)
+    def layers(self, parts: Mapping[int, Layer]) -> dict[int, Layer]:
+        """Parts of the picture in the panel."""
+        scaled = {key: self._grid.layer(part.mask, (part.x, part.y)) for key, part in parts.items()}
+        return {key: layer for key, layer in scaled.items() if layer is not None}
 
-    def blend(self, layers: Sequence[Layer], colors: Sequence[Color]) -> None:
+    def blend(self, layers: Sequence[tuple[Layer, Color]]) -> None:
         """Colour the layers; where several claim a pixel it is striped in their colours."""
         total = np.zeros(self._turns.shape, dtype=np.int16)
         seen = np.zeros(self._turns.shape, dtype=np.int16)
-        for layer in layers:
+        for layer, _ in layers:
             total[layer.place] += layer.mask
         turns = self._turns % np.maximum(total, 1)
-        for layer, color in zip(layers, colors, strict=True):
+        for layer, color in layers:
             here = layer.mask & (turns[layer.place] == seen[layer.place])
-            part = self._pixels[layer.place]
-            part[here] = (1 - MASK_OPACITY) * part[here] + MASK_OPACITY * np.array(
-                color, np.float32
-            )
+            part, ink = self._pixels[layer.place], np.array(color, np.float32)
+            part[here] = (1 - MASK_OPACITY) * part[here] + MASK_OPACITY * ink
             seen[layer.place] += layer.mask
 
-    def outline(self, layers: Sequence[Layer], colors: Sequence[Sequence[Color]]) -> None:
-        """Give each layer a white outline, and its thin parts their full colour.
+    def outline(self, layers: Sequence[tuple[Layer, Sequence[Color]]]) -> None:
+        """Give each layer a white outline, and its thin parts their full colours, striped.
 
         The outline lies in wide parts, where it takes nothing from a neighbour, and around thin
         ones, of which it would leave nothing.
-
-        Args:
-            layers: what to outline.
-            colors: of each layer the colours that it has; several are striped.
         """
         white = np.zeros(self._turns.shape, dtype=bool)
         thin = np.zeros(self._turns.shape, dtype=bool)
-        for layer, own in zip(layers, colors, strict=True):
-            look = looks(layer, self._thickness, self._turns.shape)
-            stripes = np.array(own, dtype=np.float32)[self._turns[look.place] % len(own)]
-            self._pixels[look.place][look.thin] = stripes[look.thin]
-            thin[look.place] |= look.thin
-            white[look.place] |= look.border | look.ring
+        for layer, colors in layers:
+            outline, lines, place = looks(layer, self._thickness, self._turns.shape)
+            stripes = np.array(colors, dtype=np.float32)[self._turns[place] % len(colors)]
+            self._pixels[place][lines] = stripes[lines]
+            thin[place] |= lines
+            white[place] |= outline
         self._pixels[white & ~thin] = PAPER
 
-    def marked(self, layers: Sequence[Layer], labels: Sequence[str]) -> Image.Image:
-        """The picture with the masks and a label for each of some layers that has room for one."""
-        pixels = np.rint(self._pixels).astype(np.uint8)
-        picture = self._framed(Image.fromarray(pixels))
+    def picture(
+        self,
+        numbered: Mapping[int, Layer],
+        text: Sequence[Piece],
+        items: Sequence[Sequence[Piece]],
+        *,
+        untrained: bool,
+    ) -> Image.Image:
+        """The whole picture: both panels side by side or stacked, below them text and items.
+
+        Args:
+            numbered: layers that get their number where there is room for it.
+            text: what is set in lines, such as a caption.
+            items: what is set as a list.
+            untrained: warn above the panels that the weights are random.
+        """
+        marked = self._framed(Image.fromarray(np.rint(self._pixels).astype(np.uint8)))
         right, down = self._margins
-        moved = [Layer(layer.mask, layer.x + right, layer.y + down) for layer in layers]
-        _draw_labels(picture, moved, labels)
-        return picture
+        moved = [Layer(layer.mask, layer.x + right, layer.y + down) for layer in numbered.values()]
+        _draw_labels(marked, moved, [str(number) for number in numbered])
+        tall, inner = marked.height, marked.width
+        step = (0, tall + _MARGIN) if self._stacked else (inner + _MARGIN, 0)
+        tall, inner = tall + step[1], inner + step[0]
+        width = max(_MIN_WIDTH, inner + 2 * _MARGIN)
+        font = load_font(max(16, min(24, width // 60)))
+        spacing = round(font.size * 1.7)
+        rows = flow_items(items, font, width - 2 * _MARGIN)
+        if text:
+            rows = [*wrap_pieces(text, font, width - 2 * _MARGIN), [], *rows]
+        banner = spacing + 8 if untrained else 0
+        top = banner + 2 * _MARGIN + tall
+        canvas = Image.new("RGB", (width, top + _MARGIN + spacing * len(rows)), PAPER)
+        draw = ImageDraw.Draw(canvas)
+        if untrained:
+            draw.rectangle((0, 0, width, banner), fill=(160, 30, 30))
+            draw.text((width / 2, banner / 2), UNTRAINED, font=font, anchor="mm", fill=PAPER)
+        x, y = (width - inner) // 2, banner + _MARGIN
+        canvas.paste(self._framed(self._plain), (x, y))
+        canvas.paste(marked, (x + step[0], y + step[1]))
+        for number, row in enumerate(rows):
+            draw_row(draw, (_MARGIN, top + number * spacing), row, font, spacing)
+        return canvas
 
     def _framed(self, picture: Image.Image) -> Image.Image:
         right, down = self._margins
@@ -128,3 +173,17 @@ def _draw_labels(picture: Image.Image, layers: Sequence[Layer], labels: Sequence
             box = (left, top, left + width - 1, top + height - 1)
             draw.rounded_rectangle(box, 3, fill=INK)
             draw.text((spot.x, spot.y), text, font=font, anchor="mm", fill=PAPER)
+
+
+def draw_colormap(colormap: np.ndarray, valid_size: tuple[int, int] | None = None) -> Image.Image:
+    """Return the colormap (uint8 (H, W, 3), 0 = no entity) as a picture, enlarged if small.
+
+    Args:
+        colormap: what the colormap encoder sees, RGB.
+        valid_size: (h, w) of the part that is no padding; given, the padding is cut off.
+    """
+    if valid_size is not None:
+        colormap = colormap[: valid_size[0], : valid_size[1]]
+    factor = max(1, math.ceil(_MIN_WIDTH / max(colormap.shape[:2])))
+    height, width = colormap.shape[0] * factor, colormap.shape[1] * factor
+    return Image.fromarray(colormap).resize((width, height), Image.Resampling.NEAREST)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from gella.commands.analysis.cases import Case
 from gella.commands.analysis.scenes import Facts, Scene, predicted_mask
-from gella.pictures.visualizer import MASK_OPACITY
+from gella.pictures.panels import MASK_OPACITY
 
 TRUTH_COLOUR, RIGHT_COLOUR, WRONG_COLOUR = (0, 114, 178), (0, 158, 115), (213, 94, 0)
 """RGB of the truth's mask, and of the predicted pixels inside and outside of it."""

@@ -1,0 +1,252 @@
+"""Masks in a drawing of another size: enlarged exactly, reduced without losing thin parts, and
+with labels and outlines; no label lies over another or outside of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+_GAP = 1.0  # pixels between labels
+_SMALL = 6  # masks of fewer label areas are hidden by a label on them
+_HIDING = 5.0  # a mask hidden is as bad as a label so many label sizes away
+_RADII = 0.75 * 1.28 ** np.arange(14)  # label sizes from the anchor to the places that are tried
+_ANGLES = np.arange(16) * (2 * np.pi / 16)
+
+
+def mask_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    """Return (left, top, right, bottom) of the pixels set in a bool (H, W) mask, right and bottom
+    excluded; None for an empty mask."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not len(rows):
+        return None
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    columns = np.flatnonzero(mask[top:bottom].any(axis=0))
+    return int(columns[0]), top, int(columns[-1]) + 1, bottom
+
+
+class Layer(NamedTuple):
+    """A part of a drawing that holds a mask.
+
+    Attributes:
+        mask: bool (h, w).
+        x, y: column and row of the drawing at which it starts.
+    """
+
+    mask: np.ndarray
+    x: int
+    y: int
+
+    @property
+    def place(self) -> tuple[slice, slice]:
+        """Index of the part in an array of the drawing's size."""
+        height, width = self.mask.shape
+        return slice(self.y, self.y + height), slice(self.x, self.x + width)
+
+
+def layers_of_ids(ids: np.ndarray) -> dict[int, Layer]:
+    """Return the layer of every number above 0 in an int (H, W) map, by ascending number."""
+    return {
+        number: Layer(ids[place] == number, place[1].start, place[0].start)
+        for number, place in enumerate(ndimage.find_objects(ids), start=1)
+        if place is not None
+    }
+
+
+class Grid:
+    """The way from the pixels of a frame to those of a drawing of another size."""
+
+    def __init__(self, frame: tuple[int, int], size: tuple[int, int]) -> None:
+        """Args:
+        frame: (H, W) of the masks.
+        size: (h, w) of the drawing; no side is larger while the other is smaller.
+        """
+        self._grows = size[0] >= frame[0] and size[1] >= frame[1]
+        # Where the drawing's pixels start in the frame (reduced), or the frame's in the drawing
+        # (enlarged); exact in whole numbers.
+        self._starts = []
+        for before, after in zip(frame, size):
+            few, many = sorted((before, after))
+            self._starts.append(-(-np.arange(few + 1, dtype=np.int64) * many // few))
+
+    def layer(self, mask: np.ndarray, origin: tuple[int, int] = (0, 0)) -> Layer | None:
+        """Bring a mask to the drawing; None if it is empty.
+
+        Enlarged, each pixel becomes a block. Reduced, a pixel is set if at least half of what it
+        shows is, and where nothing near is set for that reason (a thin part) if any of it is.
+
+        Args:
+            mask: bool (h, w), a part of the frame.
+            origin: (x, y) of the part in the frame.
+        """
+        box = mask_box(mask)
+        if box is None:
+            return None
+        crop = mask[box[1] : box[3], box[0] : box[2]]
+        left, top = box[0] + origin[0], box[1] + origin[1]
+        if self._grows:
+            rows, columns = (
+                starts[first : first + count + 1]
+                for starts, first, count in zip(self._starts, (top, left), crop.shape)
+            )
+            large = np.repeat(np.repeat(crop, np.diff(rows), axis=0), np.diff(columns), axis=1)
+            return Layer(large, int(columns[0]), int(rows[0]))
+        cover: np.ndarray = crop.astype(np.float32)
+        firsts = []
+        for axis, offset in ((0, top), (1, left)):
+            starts = self._starts[axis]
+            first = int(np.searchsorted(starts, offset, side="right")) - 1
+            last = int(np.searchsorted(starts, offset + crop.shape[axis] - 1, side="right"))
+            cuts = np.maximum(starts[first:last] - offset, 0)
+            sizes = np.diff(starts[first : last + 1]).reshape((-1, 1) if axis == 0 else (1, -1))
+            cover = np.add.reduceat(cover, cuts, axis=axis) / sizes
+            firsts.append(first)
+        solid = cover >= 0.5
+        return Layer(solid | ((cover > 0) & ~_dilate(solid, 1)), firsts[1], firsts[0])
+
+
+def looks(
+    layer: Layer, thickness: int, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, tuple[slice, slice]]:
+    """Return how a layer is outlined, ``thickness`` pixels wide, in a drawing of (h, w) pixels.
+
+    Returns:
+        The outline: the inner border of wide parts, and pixels around thin ones; bool.
+        The thin parts, of which an inner border would leave nothing; of lines of one or two pixels
+        in a drawing that is not enlarged also the pixels beside them; bool, of the same size.
+        Index of these in an array of the drawing's size.
+    """
+    margin = 2
+    mask = np.pad(layer.mask, margin)
+    thin = mask & ~_dilate(_erode(mask, thickness + 1), 2 * thickness + 1)
+    border = mask & ~thin & ~_erode(mask, thickness)
+    if thickness == 1:  # nothing was enlarged: a line of one pixel would drown in its outline
+        thin |= _dilate(thin & ~_dilate(_erode(mask, 1), 2), 1)
+    white = border | (_dilate(thin, thickness) & ~mask & ~thin)
+    top, left = layer.y - margin, layer.x - margin
+    bottom, right = min(top + mask.shape[0], size[0]), min(left + mask.shape[1], size[1])
+    inner = slice(max(-top, 0), bottom - top), slice(max(-left, 0), right - left)
+    place = slice(max(top, 0), bottom), slice(max(left, 0), right)
+    return white[inner], thin[inner], place
+
+
+def _erode(mask: np.ndarray, radius: int) -> np.ndarray:
+    """Keep pixels whose square of 2 * radius + 1 is set; beyond the array nothing is."""
+    side = 2 * radius + 1
+    return ndimage.minimum_filter(mask.view(np.uint8), side, mode="constant", cval=0).view(bool)
+
+
+def _dilate(mask: np.ndarray, radius: int) -> np.ndarray:
+    side = 2 * radius + 1
+    return ndimage.maximum_filter(mask.view(np.uint8), side, mode="constant", cval=0).view(bool)
+
+
+class PlacedLabel(NamedTuple):
+    """A label's place in pixels of the drawing.
+
+    Attributes:
+        x, y: its centre.
+        anchor: (x, y) of a point of the mask that it belongs to.
+        apart: whether it stands away from the anchor, so that a line has to join them.
+    """
+
+    x: float
+    y: float
+    anchor: tuple[float, float]
+    apart: bool
+
+
+def place_labels(
+    layers: Sequence[Layer], sizes: Sequence[tuple[float, float]], frame: tuple[int, int]
+) -> list[PlacedLabel | None]:
+    """Find a place for the label of each mask; None where there is no room.
+
+    Large masks come first. A label stands in its mask if that is large enough and free, else next
+    to it, and rather not over small masks. All lie in the frame and no two share a pixel.
+
+    Args:
+        layers: the masks, not empty, in the frame.
+        sizes: (width, height) of each label in pixels.
+        frame: (width, height) of the drawing.
+    """
+    areas = [int(np.count_nonzero(layer.mask)) for layer in layers]
+    boxed = zip(layers, areas, sizes, strict=True)
+    hidden = _hiding([layer for layer, area, (w, h) in boxed if area < _SMALL * w * h], frame)
+    placed: list[PlacedLabel | None] = [None] * len(layers)
+    taken = np.zeros((0, 4))
+    for index in sorted(range(len(layers)), key=lambda k: -areas[k]):
+        layer, size = layers[index], np.array(sizes[index])
+        if (size > frame).any():
+            continue
+        column, row = deepest_point(layer.mask)
+        anchor = np.array([layer.x + column + 0.5, layer.y + row + 0.5])
+        # The anchor itself, then ever wider ellipses around it.
+        circle = np.stack([np.cos(_ANGLES) * size[0], np.sin(_ANGLES) * size[1]], axis=1)
+        rings = (_RADII[:, None, None] * circle).reshape(-1, 2)
+        half = size / 2
+        centers = np.clip(anchor + np.vstack([np.zeros(2), rings]), half, np.array(frame) - half)
+        boxes = np.hstack([centers - half, centers + half])
+        grown = taken + np.array([-_GAP, -_GAP, _GAP, _GAP])
+        apart = (boxes[:, None, 2:] <= grown[:, :2]) | (boxes[:, None, :2] >= grown[:, 2:])
+        free = apart.any(axis=2).all(axis=1)
+        if not free.any():
+            continue
+        cost = np.abs((centers - anchor) / size).max(axis=1)
+        cost += _HIDING * hidden(boxes) + 0.7 * ~_inside(layer, centers)
+        best = int(np.where(free, cost, np.inf).argmin())
+        x, y = centers[best].tolist()
+        within = bool((np.abs(centers[best] - anchor) <= half).all())
+        placed[index] = PlacedLabel(x, y, (float(anchor[0]), float(anchor[1])), not within)
+        taken = np.vstack([taken, boxes[best]])
+    return placed
+
+
+def _inside(layer: Layer, points: np.ndarray) -> np.ndarray:
+    columns, rows = (np.floor(points) - [layer.x, layer.y]).astype(np.intp).T
+    height, width = layer.mask.shape
+    known = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    return known & layer.mask[np.clip(rows, 0, height - 1), np.clip(columns, 0, width - 1)]
+
+
+def _hiding(layers: Sequence[Layer], frame: tuple[int, int]) -> Callable[[np.ndarray], np.ndarray]:
+    """Tell how many masks boxes (N, 4: left, top, right, bottom) hide, half a one counting half.
+
+    The answer comes from sums over a grid of at most 1024 cells a side, not from the masks.
+    """
+    step = max(1, -(-max(frame) // 1024))
+    width, height = (-(-side // step) for side in frame)
+    cells = np.zeros((height, width))
+    for layer in layers:
+        rows, columns = np.nonzero(layer.mask)
+        np.add.at(cells, ((rows + layer.y) // step, (columns + layer.x) // step), 1 / len(rows))
+    sums = np.pad(cells.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+
+    def hidden(boxes: np.ndarray) -> np.ndarray:
+        edges = np.rint(boxes / step).astype(np.intp)
+        left, right = np.clip(edges[:, 0], 0, width - 1), np.clip(edges[:, 2], 1, width)
+        top, bottom = np.clip(edges[:, 1], 0, height - 1), np.clip(edges[:, 3], 1, height)
+        return sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+
+    return hidden
+
+
+def deepest_point(mask: np.ndarray) -> tuple[int, int]:
+    """Return (x, y) of a pixel of ``mask`` (bool (H, W)) far from its border.
+
+    Exact on small masks; above 128 pixels a side a coarser grid is searched. Raises ValueError for
+    an empty mask.
+    """
+    box = mask_box(mask)
+    if box is None:
+        raise ValueError("an empty mask has no deepest point; leave such masks out")
+    left, top, right, bottom = box
+    crop = mask[top:bottom, left:right]
+    step = max(1, max(crop.shape) // 128)
+    depths = ndimage.distance_transform_cdt(np.pad(crop[::step, ::step], 1), "taxicab")[1:-1, 1:-1]
+    if not depths.any():  # a thin mask that the coarse grid misses
+        depths, step = crop, 1
+    ys, xs = np.nonzero(depths == depths.max())
+    middle = len(ys) // 2
+    return int(left + xs[middle] * step), int(top + ys[middle] * step)
