@@ -154,7 +154,8 @@ class Grounding:
 
     def nouns(self) -> list[Noun]:
         """The nouns as pictures show them, in the order of ``phrases``."""
-        known, order, nouns = self._numbers(), {}, []
+        known, nouns = self._numbers(), []
+        order: dict[Any, int] = {}
         for item in self.phrases:
             ids = item["entity_ids"]
             color = order.setdefault((item["phrase"].lower(), tuple(ids)), len(order))

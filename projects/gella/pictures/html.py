@@ -132,8 +132,8 @@ def grounding_html(result: Grounding, *, key: str, image_src: str | None = None)
         chips = " ".join(outside)
         parts.append(f'<p class="note">not at a place of their own in the text: {chips}</p>')
     if result.cut_nouns:
-        names = ", ".join(isolated(noun) for noun in result.cut_nouns)
-        parts.append(f'<p class="note">left out, the caption is too long: {safe(names)}</p>')
+        left_out = safe(", ".join(isolated(noun) for noun in result.cut_nouns))
+        parts.append(f'<p class="note">left out, the caption is too long: {left_out}</p>')
     return _figure(result, key, image_src, areas, nouns, parts)
 
 
