@@ -41,7 +41,7 @@ from torch import nn
 from tqdm import tqdm
 
 from gella import load_config
-from gella.evaluation.results import write_json
+from gella.utils.io import write_json
 
 EXAMPLE = """example:
   python tools/benchmark.py cost --config-file configs/gella_swin_t.yaml --zero-gpus 8 \\

@@ -31,7 +31,7 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from gella.evaluation.results import write_json
+from gella.utils.io import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL = 0.0005  # seconds between two looks at what a run does

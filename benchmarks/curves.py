@@ -39,7 +39,7 @@ from gella import load_config
 from gella.data.plugins import import_modules
 from gella.engine.launch import leave_process_group
 from gella.engine.trainer import GellaTrainer
-from gella.evaluation.results import write_json
+from gella.utils.io import write_json
 
 EARLY = 20  # iterations of the second column, and of a stretch
 PERMUTATIONS = 9999  # at most; all, if there are fewer

@@ -31,8 +31,8 @@ from gella import add_gella_config, load_config
 from gella.data.mapper import GroundingMapper
 from gella.data.plugins import import_modules
 from gella.engine.trainer import load_records
-from gella.evaluation.results import write_json
 from gella.text.prompts import TASKS
+from gella.utils.io import write_json
 
 STREAM = 48  # id maps of 640 x 480; with their colormaps more than a processor's cache
 TIMES_FASTER, COPIES = 3.0, 3.0  # what is asked of the colormap, see `rules`

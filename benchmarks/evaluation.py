@@ -24,7 +24,7 @@ from nouns import compare_passes
 from scoring import compare_panoptic, made_pairs, pairs_of, time_recall
 from tabulate import tabulate
 
-from gella.evaluation.results import write_json
+from gella.utils.io import write_json
 
 DECODINGS, TIMES_FASTER, SECONDS, PASSES = 1.5, 1.5, 1.0, 6.0  # what is asked, see `rules`
 

@@ -27,8 +27,8 @@ from gella import load_config
 from gella.data.mapper import GroundingMapper
 from gella.data.plugins import import_modules
 from gella.engine.trainer import load_records
-from gella.evaluation.results import write_json
 from gella.text.prompts import decode_answer
+from gella.utils.io import write_json
 from gella.weights.checkpoint import load_weights
 
 TASK = "extract"

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from gella import EntityMap, GellaPredictor, Request
 from gella.config import load_config
 from gella.data.plugins import import_modules
-from gella.evaluation.results import write_json
+from gella.utils.io import write_json
 
 SHARE, BATCH_SHARE = 0.5, 1.0  # what is asked, see `rules`
 TOLERANCE = 0.02  # of scores, which half precision rounds

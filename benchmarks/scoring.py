@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from gella.data.coco_categories import coco_panoptic_categories
 from gella.entities.entity_map import id_to_rgb
+from gella.entities.files import read_id_png
 from gella.evaluation import metrics
-from gella.evaluation.id_png import read_id_png
 from gella.evaluation.panoptic_quality import PQCounts, pq_counts
 
 AGREEMENT = 1e-9  # of the sums of IoUs that the two ways add up

@@ -21,8 +21,8 @@ from gella.commands.analysis import figures, gallery, groups, report
 from gella.commands.analysis.cases import Case, find_predictions
 from gella.commands.analysis.scenes import Facts, Scene, case_facts, index_records, locate, to_lab
 from gella.entities.entity_map import EntityMap, rgb_to_id
+from gella.entities.rle import encode_mask
 from gella.evaluation import PNGEvaluator, ReferringEvaluator
-from gella.evaluation.base import encode_mask
 
 NAME = "analysis_scenes"
 

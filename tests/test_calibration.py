@@ -24,7 +24,6 @@ from gella.evaluation.calibration import (
     candidates_of,
     read_calibration,
 )
-from gella.evaluation.run_info import file_hash
 from gella.evaluation.truth import TruthReader
 from gella.modeling.postprocessing import (
     Candidates,
@@ -33,6 +32,7 @@ from gella.modeling.postprocessing import (
     names_several,
     panoptic_from_scores,
 )
+from gella.utils.io import file_hash
 
 
 def options(**changes: Any) -> SimpleNamespace:

@@ -231,7 +231,7 @@ def test_pictures_are_bounded_and_carry_no_metadata(tmp_path):
 
 def test_prompt_files_are_checked(tmp_path):
     path = tmp_path / "prompts.json"
-    for content, reason in (("{", "no JSON"), ("[]", "at least one"), ('{"a": " "}', "'a'")):
+    for content, reason in (("{", "not a JSON"), ("[]", "at least one"), ('{"a": " "}', "'a'")):
         path.write_text(content)
         with pytest.raises(ValueError, match=reason):
             read_prompts(path)

@@ -21,7 +21,8 @@ from PIL import Image
 from gella.data import datasets
 from gella.data.coco_categories import coco_panoptic_categories
 from gella.data.coco_panoptic import read_categories
-from gella.data.reading import read_json_lines, read_plain_pickle
+from gella.data.reading import read_json_lines
+from gella.data.refcoco import read_refs
 from gella.entities.entity_map import rgb_to_id
 from gella.entities.sources import load_from_record
 
@@ -160,14 +161,14 @@ def test_pickles_run_nothing(tmp_path):
     bad = tmp_path / "refs(unc).p"
     bad.write_bytes(pickle.dumps([Payload()]))
     with pytest.raises(ValueError, match=r"refs\(unc\).p: refused.*system"):
-        read_plain_pickle(bad)
+        read_refs(bad)
     assert not (tmp_path / "owned").exists()
     bad.write_bytes(pickle.dumps([{"ref_id": 1}])[:-6])
     with pytest.raises(ValueError, match="refused"):
-        read_plain_pickle(bad)
+        read_refs(bad)
     python2 = b"(lp0\n(dp1\nS'sent'\np2\nS'a dog'\np3\nsS'ref_id'\np4\nI7\nsa."
     bad.write_bytes(python2)
-    assert read_plain_pickle(bad) == [{"sent": "a dog", "ref_id": 7}]
+    assert read_refs(bad) == [{"sent": "a dog", "ref_id": 7}]
 
 
 @needs_sample

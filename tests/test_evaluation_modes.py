@@ -22,8 +22,9 @@ from gella.data.plugins import import_modules
 from gella.engine import evaluate as evaluating
 from gella.engine.trainer import GellaTrainer
 from gella.evaluation.paper import PAPER
-from gella.evaluation.run_info import config_hash, describe_run
+from gella.evaluation.run_info import describe_run
 from gella.evaluation.tables import TABLES, changed, compared_markdown, plan_table, table_markdown
+from gella.utils.io import config_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 

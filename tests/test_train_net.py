@@ -16,7 +16,7 @@ import pytest
 import torch
 from detectron2.engine import default_argument_parser
 
-from gella.evaluation.run_info import file_hash
+from gella.utils.io import file_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "train_net.py"

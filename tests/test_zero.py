@@ -316,7 +316,7 @@ def test_the_files_of_the_project(path, bf16):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "z.json is not JSON"),
+        ("{", "z.json is not a JSON"),
         ([], 'lacks "zero_optimization"'),
         ({"zero_optimization": {}}, 'lacks "zero_optimization"'),
         ({"zero_optimization": {"stage": 4}}, "stage is 4, not 0 to 3"),

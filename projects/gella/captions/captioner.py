@@ -12,7 +12,6 @@ their ``ask`` works::
 from __future__ import annotations
 
 import io
-import json
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from gella.captions.text import (
     parse_noun_list,
 )
 from gella.entities.view import read_image
+from gella.utils.io import read_json
 
 __all__ = [
     "MODES",
@@ -194,12 +194,7 @@ def read_prompts(path: str | Path) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         ValueError: it is no such JSON, or a text is empty; the message names the prompt.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"prompt file {path} does not exist; check the path")
-    try:
-        prompts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON file ({error})") from error
+    prompts = read_json(path, "prompt file")
     if not isinstance(prompts, dict) or not prompts:
         raise ValueError(f'{path}: expected {{"id": "text", ...}} with at least one prompt')
     for prompt_id, text in prompts.items():

@@ -27,8 +27,7 @@ from gella.commands.analysis.page import render
 from gella.commands.analysis.report import Analysis, analyse
 from gella.commands.analysis.scenes import index_records
 from gella.data.plugins import import_modules
-from gella.evaluation.results import write_json
-from gella.utils.io import write_atomically
+from gella.utils.io import write_atomically, write_json
 
 
 def build_parser() -> argparse.ArgumentParser:

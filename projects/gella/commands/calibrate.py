@@ -31,9 +31,8 @@ from gella import load_config
 from gella.data.plugins import import_modules
 from gella.engine.trainer import GellaTrainer
 from gella.evaluation.calibration import TAKE_ALL, PanopticSweep, SelectionSweep
-from gella.evaluation.results import write_json
-from gella.evaluation.run_info import config_hash, file_hash, versions
 from gella.modeling.postprocessing import names_several, panoptic_from_scores
+from gella.utils.io import config_hash, file_hash, versions, write_json
 from gella.weights.checkpoint import load_weights
 
 USER_ERRORS = (KeyError, ValueError, OSError)

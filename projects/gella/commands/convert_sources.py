@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gella.utils.io import file_hash, read_json
 from gella.weights import detect, format_named
 from gella.weights.assembly import Piece
 from gella.weights.files import main_file, read_weights, weight_files
@@ -115,10 +114,7 @@ def _config_beside(path: str) -> dict[str, Any]:
     file = main_file(path).parent / "config.json"
     if not file.is_file():
         return {}
-    try:
-        loaded = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+    loaded = read_json(file)
     return loaded if isinstance(loaded, dict) else {}
 
 
@@ -180,12 +176,7 @@ def hash_files(paths: Iterable[str]) -> list[tuple[str, str]]:
     result = []
     with tqdm(total=size, unit="B", unit_scale=True, desc="sha256", leave=False) as bar:
         for file in files:
-            digest = hashlib.sha256()
-            with open(file, "rb") as stream:
-                while block := stream.read(BLOCK):
-                    digest.update(block)
-                    bar.update(len(block))
-            result.append((_short(file), digest.hexdigest()))
+            result.append((_short(file), file_hash(file, bar.update)))
     return result
 
 

@@ -37,8 +37,7 @@ from gella.commands.convert_sources import (
     read_piece,
 )
 from gella.data.plugins import import_modules
-from gella.evaluation.run_info import file_hash
-from gella.utils.io import write_atomically
+from gella.utils.io import file_hash, write_atomically
 from gella.weights import FORMATS
 from gella.weights.assembly import Assembly, assemble, cover
 from gella.weights.checkpoint import check_state_dict, consolidate

@@ -6,7 +6,6 @@ pictures are known without decoding a mask.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -17,8 +16,8 @@ import numpy as np
 from gella.commands.demo_inputs import MASKS_BESIDE, Job, Picture
 from gella.entities.entity_map import EntityMap
 from gella.entities.sources import FileSource, load_entities, load_from_record
-from gella.evaluation.run_info import file_hash
 from gella.segmenters.segmenter import MaskLimits, load_segmenter
+from gella.utils.io import file_hash, read_json
 
 _SUFFIXES = (".npz", ".png")
 
@@ -51,16 +50,15 @@ def find_segments(panoptic_json: str | Path, mask_name: str) -> list[dict[str, A
         FileNotFoundError: there is no such JSON file.
         ValueError: it is no COCO panoptic file, or knows no such PNG.
     """
-    if not Path(panoptic_json).is_file():
-        raise FileNotFoundError(f"panoptic JSON {panoptic_json} does not exist; check the path")
+    content = read_json(panoptic_json, "panoptic JSON")
     try:
-        annotations = json.loads(Path(panoptic_json).read_text(encoding="utf-8"))["annotations"]
+        annotations = content["annotations"]
         return next(a["segments_info"] for a in annotations if a["file_name"] == mask_name)
     except StopIteration:
         raise ValueError(
             f"panoptic JSON {panoptic_json} has no annotation with file_name {mask_name}"
         ) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{panoptic_json} is no COCO panoptic file ({error!r})") from error
 
 
@@ -189,7 +187,7 @@ class MaskJson:
 
 def _image_ids(path: Path) -> dict[str, Any]:
     """Image ids by file name, by its last part too where that is enough; {} without ``images``."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     images = content.get("images") if isinstance(content, dict) else None
     found: dict[str, Any] = {}
     last: Counter[str] = Counter()

@@ -25,8 +25,8 @@ from gella.commands.demo_output import Output, failure_section, headline, shown
 from gella.commands.demo_stop import Stop
 from gella.entities.entity_map import EntityMap
 from gella.entities.view import read_image
-from gella.evaluation.run_info import file_hash
 from gella.predictor import GellaPredictor, Request
+from gella.utils.io import file_hash
 
 _FORM = 1  # of the output files; another number makes all of them again
 _REFRESH = 10.0  # seconds between two writings of the page, at least,

@@ -47,8 +47,8 @@ from gella.captions.file import CaptionFile
 from gella.captions.local import LocalCaptioner
 from gella.captions.run import CaptionRun, Job, Source
 from gella.data.reading import field, read_json
-from gella.evaluation.results import write_json
 from gella.predictor import image_id_of
+from gella.utils.io import write_json
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 LISTED = 10  # failures that the screen shows; --json has all

@@ -45,10 +45,10 @@ import gella  # noqa: F401  registers the datasets
 from gella.data.plugins import import_modules
 from gella.entities.entity_map import EntityMap
 from gella.entities.view import read_image
-from gella.evaluation.results import write_json
 from gella.predictor import image_id_of
 from gella.segmenters.journal import MaskJournal, PictureJob
 from gella.segmenters.segmenter import SPECS, MaskLimits, Segmenter, load_segmenter
+from gella.utils.io import write_json
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LISTED = 10  # names that the summary prints before it refers to the report

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from gella.data.check_report import Finding
-from gella.entities.entity_map import rgb_to_id
-from gella.entities.json_files import decode_segmentation
+from gella.entities.files import read_id_png
+from gella.entities.rle import decode_segmentation
 
 __all__ = ["ImageJob", "check_image"]
 
@@ -88,17 +88,18 @@ def _check_png(job: ImageJob, add: Any) -> None:
         add("missing-masks", path, "the file does not exist")
         return
     try:
+        ids = read_id_png(path)
         with Image.open(path) as picture:
-            mode, pixels = picture.mode, np.asarray(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            mode = picture.mode
+    except ValueError as error:
         add("damaged-masks", path, f"cannot be decoded ({error})")
         return
     if mode != "RGB":
         add("mask-mode", path, f"picture mode is {mode}, expected RGB (id = R + 256 G + 65536 B)")
         return
-    if pixels.shape[:2] != job.size:
-        add("mask-size", path, _sizes(pixels.shape[:2], job))
-    areas = _areas(rgb_to_id(pixels))
+    if ids.shape != job.size:
+        add("mask-size", path, _sizes(ids.shape, job))
+    areas = _areas(ids)
     listed = {int(segment["id"]): segment for segment in job.segments or []}
     for segment_id, area in areas.items():
         if segment_id and segment_id not in listed:

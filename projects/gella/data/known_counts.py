@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gella.data.catalog import refcoco_name
+from gella.utils.io import read_json
 
 __all__ = ["Known", "known_counts"]
 
@@ -96,5 +96,5 @@ def known_counts(name: str, metadata: Any) -> dict[str, Known]:
     split = Path(metadata.image_root).name
     if metadata.form != "panoptic" or not meta.is_file():
         return {}
-    recipe = json.loads(meta.read_text(encoding="utf-8")).get("recipe", {})
+    recipe = read_json(meta).get("recipe", {})
     return {"images": Known(int(recipe[split]), str(meta))} if split in recipe else {}

@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-import gc
-import json
-import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from gella.utils import io
 
 ADVICE = (
     "for the synthetic shapes run: python datasets/prepare_shapes.py; "
     "for other datasets see datasets/README.md"
 )
-
-
-@contextmanager
-def no_cycle_search() -> Iterator[None]:
-    """Keep the garbage collector from walking millions of fresh dicts again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def read_json(path: str | Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file; the message says how to get it.
-        ValueError: the file is no JSON, for instance because it is cut short.
-    """
-    try:
-        with no_cycle_search():
-            return json.loads(_existing(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error}); copy or prepare it again") from error
+read_json = partial(io.read_json, advice=ADVICE)
+json_lines = partial(io.json_lines, advice=ADVICE)
 
 
 def read_json_lines(path: str | Path) -> list[Any]:
     """Return the content of a file with one JSON value a line; blank lines are passed over.
 
     Raises:
-        FileNotFoundError: as `read_json`.
+        FileNotFoundError: there is no such file; the message says how to get it.
         ValueError: a line is no JSON; the message gives its number, from 1.
     """
     records = []
@@ -55,54 +29,6 @@ def read_json_lines(path: str | Path) -> list[Any]:
             raise value
         records.append(value)
     return records
-
-
-def json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yield number, from 1, and value of every line that is not blank.
-
-    The value of a line that is no JSON is a ValueError, which is not raised. A missing file raises
-    FileNotFoundError, and one that is no UTF-8 ValueError.
-    """
-    try:
-        content = _existing(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from error
-    # Not splitlines(): it also splits at line separators that may stand inside JSON text.
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except ValueError as error:
-            yield number, ValueError(f"{path}: line {number} is no JSON ({error})")
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Builds containers, numbers and strings, and refuses to import anything."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Refuse every class and function: a pickle that names one could run any code."""
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def read_plain_pickle(path: str | Path) -> Any:
-    """Return the content of a pickle that holds plain data only, such as RefCOCO's refs.
-
-    Text of Python 2 pickles is read as UTF-8.
-
-    Raises:
-        FileNotFoundError: as `read_json`.
-        ValueError: the file is damaged, or asks for a class or function, which is never run.
-    """
-    with open(_existing(path), "rb") as file:
-        try:
-            return _PlainUnpickler(file, encoding="utf-8", errors="replace").load()
-        except Exception as error:  # a damaged pickle may raise nearly anything
-            trouble = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"{path}: refused, only plain lists, dicts, numbers and text are read from a "
-                f"pickle ({trouble}); get the file from its first source"
-            ) from error
 
 
 def field(record: Any, name: str, path: str | Path, where: str) -> Any:
@@ -144,10 +70,3 @@ def whole(record: Any, name: str, path: str | Path, where: str, least: int | Non
     if least is not None and number < least:
         raise ValueError(f"{path}: {where}: '{name}' is {number}, but at least {least} is needed")
     return number
-
-
-def _existing(path: str | Path) -> Path:
-    found = Path(path)
-    if not found.is_file():
-        raise FileNotFoundError(f"{path} does not exist; {ADVICE}")
-    return found

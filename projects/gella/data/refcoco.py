@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from gella.data.coco_panoptic import image_fields, images_by_id, load_coco_panoptic
-from gella.data.reading import field, listed, read_json, read_plain_pickle, whole
+from gella.data.reading import ADVICE, field, listed, read_json, whole
 from gella.data.record_store import RecordStore
+from gella.utils.io import read_pickle
 
 __all__ = ["load_instances", "load_refcoco", "read_refs"]
 
@@ -76,7 +77,12 @@ def load_refcoco(
 
 def read_refs(path: str | Path) -> list[dict[str, Any]]:
     """The refs of a ``refs(*).p``, or a ValueError when the pickle holds something else."""
-    refs = read_plain_pickle(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; {ADVICE}")
+    try:
+        refs = read_pickle(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: refused, {error}; get the file from its first source") from error
     if not isinstance(refs, list):
         raise ValueError(f"{path}: holds a {type(refs).__name__}, not a list of refs")
     return refs

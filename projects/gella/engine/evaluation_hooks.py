@@ -24,7 +24,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from torch import nn
 
-from gella.evaluation.results import write_json
+from gella.utils.io import write_json
 
 __all__ = ["BestCheckpoint", "EvaluationInTraining", "undisturbed", "with_subset"]
 

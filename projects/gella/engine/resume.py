@@ -9,7 +9,6 @@ and loaded exactly, and its optimiser starts anew, which is said.
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import random
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from gella.engine import zero_checkpoint
 from gella.engine.checkpoint import FOLDER, CheckpointStore
-from gella.utils.io import write_atomically
+from gella.utils.io import versions, write_atomically
 from gella.weights.checkpoint import (
     MODEL_FILE,
     TRAINER_FILE,
@@ -36,7 +35,7 @@ from gella.weights.files import read_torch
 
 __all__ = ["RunCheckpoints", "fitted_optimizer_state", "random_states", "set_random_states"]
 
-PACKAGES = ("torch", "detectron2", "deepspeed", "transformers")
+PACKAGES = ("torch", "deepspeed", "transformers")
 """Whose versions ``state.json`` tells."""
 
 _logger = logging.getLogger(__name__)
@@ -129,7 +128,7 @@ class RunCheckpoints(HookBase):
             "processes": comm.get_world_size(),
             "zero": None,
             "data": self._position(iteration + 1),
-            "versions": _versions(),
+            "versions": versions(PACKAGES),
         }
         if self._zero is not None:
             engine = self._zero.engine
@@ -305,13 +304,3 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 def _random_file(rank: int) -> str:
     return f"random_{rank:04d}.pth"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -5,7 +5,6 @@ Hooks for the trainer. Every method that talks to the other processes says so: a
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -18,7 +17,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor
 
-from gella.utils.io import write_atomically
+from gella.utils.io import write_json
 
 __all__ = ["NonFiniteError", "NonFiniteGuard", "any_rank"]
 
@@ -166,9 +165,7 @@ class NonFiniteGuard(HookBase):
                 "skipped_before": self.skipped,
                 "ranks": ranks,
             }
-            text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-            os.makedirs(self._folder, exist_ok=True)
-            write_atomically(path, lambda stream: stream.write(text.encode()))
+            write_json(path, content)
         # A rank that raised early would take the others down before the file is written.
         comm.synchronize()
         return path

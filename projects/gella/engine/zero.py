@@ -7,7 +7,6 @@ and the trainer's own optimiser. One joint loss and one backward pass serve both
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gella.engine.zero_branch import EngineBranch, full_weights, owned_norm, throw_gradients_away
+from gella.utils.io import read_json
 
 __all__ = ["ZeroHook", "hide_from_ddp", "read_config"]
 
@@ -53,13 +53,7 @@ def read_config(
         FileNotFoundError: no such file.
         ValueError: not JSON, a key that belongs to the run's config, or an unsupported value.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"SOLVER.ZERO.CONFIG {path} does not exist; see configs/zero/")
-    with open(path, encoding="utf-8") as stream:
-        try:
-            config = json.load(stream)
-        except ValueError as error:
-            raise ValueError(f"SOLVER.ZERO.CONFIG {path} is not JSON: {error}") from error
+    config = read_json(path, "SOLVER.ZERO.CONFIG", "see configs/zero/")
     if not isinstance(config, dict) or "stage" not in config.get("zero_optimization", {}):
         raise ValueError(f'SOLVER.ZERO.CONFIG {path} lacks "zero_optimization": {{"stage": 0..3}}')
     for key, ours in _OURS.items():

@@ -17,6 +17,7 @@ import numpy as np
 from gella.entities.color_choice import location_colors, random_colors, separated_colors
 from gella.entities.limits import MAX_ENTITIES, MAX_SEGMENT_ID
 from gella.entities.masks import binary_masks, flatten
+from gella.entities.rle import encode_mask
 from gella.entities.runs import Runs, find_runs, flip_runs, pad_runs, pick_runs
 
 ASSIGNMENTS = ("random", "location", "separated")
@@ -170,16 +171,7 @@ class EntityMap:
 
     def to_rle(self) -> list[dict[str, Any]]:
         """COCO run-length codes, one per entity: {"size": [H, W], "counts": str}."""
-        from pycocotools import mask as coco_mask
-
-        if not self.num_entities:
-            return []
-        columns = np.asfortranarray(self.bitmasks().transpose(1, 2, 0).astype(np.uint8))
-        codes = coco_mask.encode(columns)
-        return [
-            {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
-            for code in codes
-        ]
+        return [encode_mask(mask) for mask in self.bitmasks()]
 
     def index_of(self, segment_id: int) -> int:
         """Index of the entity that files call `segment_id`; KeyError if there is none."""

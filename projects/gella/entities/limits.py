@@ -16,9 +16,6 @@ MAX_BYTES = 1 << 30
 """Of a mask file on disk: COCO's largest annotation file has half of that. Reading a JSON file may
 take 20 times its size."""
 
-MAX_OUTLINE = 4_000_000
-"""Length of one entity's polygons, pixels: rasterising takes 80 bytes for each."""
-
 MAX_SEGMENT_ID = (1 << 24) - 1
 """Largest id of a pixel: a panoptic PNG has three bytes for it."""
 

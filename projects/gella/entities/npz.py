@@ -18,8 +18,8 @@ from typing import IO
 import numpy as np
 
 from gella.entities.entity_map import EntityMap
-from gella.entities.json_files import check_size
 from gella.entities.limits import MAX_ENTITIES
+from gella.entities.rle import check_size
 
 MAX_MEMBERS = 64
 """Arrays in one archive; more than three are never needed."""

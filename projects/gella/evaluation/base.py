@@ -10,21 +10,13 @@ import numpy as np
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from gella.evaluation.results import write_json
 from gella.evaluation.truth import TruthReader
+from gella.utils.io import write_json
 
 
 def percent(summary: dict[str, float]) -> dict[str, float]:
     """Fractions to percent; counts (``n``, ``n_...``) stay."""
     return {k: v if k.split("_")[0] == "n" else 100 * v for k, v in summary.items()}
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """COCO RLE of a bool mask (H, W), with ``counts`` as str so that JSON takes it."""
-    from pycocotools import mask as mask_api
-
-    encoded = mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
 
 def to_array(value: Any, dtype: Any) -> np.ndarray:

@@ -6,7 +6,6 @@ score, so the pixel counts of all prefixes give the score of every threshold exa
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,8 +17,8 @@ from detectron2.utils import comm
 
 from gella.evaluation import panoptic_quality as metrics_panoptic
 from gella.evaluation.base import to_array
-from gella.evaluation.run_info import file_hash
 from gella.evaluation.truth import TruthReader
+from gella.utils.io import file_hash, read_json
 
 GRID = tuple(k / 100 for k in range(0, 100))
 """Association and "none of them" thresholds that are tried."""
@@ -284,10 +283,8 @@ def read_calibration(path: str | Path, weights: str) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is no calibration, sets another key, or was made for other weights.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"TEST.CALIBRATION {path} does not exist: run tools/calibrate.py")
+    content = read_json(path, "TEST.CALIBRATION", "run tools/calibrate.py")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
         picked = {name: KEYS[name](value) for name, value in content["thresholds"].items()}
         made_for, _ = content["weights_sha256"], content["datasets"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from detectron2.data import MetadataCatalog
+
+from gella.utils.io import read_json
 
 
 def asked_categories(cfg: Any, dataset_name: str) -> list[dict[str, Any]] | None:
@@ -58,14 +58,8 @@ def asked_categories(cfg: Any, dataset_name: str) -> list[dict[str, Any]] | None
 def _read(source: str) -> list[Any]:
     if source in MetadataCatalog.list():
         return list(MetadataCatalog.get(source).get("categories", []))
-    if not Path(source).is_file():
-        raise FileNotFoundError(
-            f"TEST.CATEGORIES_FROM: {source} is neither a registered dataset nor a file"
-        )
-    try:
-        content = json.loads(Path(source).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"TEST.CATEGORIES_FROM: {source} is no JSON ({error})") from error
+    advice = "name a registered dataset or a JSON file"
+    content = read_json(source, "TEST.CATEGORIES_FROM:", advice)
     found = content.get("categories") if isinstance(content, dict) else content
     if not isinstance(found, list):
         raise ValueError(f"TEST.CATEGORIES_FROM: {source} holds no list of categories")

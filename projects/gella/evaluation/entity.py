@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gella.entities.rle import encode_mask
 from gella.evaluation import panoptic_quality as metrics_panoptic
-from gella.evaluation.base import GatheringEvaluator, encode_mask, percent, sized_mask
+from gella.evaluation.base import GatheringEvaluator, percent, sized_mask
 
 
 class EntityAPEvaluator(GatheringEvaluator):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from gella.entities.json_files import decode_segmentation
+from gella.entities.files import read_id_png
+from gella.entities.rle import decode_segmentation
 from gella.entities.sources import annotation_of, load_from_record
-from gella.evaluation.id_png import read_id_png
 from gella.evaluation.truth import TruthReader
+from gella.utils.io import read_json
 
 PREDICTION_FILES = (
     "png_predictions.json",
@@ -92,7 +92,7 @@ class SavedPredictions:
 
     def _reading(self, name: str, reader: Callable) -> Callable[[dict[str, Any]], dict[str, Any]]:
         try:
-            return reader(json.loads((self._folder / name).read_text(encoding="utf-8")))
+            return reader(read_json(self._folder / name))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{self._folder / name} is no file of predictions ({error!r}); evaluate again"

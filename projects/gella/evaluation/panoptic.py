@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.evaluation import DatasetEvaluator
-from PIL import Image
 
-from gella.entities.entity_map import id_to_rgb
+from gella.entities.files import write_id_png
 from gella.evaluation import panoptic_quality as metrics_panoptic
 from gella.evaluation.base import GatheringEvaluator, percent, to_array
 
@@ -42,7 +40,7 @@ class PanopticEvaluator(GatheringEvaluator):
         )
         name = Path(sample["annotation"]["file_name"]).stem + ".png"
         if self._folder is not None:
-            _write_png(self._folder / "panoptic_predictions" / name, ids)
+            write_id_png(self._folder / "panoptic_predictions" / name, ids)
         return {"file_name": name, "segments_info": segments, "counts": counts}
 
     def _score(self, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -60,13 +58,6 @@ class PanopticEvaluator(GatheringEvaluator):
     def _payload(self, rows: list[dict[str, Any]], results: dict[str, Any]) -> Any:
         kept = ("image_id", "file_name", "segments_info")
         return {"annotations": [{k: row[k] for k in kept} for row in rows], "results": results}
-
-
-def _write_png(path: Path, ids: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    Image.fromarray(id_to_rgb(ids)).save(temporary, format="PNG")
-    os.replace(temporary, path)
 
 
 class Detectron2PanopticEvaluator(DatasetEvaluator):

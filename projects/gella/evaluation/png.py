@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from gella.entities.rle import encode_mask
 from gella.evaluation import metrics
-from gella.evaluation.base import GatheringEvaluator, encode_mask, percent, sized_mask
+from gella.evaluation.base import GatheringEvaluator, percent, sized_mask
 from gella.evaluation.png_form import png_form
-from gella.evaluation.results import write_json
 from gella.evaluation.truth import Truth
+from gella.utils.io import write_json
 
 
 def match_grounding(

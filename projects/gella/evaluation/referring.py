@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from gella.entities.rle import encode_mask
 from gella.evaluation import metrics
-from gella.evaluation.base import GatheringEvaluator, encode_mask, percent, sized_mask
+from gella.evaluation.base import GatheringEvaluator, percent, sized_mask
 
 
 class ReferringEvaluator(GatheringEvaluator):

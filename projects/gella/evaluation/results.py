@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gella.evaluation.metrics import PROTOCOLS, SUBSETS
+from gella.utils.io import read_json, write_json
 
 _COLUMNS = ("all", *SUBSETS)
 _BASELINES = {
@@ -19,26 +17,6 @@ _BASELINES = {
     "largest": "blind: the largest entity",
     "all": "blind: all entities",
 }
-
-
-def write_json(path: str | Path, payload: Any) -> None:
-    """Write JSON atomically, making the folder; NaN, which JSON lacks, becomes null."""
-    write_text(path, json.dumps(_finite(payload), indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically, making the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes the file private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 RUN = "run"
@@ -62,16 +40,14 @@ def load_results(path: str | Path) -> tuple[dict[str, dict[str, float]], dict[st
         FileNotFoundError: there is no such file.
         ValueError: it is no results.json.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: evaluate first (tools/train_net.py)")
+    content = read_json(path, advice="evaluate first (tools/train_net.py)")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
         run = content.pop(RUN, {})
         scores = {
             task: {key: math.nan if value is None else value for key, value in metrics.items()}
             for task, metrics in content.items()
         }
-    except (ValueError, TypeError, AttributeError) as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no results ({error}); evaluate again") from error
     return scores, run
 
@@ -100,16 +76,6 @@ def by_dataset(
         task, _, dataset = name.partition("@")
         split.setdefault(dataset or ", ".join(datasets), {})[task] = metrics
     return split
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def format_results(results: Mapping[str, Any]) -> str:

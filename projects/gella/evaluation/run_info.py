@@ -3,77 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
-import importlib.metadata
-import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
 from detectron2.utils import comm
 
-# Keys that cannot change a score: where files go, and how the work is shared out.
-_NO_MATTER = (
-    "OUTPUT_DIR",
-    "VERSION",
-    "VIS_PERIOD",
-    "MODEL.WEIGHTS",
-    "MODEL.DEVICE",
-    "DATALOADER.NUM_WORKERS",
-    "TEST.IMS_PER_BATCH",
-    "TEST.EXPECTED_RESULTS",
-    "TEST.CALIBRATION",  # the thresholds that it set count
-    "TEST.EVAL_PERIOD",
-    "CUDNN_BENCHMARK",
-)
-_PACKAGES = ("torch", "transformers", "timm", "numpy", "pycocotools", "pillow")
-
-
-def config_hash(cfg: Any) -> str:
-    """SHA-256 of a config without the keys that cannot change a score.
-
-    Left out: OUTPUT_DIR, MODEL.WEIGHTS (it has a hash of its own), MODEL.DEVICE, numbers of workers
-    and of images per batch at test, expected results.
-    """
-    tree = yaml.safe_load(cfg.dump())
-    for key in _NO_MATTER:
-        node, *rest = key.split(".")
-        place = tree
-        while rest:
-            place = place.get(node, {})
-            node, *rest = rest
-        place.pop(node, None)
-    text = yaml.safe_dump(tree, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, or of the names and hashes of a folder's files; "" for neither."""
-    if Path(path).is_dir():
-        files = sorted(p for p in Path(path).rglob("*") if p.is_file())
-        lines = [f"{file.relative_to(path)} {file_hash(file)}" for file in files]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    if not Path(path).is_file():
-        return ""
-    with open(path, "rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that scores depend on."""
-    import detectron2
-
-    found = {"python": platform.python_version(), "detectron2": str(detectron2.__version__)}
-    for name in ("gella", *_PACKAGES):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+from gella.utils.io import config_hash, file_hash, versions
 
 
 def settings(cfg: Any) -> dict[str, Any]:

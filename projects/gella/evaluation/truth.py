@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from gella.entities.entity_map import EntityMap
-from gella.entities.json_files import decode_segmentation
-from gella.evaluation.id_png import read_id_png
+from gella.entities.files import read_id_png
+from gella.entities.rle import decode_segmentation
 from gella.evaluation.panoptic_quality import VOID, check_segments
 
 _KEPT = 4  # images held decoded; the captions of one image usually come one after the other
@@ -117,7 +117,7 @@ def _read(annotation: dict[str, Any], sample: dict[str, Any]) -> Truth:
     try:
         ids = read_id_png(path)
     except ValueError as error:
-        raise ValueError(f"image {image_id}: annotation {error}") from error
+        raise ValueError(f"image {image_id}: annotation {path}: {error}") from error
     size = (sample["height"], sample["width"])
     if ids.shape != size:
         raise ValueError(

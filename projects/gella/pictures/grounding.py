@@ -8,18 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as mask_utils
 
 from gella.entities.entity_map import EntityMap
+from gella.entities.rle import encode_mask
 from gella.pictures.chips import Color, Piece, palette
 from gella.pictures.overlays import layers_of_ids
 from gella.pictures.panels import Panels, draw_colormap
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """Return a bool (H, W) mask as COCO's compressed RLE: ``{"size": [H, W], "counts": str}``."""
-    rle = mask_utils.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
 class Noun(NamedTuple):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
 import importlib
-import pickle
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from gella.segmenters.segmenter import Segmenter, one_of
+from gella.utils.io import NUMPY_PARTS, read_pickle
 
 
 class Detectron2Segmenter(Segmenter):
@@ -167,7 +165,7 @@ class _PlainCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             if filename.endswith((".pkl", ".pyth")):
-                loaded = _read_arrays(Path(filename))
+                loaded = read_pickle(filename, NUMPY_PARTS, encoding="latin1")
             else:
                 loaded = torch.load(filename, map_location="cpu", weights_only=True)
         except Exception as error:  # torch and pickle raise many types for a damaged file
@@ -190,39 +188,3 @@ class _PlainCheckpointer(DetectionCheckpointer):
                 "trained with"
             )
         super()._log_incompatible_keys(incompatible)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds containers, numbers, text and numpy arrays, and refuses everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Find what a pickled array needs; any other name could run code."""
-        place = module.replace("numpy.core.", "numpy._core.")
-        if (place, name) in _ARRAY_PARTS:
-            return _ARRAY_PARTS[place, name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run code")
-
-
-def _array_parts() -> dict[tuple[str, str], Any]:
-    """The names that pickles of arrays and of numpy scalars use, for every version of numpy."""
-    array = np.zeros(1, dtype=np.float32)
-    rebuild = array.__reduce__()[0]
-    from_buffer = array.__reduce_ex__(5)[0]  # of pickle protocol 5
-    scalar = np.float32(0).__reduce__()[0]
-    return {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("numpy._core.multiarray", "_reconstruct"): rebuild,
-        ("numpy._core.multiarray", "scalar"): scalar,
-        ("numpy._core.numeric", "_frombuffer"): from_buffer,
-        ("_codecs", "encode"): codecs.encode,
-        ("collections", "OrderedDict"): OrderedDict,
-    }
-
-
-_ARRAY_PARTS = _array_parts()
-
-
-def _read_arrays(path: Path) -> Any:
-    with path.open("rb") as stream:
-        return _ArrayUnpickler(stream, encoding="latin1").load()

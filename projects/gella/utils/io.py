@@ -1,14 +1,48 @@
-"""Writing files whole."""
+"""Files read with one clear error and written whole, and what says which files a run used."""
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import importlib.metadata
+import json
+import math
 import os
+import pickle
+import platform
 import tempfile
-from collections.abc import Callable
-from typing import IO
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+NUMPY_PARTS = frozenset(
+    {
+        ("collections", "OrderedDict"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "scalar"),
+        ("numpy._core.numeric", "_frombuffer"),  # of pickle protocol 5
+        ("_codecs", "encode"),  # how old protocols store the bytes of an array
+    }
+)
+"""What `read_pickle` has to allow for NumPy's arrays and scalars; none of it runs a file's code."""
+
+# Keys that cannot change a score: where files go, and how the work is shared out.
+_NO_MATTER = (
+    *("OUTPUT_DIR", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK"),
+    "MODEL.WEIGHTS",  # they have a hash of their own
+    *("MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "TEST.IMS_PER_BATCH"),
+    *("TEST.EXPECTED_RESULTS", "TEST.EVAL_PERIOD"),
+    "TEST.CALIBRATION",  # the thresholds that it set count
+)
+# Distributions whose version can change a score.
+_PACKAGES = ("gella", "torch", "transformers", "timm", "numpy", "pycocotools", "pillow")
 
 
-def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file so that readers, and a kill at any moment, see the old one or the whole new one.
 
     Args:
@@ -33,3 +67,161 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text as `write_atomically` does, making the folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda stream: stream.write(text.encode()))
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON as `write_text` does; NaN and infinity, which JSON lacks, become null."""
+    write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def read_json(path: str | Path, what: str = "", advice: str = "check the path") -> Any:
+    """Return the content of a JSON file.
+
+    Args:
+        path: the file, in UTF-8.
+        what: what the errors call the file, for instance the config key that names it.
+        advice: how to get the file; stands behind the semicolon of both errors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON, for instance because it is cut short.
+    """
+    path, called = Path(path), f"{what} {path}".strip()
+    if not path.is_file():
+        raise FileNotFoundError(f"{called} does not exist; {advice}")
+    collecting = gc.isenabled()
+    gc.disable()  # it would walk millions of fresh dicts again and again
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{called} is not a JSON file (nested too deeply); {advice}") from error
+    except ValueError as error:  # of the text's encoding or of JSON
+        raise ValueError(f"{called} is not a JSON file ({error}); {advice}") from error
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def json_lines(path: str | Path, advice: str = "check the path") -> Iterator[tuple[int, Any]]:
+    """Yield number, from 1, and value of every line that is not blank.
+
+    The value of a line that is no JSON is a ValueError, which is not raised. A missing file raises
+    FileNotFoundError, and one that is no UTF-8 ValueError.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; {advice}")
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from error
+    # Not splitlines(): it also splits at line separators that may stand inside JSON text.
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield number, ValueError(f"{path}: line {number} is no JSON ({error})")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes plain values; every class and function is refused before it is made, but allowed ones.
+
+    Whatever else a pickle names could run any code.
+    """
+
+    allowed: Collection[tuple[str, str]] = ()
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Import an allowed name; UnpicklingError for any other."""
+        # NumPy 2 renamed numpy.core; the old name still works but warns.
+        module = module.replace("numpy.core.", "numpy._core.")
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
+        return super().find_class(module, name)
+
+
+def read_pickle(
+    path: str | Path, allowed: Collection[tuple[str, str]] = (), *, encoding: str = "utf-8"
+) -> Any:
+    """Return the content of a pickle, running nothing of it.
+
+    Args:
+        path: the file.
+        allowed: (module, name) of classes and functions that it may ask for, for instance
+            `NUMPY_PARTS`; none: only containers, numbers and text.
+        encoding: of Python 2's strings; "latin1" where they hold the bytes of arrays.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or asks for anything else. The message does not name the file.
+    """
+    with open(path, "rb") as stream:
+        unpickler = _Unpickler(stream, encoding=encoding, errors="replace")
+        unpickler.allowed = allowed
+        try:
+            return unpickler.load()
+        except Exception as error:  # a damaged pickle may raise nearly anything
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"no pickle of plain data: {reason}") from error
+
+
+def file_hash(path: str | Path, on_block: Callable[[int], object] = lambda size: None) -> str:
+    """SHA-256 of a file's bytes, or of the names and hashes of a folder's files; "" for neither.
+
+    Args:
+        path: the file or folder.
+        on_block: called with the bytes that were read since the last call, for progress bars.
+    """
+    if Path(path).is_dir():
+        files = sorted(p for p in Path(path).rglob("*") if p.is_file())
+        lines = [f"{file.relative_to(path)} {file_hash(file, on_block)}" for file in files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if not Path(path).is_file():
+        return ""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+            on_block(len(block))
+    return digest.hexdigest()
+
+
+def config_hash(cfg: Any) -> str:
+    """SHA-256 of a config (a ``CfgNode``) without the keys that cannot change a score."""
+    tree = yaml.safe_load(cfg.dump())
+    for key in _NO_MATTER:
+        *parents, last = key.split(".")
+        node = tree
+        for name in parents:
+            node = node.get(name, {})
+        node.pop(last, None)
+    return hashlib.sha256(yaml.safe_dump(tree, sort_keys=True).encode()).hexdigest()
+
+
+def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
+    """Versions of Python, of Detectron2 and of installed distributions; by default scores' own."""
+    import detectron2  # a checkout on the path is no distribution
+
+    result = {"python": platform.python_version(), "detectron2": str(detectron2.__version__)}
+    for name in packages:
+        try:
+            result[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            result[name] = "not installed"
+    return result

@@ -10,17 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gella.utils.io import NUMPY_PARTS, read_json, read_pickle
 
 # The names of transformers, then what else is found in a folder of weights.
 _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -201,7 +202,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix == ".pkl":
-        return _tensors(_read_pickle(path), path)
+        try:
+            # Detectron2's model zoo has files of Python 2, whose strings are bytes.
+            return _tensors(read_pickle(path, NUMPY_PARTS, encoding="latin1"), path)
+        except ValueError as error:
+            raise ValueError(f"weights {path} cannot be read ({error})") from error
     if path.suffix in _TORCH_SUFFIXES:
         return _tensors(read_torch(path, mmap=True), path)
     known = ", ".join((*_SUFFIXES, ".index.json"))
@@ -223,7 +228,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path)["weight_map"]
         names = set(weight_map.values())
         # Shards lie beside their index; anything else would let a file reach into other folders.
         odd = [n for n in names if not isinstance(n, str) or os.path.basename(n) != n or not n]
@@ -276,45 +281,6 @@ def _tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
 def _is_torchscript(path: str | Path) -> bool:
     with zipfile.ZipFile(path) as archive:
         return any(n.endswith("/constants.pkl") or "/code/" in n for n in archive.namelist())
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Makes plain Python values and NumPy arrays; refuses every other object before it is made."""
-
-    _allowed = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),  # how old protocols store the bytes of an array
-            *(
-                (f"numpy.{core}.{module}", name)
-                for core in ("core", "_core")
-                for module, name in (
-                    ("multiarray", "_reconstruct"),
-                    ("numeric", "_frombuffer"),
-                )
-            ),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The class or function of an allowed name; ValueError for others."""
-        if (module, name) not in self._allowed:
-            raise ValueError(f"it asks for {module}.{name}; only NumPy arrays are allowed")
-        # NumPy 2 renamed numpy.core; the old name still works but warns.
-        return super().find_class(module.replace("numpy.core.", "numpy._core."), name)
-
-
-def _read_pickle(path: Path) -> Any:
-    stream: IO[bytes]
-    with open(path, "rb") as stream:
-        try:
-            # Detectron2's model zoo has files of Python 2, whose strings are bytes.
-            return _ArrayUnpickler(stream, encoding="latin1").load()
-        except Exception as error:  # unpickling raises any type for a damaged file
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"weights {path} cannot be read as a pickle ({reason})") from error
 
 
 def _some(names: list[str]) -> str:

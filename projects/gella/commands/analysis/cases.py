@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from gella.utils.io import read_json
 
 BASELINES = ("oracle", "random", "largest", "all")
 """IoUs that narratives carry beside the model's own, see ``evaluation.png``."""
@@ -101,10 +102,7 @@ def find_predictions(folder: str | Path) -> list[Predictions]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); evaluate again") from error
+    payload = read_json(path, advice="evaluate again")
     if not isinstance(payload, dict) or not {"results", "predictions"} <= payload.keys():
         raise ValueError(f"{path} lacks 'results' or 'predictions'; evaluate again")
     return payload

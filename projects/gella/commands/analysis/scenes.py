@@ -12,7 +12,7 @@ from PIL import Image
 
 from gella.commands.analysis.cases import Case
 from gella.entities.entity_map import EntityMap
-from gella.entities.json_files import decode_segmentation
+from gella.entities.rle import decode_segmentation
 from gella.entities.sources import annotation_of
 from gella.evaluation.truth import TruthReader
 
