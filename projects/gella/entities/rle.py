@@ -143,6 +143,7 @@ def _covered(counts: Any) -> int:
 
 
 def is_finite(value: float) -> bool:
+    """Whether a number of a JSON file is one that floats can hold."""
     try:
         return math.isfinite(value)
     except OverflowError:  # JSON's whole numbers have any length
