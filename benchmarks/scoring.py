@@ -254,8 +254,8 @@ def time_recall(nouns: int, repeat: int) -> dict[str, float]:
     flags = rng.random((nouns, 2)) < 0.5
     counts = rng.integers(1, 6, nouns).tolist()
     units = [
-        metrics.NounUnit(iou, bool(thing), count, bool(plural))
-        for iou, (thing, plural), count in zip(ious, flags, counts)
+        {"iou": iou, "is_thing": thing, "segment_ids": range(count), "is_plural": plural}
+        for iou, (thing, plural), count in zip(ious, flags.tolist(), counts)
     ]
     seconds = {}
     for protocol in metrics.PROTOCOLS:

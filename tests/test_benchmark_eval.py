@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 
 import benchmark
 import evaluation as benchmark_eval
@@ -13,13 +11,11 @@ import numpy as np
 import pytest
 import scoring as benchmark_scoring
 import torch
-from evaluation_scenes import all_evaluators, answer, make_sample, run
 from PIL import Image
 
 from gella.data.coco_categories import coco_panoptic_categories
 from gella.entities.entity_map import id_to_rgb
 from gella.entities.files import read_id_png
-from gella.evaluation.overlap import OverlappedEvaluator, prepared_ahead
 from gella.evaluation.panoptic_quality import PQCounts
 
 TINY = "--grid 2 --layers 1 --width 64 --vocabulary 700 --nouns 3 --repeat 1 --recall-nouns 500"
@@ -235,103 +231,3 @@ def test_damaged_and_missing_files_are_named(tmp_path):
             read_id_png(path)
     with pytest.raises(FileNotFoundError):
         read_id_png(tmp_path / "absent.png")
-
-
-# -- scoring beside inference --------------------------------------------------------------------
-
-
-def test_overlapped_scores_are_the_same_bit_for_bit(tmp_path):
-    samples = [make_sample(tmp_path, i) for i in range(7)]
-    outputs = [answer(s, empty=i == 2, shift=i % 3) for i, s in enumerate(samples)]
-    for alone, beside in zip(all_evaluators(tmp_path / "a"), all_evaluators(tmp_path / "b")):
-        assert run(OverlappedEvaluator(beside, 1), samples, outputs, 2) == run(
-            alone, samples, outputs
-        )
-    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*.*"))
-    assert len(files) > 4
-    for file in files:
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-
-
-class Gate:
-    """An evaluator that waits at a gate in `process`, and may fail at a batch."""
-
-    def __init__(self, fails_at: int | None = None) -> None:
-        self.open, self.seen, self.fails_at = threading.Event(), [], fails_at
-        self.calls = 0
-        self.threads: set[int] = set()
-
-    def reset(self):
-        self.seen = []
-
-    def process(self, inputs, outputs):
-        self.calls += 1
-        self.open.wait(10)
-        self.threads.add(threading.get_ident())
-        if inputs == self.fails_at:
-            raise ValueError("batch is wrong")
-        self.seen.append((inputs, outputs))
-
-    def evaluate(self):
-        return {"seen": list(self.seen)}
-
-
-def test_the_model_goes_on_while_a_batch_is_scored():
-    gate = Gate()
-    evaluator = OverlappedEvaluator(gate, waiting=2)
-    evaluator.reset()
-    for i in range(3):  # one at the gate and two that wait
-        evaluator.process(i, -i)
-    assert gate.seen == []
-    blocked = threading.Thread(target=evaluator.process, args=(3, -3), daemon=True)
-    blocked.start()
-    blocked.join(0.05)
-    assert blocked.is_alive()  # no more are held
-    gate.open.set()
-    blocked.join(10)
-    assert evaluator.evaluate() == {"seen": [(i, -i) for i in range(4)]}
-    assert threading.get_ident() not in gate.threads
-
-
-def test_what_the_evaluator_raises_is_raised_and_never_scored_over():
-    gate = Gate(fails_at=1)
-    gate.open.set()
-    evaluator = OverlappedEvaluator(gate)
-    evaluator.reset()
-    evaluator.process(0, 0)
-    evaluator.process(1, 1)
-    deadline = time.monotonic() + 10
-    with pytest.raises(ValueError, match="batch is wrong"):
-        while time.monotonic() < deadline:
-            evaluator.process(2, 2)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="batch is wrong"):
-            evaluator.evaluate()
-    evaluator.reset()
-    evaluator.process(5, 5)
-    assert evaluator.evaluate() == {"seen": [(5, 5)]}
-
-
-def test_reset_forgets_batches_that_wait():
-    gate = Gate()
-    evaluator = OverlappedEvaluator(gate, waiting=3)
-    evaluator.process(0, 0)
-    evaluator.process(1, 1)
-    threading.Timer(0.05, gate.open.set).start()
-    evaluator.reset()
-    assert evaluator.evaluate() == {"seen": []}
-    assert gate.calls <= 1  # what waited was not even scored
-    with pytest.raises(ValueError, match="at least 1"):
-        OverlappedEvaluator(gate, 0)
-
-
-def _square(value: int) -> tuple[int, int]:
-    info = torch.utils.data.get_worker_info()
-    return value * value, -1 if info is None else info.id
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_items_come_prepared_in_order(workers):
-    made = list(prepared_ahead(range(9), _square, workers))
-    assert [square for square, _ in made] == [i * i for i in range(9)]
-    assert {worker for _, worker in made} == (set(range(workers)) or {-1})

@@ -179,7 +179,7 @@ def test_a_calibration_sets_the_keys_of_its_weights_only(tmp_path: Path) -> None
     changed, calibration = evaluating.calibrated(cfg, str(weights))
     assert changed.MODEL.GELLA.ASSOCIATION_THRESHOLD == 0.37 and changed.MODEL.GELLA.SINGULAR_ARGMAX
     assert cfg.MODEL.GELLA.ASSOCIATION_THRESHOLD == 0.5
-    described = evaluation.run_info.describe_run(
+    described = evaluation.results.describe_run(
         changed,
         config_file="",
         weights=str(weights),

@@ -21,9 +21,15 @@ from gella import add_gella_config, evaluation
 from gella.data.plugins import import_modules
 from gella.engine import evaluate as evaluating
 from gella.engine.trainer import GellaTrainer
-from gella.evaluation.paper import PAPER
-from gella.evaluation.run_info import describe_run
-from gella.evaluation.tables import TABLES, changed, compared_markdown, plan_table, table_markdown
+from gella.evaluation.results import describe_run
+from gella.evaluation.tables import (
+    PAPER,
+    TABLES,
+    changed,
+    compared_markdown,
+    plan_table,
+    table_markdown,
+)
 from gella.utils.io import config_hash
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -250,7 +256,7 @@ def test_our_row_stands_beside_the_papers() -> None:
 
 def test_the_papers_tables_have_a_figure_per_column() -> None:
     for table in PAPER.values():
-        assert all(len(figures) == len(table.columns) for _, figures in table.rows)
+        assert all(len(figures) == len(table.columns) for figures in table.rows.values())
 
 
 # --------------------------------------------------------------------------- provenance

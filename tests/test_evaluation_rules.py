@@ -135,7 +135,7 @@ def test_average_recall_is_the_literal_sum_and_subsets_add_up(
     subsets |= {"_singular": ~plural, "_plural": plural}
     thresholds = np.arange(100_000) / 100_000
     for name, chosen in subsets.items():
-        literal = np.mean([(ious[chosen] >= t).mean() for t in thresholds[::1]])
+        literal = np.mean(ious[chosen] >= thresholds[:, None])
         assert png[f"AR{name}"] / 100 == pytest.approx(literal, abs=1e-5), name
         assert png[f"n{name}"] == chosen.sum() > 0
     for pair in (("thing", "stuff"), ("singular", "plural")):

@@ -188,7 +188,6 @@ OPEN = (
     "commands.app_",
     "engine.zero_branch",
     "entities.color_choice",
-    "evaluation.png_form",
     "modeling.projector",
 )
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from pycocotools import mask as mask_api
 
-from gella.evaluation import metrics
-from gella.evaluation.metrics import NounUnit
+from gella.evaluation import metrics, panoptic_quality
+
+CATEGORIES = [{"id": i, "name": f"c{i}", "isthing": int(i < 5)} for i in (1, 2, 3, 4, 7, 8, 9)]
 
 # --------------------------------------------------------------------------- average recall
 
@@ -22,33 +26,25 @@ def test_average_recall_is_the_literal_sum_over_thresholds() -> None:
     literal = np.mean((ious[None, :] >= thresholds[:, None]).mean(axis=1))
     assert metrics.average_recall(ious) == pytest.approx(literal, abs=1e-5)
     assert metrics.average_recall(ious) == pytest.approx(ious.mean(), abs=1e-5)
-
-
-def test_average_recall_at_the_ends() -> None:
-    assert metrics.average_recall([1.0, 1.0]) == 1.0
-    assert metrics.average_recall([0.0, 0.0]) == 0.0
+    assert metrics.average_recall([1.0, 1.0]) == 1.0 and metrics.average_recall([0.0, 0.0]) == 0.0
     assert math.isnan(metrics.average_recall([]))
     for bad in ([0.5, math.nan], [1.2], [-0.1]):
         with pytest.raises(ValueError, match="expected"):
             metrics.average_recall(bad)
 
 
-def random_units(count: int, seed: int = 0) -> list[NounUnit]:
-    rng = np.random.default_rng(seed)
-    return [
-        NounUnit(
-            iou=float(rng.random()),
-            is_thing=bool(rng.integers(2)),
-            num_segments=int(rng.integers(1, 4)),
-            plural_flag=bool(rng.integers(2)),
-        )
-        for _ in range(count)
-    ]
+def noun(iou: float, is_thing: bool, segments: int, is_plural: bool) -> dict:
+    ids = list(range(segments))
+    return {"iou": iou, "is_thing": is_thing, "segment_ids": ids, "is_plural": is_plural}
 
 
 @pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
 def test_png_subsets_add_up_and_partition(protocol: str) -> None:
-    summary = metrics.png_summary(random_units(101), protocol)
+    rng = np.random.default_rng(0)
+    nouns = [
+        noun(float(rng.random()), *map(int, rng.integers((0, 1, 0), (2, 4, 2)))) for _ in range(101)
+    ]
+    summary = metrics.png_summary(nouns, protocol)
     for first, second in (("thing", "stuff"), ("singular", "plural")):
         assert summary[f"n_{first}"] + summary[f"n_{second}"] == summary["n"] == 101
         mean = sum(summary[f"n_{x}"] * summary[f"AR_{x}"] for x in (first, second)) / 101
@@ -59,12 +55,8 @@ def test_png_subsets_add_up_and_partition(protocol: str) -> None:
 
 
 def test_png_subsets_follow_the_protocol() -> None:
-    units = [
-        NounUnit(0.9, is_thing=False, num_segments=2, plural_flag=False),
-        NounUnit(0.5, is_thing=False, num_segments=1, plural_flag=True),
-        NounUnit(0.1, is_thing=True, num_segments=1, plural_flag=False),
-    ]
-    hard, flmm = metrics.png_summary(units), metrics.png_summary(units, "flmm")
+    nouns = [noun(0.9, False, 2, False), noun(0.5, False, 1, True), noun(0.1, True, 1, False)]
+    hard, flmm = metrics.png_summary(nouns), metrics.png_summary(nouns, "flmm")
     assert (hard["n_plural"], hard["n_thing"], hard["n_stuff"]) == (1, 1, 2)
     assert hard["AR_plural"] == pytest.approx(0.9, abs=1e-5)
     # F-LMM goes by the flag, and files its plural stuff under things.
@@ -73,7 +65,7 @@ def test_png_subsets_follow_the_protocol() -> None:
     assert hard["acc@0.5"] == pytest.approx(1 / 3), "0.5 itself is not above 0.5"
     assert math.isnan(metrics.png_summary([])["AR"])
     with pytest.raises(ValueError, match="official"):
-        metrics.png_summary(units, "soft")
+        metrics.png_summary(nouns, "soft")
 
 
 # --------------------------------------------------------------------------- masks and unions
@@ -82,10 +74,9 @@ def test_png_subsets_follow_the_protocol() -> None:
 def test_noun_iou_rules() -> None:
     truth = np.zeros((20, 30), bool)
     truth[5:15, 5:15] = True
-    shifted = np.roll(truth, 5, axis=1)
+    shifted, empty = np.roll(truth, 5, axis=1), np.zeros_like(truth)
     assert metrics.noun_iou(shifted, truth) == 50 / 150
     assert metrics.noun_iou(shifted, truth, "flmm") == pytest.approx(50 / 150, abs=1e-12)
-    empty = np.zeros_like(truth)
     assert metrics.noun_iou(empty, empty) == 0.0, "0/0 is a miss"
     with pytest.raises(ValueError, match=r"\(20, 30\)"):
         metrics.noun_iou(truth[1:], truth)
@@ -93,17 +84,13 @@ def test_noun_iou_rules() -> None:
 
 @pytest.mark.parametrize("size", [(20, 30), (300, 260), (256, 400)])
 def test_official_protocol_equals_torch_interpolation(size: tuple[int, int]) -> None:
-    rng = np.random.default_rng(1)
-    pair = torch.from_numpy(rng.random((2, *size)) > 0.6)
-
-    def through(mask: torch.Tensor) -> torch.Tensor:
-        mask = mask.double()[None, None]
-        small = torch.nn.functional.interpolate(mask, (256, 256), mode="bilinear")
-        return torch.nn.functional.interpolate(small, size, mode="bilinear")[0, 0]
-
-    p, t = through(pair[0]), through(pair[1])
+    pair = np.random.default_rng(1).random((2, *size)) > 0.6
+    soft = torch.from_numpy(pair)[None].double()
+    for shape in ((256, 256), size):
+        soft = torch.nn.functional.interpolate(soft, shape, mode="bilinear")
+    p, t = soft[0]
     expected = float((p * t).sum() / (p + t - p * t).sum())
-    assert metrics.noun_iou(*pair.numpy(), "official") == pytest.approx(expected, abs=1e-9)
+    assert metrics.noun_iou(*pair, "official") == pytest.approx(expected, abs=1e-9)
 
 
 def test_oracle_equals_brute_force() -> None:
@@ -114,24 +101,24 @@ def test_oracle_equals_brute_force() -> None:
         truth = rng.random((5, 7)) < rng.random()
         if not truth.any():
             continue
-        best = 0.0
-        for size in range(6):
-            for members in itertools.combinations(range(5), size):
-                union = masks[list(members)].any(axis=0)
-                best = max(best, metrics.noun_iou(union, truth))
-        assert metrics.oracle_iou(truth, masks) == pytest.approx(best, abs=1e-12)
+        unions = [
+            masks[list(members)].any(axis=0)
+            for size in range(6)
+            for members in itertools.combinations(range(5), size)
+        ]
+        best = max(metrics.noun_iou(union, truth) for union in unions)
         inter = (masks & truth).sum(axis=(1, 2))
         score, chosen = metrics.best_union(inter, masks.sum(axis=(1, 2)), int(truth.sum()))
+        assert score == pytest.approx(best, abs=1e-12)
         assert metrics.noun_iou(masks[chosen].any(axis=0), truth) == pytest.approx(score)
 
 
 def test_blind_choices_repeat_and_spread() -> None:
-    areas = np.array([3, 9, 4])
-    first = metrics.blind_choices(areas, 17, 2)
-    again = metrics.blind_choices(areas, "17", 2)
+    areas = np.array([3, 9, 4, 1])
+    first, again = metrics.blind_choices(areas, 17, 2), metrics.blind_choices(areas, "17", 2)
     assert first["random"].tolist() == again["random"].tolist()
-    assert first["largest"].tolist() == [1] and first["all"].tolist() == [0, 1, 2]
-    picks = [metrics.random_entity(image, phrase, 4) for image in range(50) for phrase in range(8)]
+    assert first["largest"].tolist() == [1] and first["all"].tolist() == [0, 1, 2, 3]
+    picks = [metrics.blind_choices(areas, i, k)["random"][0] for i in range(50) for k in range(8)]
     assert np.bincount(picks, minlength=4).min() > 60, "about 100 of 400 each"
     assert all(v.size == 0 for v in metrics.blind_choices(np.zeros(0, int), 1, 0).values())
 
@@ -141,12 +128,11 @@ def test_blind_choices_repeat_and_spread() -> None:
 
 def test_noun_recall_uses_each_answer_noun_once() -> None:
     reference = ["the red circle", "a  Dog", "red circle", "Sky"]
-    assert metrics.noun_recall(reference, ["Red  circle", "dog ", "sea"]) == (2, 4)
-    assert metrics.noun_recall(reference, ["a red circle", "THE red circle", "sky"]) == (3, 4)
-    assert metrics.noun_recall([], ["dog"]) == (0, 0)
-    assert metrics.normalize_noun(" All  the Dogs ") == "dogs"
-    assert metrics.normalize_noun("another") == "another"
-    assert metrics.normalize_noun("theatre") == "theatre"
+    assert metrics.noun_recall(reference, ["Red  circle", "dog ", "sea"]) == 2
+    assert metrics.noun_recall(reference, ["a red circle", "THE red circle", "sky"]) == 3
+    assert metrics.noun_recall([], ["dog"]) == 0
+    for given, plain in ((" All  the Dogs ", "dogs"), ("another",) * 2, ("theatre",) * 2):
+        assert metrics.normalize_noun(given) == plain
 
 
 def test_cumulative_iou_equals_a_plain_loop() -> None:
@@ -164,3 +150,222 @@ def test_cumulative_iou_equals_a_plain_loop() -> None:
     assert math.isnan(metrics.cumulative_iou([], [])["cIoU"])
     with pytest.raises(ValueError, match="1 intersections but 2"):
         metrics.cumulative_iou([1], [1, 2])
+
+
+# --------------------------------------------------------------------------- panoptic quality
+
+
+def test_joint_counts_equals_a_loop() -> None:
+    rng = np.random.default_rng(4)
+    a, b = rng.integers(0, 4, (6, 9)), rng.integers(0, 3, (6, 9)) * (2**24 - 1)
+    pairs, counts = panoptic_quality.joint_counts(a, b)
+    expected: dict[tuple[int, int], int] = {}
+    for pair in zip(a.ravel().tolist(), b.ravel().tolist(), strict=True):
+        expected[pair] = expected.get(pair, 0) + 1
+    assert {tuple(p): n for p, n in zip(pairs.tolist(), counts.tolist(), strict=True)} == expected
+
+
+def random_ids(rng: np.random.Generator, segments: int, side: int = 24) -> np.ndarray:
+    """Rectangles painted over each other, some of the picture left void."""
+    ids = np.zeros((side, side), np.int64)
+    for number in rng.choice(2**24 - 1, segments, replace=False) + 1:
+        y, x = rng.integers(0, side - 4, 2)
+        height, width = rng.integers(3, side, 2)
+        ids[y : y + height, x : x + width] = number
+    return ids
+
+
+def random_case(seed: int) -> tuple[np.ndarray, list[dict], np.ndarray, list[dict]]:
+    """Truth with crowds and void; a prediction with shifted, missing, extra and wrong segments."""
+    rng = np.random.default_rng(seed)
+    truth = random_ids(rng, int(rng.integers(1, 9)))
+    gt_segments = [
+        {
+            "id": int(i),
+            "category_id": int(rng.choice([1, 2, 3, 7, 8])),
+            "iscrowd": int(rng.random() < 0.25),
+            "area": int((truth == i).sum()),
+        }
+        for i in np.unique(truth[truth != 0])
+    ]
+    predicted = truth.copy()
+    for y, x in rng.integers(0, 20, (int(rng.integers(0, 5)), 2)):
+        predicted[y : y + 4, x : x + 4] = rng.choice(np.append(np.unique(truth), 5_000_000))
+    for segment_id in np.unique(truth):
+        if rng.random() < 0.15:
+            predicted[predicted == segment_id] = 0
+    extra = random_ids(rng, 2)
+    if rng.random() < 0.5:
+        predicted[extra != 0] = extra[extra != 0]
+    kinds = {segment["id"]: segment["category_id"] for segment in gt_segments}
+    pred_segments = [
+        {
+            "id": int(i),
+            "category_id": kinds.get(int(i), 3) if rng.random() < 0.8 else int(rng.choice([1, 8])),
+        }
+        for i in np.unique(predicted[predicted != 0])
+    ]
+    return truth, gt_segments, predicted, pred_segments
+
+
+def ours(cases: list[tuple]) -> tuple[dict, dict]:
+    counts = [panoptic_quality.pq_counts(*case, CATEGORIES, k) for k, case in enumerate(cases)]
+    return panoptic_quality.pq_summary(counts, CATEGORIES)
+
+
+def test_pq_of_a_case_by_hand() -> None:
+    truth = np.repeat([[1, 1, 1, 1, 2, 2, 3, 3, 0, 0]], 2, axis=0)
+    gt = [
+        {"id": 1, "category_id": 1, "iscrowd": 0},
+        {"id": 2, "category_id": 7, "iscrowd": 0},
+        {"id": 3, "category_id": 2, "iscrowd": 1},
+    ]
+    predicted = np.repeat([[9, 9, 9, 0, 0, 5, 6, 6, 9, 4]], 2, axis=0)
+    segments = [
+        {"id": 9, "category_id": 1},  # 6 of 8 pixels, and 2 on void that do not count: IoU 0.75
+        {"id": 5, "category_id": 7},  # half of segment 2: no match, one FP and one FN
+        {"id": 6, "category_id": 2},  # on crowd of its own category: ignored
+        {"id": 4, "category_id": 8},  # on void: ignored
+    ]
+    summary, classes = ours([(truth, gt, predicted, segments)])
+    assert classes[1] == {"PQ": 0.75, "SQ": 0.75, "RQ": 1.0}
+    assert classes[7] == {"PQ": 0.0, "SQ": 0.0, "RQ": 0.0}
+    assert summary["n"] == 2 and summary["n_th"] == 1 and summary["n_st"] == 1
+    assert summary["PQ"] == 0.375 and summary["PQ_th"] == 0.75 and summary["PQ_st"] == 0.0
+
+
+def test_pq_perfect_empty_and_permuted() -> None:
+    cases = [random_case(seed) for seed in range(20)]
+    perfect, _ = ours([(t, g, t, [dict(s) for s in g]) for t, g, _, _ in cases])
+    assert perfect["PQ"] == perfect["SQ"] == perfect["RQ_st"] == 1.0
+    empty, _ = ours([(t, g, np.zeros_like(t), []) for t, g, _, _ in cases])
+    assert empty["PQ"] == empty["SQ"] == empty["RQ"] == 0.0
+    renamed = []
+    for t, g, p, s in cases:
+        table = {0: 0, **{x["id"]: 10_000 - k for k, x in enumerate(s)}}
+        ids = np.vectorize(table.get)(p)
+        renamed.append((t, g, ids, [{**x, "id": table[x["id"]]} for x in s][::-1]))
+    assert ours(renamed) == ours(cases) == ours(cases[::-1])
+    summary, _ = ours([])
+    assert math.isnan(summary["PQ"]) and summary["n"] == 0, "no category, no quality"
+
+
+GOOD = [{"id": i, "category_id": 1, "iscrowd": 0} for i in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("message", "segments"),
+    [
+        (r"\[2\] in its pixels", GOOD[:1]),
+        (r"\[3\] among its segments", [*GOOD, {"id": 3, "category_id": 1}]),
+        ("unknown category_id 99", [GOOD[0], {"id": 2, "category_id": 99}]),
+        ("repeat an id", [*GOOD, GOOD[0]]),
+        (r"\(1, 3\)", None),
+    ],
+)
+def test_pq_refuses_contradictions_and_names_the_image(message: str, segments: list | None) -> None:
+    ids = np.array([[1, 1, 2, 2]])
+    cases = [(ids, GOOD, ids, segments), (ids, segments, ids, GOOD)]
+    for case in cases if segments else [(ids, GOOD, ids[:, :3], GOOD)]:
+        with pytest.raises(ValueError, match=f"image 41: .*{message}"):
+            panoptic_quality.pq_counts(*case, CATEGORIES, image_id=41)
+
+
+def test_pq_equals_panopticapi(tmp_path: Path) -> None:
+    """The single-core routine of the reference on the same cases, written to PNGs."""
+    reference = pytest.importorskip("panopticapi.evaluation")
+    cases = [random_case(seed) for seed in range(300)]
+    crowds = sum(s["iscrowd"] for _, gt, _, _ in cases for s in gt)
+    summary, classes = ours(cases)
+    assert crowds > 100 and 0.05 < summary["PQ"] < 0.95, "the cases must be telling"
+    pairs = []
+    for k, (truth, gt, predicted, segments) in enumerate(cases):
+        for name, ids in (("gt", truth), ("pred", predicted)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            rgb = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+            Image.fromarray(rgb).save(tmp_path / name / f"{k}.png")
+        entry = {"image_id": k, "file_name": f"{k}.png"}
+        pairs.append(
+            tuple({**entry, "segments_info": [dict(s) for s in part]} for part in (gt, segments))
+        )
+    table = {category["id"]: category for category in CATEGORIES}
+    folders = str(tmp_path / "gt"), str(tmp_path / "pred")
+    stat = reference.pq_compute_single_core(0, pairs, *folders, table)
+    for suffix, isthing in (("", None), ("_th", True), ("_st", False)):
+        expected = stat.pq_average(table, isthing=isthing)[0]
+        for name in ("pq", "sq", "rq", "n"):
+            key = (name if name == "n" else name.upper()) + suffix
+            assert summary[key] == pytest.approx(expected[name], abs=1e-9), key
+    for category, scores in stat.pq_average(table, isthing=None)[1].items():
+        for name, value in scores.items():
+            assert classes[category][name.upper()] == pytest.approx(value, abs=1e-9)
+
+
+# --------------------------------------------------------------------------- entity AP
+
+
+def random_ap_images(seed: int, count: int = 6) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    images = []
+    for _ in range(count):
+        ids = random_ids(rng, 6)
+        masks = [ids == i for i in np.unique(ids[ids != 0])]
+        noisy = [np.roll(m, tuple(rng.integers(0, 3, 2)), axis=(0, 1)) for m in masks[1:]]
+        truth, predictions = (
+            [mask_api.encode(np.asfortranarray(m, dtype=np.uint8)) for m in part]
+            for part in (masks, noisy)
+        )
+        crowd, scores = (rng.random(len(masks)) < 0.2).tolist(), rng.random(len(noisy)).tolist()
+        images.append(
+            {"truth": truth, "crowd": crowd, "predictions": predictions, "scores": scores}
+        )
+    return images
+
+
+def plain_ap(images: list[dict], threshold: float) -> float:
+    """COCO's AP written out for one threshold: greedy matching, then 101-point interpolation."""
+    hits, positives = [], 0
+    for image in images:
+        crowd = np.array(image["crowd"], dtype=bool)
+        positives += int((~crowd).sum())
+        order = np.argsort(-np.array(image["scores"]), kind="stable")[:100]
+        free = ~crowd
+        for k in order:
+            ious = mask_api.iou([image["predictions"][k]], image["truth"], crowd.tolist())[0]
+            candidates = np.where(free, ious, -1)
+            if candidates.max() >= threshold:
+                free[candidates.argmax()] = False
+                hits.append((image["scores"][k], True))
+            elif not (ious[crowd] >= threshold).any():
+                hits.append((image["scores"][k], False))
+    flags = np.array([hit for _, hit in sorted(hits, key=lambda x: -x[0])])
+    recall = flags.cumsum() / positives
+    precision = flags.cumsum() / np.arange(1, len(flags) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    places = np.searchsorted(recall, np.linspace(0, 1, 101), side="left")
+    return float(np.mean([envelope[p] if p < len(envelope) else 0.0 for p in places]))
+
+
+def test_entity_ap_equals_a_plain_implementation() -> None:
+    images = random_ap_images(5)
+    result = panoptic_quality.entity_ap(images)
+    levels = np.linspace(0.5, 0.95, 10)
+    assert 0.05 < result["AP"] < 0.95
+    assert result["AP50"] == pytest.approx(plain_ap(images, 0.5), abs=1e-9)
+    assert result["AP75"] == pytest.approx(plain_ap(images, 0.75), abs=1e-9)
+    assert result["AP"] == pytest.approx(np.mean([plain_ap(images, t) for t in levels]), abs=1e-9)
+
+
+def test_entity_ap_at_the_ends() -> None:
+    images = random_ap_images(6)
+    for image in images:
+        image["predictions"], image["scores"] = image["truth"], [0.5] * len(image["truth"])
+    assert panoptic_quality.entity_ap(images)["AP"] == pytest.approx(1.0)
+    for image in images:
+        image["predictions"], image["scores"] = [], []
+    assert panoptic_quality.entity_ap(images)["AP"] == 0.0
+    assert math.isnan(panoptic_quality.entity_ap([])["AP"])
+    large = mask_api.encode(np.ones((5, 5), np.uint8, order="F"))
+    images[0].update(predictions=[large], scores=[0.5])
+    with pytest.raises(ValueError, match=r"image 1: masks of sizes \[\(5, 5\), \(24, 24\)\]"):
+        panoptic_quality.entity_ap(images)

@@ -15,12 +15,11 @@ Evaluate with them:  tools/train_net.py --eval-only ... TEST.CALIBRATION FILE
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
-import sys
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
@@ -28,14 +27,13 @@ from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from gella import load_config
+from gella.commands.console import exit_status
 from gella.data.plugins import import_modules
 from gella.engine.trainer import GellaTrainer
 from gella.evaluation.calibration import TAKE_ALL, PanopticSweep, SelectionSweep
 from gella.modeling.postprocessing import names_several, panoptic_from_scores
 from gella.utils.io import config_hash, file_hash, versions, write_json
 from gella.weights.checkpoint import load_weights
-
-USER_ERRORS = (KeyError, ValueError, OSError)
 
 
 class Questions:
@@ -45,8 +43,7 @@ class Questions:
         """``num_images`` 0 takes all."""
         self._loader = loader
         size = max(1, getattr(loader, "batch_size", None) or 1)
-        total = len(loader)
-        self._batches = min(total, -(-num_images // size)) if num_images else total
+        self._batches = min(len(loader), -(-num_images // size)) if num_images else len(loader)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -54,38 +51,8 @@ class Questions:
 
     def __iter__(self) -> Any:
         """The loader's first batches."""
-        for number, batch in enumerate(self._loader, start=1):
+        for batch in itertools.islice(self._loader, self._batches):
             yield [{**sample, "task": "ground"} for sample in batch]
-            if number >= self._batches:
-                return
-
-
-def paint(
-    scores: np.ndarray, masks: np.ndarray, categories: list[dict[str, Any]], threshold: float
-) -> tuple[Any, list[dict[str, Any]]]:
-    """``panoptic_from_scores`` on arrays."""
-    as_model = torch.from_numpy(scores).float()
-    return panoptic_from_scores(as_model, torch.from_numpy(masks), categories, threshold)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="config of the model")
-    add("--weights", default="", metavar="FILE", help="default: the config's MODEL.WEIGHTS")
-    add(
-        "--dataset",
-        action="append",
-        metavar="NAME",
-        help="split to pick on, repeatable; default: DATASETS.TEST",
-    )
-    add("--num", type=int, default=0, metavar="N", help="first N records only; 0: all")
-    add("--output", default="", metavar="FILE", help="default: OUTPUT_DIR/calibration.json")
-    add("opts", nargs=argparse.REMAINDER, help="config changes: KEY VALUE ...")
-    return parser.parse_args(argv)
 
 
 def sweep_for(cfg: Any, dataset: str) -> Any:
@@ -100,85 +67,86 @@ def sweep_for(cfg: Any, dataset: str) -> Any:
     if kind in ("png", "refcoco"):
         return SelectionSweep(options, queries, names_several, referring=kind == "refcoco")
     if kind == "coco_panoptic_seg":
-        return PanopticSweep(options, queries, metadata.categories, paint)
+        return PanopticSweep(
+            options,
+            queries,
+            metadata.categories,
+            lambda scores, masks, *rest: panoptic_from_scores(
+                torch.from_numpy(scores).float(), torch.from_numpy(masks), *rest
+            ),
+        )
     raise ValueError(
         f"dataset {dataset}: evaluator_type {kind!r} has no threshold to pick; name narratives, "
         "referring expressions or a panoptic dataset"
     )
 
 
-def taking_all(cfg: Any) -> Any:
-    """The config of a model whose nouns take every entity."""
-    copy = cfg.clone()
-    copy.defrost()
-    for name, value in TAKE_ALL.items():
-        setattr(copy.MODEL.GELLA, name, value)
-    copy.freeze()
-    return copy
-
-
-def calibrate(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the model over the datasets and pick; returns what is written to the file."""
+def run(args: argparse.Namespace) -> None:
+    """Run the model over the datasets, pick, write, and say what to type next."""
+    setup_logger()
+    logging.getLogger("gella").setLevel(logging.INFO)
     cfg = load_config(args.config_file, [*(args.opts or []), "TEST.NOUNS", "given"])
     if str(cfg.MODEL.DEVICE).startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     import_modules(cfg)
-    cfg.MODEL.WEIGHTS = args.weights or cfg.MODEL.WEIGHTS
+    cfg.MODEL.WEIGHTS = weights = args.weights or cfg.MODEL.WEIGHTS
     cfg.freeze()
-    if not cfg.MODEL.WEIGHTS:
+    if not weights:
         raise ValueError("no weights: give --weights FILE or MODEL.WEIGHTS in the config")
-    names = args.dataset or list(cfg.DATASETS.TEST)
-    loaders = {}
-    for name in names:  # wrong names and annotations end the run before the model is built
-        loaders[name] = Questions(GellaTrainer.build_test_loader(cfg, name), args.num)
-    sweeps = {name: sweep_for(cfg, name) for name in names}
-    model = build_model(taking_all(cfg))
-    load_weights(model, cfg.MODEL.WEIGHTS, cfg)
+    work = []  # wrong names and annotations end the run before the model is built
+    for name in args.dataset or cfg.DATASETS.TEST:
+        loader = Questions(GellaTrainer.build_test_loader(cfg, name), args.num)
+        work.append((name, loader, sweep_for(cfg, name)))
+    taking_all = cfg.clone()
+    taking_all.defrost()
+    taking_all.MODEL.GELLA.update(TAKE_ALL)
+    model = build_model(taking_all)
+    load_weights(model, weights, cfg)
     thresholds: dict[str, Any] = {}
     described: dict[str, Any] = {}
-    for name, sweep in sweeps.items():
-        found = inference_on_dataset(model, loaders[name], sweep)
-        twice = sorted(set(thresholds) & set(found["thresholds"]))
+    for name, loader, sweep in work:
+        described[name] = picked = inference_on_dataset(model, loader, sweep)
+        twice = sorted(set(thresholds) & set(picked["thresholds"]))
         if twice:
             raise ValueError(
                 f"{name} picks {', '.join(twice)}, which another dataset has picked: calibrate "
                 "narratives and referring expressions apart, into a file each"
             )
-        thresholds |= found["thresholds"]
-        described[name] = found
-    return {
+        thresholds |= picked["thresholds"]
+    content = {
         "thresholds": thresholds,
         "datasets": described,
-        "weights": cfg.MODEL.WEIGHTS,
-        "weights_sha256": file_hash(cfg.MODEL.WEIGHTS),
+        "weights": weights,
+        "weights_sha256": file_hash(weights),
         "config_file": args.config_file,
         "config_sha256": config_hash(cfg),
         "versions": versions(),
-        "output": args.output or os.path.join(cfg.OUTPUT_DIR, "calibration.json"),
     }
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Pick, write and say what to type next."""
-    args = parse(argv)
-    setup_logger()
-    logging.getLogger("gella").setLevel(logging.INFO)
-    try:
-        content = calibrate(args)
-        path = content.pop("output")
-        write_json(path, content)
-    except USER_ERRORS as error:
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    for name, found in content["datasets"].items():
-        print(
-            f"{name}: {found['objective']} {found['before']:.2f} -> {found['score']:.2f} "
-            f"(n {found['n']})"
-        )
-    for key, value in content["thresholds"].items():
+    path = args.output or os.path.join(cfg.OUTPUT_DIR, "calibration.json")
+    write_json(path, content)
+    for name, picked in described.items():
+        change = f"{picked['before']:.2f} -> {picked['score']:.2f}"
+        print(f"{name}: {picked['objective']} {change} (n {picked['n']})")
+    for key, value in thresholds.items():
         print(f"  MODEL.GELLA.{key} {value}")
     print(
         f"Written:  {path}\nNext:     python tools/train_net.py --config-file {args.config_file} "
-        f"--eval-only MODEL.WEIGHTS {content['weights']} TEST.CALIBRATION {path}"
+        f"--eval-only MODEL.WEIGHTS {weights} TEST.CALIBRATION {path}"
     )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status, 2 for wrong arguments or files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="config of the model")
+    add("--weights", default="", metavar="FILE", help="default: the config's MODEL.WEIGHTS")
+    name_help = "split to pick on, repeatable; default: DATASETS.TEST"
+    add("--dataset", action="append", metavar="NAME", help=name_help)
+    add("--num", type=int, default=0, metavar="N", help="first N records only; 0: all")
+    add("--output", default="", metavar="FILE", help="default: OUTPUT_DIR/calibration.json")
+    add("opts", nargs=argparse.REMAINDER, help="config changes: KEY VALUE ...")
+    args = parser.parse_args(argv)
+    return exit_status(lambda: run(args))

@@ -13,36 +13,21 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import MetadataCatalog
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from gella import load_config
+from gella.commands.console import exit_status
 from gella.data.plugins import import_modules
 from gella.engine.trainer import load_records
 from gella.evaluation import build_evaluator, format_results, load_results, merge_datasets
-from gella.evaluation.offline import SavedPredictions, sample_with_truth
-from gella.evaluation.overlap import prepared_ahead
+from gella.evaluation.offline import SavedPredictions, sample_of
 from gella.evaluation.results import save_results
-
-USER_ERRORS = (KeyError, ValueError, OSError)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("folder", help="OUTPUT_DIR of an evaluation, or a run's folder of --table")
-    add("--config-file", default="", metavar="FILE", help="default: FOLDER/config.yaml")
-    add("--output", default="", metavar="FILE", help="write the scores there as JSON")
-    add("opts", nargs=argparse.REMAINDER, help="config changes: KEY VALUE ...")
-    return parser.parse_args(argv)
 
 
 def score_dataset(cfg: Any, name: str, folder: Path) -> dict[str, dict[str, float]]:
@@ -57,8 +42,13 @@ def score_dataset(cfg: Any, name: str, folder: Path) -> dict[str, dict[str, floa
     saved = SavedPredictions(folder)
     evaluator = build_evaluator(cfg, name, "")
     evaluator.reset()
-    prepare = functools.partial(sample_with_truth, evaluator_type=kind)
-    samples = prepared_ahead(records, prepare, cfg.DATALOADER.NUM_WORKERS)
+    # Worker processes decode while this one scores: `sample_of` runs where records are collated.
+    samples: Any = DataLoader(
+        records,  # type: ignore[arg-type]  # indexable, with a length
+        batch_size=None,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=functools.partial(sample_of, evaluator_type=kind),
+    )
     for sample in tqdm(samples, name, len(records), unit="sample", disable=None):
         evaluator.process([sample], [saved(sample)])
     return evaluator.evaluate()
@@ -66,19 +56,19 @@ def score_dataset(cfg: Any, name: str, folder: Path) -> dict[str, dict[str, floa
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Scores that are not equal bit for bit, or in one of the two only."""
-    found = []
+    lines = []
     for task in sorted({*ours, *theirs}):
         first, second = ours.get(task, {}), theirs.get(task, {})
         for key in sorted({*first, *second}):
             a, b = first.get(key), second.get(key)
             undefined = all(v is not None and math.isnan(v) for v in (a, b))
             if a != b and not undefined:
-                found.append(f"{task}/{key}: {a} now, {b} in the file")
-    return found
+                lines.append(f"{task}/{key}: {a} now, {b} in the file")
+    return lines
 
 
-def score(args: argparse.Namespace) -> tuple[dict[str, dict[str, float]], list[str] | None]:
-    """The scores, and their differences from results.json (None: nothing to compare with)."""
+def run(args: argparse.Namespace) -> int:
+    """Score, print one table and compare; 1 where scores differ from results.json."""
     folder = Path(args.folder)
     if not (folder / "inference").is_dir():
         raise FileNotFoundError(
@@ -87,38 +77,39 @@ def score(args: argparse.Namespace) -> tuple[dict[str, dict[str, float]], list[s
     cfg = load_config(args.config_file or folder / "config.yaml", args.opts or [])
     import_modules(cfg)
     cfg.freeze()
-    outcome = {}
-    for name in cfg.DATASETS.TEST:
-        outcome[name] = score_dataset(cfg, name, folder / "inference" / name)
+    names = cfg.DATASETS.TEST
+    outcome = {name: score_dataset(cfg, name, folder / "inference" / name) for name in names}
     results = merge_datasets(outcome)
     file = folder / "results.json"
-    if args.opts or not file.is_file():
-        return results, None
-    return results, differences(results, load_results(file)[0])
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Score, print one table and compare."""
-    args = parse(argv)
-    try:
-        results, different = score(args)
-        if args.output:
-            save_results(results, args.output)
-    except USER_ERRORS as error:
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+    comparable = not args.opts and file.is_file()
+    different = differences(results, load_results(file)[0]) if comparable else []
+    if args.output:
+        save_results(results, args.output)
     print(f"{format_results(results)}\n")
     if args.output:
         print(f"Written:  {args.output}")
-    file = Path(args.folder) / "results.json"
     total = sum(len(metrics) for metrics in results.values())
-    if different is None:
+    if not comparable:
         print("Compared: with nothing (changed settings, or no results.json)")
     elif different:
         print(f"Compared: {len(different)} of {total} scores differ from {file}:")
         print("\n".join(f"  {line}" for line in different[:10]))
-        raise SystemExit(1)
+        return 1
     else:
         print(f"Compared: all {total} scores equal those of {file} bit for bit")
     print(f"Next:     python tools/analyze.py {args.folder}/inference")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; the exit status, 2 for wrong arguments or files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folder", help="OUTPUT_DIR of an evaluation, or a run's folder of --table")
+    add("--config-file", default="", metavar="FILE", help="default: FOLDER/config.yaml")
+    add("--output", default="", metavar="FILE", help="write the scores there as JSON")
+    add("opts", nargs=argparse.REMAINDER, help="config changes: KEY VALUE ...")
+    args = parser.parse_args(argv)
+    return exit_status(lambda: run(args))

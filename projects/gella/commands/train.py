@@ -68,7 +68,7 @@ from gella.engine.launch import LaunchError, launch_from_environment
 from gella.engine.stopping import RunStopped, resume_command
 from gella.engine.trainer import GellaTrainer, load_records
 from gella.evaluation import format_results
-from gella.evaluation.run_info import describe_run
+from gella.evaluation.results import describe_run
 from gella.evaluation.tables import TABLES
 from gella.weights.checkpoint import load_weights
 

@@ -18,8 +18,13 @@ from gella.data.datasets import root_from_environment
 from gella.data.record_store import Records
 from gella.engine.trainer import GellaTrainer, load_records
 from gella.evaluation.calibration import read_calibration
-from gella.evaluation.results import by_dataset, load_results, merge_datasets, save_results
-from gella.evaluation.run_info import describe_run
+from gella.evaluation.results import (
+    by_dataset,
+    describe_run,
+    load_results,
+    merge_datasets,
+    save_results,
+)
 from gella.evaluation.tables import Run, changed, compared_markdown, plan_table, table_markdown
 from gella.utils.io import write_json, write_text
 

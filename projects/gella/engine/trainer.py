@@ -32,7 +32,6 @@ from gella.engine.stopping import StopOnSignal
 from gella.engine.watching import RunScalars
 from gella.engine.zero import ZeroHook, hide_from_ddp, read_config
 from gella.evaluation import asked_categories, build_evaluator, merge_datasets, task_for
-from gella.evaluation.overlap import OverlappedEvaluator
 from gella.weights.checkpoint import load_weights
 
 # The child of the model that SOLVER.ZERO.CONFIG puts under DeepSpeed.
@@ -267,10 +266,7 @@ class GellaTrainer(DefaultTrainer):
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
         """The evaluators of the dataset's type; they write below ``OUTPUT_DIR/inference``."""
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-        evaluators = RealSamples(build_evaluator(cfg, dataset_name, folder))
-        # While a GPU infers the CPU can score; on the CPU alone there is nothing to gain.
-        gpu = str(cfg.MODEL.DEVICE).startswith("cuda") and torch.cuda.is_available()
-        return OverlappedEvaluator(evaluators) if gpu else evaluators
+        return RealSamples(build_evaluator(cfg, dataset_name, folder))
 
     @classmethod
     def test(

@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.evaluation import DatasetEvaluator
-from detectron2.utils import comm
 
-from gella.evaluation import panoptic_quality as metrics_panoptic
-from gella.evaluation.base import to_array
-from gella.evaluation.truth import TruthReader
+from gella.evaluation.evaluators import GatheringEvaluator, to_array
+from gella.evaluation.panoptic_quality import pq_counts, pq_summary
 from gella.utils.io import file_hash, read_json
 
 GRID = tuple(k / 100 for k in range(0, 100))
@@ -33,7 +30,6 @@ KEYS = {
     "PANOPTIC_THRESHOLD": float,
 }
 """Keys of ``MODEL.GELLA`` that a calibration file may set."""
-
 
 TAKE_ALL = {"ASSOCIATION_THRESHOLD": -1.0, "SINGULAR_ARGMAX": False, "NONE_THRESHOLD": 0.0}
 """Values of ``MODEL.GELLA`` by which every noun takes every entity: what the sweeps need to see."""
@@ -52,30 +48,26 @@ def candidates_of(
     Returns:
         masks bool (K, H, W) and association probabilities float64 (P, K).
     """
-    entities = sample["entities_full"]
+    entities, entries = sample["entities_full"], output["grounding"]
     drawn = to_array(output["instances"].pred_masks, bool)
-    entries = output["grounding"]
     ids = sorted(entries[0]["entity_ids"]) if entries else []
-
-    def mask(number: int) -> np.ndarray:
+    masks = np.zeros((len(ids), sample["height"], sample["width"]), bool)
+    for k, number in enumerate(ids):
         if number < 0:  # a query that met no entity
-            return drawn[-number - 1]
-        if queries == "learned" and not snap:
-            return drawn[number - 1]
-        index = entities.index_of(number)
-        return entities.union([index]) if snap else drawn[index]
-
-    masks = [mask(number) for number in ids]
-    size = (sample["height"], sample["width"])
-    tables = [dict(zip(e["entity_ids"], e["scores"], strict=True)) for e in entries]
-    scores = np.array([[table[number] for number in ids] for table in tables], np.float64)
-    return (
-        np.stack(masks) if masks else np.zeros((0, *size), bool),
-        scores.reshape(len(entries), len(ids)),
-    )
+            masks[k] = drawn[-number - 1]
+        elif queries == "learned" and not snap:
+            masks[k] = drawn[number - 1]
+        else:
+            index = entities.index_of(number)
+            masks[k] = entities.union([index]) if snap else drawn[index]
+    scores = np.zeros((len(entries), len(ids)))
+    for row, entry in zip(scores, entries, strict=True):
+        by_id = dict(zip(entry["entity_ids"], entry["scores"], strict=True))
+        row[:] = [by_id[number] for number in ids]
+    return masks, scores
 
 
-class SelectionSweep(DatasetEvaluator):
+class SelectionSweep(GatheringEvaluator):
     """Picks the keys that choose a noun's entities, on narratives or referring expressions.
 
     ``evaluate`` returns ``{"thresholds", "score", "before", "objective", "curve", "n"}`` on the
@@ -95,54 +87,42 @@ class SelectionSweep(DatasetEvaluator):
             several: whether a noun speaks of more than one thing.
             referring: expressions, not narratives.
         """
+        super().__init__()
         self._options, self._queries = options, queries
         self._several, self._referring = several, referring
-        self.reset()
 
-    def reset(self) -> None:
-        """Forget all samples."""
-        self._rows: list[tuple[str, np.ndarray, np.ndarray, np.ndarray, bool]] = []
-        self._truth = TruthReader()
-
-    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
-        """Count the prefixes of every noun."""
-        for sample, output in zip(inputs, outputs, strict=True):
-            masks, scores = candidates_of(sample, output, self._queries, self._options.SNAP)
-            # Nouns behind a cut of the caption got no row; they stay unfound at any threshold.
-            for k, phrase in enumerate(sample["phrases"][: len(scores)]):
-                if not phrase["segment_ids"] and not self._referring:
-                    continue
+    def _row(self, sample: dict[str, Any], output: dict[str, Any]) -> dict[str, Any]:
+        masks, scores = candidates_of(sample, output, self._queries, self._options.SNAP)
+        nouns = []
+        # Nouns behind a cut of the caption got no row; they stay unfound at any threshold.
+        for row, phrase in zip(scores, sample["phrases"], strict=False):
+            if phrase["segment_ids"] or self._referring:
                 target = self._truth.mask(sample, phrase["segment_ids"] or [])
-                order = np.argsort(-scores[k], kind="stable")
+                order = np.argsort(-row, kind="stable")
                 counts = _prefix_counts(masks[order], target)
-                several = self._several(phrase["text"])
-                name = f"{sample['image_id']} {sample['caption']} {k}"
-                self._rows.append((name, scores[k][order], *counts, several))
+                nouns.append((row[order], *counts, self._several(phrase["text"])))
+        return {"caption": sample["caption"], "nouns": nouns}
 
-    def evaluate(self) -> dict[str, Any]:
-        """Pick; every process must call this. ValueError if there was nothing to pick on."""
-        gathered = comm.gather(self._rows, dst=0)
-        if not comm.is_main_process():
-            return {}
-        rows = sorted((row for part in gathered for row in part), key=lambda row: row[0])
-        if not rows:
+    def _score(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Pick; ValueError if there was nothing to pick on."""
+        nouns = [noun for row in rows for noun in row["nouns"]]
+        if not nouns:
             raise ValueError("calibration: the split has no grounded noun to pick thresholds on")
-        table = _Prefixes(rows, self._referring)
-        no_target = self._referring and bool((table.unions[:, 0] == 0).any())
+        table = _Prefixes(nouns, self._referring)
         best: tuple[float, dict[str, Any]] = (-1.0, {})
         curve: dict[str, list[float]] = {}
-        for best_only in (False, True):
-            scores = [table.mean_iou(t, best_only, 0.0) for t in GRID]
-            curve[f"singular_argmax {best_only}"] = scores
+        for argmax in (False, True):
+            scores = [table.mean_iou(t, argmax, 0.0) for t in GRID]
+            curve[f"singular_argmax {argmax}"] = scores
             # The plain rule wins ties: fewer rules are easier to trust.
             if max(scores) > best[0]:
-                picked: dict[str, Any] = {"ASSOCIATION_THRESHOLD": _middle(GRID, scores)}
-                best = max(scores), {**picked, "SINGULAR_ARGMAX": best_only}
+                picked = {"ASSOCIATION_THRESHOLD": _middle(GRID, scores), "SINGULAR_ARGMAX": argmax}
+                best = max(scores), picked
         score, picked = best
         picked["NONE_THRESHOLD"] = 0.0
-        if no_target:
-            threshold, argmax = picked["ASSOCIATION_THRESHOLD"], bool(picked["SINGULAR_ARGMAX"])
-            curve["none"] = [table.mean_iou(threshold, argmax, none) for none in GRID]
+        if self._referring and bool((table.unions[:, 0] == 0).any()):
+            rule = picked["ASSOCIATION_THRESHOLD"], bool(picked["SINGULAR_ARGMAX"])
+            curve["none"] = [table.mean_iou(*rule, none) for none in GRID]
             picked["NONE_THRESHOLD"] = _middle(GRID, curve["none"])
             score = max(curve["none"])
         now = self._options
@@ -152,7 +132,7 @@ class SelectionSweep(DatasetEvaluator):
             "objective": "gIoU" if self._referring else "AR, protocol hard",
             "score": 100 * score,
             "before": 100 * before,
-            "n": len(rows),
+            "n": len(nouns),
             "grid": list(GRID),
             "curve": {name: [100 * s for s in scores] for name, scores in curve.items()},
         }
@@ -160,28 +140,27 @@ class SelectionSweep(DatasetEvaluator):
 
 def _prefix_counts(masks: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Intersection and union with the target of the first 0, 1, 2, ... masks: (K + 1,) each."""
-    height, width = target.shape
-    first = np.full((height, width), len(masks), np.int64)  # the first mask that has the pixel
+    first = np.full(target.shape, len(masks), np.int64)  # the first mask that has the pixel
     for k in range(len(masks) - 1, -1, -1):
         first[masks[k]] = k
-    on = np.bincount(first[target], minlength=len(masks) + 1)[: len(masks)]
-    all_pixels = np.bincount(first.reshape(-1), minlength=len(masks) + 1)[: len(masks)]
-    inter = np.concatenate(([0], np.cumsum(on)))
-    area = np.concatenate(([0], np.cumsum(all_pixels)))
+    inter, area = (
+        np.append(0, np.cumsum(np.bincount(pixels, minlength=len(masks) + 1)[: len(masks)]))
+        for pixels in (first[target], first.reshape(-1))
+    )
     return inter, area - inter + int(np.count_nonzero(target))
 
 
 class _Prefixes:
     """Prefix counts of all nouns, padded to one table."""
 
-    def __init__(self, rows: list[tuple], referring: bool) -> None:
-        width = max(len(row[1]) for row in rows)
-        shape = (len(rows), width + 1)
-        self.scores = np.full((len(rows), width), -1.0)
-        inters, self.unions = np.zeros(shape, np.int64), np.ones(shape, np.int64)
-        self.counts = np.array([len(row[1]) for row in rows])
-        self.several = np.array([row[4] for row in rows], bool)
-        for k, (_, scores, inter, union, _) in enumerate(rows):
+    def __init__(self, nouns: list[tuple], referring: bool) -> None:
+        width = max(len(noun[0]) for noun in nouns)
+        self.scores = np.full((len(nouns), width), -1.0)
+        self.unions = np.ones((len(nouns), width + 1), np.int64)
+        inters = np.zeros_like(self.unions)
+        self.counts = np.array([len(noun[0]) for noun in nouns])
+        self.several = np.array([noun[3] for noun in nouns], bool)
+        for k, (scores, inter, union, _) in enumerate(nouns):
             self.scores[k, : len(scores)] = scores
             inters[k, : len(inter)], self.unions[k, : len(union)] = inter, union
         nothing = 1.0 if referring else 0.0  # what an empty answer to an empty target is worth
@@ -204,65 +183,50 @@ def _middle(grid: Sequence[float], scores: Sequence[float]) -> float:
     return grid[best[len(best) // 2]]
 
 
-Painter = Callable[
-    [np.ndarray, np.ndarray, list[dict[str, Any]], float], tuple[Any, list[dict[str, Any]]]
-]
-"""(scores, masks, categories, threshold) -> panoptic segmentation, as in ``postprocessing``."""
-
-
-class PanopticSweep(DatasetEvaluator):
+class PanopticSweep(GatheringEvaluator):
     """Picks ``PANOPTIC_THRESHOLD`` by PQ; ``evaluate`` returns what `SelectionSweep` does.
 
     The model has to answer as for the task "ground", where each category's scores come back.
     """
 
     def __init__(
-        self, options: Any, queries: str, categories: Sequence[dict[str, Any]], paint: Painter
+        self,
+        options: Any,
+        queries: str,
+        categories: Sequence[dict[str, Any]],
+        paint: Callable[..., tuple[Any, list[dict[str, Any]]]],
     ) -> None:
-        """``options``, ``queries``: as `SelectionSweep`; ``categories``: ``id``, ``isthing``."""
+        """See `SelectionSweep` for ``options`` and ``queries``.
+
+        Args:
+            options, queries: of the model.
+            categories: dicts ``id``, ``isthing``.
+            paint: (scores, masks, phrases, threshold) -> ids (H, W) and segments, the rule of
+                ``postprocessing.panoptic_from_scores`` on arrays.
+        """
+        super().__init__()
         self._options, self._queries = options, queries
         self._categories, self._paint = list(categories), paint
         self._tried = sorted({*PANOPTIC_GRID, float(options.PANOPTIC_THRESHOLD)})
-        self.reset()
 
-    def reset(self) -> None:
-        """Forget all samples."""
-        self._rows: list[tuple[str, list[metrics_panoptic.PQCounts]]] = []
-        self._truth = TruthReader()
-
-    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
+    def _row(self, sample: dict[str, Any], output: dict[str, Any]) -> dict[str, Any]:
         """Paint and count at every threshold."""
-        for sample, output in zip(inputs, outputs, strict=True):
-            truth = self._truth(sample)
-            masks, scores = candidates_of(sample, output, self._queries, self._options.SNAP)
-            counts = []
-            for threshold in self._tried:
-                ids, segments = self._paint(scores, masks, sample["phrases"], threshold)
-                counts.append(
-                    metrics_panoptic.pq_counts(
-                        truth.ids,
-                        truth.segments,
-                        to_array(ids, np.int32),
-                        segments,
-                        self._categories,
-                        sample["image_id"],
-                    )
-                )
-            self._rows.append((str(sample["image_id"]), counts))
+        truth = self._truth(sample)
+        masks, scores = candidates_of(sample, output, self._queries, self._options.SNAP)
+        counts = []
+        for threshold in self._tried:
+            ids, segments = self._paint(scores, masks, sample["phrases"], threshold)
+            answer = (to_array(ids, np.int32), segments)
+            image_id = sample["image_id"]
+            counts.append(pq_counts(truth.ids, truth.segments, *answer, self._categories, image_id))
+        return {"counts": counts}
 
-    def evaluate(self) -> dict[str, Any]:
-        """Pick; every process must call this. ValueError if there was nothing to pick on."""
-        gathered = comm.gather(self._rows, dst=0)
-        if not comm.is_main_process():
-            return {}
-        rows = sorted((row for part in gathered for row in part), key=lambda row: row[0])
+    def _score(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Pick; ValueError if there was nothing to pick on."""
         if not rows:
             raise ValueError("calibration: the split has no image to pick thresholds on")
-        by_threshold = list(zip(*(counts for _, counts in rows), strict=True))
-        scores = [
-            100 * metrics_panoptic.pq_summary(counts, self._categories)[0]["PQ"]
-            for counts in by_threshold
-        ]
+        by_threshold = zip(*(row["counts"] for row in rows), strict=True)
+        scores = [100 * pq_summary(counts, self._categories)[0]["PQ"] for counts in by_threshold]
         if not math.isfinite(max(scores)):
             raise ValueError("calibration: no image of the split has a segment that PQ counts")
         return {
@@ -289,10 +253,10 @@ def read_calibration(path: str | Path, weights: str) -> dict[str, Any]:
         made_for, _ = content["weights_sha256"], content["datasets"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"TEST.CALIBRATION {path} is no calibration ({error!r})") from error
-    found = file_hash(weights)
-    if made_for != found:
+    given = file_hash(weights)
+    if made_for != given:
         raise ValueError(
             f"TEST.CALIBRATION {path} is of weights with SHA-256 {made_for[:12]}..., but {weights} "
-            f"has {found[:12] or 'none'}...: run tools/calibrate.py for these weights"
+            f"has {given[:12] or 'none'}...: run tools/calibrate.py for these weights"
         )
     return {**content, "thresholds": picked}

@@ -2,7 +2,7 @@
 
 Shares are fractions in [0, 1] here; the evaluators turn them into percent. Masks are boolean
 arrays (H, W) in the frame of the original image. Panoptic quality and entity AP are in
-``metrics_panoptic``.
+``panoptic_quality``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,23 +32,6 @@ _DETERMINERS = re.compile(
     r"^(?:(?:a|an|the|this|that|these|those|some|any|each|every|another|all|both"
     r"|my|your|his|her|its|our|their) )+(?=\S)"
 )
-
-
-@dataclass(frozen=True)
-class NounUnit:
-    """One scored noun phrase: what average recall pools.
-
-    Attributes:
-        iou: in [0, 1]; 0 for a noun without a prediction.
-        is_thing: category of the phrase's last segment is a thing.
-        num_segments: segments that the phrase names, at least 1.
-        plural_flag: the ``plural`` flag of the PNG file, used by the "flmm" protocol alone.
-    """
-
-    iou: float
-    is_thing: bool
-    num_segments: int
-    plural_flag: bool = False
 
 
 def check_protocol(protocol: str) -> str:
@@ -86,8 +69,16 @@ def average_recall(ious: Sequence[float] | np.ndarray) -> float:
     return int(passed.sum()) / (NUM_THRESHOLDS * values.size)
 
 
-def png_summary(units: Sequence[NounUnit], protocol: str = "hard") -> dict[str, float]:
+def png_summary(
+    nouns: Sequence[Mapping[str, Any]], protocol: str = "hard", key: str = "iou"
+) -> dict[str, float]:
     """Average recall of all nouns and of the subsets, with the size of each (docs/FORMATS.md 2).
+
+    Args:
+        nouns: scored nouns with ``is_thing`` (category of the last segment), ``segment_ids`` (at
+            least one), ``is_plural`` (the file's flag, for "flmm" alone) and ``key``.
+        protocol: one of ``PROTOCOLS``.
+        key: which IoU in [0, 1] is pooled; 0 for a noun without a prediction.
 
     Returns:
         ``AR``, ``acc@0.5`` (share of IoUs strictly above), ``n`` and, for each name of
@@ -98,19 +89,17 @@ def png_summary(units: Sequence[NounUnit], protocol: str = "hard") -> dict[str, 
         RuntimeError: AR differs from the n-weighted mean of one of its two splits.
     """
     check_protocol(protocol)
-    ious = np.array([unit.iou for unit in units], dtype=np.float64)
+    ious = np.array([noun[key] for noun in nouns], dtype=np.float64)
+    thing = np.array([noun["is_thing"] for noun in nouns], dtype=bool)
+    plural = np.array([len(set(noun["segment_ids"])) > 1 for noun in nouns], dtype=bool)
     if protocol == "flmm":
-        plural = np.array([unit.plural_flag for unit in units], dtype=bool)
-        # F-LMM files every plural under things, whatever its category.
-        thing = np.array([unit.is_thing for unit in units], dtype=bool) | plural
-    else:
-        plural = np.array([unit.num_segments > 1 for unit in units], dtype=bool)
-        thing = np.array([unit.is_thing for unit in units], dtype=bool)
+        plural = np.array([noun["is_plural"] for noun in nouns], dtype=bool)
+        thing |= plural  # F-LMM files every plural under things, whatever its category
     members = dict(zip(SUBSETS, (thing, ~thing, ~plural, plural), strict=True))
     summary = {"AR": average_recall(ious)}
     summary.update({f"AR_{name}": average_recall(ious[chosen]) for name, chosen in members.items()})
-    summary["acc@0.5"] = float((ious > 0.5).mean()) if units else math.nan
-    summary["n"] = float(len(units))
+    summary["acc@0.5"] = float((ious > 0.5).mean()) if nouns else math.nan
+    summary["n"] = float(len(nouns))
     summary.update({f"n_{name}": float(chosen.sum()) for name, chosen in members.items()})
     check_splits(summary)
     return summary
@@ -220,19 +209,6 @@ def best_union(
     return float(ious[best]), useful[order[: best + 1]]
 
 
-def oracle_iou(truth: np.ndarray, masks: np.ndarray) -> float:
-    """Best IoU of ``truth`` bool (H, W) with a union of disjoint ``masks`` bool (E, H, W)."""
-    flat = masks.reshape(len(masks), truth.size)
-    areas, inter = flat.sum(axis=1), flat[:, truth.reshape(-1)].sum(axis=1)
-    return best_union(inter, areas, int(np.count_nonzero(truth)))[0]
-
-
-def random_entity(image_id: int | str, phrase_index: int, num_entities: int) -> int:
-    """Blind guess for a noun: an entity index in 0..num_entities-1, fixed by image and phrase."""
-    seed = (zlib.crc32(str(image_id).encode()), phrase_index)
-    return int(np.random.default_rng(seed).integers(num_entities))
-
-
 def blind_choices(
     areas: np.ndarray, image_id: int | str, phrase_index: int
 ) -> dict[str, np.ndarray]:
@@ -240,6 +216,7 @@ def blind_choices(
 
     Args:
         areas: int (E,), pixels of each entity.
+        image_id, phrase_index: fix the random draw, whatever process and order.
 
     Returns:
         ``random`` (one entity), ``largest`` (one) and ``all``; all empty for E = 0.
@@ -247,8 +224,9 @@ def blind_choices(
     count = len(areas)
     if count == 0:
         return dict.fromkeys(("random", "largest", "all"), np.zeros(0, dtype=np.int64))
+    seed = (zlib.crc32(str(image_id).encode()), phrase_index)
     return {
-        "random": np.array([random_entity(image_id, phrase_index, count)]),
+        "random": np.array([int(np.random.default_rng(seed).integers(count))]),
         "largest": np.array([int(np.argmax(areas))]),
         "all": np.arange(count),
     }
@@ -259,15 +237,10 @@ def normalize_noun(noun: str) -> str:
     return _DETERMINERS.sub("", " ".join(noun.lower().split()))
 
 
-def noun_recall(reference: Iterable[str], found: Iterable[str]) -> tuple[int, int]:
-    """Reference nouns that occur in the answer, each answer noun used once (docs/FORMATS.md 6).
-
-    Returns:
-        hits and the number of reference nouns; hits / len(found) is the precision.
-    """
-    wanted = Counter(normalize_noun(noun) for noun in reference)
-    answered = Counter(normalize_noun(noun) for noun in found)
-    return sum((wanted & answered).values()), sum(wanted.values())
+def noun_recall(reference: Iterable[str], answered: Iterable[str]) -> int:
+    """Reference nouns that occur in the answer, each answer noun used once (docs/FORMATS.md 6)."""
+    wanted, given = (Counter(map(normalize_noun, nouns)) for nouns in (reference, answered))
+    return sum((wanted & given).values())
 
 
 def cumulative_iou(
@@ -296,6 +269,5 @@ def cumulative_iou(
         "gIoU": math.fsum(ious) / n if n else math.nan,
     }
     for threshold in (0.5, 0.6, 0.7, 0.8, 0.9):
-        share = float((ious > threshold).mean()) if n else math.nan
-        summary[f"P@{threshold}"] = share
+        summary[f"P@{threshold}"] = float((ious > threshold).mean()) if n else math.nan
     return {**summary, "n": float(n)}

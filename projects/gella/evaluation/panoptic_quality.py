@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,7 @@ def check_segments(
     Args:
         present: ids that occur in the image; void may be among them.
         segments: dicts with ``id``; void (0) and repeated ids are refused.
+        image_id: for the message.
         source: "truth" or "prediction", for the message.
 
     Returns:
@@ -65,13 +67,13 @@ def check_segments(
             f"image {image_id}: the {source}'s segments repeat an id or use {VOID}, which is void"
         )
     shown = {int(i) for i in present} - {VOID}
-    for ids, where, absent in (
+    for ids, side, absent in (
         (sorted(shown - by_id.keys()), "in its pixels", "its segments"),
         (sorted(by_id.keys() - shown), "among its segments", "its pixels"),
     ):
         if ids:
             raise ValueError(
-                f"image {image_id}: the {source} has ids {ids} {where} but not in {absent}: "
+                f"image {image_id}: the {source} has ids {ids} {side} but not in {absent}: "
                 "write both from the same segmentation"
             )
     return by_id
@@ -81,32 +83,14 @@ def check_segments(
 class PQCounts:
     """What panoptic quality adds up, per category id: matched IoUs and numbers of segments."""
 
-    iou: dict[int, float] = field(default_factory=dict)
-    tp: dict[int, int] = field(default_factory=dict)
-    fp: dict[int, int] = field(default_factory=dict)
-    fn: dict[int, int] = field(default_factory=dict)
+    iou: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    tp: Counter[int] = field(default_factory=Counter)
+    fp: Counter[int] = field(default_factory=Counter)
+    fn: Counter[int] = field(default_factory=Counter)
 
     def categories(self) -> set[int]:
         """Ids of the categories that occur."""
         return {*self.tp, *self.fp, *self.fn}
-
-
-def _add(table: dict[int, Any], category: int, value: Any) -> None:
-    table[category] = table.get(category, 0) + value
-
-
-def _checked_segments(pairs, gt_segments, pred_segments, categories, image_id):
-    known = {int(category["id"]) for category in categories}
-    truth = check_segments(pairs[:, 0].tolist(), gt_segments, image_id, "truth")
-    predicted = check_segments(pairs[:, 1].tolist(), pred_segments, image_id, "prediction")
-    for source, segments in (("truth", truth), ("prediction", predicted)):
-        for segment_id, segment in segments.items():
-            if segment.get("category_id") not in known:
-                raise ValueError(
-                    f"image {image_id}: {source} segment {segment_id} has unknown category_id "
-                    f"{segment.get('category_id')}: take one of the {len(known)} known ids"
-                )
-    return truth, predicted
 
 
 def pq_counts(
@@ -125,6 +109,7 @@ def pq_counts(
             it the pixels are counted. A given area is trusted, as panopticapi does.
         pred_segments: dicts ``id, category_id``.
         categories: dicts with ``id``, the dataset's own.
+        image_id: for the messages.
 
     Raises:
         ValueError: sizes differ, ids in pixels and segments differ, or an unknown category; the
@@ -136,53 +121,56 @@ def pq_counts(
             "predict at the original image size"
         )
     pairs, pixels = joint_counts(gt_ids, pred_ids)
-    truth, predicted = _checked_segments(pairs, gt_segments, pred_segments, categories, image_id)
+    truth = check_segments(pairs[:, 0].tolist(), gt_segments, image_id, "truth")
+    predicted = check_segments(pairs[:, 1].tolist(), pred_segments, image_id, "prediction")
+    kinds = {int(category["id"]) for category in categories}
+    for source, segments in (("truth", truth), ("prediction", predicted)):
+        for segment_id, segment in segments.items():
+            if segment.get("category_id") not in kinds:
+                raise ValueError(
+                    f"image {image_id}: {source} segment {segment_id} has unknown category_id "
+                    f"{segment.get('category_id')}: take one of the {len(kinds)} known ids"
+                )
     overlap = {(g, p): n for (g, p), n in zip(pairs.tolist(), pixels.tolist(), strict=True)}
-    gt_area, pred_area = dict.fromkeys(truth, 0), dict.fromkeys(predicted, 0)
+    return _matched(truth, predicted, overlap)
+
+
+def _matched(
+    truth: dict[int, dict[str, Any]],
+    predicted: dict[int, dict[str, Any]],
+    overlap: dict[tuple[int, int], int],
+) -> PQCounts:
+    """The counts, from segments by id and the pixels of each (truth id, predicted id)."""
+    gt_area, pred_area = Counter[int](), Counter[int]()
     for (g, p), n in overlap.items():
-        if g != VOID:
-            gt_area[g] += n
-        if p != VOID:
-            pred_area[p] += n
-    matches = _matches(truth, predicted, overlap, gt_area, pred_area)
-    return _count(truth, predicted, overlap, pred_area, matches)
-
-
-def _matches(truth, predicted, overlap, gt_area, pred_area) -> list[tuple[int, int, float]]:
-    """(truth id, predicted id, IoU) of every match; void under a prediction does not count."""
-    matches = []
+        gt_area[g] += n
+        pred_area[p] += n
+    counts = PQCounts()
+    matched: set[tuple[str, int]] = set()
     for (g, p), n in overlap.items():
         if g == VOID or p == VOID or truth[g].get("iscrowd", 0):
             continue
-        if truth[g]["category_id"] != predicted[p]["category_id"]:
+        category = truth[g]["category_id"]
+        if category != predicted[p]["category_id"]:
             continue
-        area = truth[g].get("area", gt_area[g])
-        iou = n / (pred_area[p] + area - n - overlap.get((VOID, p), 0))
-        if iou > 0.5:  # at most one partner can pass, so no assignment is needed
-            matches.append((g, p, iou))
-    return matches
-
-
-def _count(truth, predicted, overlap, pred_area, matches) -> PQCounts:
-    counts = PQCounts()
-    for g, _, iou in matches:
-        _add(counts.tp, truth[g]["category_id"], 1)
-        _add(counts.iou, truth[g]["category_id"], iou)
-    matched_truth = {g for g, _, _ in matches}
-    matched_predictions = {p for _, p, _ in matches}
+        union = pred_area[p] + truth[g].get("area", gt_area[g]) - n - overlap.get((VOID, p), 0)
+        if n / union > 0.5:  # at most one partner can pass, so no assignment is needed
+            counts.tp[category] += 1
+            counts.iou[category] += n / union
+            matched |= {("truth", g), ("prediction", p)}
     crowd = {}  # a category's last crowd segment, the one that panopticapi looks at
     for g, segment in truth.items():
         if segment.get("iscrowd", 0):
             crowd[segment["category_id"]] = g
-        elif g not in matched_truth:
-            _add(counts.fn, segment["category_id"], 1)
+        elif ("truth", g) not in matched:
+            counts.fn[segment["category_id"]] += 1
     for p, segment in predicted.items():
-        category = segment["category_id"]
+        # Void and crowd of its own category under a prediction are no proof that it is wrong.
         ignored = overlap.get((VOID, p), 0)
-        if category in crowd:
-            ignored += overlap.get((crowd[category], p), 0)
-        if p not in matched_predictions and ignored / pred_area[p] <= 0.5:
-            _add(counts.fp, category, 1)
+        if segment["category_id"] in crowd:
+            ignored += overlap.get((crowd[segment["category_id"]], p), 0)
+        if ("prediction", p) not in matched and ignored / pred_area[p] <= 0.5:
+            counts.fp[segment["category_id"]] += 1
     return counts
 
 
@@ -200,25 +188,27 @@ def pq_summary(
         means over the categories with TP + FP + FN > 0, NaN if there are none; and the three
         scores per category id (0 for a category that does not occur).
     """
-    per_image = list(counts)
+    images = list(counts)
     classes: dict[int, dict[str, float]] = {}
-    occurs: dict[int, bool] = {}
+    occurring: set[int] = set()
     for category in (int(c["id"]) for c in categories):
         tp, fp, fn = (
-            sum(getattr(c, name).get(category, 0) for c in per_image) for name in ("tp", "fp", "fn")
+            sum(getattr(c, name).get(category, 0) for c in images) for name in ("tp", "fp", "fn")
         )
-        iou = math.fsum(c.iou.get(category, 0.0) for c in per_image)
+        # fsum rounds once: the order of the images cannot change the sum.
+        iou = math.fsum(c.iou.get(category, 0.0) for c in images)
         weight = tp + 0.5 * fp + 0.5 * fn
-        occurs[category] = weight > 0
+        if weight:
+            occurring.add(category)
         classes[category] = {
             "PQ": iou / weight if weight else 0.0,
             "SQ": iou / tp if tp else 0.0,
             "RQ": tp / weight if weight else 0.0,
         }
     summary: dict[str, float] = {}
-    for suffix, wanted in (("", (0, 1)), ("_th", (1,)), ("_st", (0,))):
-        members = [int(c["id"]) for c in categories if int(c["isthing"]) in wanted]
-        members = [category for category in members if occurs[category]]
+    for suffix, kinds in (("", (0, 1)), ("_th", (1,)), ("_st", (0,))):
+        members = [int(c["id"]) for c in categories if int(c["isthing"]) in kinds]
+        members = [category for category in members if category in occurring]
         for name in ("PQ", "SQ", "RQ"):
             total = math.fsum(classes[category][name] for category in members)
             summary[name + suffix] = total / len(members) if members else math.nan
@@ -235,53 +225,50 @@ def entity_ap(images: Sequence[dict[str, Any]]) -> dict[str, float]:
 
     Returns:
         ``AP, AP50, AP75`` as fractions, 0 without predictions, NaN without truth; ``n`` entities.
+
+    Raises:
+        ValueError: the masks of an image differ in size.
     """
     n = sum(not crowd for image in images for crowd in image["crowd"])
-    if n == 0:
-        return {"AP": math.nan, "AP50": math.nan, "AP75": math.nan, "n": 0.0}
-    if not any(len(image["scores"]) for image in images):
-        return {"AP": 0.0, "AP50": 0.0, "AP75": 0.0, "n": float(n)}
+    names = ("AP", "AP50", "AP75")
+    if n == 0 or not any(len(image["scores"]) for image in images):
+        return {**dict.fromkeys(names, 0.0 if n else math.nan), "n": float(n)}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports by printing
-        precision = _coco_precision(images)  # (IoU thresholds, recalls)
+        precision = _coco_precision(images)
     # pycocotools marks recalls without truth by -1; there is truth, so none is left.
-    return {
-        "AP": float(precision.mean()),
-        "AP50": float(precision[0].mean()),
-        "AP75": float(precision[5].mean()),
-        "n": float(n),
-    }
+    means = (float(part.mean()) for part in (precision, precision[0], precision[5]))
+    return {**dict(zip(names, means, strict=True)), "n": float(n)}
 
 
 def _coco_precision(images: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Precision at (IoU thresholds, recalls), by pycocotools."""
     from pycocotools import mask as mask_api
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    annotations: list[dict[str, Any]] = []
+    sizes: list[dict[str, int]] = []
+    truths: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for number, image in enumerate(images, start=1):
+        masks = [*image["truth"], *image["predictions"]]
+        shapes = {tuple(rle["size"]) for rle in masks} or {(1, 1)}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"image {image.get('image_id', number)}: masks of sizes {sorted(shapes)}: "
+                "give truth and predictions at the original image size"
+            )
+        height, width = map(int, shapes.pop())
+        sizes.append({"id": number, "height": height, "width": width})
+        common = {"image_id": number, "category_id": 1}
         for rle, crowd in zip(image["truth"], image["crowd"], strict=True):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,  # pycocotools takes id 0 for "unmatched"
-                    "image_id": number,
-                    "category_id": 1,
-                    "segmentation": rle,
-                    "area": float(mask_api.area(rle)),
-                    "iscrowd": int(crowd),
-                }
-            )
+            # pycocotools takes id 0 for "unmatched".
+            entry = {**common, "id": len(truths) + 1, "segmentation": rle, "iscrowd": int(crowd)}
+            truths.append({**entry, "area": float(mask_api.area(rle))})
         for rle, score in zip(image["predictions"], image["scores"], strict=True):
-            results.append(
-                {"image_id": number, "category_id": 1, "segmentation": rle, "score": float(score)}
-            )
+            results.append({**common, "segmentation": rle, "score": float(score)})
     coco = COCO()
-    coco.dataset = {
-        "info": {},
-        "images": [_image_entry(number, image) for number, image in enumerate(images, start=1)],
-        "categories": [{"id": 1, "name": "entity"}],
-        "annotations": annotations,
-    }
+    coco.dataset = {"info": {}, "images": sizes, "annotations": truths}
+    coco.dataset["categories"] = [{"id": 1, "name": "entity"}]
     coco.createIndex()
     evaluation = COCOeval(coco, coco.loadRes(results), "segm")
     evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
@@ -289,14 +276,3 @@ def _coco_precision(images: Sequence[dict[str, Any]]) -> np.ndarray:
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation.eval["precision"][:, :, 0, 0, 0]
-
-
-def _image_entry(number: int, image: dict[str, Any]) -> dict[str, int]:
-    sizes = {tuple(rle["size"]) for rle in (*image["truth"], *image["predictions"])}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"image {image.get('image_id', number)}: masks of sizes {sorted(sizes)}: "
-            "give truth and predictions at the original image size"
-        )
-    height, width = sizes.pop() if sizes else (1, 1)
-    return {"id": number, "height": int(height), "width": int(width)}

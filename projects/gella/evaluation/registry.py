@@ -1,4 +1,4 @@
-"""Which evaluators and which task a dataset gets, by the ``evaluator_type`` of its metadata."""
+"""Which evaluators, task and category names a dataset gets, by its metadata and the config."""
 
 from __future__ import annotations
 
@@ -8,38 +8,32 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
-from gella.evaluation.entity import EntityAPEvaluator
-from gella.evaluation.nouns import NounExtractionEvaluator
-from gella.evaluation.panoptic import Detectron2PanopticEvaluator, PanopticEvaluator
-from gella.evaluation.png import PNGEvaluator
-from gella.evaluation.referring import ReferringEvaluator
+from gella.evaluation.evaluators import (
+    Detectron2PanopticEvaluator,
+    EntityAPEvaluator,
+    NounExtractionEvaluator,
+    PanopticEvaluator,
+    PNGEvaluator,
+    ReferringEvaluator,
+)
+from gella.utils.io import read_json
 
 Factory = Callable[[Any, str, str], "DatasetEvaluator | None"]
 """(cfg, dataset name, output folder) -> evaluator, or None where the config does not want it."""
 
-NOUNS = ("given", "extracted")
-"""Values of ``TEST.NOUNS``."""
-
-
-def _detectron2_panoptic(cfg: Any, name: str, folder: str) -> DatasetEvaluator | None:
-    if not cfg.TEST.DETECTRON2_PANOPTIC:
-        return None
-    return Detectron2PanopticEvaluator(name, folder)
-
-
-def _nouns_of_narratives(cfg: Any, _: str, folder: str) -> DatasetEvaluator | None:
-    return NounExtractionEvaluator(folder) if cfg.TEST.NOUNS == "extracted" else None
-
-
 EVALUATORS: dict[str, list[Factory]] = {
     "png": [
         lambda cfg, _, folder: PNGEvaluator(folder, cfg.TEST.PNG_PROTOCOL),
-        _nouns_of_narratives,
+        lambda cfg, _, folder: (
+            NounExtractionEvaluator(folder) if cfg.TEST.NOUNS == "extracted" else None
+        ),
     ],
     "coco_panoptic_seg": [
         lambda _, name, folder: PanopticEvaluator(MetadataCatalog.get(name).categories, folder),
         lambda _, __, folder: EntityAPEvaluator(folder),
-        _detectron2_panoptic,
+        lambda cfg, name, folder: (
+            Detectron2PanopticEvaluator(name, folder) if cfg.TEST.DETECTRON2_PANOPTIC else None
+        ),
     ],
     "noun_extraction": [lambda _, __, folder: NounExtractionEvaluator(folder)],
     "refcoco": [lambda _, __, folder: ReferringEvaluator(folder)],
@@ -67,14 +61,14 @@ def register_evaluator(evaluator_type: str, *factories: Factory, task: str = "gr
     Raises:
         ValueError: the type is taken, no factory is given, or the task is unknown.
     """
-    known = sorted({*TASKS.values(), "describe"})
+    tasks = sorted({*TASKS.values(), "describe"})
     if evaluator_type in EVALUATORS:
         raise ValueError(f"evaluator_type {evaluator_type!r} is registered already: take another")
     if not factories:
         raise ValueError(f"evaluator_type {evaluator_type!r}: no factory was given")
-    if task not in known:
+    if task not in tasks:
         raise ValueError(
-            f"evaluator_type {evaluator_type!r}: unknown task {task!r}: use one of {known}"
+            f"evaluator_type {evaluator_type!r}: unknown task {task!r}: use one of {tasks}"
         )
     EVALUATORS[evaluator_type], TASKS[evaluator_type] = list(factories), task
 
@@ -91,11 +85,10 @@ def task_for(cfg: Any, dataset_name: str) -> str:
             f"dataset {dataset_name}: evaluator_type is {kind!r}, known: {sorted(TASKS)}; "
             "gella.evaluation.register_evaluator adds one"
         )
-    if cfg.TEST.NOUNS not in NOUNS:
-        raise ValueError(f"TEST.NOUNS is {cfg.TEST.NOUNS!r}: use one of {NOUNS}")
-    if kind == "png" and cfg.TEST.NOUNS == "extracted":
-        return "extract"
-    return TASKS[kind]
+    modes = ("given", "extracted")
+    if cfg.TEST.NOUNS not in modes:
+        raise ValueError(f"TEST.NOUNS is {cfg.TEST.NOUNS!r}: use one of {modes}")
+    return "extract" if kind == "png" and cfg.TEST.NOUNS == "extracted" else TASKS[kind]
 
 
 def build_evaluator(cfg: Any, dataset_name: str, output_folder: str) -> DatasetEvaluators:
@@ -112,3 +105,61 @@ def build_evaluator(cfg: Any, dataset_name: str, output_folder: str) -> DatasetE
         )
     made = [make(cfg, dataset_name, output_folder) for make in EVALUATORS[kind]]
     return DatasetEvaluators([evaluator for evaluator in made if evaluator is not None])
+
+
+def asked_categories(cfg: Any, dataset_name: str) -> list[dict[str, Any]] | None:
+    """Categories to list in the prompt for a dataset, by ``TEST.CATEGORIES_FROM``.
+
+    The key names a registered dataset, or a JSON file: COCO's form (``[{id, name, isthing}, ...]``,
+    or an object that has it under ``categories``) with the dataset's ids in any order, or a list of
+    names in the order of the dataset's categories. The truth stays the dataset's.
+
+    Returns:
+        dicts ``id``, ``name``, ``isthing``; None where the key is empty or the dataset has no
+        categories, and its own are to be taken.
+
+    Raises:
+        FileNotFoundError: neither a dataset nor a file.
+        ValueError: the file is no list of categories, or its ids are not the dataset's.
+    """
+    source = cfg.TEST.CATEGORIES_FROM
+    truth = MetadataCatalog.get(dataset_name).get("categories", None)
+    if not source or not truth:
+        return None
+    content = _categories(source)
+    if content and all(isinstance(item, str) for item in content):
+        if len(content) != len(truth):
+            raise ValueError(
+                f"TEST.CATEGORIES_FROM: {source} has {len(content)} names but {dataset_name} has "
+                f"{len(truth)} categories: give one name each, in the same order"
+            )
+        return [{**old, "name": name} for old, name in zip(truth, content, strict=True)]
+    kinds = {int(category["id"]): category["isthing"] for category in truth}
+    try:
+        names = [(int(category["id"]), str(category["name"])) for category in content]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"TEST.CATEGORIES_FROM: {source} is no list of categories ({error!r}): each needs "
+            "'id' and 'name'"
+        ) from error
+    ids = [number for number, _ in names]
+    if sorted(ids) != sorted(kinds):
+        odd = sorted(set(ids) ^ set(kinds))
+        raise ValueError(
+            f"TEST.CATEGORIES_FROM: {source} has {len(ids)} categories, {dataset_name} "
+            f"{len(kinds)}; ids in only one of them or twice: {odd[:10] or 'twice'}: the names may "
+            "differ, the ids may not"
+        )
+    return [{"id": number, "name": name, "isthing": kinds[number]} for number, name in names]
+
+
+def _categories(source: str) -> list[Any]:
+    """What a registered dataset or a JSON file lists."""
+    if source in MetadataCatalog.list():
+        return list(MetadataCatalog.get(source).get("categories", []))
+    advice = "name a registered dataset or a JSON file"
+    content = read_json(source, "TEST.CATEGORIES_FROM:", advice)
+    content = content.get("categories") if isinstance(content, dict) else content
+    if not isinstance(content, list):
+        raise ValueError(f"TEST.CATEGORIES_FROM: {source} holds no list of categories")
+    return content

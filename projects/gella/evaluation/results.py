@@ -1,23 +1,18 @@
-"""Evaluation results as one JSON file and as one table."""
+"""What an evaluation leaves: its scores as one JSON file and one table, and how they came about."""
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from detectron2.utils import comm
+
 from gella.evaluation.metrics import PROTOCOLS, SUBSETS
-from gella.utils.io import read_json, write_json
-
-_COLUMNS = ("all", *SUBSETS)
-_BASELINES = {
-    "oracle": "oracle: best union of the given entities",
-    "random": "blind: a random entity per noun",
-    "largest": "blind: the largest entity",
-    "all": "blind: all entities",
-}
-
+from gella.utils.io import config_hash, file_hash, read_json, versions, write_json
 
 RUN = "run"
 """Key of results.json beside the tasks: how the scores came about."""
@@ -47,7 +42,7 @@ def load_results(path: str | Path) -> tuple[dict[str, dict[str, float]], dict[st
             task: {key: math.nan if value is None else value for key, value in metrics.items()}
             for task, metrics in content.items()
         }
-    except (TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no results ({error}); evaluate again") from error
     return scores, run
 
@@ -78,6 +73,115 @@ def by_dataset(
     return split
 
 
+def settings(cfg: Any) -> dict[str, Any]:
+    """The keys that decide by which rule and in which mode scores were computed."""
+    gella, test = cfg.MODEL.GELLA, cfg.TEST
+    return {
+        "png_protocol": test.PNG_PROTOCOL,
+        "nouns": test.NOUNS,
+        "categories_from": test.CATEGORIES_FROM or "the dataset",
+        "entity_sources": [list(entry) for entry in cfg.INPUT.GELLA.ENTITY_SOURCES]
+        or "the annotation",
+        "queries": cfg.MODEL.MASK_DECODER.QUERIES,
+        "snap": bool(gella.SNAP),
+        "snap_iou": float(gella.SNAP_IOU),
+        "thresholds": {
+            "entity_score": float(gella.ENTITY_SCORE_THRESHOLD),
+            "association": float(gella.ASSOCIATION_THRESHOLD),
+            "singular_argmax": bool(gella.SINGULAR_ARGMAX),
+            "none": float(gella.NONE_THRESHOLD),
+            "panoptic": float(gella.PANOPTIC_THRESHOLD),
+        },
+    }
+
+
+def describe_run(
+    cfg: Any,
+    *,
+    config_file: str,
+    weights: str,
+    seconds: float,
+    datasets: Mapping[str, Mapping[str, float]],
+    calibration: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Everything that results.json says beside the scores.
+
+    Args:
+        cfg: the config that was evaluated.
+        config_file: its file.
+        weights: the checkpoint; its bytes are hashed.
+        seconds: wall time of the evaluation, or of training with it.
+        datasets: per dataset ``records``, ``images`` and, where known, ``seconds``.
+        calibration: where the thresholds were picked (`calibration.read_calibration`).
+    """
+    described: dict[str, Any] = {
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "processes": comm.get_world_size(),
+        "device": str(cfg.MODEL.DEVICE),
+        "config_file": config_file,
+        "config_sha256": config_hash(cfg),
+        "weights": weights,
+        "weights_sha256": file_hash(weights),
+        "versions": versions(),
+        "datasets": {name: dict(counts) for name, counts in datasets.items()},
+        "settings": settings(cfg),
+    }
+    if calibration is not None:
+        picked_on = list(calibration["datasets"])
+        described["calibration"] = {
+            "picked_on": picked_on,
+            "thresholds": calibration["thresholds"],
+            # Thresholds that were picked on what they are scored on flatter the score.
+            "scored_on_the_same": sorted(set(picked_on) & set(datasets)),
+        }
+    return described
+
+
+_COLUMNS = ("all", *SUBSETS)
+_ALL, _BY_SUBSET = ("",), ("", *(f"_{name}" for name in SUBSETS))
+# Per task a title, and per row its label, metric and the metric's suffixes in the columns.
+_SECTIONS: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...]]]]] = {
+    "png": (
+        "Panoptic narrative grounding, average recall, protocol {protocol}",
+        [
+            ("GELLA AR", "AR", _BY_SUBSET),
+            ("oracle: best union of the given entities", "oracle_AR", _BY_SUBSET),
+            ("blind: a random entity per noun", "random_AR", _BY_SUBSET),
+            ("blind: the largest entity", "largest_AR", _BY_SUBSET),
+            ("blind: all entities", "all_AR", _BY_SUBSET),
+            ("acc@0.5", "acc@0.5", _ALL),
+            ("nouns (n)", "n", _BY_SUBSET),
+        ],
+    ),
+    "panoptic_seg": (
+        "Panoptic segmentation",
+        [
+            *((name, name, ("", "_th", "_st")) for name in ("PQ", "SQ", "RQ")),
+            ("categories (n)", "n", ("", "_th", "_st")),
+        ],
+    ),
+    "entity": (
+        "Entity masks before snapping, class-agnostic",
+        [*((name, name, _ALL) for name in ("AP", "AP50", "AP75")), ("entities (n)", "n", _ALL)],
+    ),
+    "nouns": (
+        "Noun extraction from generated answers",
+        [*((name, name, _ALL) for name in ("recall", "precision")), ("nouns (n)", "n", _ALL)],
+    ),
+    "refer": (
+        "Referring expressions",
+        [
+            *((name, name, _ALL) for name in ("cIoU", "gIoU")),
+            *((f"P@{t}", f"P@{t}", _ALL) for t in (0.5, 0.6, 0.7, 0.8, 0.9)),
+            ("no target, none found", "N_acc", _ALL),
+            ("of these (n)", "n_no_target", _ALL),
+            ("expressions (n)", "n", _ALL),
+        ],
+    ),
+}
+
+
 def format_results(results: Mapping[str, Any]) -> str:
     """One table of everything in ``results``, in percent, with the number of cases behind it.
 
@@ -89,98 +193,33 @@ def format_results(results: Mapping[str, Any]) -> str:
     Returns:
         Lines joined by newlines; "-" where a score does not exist.
     """
-    rows: list[list[str]] = []
-    for name, metrics in _flat_tasks(results):
-        task, _, dataset = name.partition("@")
-        title, body = _SECTIONS.get(task, _other)(task, metrics)
-        rows.append([title + (f" on {dataset}" if dataset else "")])
-        rows += body
-    header = ["score (percent)", *_COLUMNS]
-    table = [row for row in (header, *rows) if len(row) > 1]
-    widths = [max(len(row[i]) for row in table if i < len(row)) for i in range(len(header))]
-    lines = []
-    for row in (header, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=False)]
-        indent = "" if len(row) == 1 or row is header else "  "
-        lines.append("  ".join([(indent + row[0]).ljust(widths[0] + 2), *cells]).rstrip())
-    lines.insert(1, "-" * max(len(line) for line in lines))
-    return "\n".join(lines)
-
-
-def _flat_tasks(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
-    tasks: list[tuple[str, Mapping[str, float]]] = []
+    tasks: dict[str, Mapping[str, float]] = {}
     for name, value in results.items():
         if value and all(isinstance(item, Mapping) for item in value.values()):
-            tasks += [(f"{task}@{name}", metrics) for task, metrics in value.items()]
+            tasks |= {f"{task}@{name}": metrics for task, metrics in value.items()}
         elif value:
-            tasks.append((name, value))
-    return tasks
+            tasks[name] = value
+    table = [["score (percent)", *_COLUMNS]]
+    for name, metrics in tasks.items():
+        task, _, dataset = name.partition("@")
+        title, rows = _SECTIONS.get(task, (task, [(key, key, _ALL) for key in metrics]))
+        protocol = next((rule for rule in PROTOCOLS if metrics.get(f"protocol_{rule}")), "unknown")
+        table.append([title.format(protocol=protocol) + (f" on {dataset}" if dataset else "")])
+        for label, key, suffixes in rows:
+            if key in metrics:
+                count = key.split("_")[0] == "n"
+                cells = (_cell(metrics.get(key + suffix), count) for suffix in suffixes)
+                table.append([f"  {label}", *cells])
+    columns = zip_longest(*(row for row in table if len(row) > 1), fillvalue="")
+    first, *widths = (max(map(len, column)) for column in columns)
+    lines = []
+    for label, *texts in table:
+        aligned = [cell.rjust(width) for cell, width in zip(texts, widths, strict=False)]
+        lines.append("  ".join([label.ljust(first), *aligned]).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _cells(metrics: Mapping[str, float], key: str, suffixes: tuple[str, ...]) -> list[str]:
-    return [_cell(metrics.get(key + suffix), key == "n") for suffix in suffixes]
-
-
-def _cell(value: float | None, count: bool = False) -> str:
+def _cell(value: float | None, count: bool) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.0f}" if count else f"{value:.1f}"
-
-
-def _png(_: str, metrics: Mapping[str, float]) -> tuple[str, list[list[str]]]:
-    suffixes = ("", *(f"_{name}" for name in SUBSETS))
-    rule = next((name for name in PROTOCOLS if metrics.get(f"protocol_{name}")), "unknown")
-    rows = [["GELLA AR", *_cells(metrics, "AR", suffixes)]]
-    rows += [
-        [title, *_cells(metrics, f"{name}_AR", suffixes)] for name, title in _BASELINES.items()
-    ]
-    rows.append(["acc@0.5", _cell(metrics.get("acc@0.5"))])
-    rows.append(["nouns (n)", *_cells(metrics, "n", suffixes)])
-    return f"Panoptic narrative grounding, average recall, protocol {rule}", rows
-
-
-def _panoptic(_: str, metrics: Mapping[str, float]) -> tuple[str, list[list[str]]]:
-    suffixes = ("", "_th", "_st")
-    rows = [[name, *_cells(metrics, name, suffixes)] for name in ("PQ", "SQ", "RQ")]
-    rows.append(["categories (n)", *_cells(metrics, "n", suffixes)])
-    return "Panoptic segmentation", rows
-
-
-def _plain(title: str, names: Mapping[str, str]) -> Any:
-    def section(_: str, metrics: Mapping[str, float]) -> tuple[str, list[list[str]]]:
-        return title, [
-            [label, _cell(metrics.get(key), key.split("_")[0] == "n")]
-            for key, label in names.items()
-            if key in metrics
-        ]
-
-    return section
-
-
-def _other(task: str, metrics: Mapping[str, float]) -> tuple[str, list[list[str]]]:
-    return task, [[key, _cell(value, key == "n")] for key, value in metrics.items()]
-
-
-_SECTIONS: dict[str, Any] = {
-    "png": _png,
-    "panoptic_seg": _panoptic,
-    "entity": _plain(
-        "Entity masks before snapping, class-agnostic",
-        {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "n": "entities (n)"},
-    ),
-    "nouns": _plain(
-        "Noun extraction from generated answers",
-        {"recall": "recall", "precision": "precision", "n": "nouns (n)"},
-    ),
-    "refer": _plain(
-        "Referring expressions",
-        {
-            "cIoU": "cIoU",
-            "gIoU": "gIoU",
-            **{f"P@{t}": f"P@{t}" for t in (0.5, 0.6, 0.7, 0.8, 0.9)},
-            "N_acc": "no target, none found",
-            "n_no_target": "of these (n)",
-            "n": "expressions (n)",
-        },
-    ),
-}

@@ -1,4 +1,4 @@
-"""Which evaluations a table of the paper needs, and our rows beside the paper's as Markdown."""
+"""Tables of the paper (arXiv 2402.02555): the evaluations each needs, our rows beside its own."""
 
 from __future__ import annotations
 
@@ -6,11 +6,127 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from detectron2.data import MetadataCatalog
 
-from gella.evaluation.paper import PAPER, REFCOCO_DATASETS, Column
+REFCOCO = {
+    f"gella_{name}_{by}_{split}": f"{title} {split}"
+    for title, name, by, splits in (
+        ("RefCOCO", "refcoco", "unc", ("val", "testA", "testB")),
+        ("RefCOCO+", "refcocoplus", "unc", ("val", "testA", "testB")),
+        ("RefCOCOg", "refcocog", "umd", ("val", "test")),
+    )
+    for split in splits
+}
+"""Datasets of Table 2's columns, in order, and their heads."""
+
+
+class Column(NamedTuple):
+    """One figure: its head as in the paper, and the task and metric (in percent) that results
+    have it under. With a ``dataset`` the figure is of that dataset alone, without of any."""
+
+    head: str
+    task: str
+    metric: str
+    dataset: str = ""
+
+
+class PaperTable(NamedTuple):
+    """A table as the paper prints it. ``data`` names what the figures were measured on; a row is a
+    name and a figure per column, None where it is unreadable or not given."""
+
+    title: str
+    data: str
+    columns: tuple[Column, ...]
+    rows: dict[str, tuple[float | None, ...]]
+
+
+_AR = tuple(
+    Column(f"AR {name}".strip(), "png", metric)
+    for name, metric in (
+        ("", "AR"),
+        ("things", "AR_thing"),
+        ("stuff", "AR_stuff"),
+        ("singular", "AR_singular"),
+        ("plural", "AR_plural"),
+    )
+)
+_PQ = tuple(Column(name, "panoptic_seg", name) for name in ("PQ", "SQ", "RQ"))
+_AP = tuple(Column(name, "entity", name) for name in ("AP", "AP50", "AP75"))
+_VAL = "COCO val2017"
+
+PAPER: dict[int, PaperTable] = {
+    2: PaperTable(
+        "Referring expression segmentation, cIoU",
+        "COCO train2014",
+        tuple(Column(head, "refer", "cIoU", dataset) for dataset, head in REFCOCO.items()),
+        {
+            "LISA-7B": (74.9, 79.1, 72.3, 65.1, 70.8, 58.1, 67.9, 70.6),
+            "GELLA-7B": (76.1, 79.9, 73.1, 66.4, 72.7, 60.2, 69.6, 71.3),
+            "GELLA-13B": (76.7, 80.5, 73.6, 67.0, 73.2, 60.6, 70.4, 71.5),
+        },
+    ),
+    3: PaperTable(
+        "Panoptic narrative grounding, average recall",
+        _VAL,
+        _AR,
+        {
+            "PiGLET": (65.9, 64.0, 68.6, 67.2, 54.5),
+            "PPO-TD": (66.1, 64.0, 70.7, 68.1, 58.3),
+            "GELLA-7B": (69.8, 66.2, 72.3, 69.9, 58.4),
+            "GELLA-13B": (71.3, 67.8, 73.1, 71.0, 59.5),
+        },
+    ),
+    4: PaperTable(
+        "Panoptic segmentation",
+        _VAL,
+        _PQ,
+        {
+            "GELLA-7B, 12 epochs": (None, 83.3, None),
+            "GELLA-7B, 50 epochs": (None, 83.4, None),
+            "GELLA-7B of Tables 5, 7 and 8": (53.1, 83.3, 63.8),
+        },
+    ),
+    6: PaperTable(
+        "Colormap reconstruction, class-agnostic mask AP",
+        _VAL,
+        _AP,
+        {
+            "6a MobileNet(V2)": (95.2, 96.9, 96.1),
+            "6a Swin-Tiny": (95.8, 98.9, 97.3),
+            "6a Swin-Large": (96.3, 99.0, 97.8),
+            "6b trained on masks of a COCO model": (95.2, 98.7, None),
+            "6b trained on masks of an EntitySeg model": (94.9, 98.5, 97.0),
+            "6b trained on the annotation": (95.2, 96.9, None),
+        },
+    ),
+    8: PaperTable(
+        "Sources of entity masks",
+        _VAL,
+        _PQ,
+        {
+            "8a trained on masks of a COCO model": (53.0, 83.1, 63.8),
+            "8a trained on masks of an EntitySeg model": (52.9, 83.2, 63.7),
+            "8a trained on the annotation": (53.1, 83.3, 63.8),
+            "8b tested on masks of a COCO model": (53.1, 83.3, 63.8),
+            "8b tested on masks of an EntitySeg model": (49.2, 83.7, 58.6),
+            "8b tested on the annotation": (79.6, 97.8, 91.4),
+        },
+    ),
+    9: PaperTable(
+        "Shares of describing, noun extraction and grounding in training",
+        _VAL,
+        (*_AR, Column("AR text", "nouns", "recall")),
+        {
+            "0.0, 0.0, 1.0": (66.4, 64.2, 70.5, 68.0, 58.3, 79.4),
+            "0.0, 0.2, 0.8": (69.4, 65.8, 71.8, 69.5, 58.0, 95.4),
+            "0.1, 0.1, 0.8": (None, None, None, 69.2, None, 95.7),
+            "0.2, 0.2, 0.6": (69.8, 66.2, 72.3, 69.9, 58.4, 96.1),
+        },
+    ),
+}
+"""By number. Figures that the paper's text layer lost are None."""
 
 TABLES = (*(str(number) for number in PAPER), "all")
 """What ``--table`` takes."""
@@ -26,7 +142,7 @@ _FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
         "png": ("gella_coco_png_val2017",),
         "coco_panoptic_seg": ("gella_coco_panoptic_val2017",),
         "noun_extraction": ("gella_coco_nouns_val2017",),
-        "refcoco": REFCOCO_DATASETS,
+        "refcoco": tuple(REFCOCO),
     },
 }
 
@@ -48,14 +164,6 @@ class Run:
     datasets: tuple[str, ...]
     changes: dict[str, Any] = field(default_factory=dict)
     modes: tuple[str, ...] = ()
-
-
-def family_of(cfg: Any) -> str:
-    """ "shapes", "coco" or "own": whose datasets the tables of a config are on (DATASETS.TEST)."""
-    names = list(cfg.DATASETS.TEST)
-    if names and names[0].startswith("gella_shapes_"):
-        return "shapes"
-    return "coco" if names and names[0].startswith("gella_") else "own"
 
 
 def plan_table(cfg: Any, table: str, root: str) -> list[Run]:
@@ -83,94 +191,96 @@ def plan_table(cfg: Any, table: str, root: str) -> list[Run]:
             Run(f"nouns_{mode}", f"ours, nouns {mode}", names, {"TEST.NOUNS": mode})
             for mode in ("given", "extracted")
         ]
-    panoptic = () if table == "9" else _datasets(cfg, "coco_panoptic_seg")
+    if table == "9":
+        names = (*_datasets(cfg, "png"), *_datasets(cfg, "noun_extraction"))
+        return [Run("narratives", "ours", names)]
+    panoptic = _datasets(cfg, "coco_panoptic_seg")
     if table == "4":
         return [Run("panoptic", "ours", panoptic)]
     if table == "6":  # annotated entities go in, and all that the decoder draws is ranked
         changes = {"INPUT.GELLA.ENTITY_SOURCES": [], "MODEL.GELLA.ENTITY_SCORE_THRESHOLD": 0.0}
         return [Run("reconstruction", "ours", panoptic, changes)]
-    if table == "8":  # the paper scores what the decoder drew
-        return [
-            Run(
-                f"masks_{name}",
-                f"ours, tested on {_LABELS[name]}",
-                panoptic,
-                {"INPUT.GELLA.ENTITY_SOURCES": sources, "MODEL.GELLA.SNAP": False},
-            )
-            for name, sources in _mask_sources(cfg, root, every=True).items()
-        ]
-    names = (*_datasets(cfg, "png"), *_datasets(cfg, "noun_extraction"))
-    return [Run("narratives", "ours", names)]
+    labels = {
+        "predicted": "predicted masks",
+        "entityseg": "masks of an EntitySeg model",
+        "annotation": "the annotation",
+    }
+    sources = _mask_sources(cfg, root)
+    if _family(cfg) == "coco":
+        file = "datasets/entities/entityseg_swin_l_val2017.json"
+        sources["entityseg"] = [["gella_coco_*_val2017", "auto", file]]
+    return [
+        Run(
+            f"masks_{name}",
+            f"ours, tested on {labels[name]}",
+            panoptic,
+            # The paper scores what the decoder drew.
+            {"INPUT.GELLA.ENTITY_SOURCES": entries, "MODEL.GELLA.SNAP": False},
+        )
+        for name, entries in sources.items()
+    ]
 
 
-_LABELS = {
-    "predicted": "predicted masks",
-    "entityseg": "masks of an EntitySeg model",
-    "annotation": "the annotation",
-}
+def _family(cfg: Any) -> str:
+    """ "shapes", "coco" or "own": whose datasets the tables of a config are on (DATASETS.TEST)."""
+    first = next(iter(cfg.DATASETS.TEST), "")
+    if first.startswith("gella_shapes_"):
+        return "shapes"
+    return "coco" if first.startswith("gella_") else "own"
 
 
 def _datasets(cfg: Any, kind: str) -> tuple[str, ...]:
-    family = family_of(cfg)
+    """The datasets of an ``evaluator_type`` that the tables of a config are on."""
+    family, names = _family(cfg), tuple(cfg.DATASETS.TEST)
     if family in _FAMILIES:
         return _FAMILIES[family][kind]
-    names = tuple(
-        name
-        for name in cfg.DATASETS.TEST
-        if MetadataCatalog.get(name).get("evaluator_type") == kind
-    )
-    if not names:
+    fitting = tuple(n for n in names if MetadataCatalog.get(n).get("evaluator_type") == kind)
+    if not fitting:
         raise ValueError(
-            f"DATASETS.TEST {tuple(cfg.DATASETS.TEST)} has no dataset of evaluator_type {kind!r}, "
+            f"DATASETS.TEST {names} has no dataset of evaluator_type {kind!r}, "
             "which the table needs"
         )
-    return names
+    return fitting
 
 
-def _mask_sources(cfg: Any, root: str, every: bool = False) -> dict[str, list[list[str]]]:
+def _mask_sources(cfg: Any, root: str) -> dict[str, list[list[str]]]:
     """Values of INPUT.GELLA.ENTITY_SOURCES by kind of masks."""
     predicted = [list(entry) for entry in cfg.INPUT.GELLA.ENTITY_SOURCES]
-    family = family_of(cfg)
+    family = _family(cfg)
     if not predicted and family == "shapes":
         file = f"{root}/shapes/annotations/predicted_val.json"
         predicted = [["gella_shapes_*_val", "auto", file]]
     if not predicted and family == "coco":
         file = "datasets/entities/coco_entity_swin_l_{}.json"
         predicted = [["gella_coco_*_val2017", "auto", file.format("val2017")]]
-        predicted += [[name, "auto", file.format("train2017")] for name in REFCOCO_DATASETS]
+        predicted += [[name, "auto", file.format("train2017")] for name in REFCOCO]
     if not predicted:
         raise ValueError(
             "the table compares entity masks of several sources: set INPUT.GELLA.ENTITY_SOURCES to "
             "a file of predicted masks for DATASETS.TEST"
         )
-    sources: dict[str, list[list[str]]] = {"annotation": [], "predicted": predicted}
-    if every and family == "coco":
-        file = "datasets/entities/entityseg_swin_l_val2017.json"
-        sources["entityseg"] = [["gella_coco_*_val2017", "auto", file]]
-    return sources
+    return {"annotation": [], "predicted": predicted}
 
 
 def _all_modes(cfg: Any, root: str) -> list[Run]:
+    """Nouns given or extracted, each source of masks, snapped or drawn."""
     runs = []
-    own = family_of(cfg) == "own"
-    known = {MetadataCatalog.get(n).get("evaluator_type") for n in cfg.DATASETS.TEST}
-    sources = _mask_sources(cfg, root)
+    present = {MetadataCatalog.get(name).get("evaluator_type") for name in cfg.DATASETS.TEST}
     for mode, (masks, entries), snap in product(
-        ("given", "extracted"), sources.items(), (True, False)
+        ("given", "extracted"), _mask_sources(cfg, root).items(), (True, False)
     ):
         kinds = ["png"] if mode == "extracted" else ["png", "coco_panoptic_seg", "refcoco"]
-        wanted = [kind for kind in kinds if not own or kind in known]
-        names = tuple(name for kind in wanted for name in _datasets(cfg, kind))
-        if not names:
-            continue
-        snapped = "snapped" if snap else "drawn"
-        changes = {
-            "TEST.NOUNS": mode,
-            "INPUT.GELLA.ENTITY_SOURCES": entries,
-            "MODEL.GELLA.SNAP": snap,
-        }
-        modes = (mode, masks, "on" if snap else "off")
-        runs.append(Run(f"nouns_{mode}_{masks}_{snapped}", "", names, changes, modes))
+        if _family(cfg) == "own":
+            kinds = [kind for kind in kinds if kind in present]
+        names = tuple(name for kind in kinds for name in _datasets(cfg, kind))
+        if names:
+            changes = {
+                "TEST.NOUNS": mode,
+                "INPUT.GELLA.ENTITY_SOURCES": entries,
+                "MODEL.GELLA.SNAP": snap,
+            }
+            folder = f"nouns_{mode}_{masks}_{'snapped' if snap else 'drawn'}"
+            runs.append(Run(folder, "", names, changes, (mode, masks, "on" if snap else "off")))
     return runs
 
 
@@ -178,11 +288,7 @@ def changed(cfg: Any, run: Run, output: str) -> Any:
     """A frozen copy of ``cfg`` for a run, whose files go to ``output``."""
     copy = cfg.clone()
     copy.defrost()
-    for key, value in run.changes.items():
-        node, parts = copy, key.split(".")
-        for part in parts[:-1]:
-            node = node[part]
-        node[parts[-1]] = value
+    copy.merge_from_list([part for change in run.changes.items() for part in change])
     copy.DATASETS.TEST, copy.OUTPUT_DIR = tuple(run.datasets), output
     copy.freeze()
     return copy
@@ -201,86 +307,71 @@ def table_markdown(table: str, runs: Sequence[Run], outcomes: Sequence[Outcome])
         outcomes: of the runs, in the same order.
     """
     if table == "all":
-        return _modes_markdown(runs, outcomes)
+        columns = [*PAPER[3].columns, Column("oracle AR", "png", "oracle_AR")]
+        columns += [Column("nouns found", "nouns", "recall"), *PAPER[4].columns]
+        columns += [Column(name, "refer", name) for name in ("cIoU", "gIoU")]
+        columns += PAPER[6].columns[:1]
+        rows = [
+            [*run.modes, *_scores(outcome, columns)]
+            for run, outcome in zip(runs, outcomes, strict=True)
+        ]
+        head = ["nouns", "masks", "snapping", *(column.head for column in columns)]
+        names = ", ".join(dict.fromkeys(name for run in runs for name in run.datasets))
+        return f"All modes on {names}.\n\n{_markdown(head, rows)}\n"
     paper = PAPER[int(table)]
-    ours = sorted({dataset for outcome in outcomes for dataset in outcome})
     columns = [column for column in paper.columns if not column.dataset]
     if not columns:  # a column per dataset; those that are not the paper's come last
         columns = list(paper.columns)
+        ours = sorted({dataset for outcome in outcomes for dataset in outcome})
         own = [name for name in ours if name not in {c.dataset for c in columns}]
         columns += [Column(name, columns[0].task, columns[0].metric, name) for name in own]
-    rows = [
-        [f"{name} (paper)", paper.data, *(_figure(x) for x in _padded(figures, len(columns)))]
-        for name, figures in paper.rows
-    ]
+    rows = []
+    for name, figures in paper.rows.items():
+        padding = [None] * (len(columns) - len(figures))
+        rows.append([f"{name} (paper)", paper.data, *map(_figure, [*figures, *padding])])
     for run, outcome in zip(runs, outcomes, strict=True):
-        figures = [_score(outcome, column) for column in columns]
-        rows.append([f"**{run.label}**", ", ".join(run.datasets), *map(_figure, figures)])
+        rows.append([f"**{run.label}**", ", ".join(run.datasets), *_scores(outcome, columns)])
     head = [f"Table {table}", "on", *(column.head for column in columns)]
-    apart = [run for run in runs if paper.data not in _data_of(run.datasets)]
+    apart = any(paper.data not in map(_images_of, run.datasets) for run in runs)
     note = " Ours is on other data: the rows do not compare." if apart else ""
     return f"{paper.title}.{note}\n\n{_markdown(head, rows)}\n"
 
 
-def _data_of(datasets: Sequence[str]) -> set[str]:
-    """What the paper calls the images of our datasets."""
-    return {
-        "COCO train2014" if "refcoco" in name else "COCO val2017"
-        for name in datasets
-        if name.startswith(("gella_coco_", "gella_refcoco"))
-    }
+def _images_of(dataset: str) -> str:
+    """What the paper calls the images of one of our datasets."""
+    if not dataset.startswith(("gella_coco_", "gella_refcoco")):
+        return ""
+    return "COCO train2014" if "refcoco" in dataset else _VAL
 
 
 def compared_markdown(outcome: Outcome) -> str:
     """Every task of an evaluation with the paper's row of the same figures, where it has one."""
     parts = []
-    present = {task for tasks in outcome.values() for task in tasks}
     for number, task in ((3, "png"), (4, "panoptic_seg"), (6, "entity"), (2, "refer")):
-        if task in present:
-            datasets = tuple(name for name, tasks in outcome.items() if task in tasks)
-            part = {name: outcome[name] for name in datasets}
-            parts.append(table_markdown(str(number), [Run("", "ours", datasets)], [part]))
+        part = {name: tasks for name, tasks in outcome.items() if task in tasks}
+        if part:
+            parts.append(table_markdown(str(number), [Run("", "ours", tuple(part))], [part]))
     for name, tasks in outcome.items():
         if "nouns" in tasks:
             head = ["Noun extraction", "on", "recall", "precision"]
             figures = (tasks["nouns"].get(key) for key in ("recall", "precision"))
-            rows = [["GELLA-7B (paper, Table 9)", "COCO val2017", "96.1", "-"]]
+            rows = [["GELLA-7B (paper, Table 9)", _VAL, "96.1", "-"]]
             rows.append(["**ours**", name, *map(_figure, figures)])
             parts.append(f"Nouns in generated answers.\n\n{_markdown(head, rows)}\n")
     return "\n".join(parts)
 
 
-_MODE_COLUMNS = (
-    *PAPER[3].columns,
-    Column("oracle AR", "png", "oracle_AR"),
-    Column("nouns found", "nouns", "recall"),
-    *PAPER[4].columns,
-    Column("cIoU", "refer", "cIoU"),
-    Column("gIoU", "refer", "gIoU"),
-    *PAPER[6].columns[:1],
-)
-
-
-def _modes_markdown(runs: Sequence[Run], outcomes: Sequence[Outcome]) -> str:
-    rows = [
-        [*run.modes, *(_figure(_score(outcome, column)) for column in _MODE_COLUMNS)]
-        for run, outcome in zip(runs, outcomes, strict=True)
-    ]
-    head = ["nouns", "masks", "snapping", *(column.head for column in _MODE_COLUMNS)]
-    names = ", ".join(dict.fromkeys(name for run in runs for name in run.datasets))
-    return f"All modes on {names}.\n\n{_markdown(head, rows)}\n"
-
-
-def _score(outcome: Outcome, column: Column) -> float | None:
-    for dataset, tasks in outcome.items():
-        fits = not column.dataset or dataset == column.dataset
-        if fits and column.metric in tasks.get(column.task, {}):
-            return tasks[column.task][column.metric]
-    return None
-
-
-def _padded(figures: Sequence[float | None], length: int) -> list[float | None]:
-    return [*figures, *[None] * (length - len(figures))]
+def _scores(outcome: Outcome, columns: Sequence[Column]) -> list[str]:
+    """A cell per column: the figure of the first dataset that has it."""
+    cells = []
+    for column in columns:
+        values = [
+            tasks[column.task][column.metric]
+            for dataset, tasks in outcome.items()
+            if column.dataset in ("", dataset) and column.metric in tasks.get(column.task, {})
+        ]
+        cells.append(_figure(values[0] if values else None))
+    return cells
 
 
 def _figure(value: float | None) -> str:

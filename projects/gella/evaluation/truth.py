@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ class Truth:
         segments: dicts ``id, category_id, iscrowd`` ..., in the order of the file.
         regions: the same pixels as an EntityMap of *all* segments in that order; crowds, which are
             no entities, are among them because a narrative may name one.
+        image_id: for messages.
     """
 
     ids: np.ndarray
@@ -35,16 +35,15 @@ class Truth:
     image_id: Any
 
     def indices(self, segment_ids: Sequence[int | str]) -> list[int]:
-        """Places of segments in ``segments``; ValueError names the image and unknown ids."""
-        place = {segment_id: k for k, segment_id in enumerate(self.regions.segment_ids)}
-        wanted = [int(segment_id) for segment_id in segment_ids]
-        unknown = [segment_id for segment_id in wanted if segment_id not in place]
+        """Indices of segments in ``segments``; ValueError names the image and unknown ids."""
+        index = {segment_id: k for k, segment_id in enumerate(self.regions.segment_ids)}
+        unknown = [int(i) for i in segment_ids if int(i) not in index]
         if unknown:
             raise ValueError(
                 f"image {self.image_id}: segment ids {unknown} are not in its annotation, which "
-                f"has {len(place)} segments: narrative and panoptic file must be of one release"
+                f"has {len(index)} segments: narrative and panoptic file must be of one release"
             )
-        return [place[segment_id] for segment_id in wanted]
+        return [index[int(i)] for i in segment_ids]
 
     def mask(self, segment_ids: Sequence[int | str]) -> np.ndarray:
         """Union of the named segments, bool (H, W)."""
@@ -55,7 +54,7 @@ class TruthReader:
     """Reads panoptic annotations of mapped test inputs and keeps the last few."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, Any], Truth] = OrderedDict()
+        self._kept: dict[tuple[str, Any], Truth] = {}
 
     def __call__(self, sample: dict[str, Any]) -> Truth:
         """Truth of a mapped dict with ``annotation`` {"file_name", "segments_info"}.
@@ -72,13 +71,11 @@ class TruthReader:
         """
         if "truth" in sample:
             return sample["truth"]
-        annotation = _annotation(sample)
-        key = (str(annotation["file_name"]), sample["image_id"])
+        key = (str(_annotation(sample)["file_name"]), sample["image_id"])
         if key not in self._kept:
-            self._kept[key] = _read(annotation, sample)
+            self._kept[key] = _read(sample)
             if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
+                del self._kept[next(iter(self._kept))]
         return self._kept[key]
 
     def mask(self, sample: dict[str, Any], segment_ids: Sequence[int | str]) -> np.ndarray:
@@ -87,16 +84,17 @@ class TruthReader:
         Segments that carry a ``segmentation`` (RefCOCO's polygons or RLE) may overlap each other
         and are decoded from it; else the panoptic PNG is read.
         """
-        annotation = _annotation(sample)
-        outlines = {int(s["id"]): s.get("segmentation") for s in annotation["segments_info"] or []}
+        outlines = {
+            int(segment["id"]): segment.get("segmentation")
+            for segment in _annotation(sample)["segments_info"] or []
+        }
+        size = (sample["height"], sample["width"])
         wanted = [int(segment_id) for segment_id in segment_ids]
-        if not wanted or any(outlines.get(segment_id) is None for segment_id in wanted):
-            height, width = sample["height"], sample["width"]
-            return self(sample).mask(wanted) if wanted else np.zeros((height, width), bool)
-        masks = [
-            decode_segmentation(outlines[i], (sample["height"], sample["width"])) for i in wanted
-        ]
-        return np.logical_or.reduce(masks)
+        if not wanted:
+            return np.zeros(size, bool)
+        if any(outlines.get(segment_id) is None for segment_id in wanted):
+            return self(sample).mask(wanted)
+        return np.logical_or.reduce([decode_segmentation(outlines[i], size) for i in wanted])
 
 
 def _annotation(sample: dict[str, Any]) -> dict[str, Any]:
@@ -108,22 +106,17 @@ def _annotation(sample: dict[str, Any]) -> dict[str, Any]:
     return sample["annotation"]
 
 
-def _read(annotation: dict[str, Any], sample: dict[str, Any]) -> Truth:
-    image_id, path = sample["image_id"], Path(annotation["file_name"])
+def _read(sample: dict[str, Any]) -> Truth:
+    annotation, image_id = _annotation(sample), sample["image_id"]
+    path = Path(annotation["file_name"])
     if not path.is_file():
         raise FileNotFoundError(
             f"image {image_id}: annotation {path} does not exist; check the dataset's panoptic_root"
         )
     try:
-        ids = read_id_png(path)
+        ids = read_id_png(path, (sample["height"], sample["width"]))
     except ValueError as error:
         raise ValueError(f"image {image_id}: annotation {path}: {error}") from error
-    size = (sample["height"], sample["width"])
-    if ids.shape != size:
-        raise ValueError(
-            f"image {image_id}: annotation {path} has size {ids.shape}, the image {size}: it "
-            "belongs to another image"
-        )
     # Every id starts somewhere in a row, so the starts of runs hold them all.
     present = np.union1d(ids[:, 0], ids[:, 1:][ids[:, 1:] != ids[:, :-1]]).tolist()
     segments = annotation["segments_info"]
