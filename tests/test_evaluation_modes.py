@@ -156,7 +156,7 @@ def test_other_names_for_the_same_categories(cfg: Any, dataset: str, tmp_path: P
         with pytest.raises(ValueError, match=message):
             evaluation.asked_categories(cfg, dataset)
     cfg.TEST.CATEGORIES_FROM = str(tmp_path / "absent.json")
-    with pytest.raises(FileNotFoundError, match="neither a registered dataset nor a file"):
+    with pytest.raises(FileNotFoundError, match="name a registered dataset or a JSON file"):
         evaluation.asked_categories(cfg, dataset)
 
 
