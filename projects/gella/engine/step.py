@@ -11,7 +11,7 @@ import torch
 from detectron2.engine import SimpleTrainer
 from torch import Tensor, nn
 
-from gella.modeling.loss_counts import planned_counts
+from gella.modeling.criterion import LossCounts
 
 __all__ = ["StepTrainer"]
 
@@ -99,23 +99,21 @@ class StepTrainer(SimpleTrainer):
             )
         return [batch[i * size : (i + 1) * size] for i in range(self.accumulate)]
 
-    def _counts(self, parts: list[Sequence[Any]]) -> dict[str, float] | None:
-        """Mean counts over all parts of all ranks; None leaves it to the losses (one part)."""
+    def _counts(self, parts: list[Sequence[Any]]) -> LossCounts | None:
+        """Mean counts over all parts of all ranks; None for a model that counts nothing."""
         inner: Any = getattr(self.model, "module", self.model)
-        if len(parts) == 1 or not hasattr(inner, "loss_counts"):
+        if not hasattr(inner, "loss_counts"):
             return None
-        own = [inner.loss_counts(part) for part in parts]
-        names = sorted(own[0])
         device = next(inner.parameters()).device
-        total = torch.tensor([sum(c[name] for c in own) for name in names], device=device)
-        total /= len(parts)
+        sums = [sum(column) for column in zip(*(inner.loss_counts(part) for part in parts))]
+        total = torch.tensor(sums, device=device) / len(parts)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
             total /= torch.distributed.get_world_size()
-        return dict(zip(names, total.tolist(), strict=True))
+        return LossCounts(*total.tolist())
 
     def _forward_backward(
-        self, part: Sequence[Any], counts: dict[str, float] | None
+        self, part: Sequence[Any], counts: LossCounts | None
     ) -> Mapping[str, Tensor] | None:
         """Losses of one part, whose gradients were added; None if the guard says no."""
         last = self.micro_step == self.accumulate - 1
@@ -123,10 +121,10 @@ class StepTrainer(SimpleTrainer):
         sync = contextlib.nullcontext() if last else _no_sync(self.model)
         if self.zero is not None:
             self.zero.before_forward(last)
-        with sync, planned_counts(counts):
+        with sync:
             autocast = torch.autocast(device, self.precision, enabled=self.precision is not None)
             with autocast:
-                losses = self.model(part)
+                losses = self.model(part) if counts is None else self.model(part, counts)
             if isinstance(losses, Tensor):
                 losses = {"total_loss": losses}
             if self.guard is not None and not self.guard.losses_ok(losses, part):

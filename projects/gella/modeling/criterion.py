@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import configurable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gella.modeling.loss_counts import mean_over_parts
-
 Match = tuple[Tensor, Tensor]  # query indices and entity indices, int64, the same length
+
+
+class LossCounts(NamedTuple):
+    """What the losses of a step divide by: one number each for all its parts, on every rank.
+
+    The training step averages losses over ranks and over the micro batches of gradient
+    accumulation. The result is the loss of the joined batch only if every part divides by the same
+    number: the count of :func:`count_terms` averaged over all parts.
+
+    Attributes:
+        answer: supervised tokens.
+        masks: entities with a pixel.
+        queries: queries by their weight in the entity loss.
+        pairs: of a noun with known entities and a query.
+    """
+
+    answer: float
+    masks: float
+    queries: float
+    pairs: float
+
+
+def count_terms(
+    batched_inputs: Sequence[dict[str, Any]], num_queries: int | None, no_object_weight: float
+) -> LossCounts:
+    """Count what the losses of a batch divide by, from the data alone, before any forward pass.
+
+    Args:
+        batched_inputs: mapped dicts of one task; describing has an answer only.
+        num_queries: of learned queries; None where every entity has its own.
+        no_object_weight: of queries without an entity in the entity loss.
+    """
+    tokens = masks = pairs = 0
+    weight = 0.0
+    for inputs in batched_inputs:
+        tokens += int((inputs["labels"][1:] != -100).sum())  # the first predicts the second label
+        if inputs["task"] == "describe":
+            continue
+        entities = inputs["entities"]
+        queries = entities.num_entities if num_queries is None else num_queries
+        visible = int((entities.areas() > 0).sum())
+        matched = min(visible, queries)
+        masks += visible
+        weight += matched + no_object_weight * (queries - matched)
+        phrases = inputs["phrases"] if len(inputs["seg_positions"]) else []
+        pairs += queries * sum(p["entity_indices"] is not None for p in phrases)
+    return LossCounts(float(tokens), float(masks), weight, float(pairs))
 
 
 class GellaCriterion(nn.Module):
@@ -22,9 +68,8 @@ class GellaCriterion(nn.Module):
     every layer before it (``_0``, ``_1``, ...). ``learned`` queries meet entities by Hungarian
     matching, layer by layer; ``entity`` queries by their number.
 
-    All means are over the batch as a whole: an image with many entities weighs more, as in
-    Mask2Former. All of them divide by counts averaged over the ranks (``loss_counts.py``), so that
-    several ranks give what one process gives on their joined batch.
+    All means are over the step as a whole, by the :class:`LossCounts` that the caller gives: an
+    image with many entities weighs more, as in Mask2Former.
     """
 
     @configurable
@@ -89,15 +134,17 @@ class GellaCriterion(nn.Module):
         self,
         decoder_output: Any,
         target_masks: list[Tensor],
+        counts: LossCounts,
         association_logits: list[Tensor] | None = None,
-        association_targets: list[Tensor] | None = None,
-        association_valid: list[Tensor] | None = None,
+        association_targets: Sequence[Tensor] = (),
+        association_valid: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Compute every loss, weighted, in float32 whatever autocast says.
 
         Args:
             decoder_output: a ``MaskDecoderOutput``.
             target_masks: per image bool (E_i, H, W) in the colormap's frame, the input entities.
+            counts: what to divide by.
             association_logits: per image (P_i, Q); None leaves ``loss_association`` out.
             association_targets: per image (P_i, E_i) in 0..1, 1 where noun p names entity e.
             association_valid: per image bool (P_i,), False where a noun's entities are unknown;
@@ -110,17 +157,21 @@ class GellaCriterion(nn.Module):
             ValueError: numbers of images, nouns or entities that disagree.
             KeyError: a loss without a weight.
         """
-        with torch.autocast(decoder_output.query_embeddings.device.type, enabled=False):
+        device = decoder_output.query_valid.device
+        # 1 where nothing is counted; not clamped, for one mask on one of two ranks is a half.
+        divisors = LossCounts(*(torch.tensor(float(c) or 1.0, device=device) for c in counts))
+        with torch.autocast(device.type, enabled=False):
             targets = [mask.bool() for mask in target_masks]
             matches = self.match(decoder_output, targets)
-            losses = self._segmentation(decoder_output, targets, matches)
+            losses = self._segmentation(decoder_output, targets, matches, divisors)
             if association_logits is not None:
                 losses["loss_association"] = self._association(
                     decoder_output.query_valid,
                     matches,
                     association_logits,
-                    association_targets or [],
+                    association_targets,
                     association_valid,
+                    divisors.pairs,
                 )
         return self.weigh(losses)
 
@@ -187,64 +238,47 @@ class GellaCriterion(nn.Module):
         return query.to(entities.device), entities[entity.to(entities.device)]
 
     def _segmentation(
-        self, output: Any, targets: list[Tensor], matches: list[Match]
+        self, output: Any, targets: list[Tensor], matches: list[Match], divisors: Any
     ) -> dict[str, Tensor]:
         last = len(output.mask_logits) - 1
-        layers = range(last + 1) if self.deep_supervision else [last]
-        visible = [mask.flatten(1).any(dim=1) for mask in targets]
         # What has no pixel cannot be reconstructed: no mask loss, and it counts as no object.
-        count = sum(int(v.sum()) for v in visible)
-        device = output.query_valid.device
-        num_masks = mean_over_parts("masks", float(count), device)
-        # Every layer pairs as many queries, whichever they are.
-        paired = sum(int(v[e].sum()) for (_, e), v in zip(matches, visible))
-        others = self.terms.empty_weight[1] * (output.query_valid.sum() - paired)
-        num_queries = mean_over_parts("queries", paired + others, device)
+        visible = [mask.flatten(1).any(dim=1) for mask in targets]
         losses: dict[str, Tensor] = {}
         wanted = None
-        for layer in layers:
+        for layer in range(last + 1) if self.deep_supervision else [last]:
             pairs = matches
             if self.queries == "learned" and layer != last:
                 pairs = self.match(output, targets, layer)
             pairs = [(q[v[e]], e[v[e]]) for (q, e), v in zip(pairs, visible)]
-            suffix = "" if layer == last else f"_{layer}"
-            if count and (wanted is None or self.queries == "learned"):
+            if wanted is None or self.queries == "learned":
                 wanted = torch.cat([t[e] for t, (_, e) in zip(targets, pairs)]).float()  # M H W
-            terms = self._layer(output, layer, wanted, pairs, num_masks, num_queries)
+            suffix = "" if layer == last else f"_{layer}"
+            terms = self._layer(output, layer, wanted, pairs, divisors)
             losses.update({name + suffix: loss for name, loss in terms.items()})
         return losses
 
     def _layer(
-        self,
-        output: Any,
-        layer: int,
-        wanted: Tensor | None,
-        pairs: list[Match],
-        num_masks: Tensor,
-        num_queries: Tensor,
+        self, output: Any, layer: int, wanted: Tensor, pairs: list[Match], divisors: Any
     ) -> dict[str, Tensor]:
         mask_logits, entity_logits = output.mask_logits[layer], output.entity_logits[layer]
         valid = output.query_valid
         image = torch.cat([torch.full_like(q, i) for i, (q, _) in enumerate(pairs)])
         query = torch.cat([q for q, _ in pairs])
-        if wanted is not None and len(query):
+        if len(query):
             chosen = mask_logits[image, query].float()  # M h w
-            terms = self._mask_terms(chosen, wanted, num_masks)
+            terms = self._mask_terms(chosen, wanted, divisors.masks)
         else:
             terms = {"loss_mask": mask_logits.sum() * 0.0, "loss_dice": mask_logits.sum() * 0.0}
         # Mask2FormerLoss.loss_labels with another divisor than this rank's own sum of weights.
         wanted_class = torch.ones_like(valid, dtype=torch.int64)  # 0 entity, 1 no object
         wanted_class[image, query] = 0
-        terms["loss_entity"] = (
-            F.cross_entropy(
-                entity_logits[valid].float(),
-                wanted_class[valid],
-                weight=self.terms.empty_weight,
-                reduction="sum",
-            )
-            / num_queries
+        total = F.cross_entropy(
+            entity_logits[valid].float(),
+            wanted_class[valid],
+            weight=self.terms.empty_weight,
+            reduction="sum",
         )
-        return terms
+        return {**terms, "loss_entity": total / divisors.queries}
 
     def _mask_terms(self, chosen: Tensor, wanted: Tensor, num_masks: Tensor) -> dict[str, Tensor]:
         """``Mask2FormerLoss.loss_masks`` on pairs that are already side by side.
@@ -276,8 +310,9 @@ class GellaCriterion(nn.Module):
         query_valid: Tensor,
         matches: list[Match],
         logits: list[Tensor],
-        targets: list[Tensor],
-        known: list[Tensor] | None,
+        targets: Sequence[Tensor],
+        known: Sequence[Tensor] | None,
+        divisor: Tensor,
     ) -> Tensor:
         # Eq. 9: the mean over all pairs of a noun whose entities are known and a valid query.
         if len(logits) != len(matches) or len(targets) != len(matches):
@@ -286,7 +321,6 @@ class GellaCriterion(nn.Module):
                 f"{len(matches)} images"
             )
         total = sum(x.float().sum() for x in logits) * 0.0
-        pairs = 0
         for i, ((query, entity), scores, target) in enumerate(zip(matches, logits, targets)):
             if len(scores) != len(target):
                 raise ValueError(
@@ -300,5 +334,4 @@ class GellaCriterion(nn.Module):
             total = total + F.binary_cross_entropy_with_logits(
                 scores.float(), wanted, reduction="sum"
             )
-            pairs += scores.numel()
-        return total / mean_over_parts("pairs", float(pairs), query_valid.device)
+        return total / divisor

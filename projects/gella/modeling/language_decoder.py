@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from gella.modeling.adapters import QUANTIZATIONS, add_lora, merge_lora, quantize
 from gella.modeling.causal_lm import build_causal_lm, llama_config, read_config
 from gella.modeling.generation import Drafts, before_end, greedy, with_drafts
-from gella.modeling.loss_counts import mean_over_parts
 from gella.modeling.prefix import Prefix, joined_cache, read_prefix
 from gella.modeling.projector import build_projector
 
@@ -151,6 +150,7 @@ class LanguageDecoder(nn.Module):
         labels: list[Tensor],
         seg_positions: list[Tensor],
         prefixes: Sequence[Prefix] | None = None,
+        answer_count: float | None = None,
     ) -> LanguageOutput:
         """Run prompts and answers in one parallel pass.
 
@@ -161,6 +161,7 @@ class LanguageDecoder(nn.Module):
             seg_positions: per sample (P_i,) int64, where <SEG> stands in `input_ids`.
             prefixes: per sample what :meth:`remember` gave for its image: only the rest of the
                 prompts is computed, and the image grid is not looked at.
+            answer_count: supervised tokens that the loss divides by; None: those of this batch.
 
         Raises:
             ValueError: a sample is longer than ``MODEL.LANGUAGE.MAX_POSITIONS`` or holds another
@@ -183,19 +184,18 @@ class LanguageDecoder(nn.Module):
         seg_embeddings = [h[p - known].to(image_grid.dtype) for h, p in zip(hidden, seg_positions)]
         labels = [label[known:] for label in labels]
         padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
-        return LanguageOutput(self._answer_loss(hidden, padded), seg_embeddings)
+        return LanguageOutput(self._answer_loss(hidden, padded, answer_count), seg_embeddings)
 
-    def _answer_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _answer_loss(self, hidden: Tensor, labels: Tensor, count: float | None) -> Tensor:
         # Logits only where a token is supervised: at 32,000 words the full (B, L, V) tensor of a
         # long caption would cost more memory than a decoder layer.
         targets = labels[:, 1:]
         supervised = targets != IGNORE_INDEX
         logits = self.llama.get_output_embeddings()(hidden[:, :-1][supervised])
         total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-        count = supervised.sum()
-        if self.training:  # only then do all ranks come here together
-            return total / mean_over_parts("answer", count, total.device)
-        return total / count.clamp(min=1)
+        if count is None:
+            return total / supervised.sum().clamp(min=1)
+        return total / torch.tensor(count or 1.0, device=total.device)
 
     @torch.no_grad()
     def remember(self, image_grid: Tensor, ids: Tensor) -> list[Prefix] | None:

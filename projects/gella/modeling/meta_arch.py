@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from gella.modeling import inference as inference_path
 from gella.modeling.association import Association
-from gella.modeling.criterion import GellaCriterion
+from gella.modeling.criterion import GellaCriterion, LossCounts, count_terms
 from gella.modeling.language_decoder import LanguageDecoder
-from gella.modeling.loss_counts import count_terms
 from gella.modeling.mask_decoder import MaskDecoderOutput
 from gella.modeling.prefix import Prefix
 from gella.modeling.resoblend import ResoBlend
@@ -140,8 +139,15 @@ class GELLA(nn.Module):
         texts = [" " + parts[0] for parts in answers] + [prompts.SEG_TOKEN + answers[1][1]]
         return [self.tokenizer(t.rstrip(), add_special_tokens=False)["input_ids"] for t in texts]
 
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+    def forward(
+        self, batched_inputs: list[dict[str, Any]], counts: LossCounts | None = None
+    ) -> Any:
         """Train on, or ground, a batch of mapped dicts (``data/mapper.py``).
+
+        Args:
+            batched_inputs: in training all of one task.
+            counts: in training, what the losses of the whole step divide by; None: this batch is
+                the whole step.
 
         Returns:
             in training a dict of weighted scalar losses with fixed names; else a dict per image:
@@ -149,31 +155,38 @@ class GELLA(nn.Module):
         """
         if not self.training:
             return inference_path.answer_batch(self, batched_inputs)
+        counts = self.loss_counts(batched_inputs) if counts is None else counts
         if batched_inputs[0]["task"] == "describe":
-            losses, language = self._describe(batched_inputs)
+            losses, loss_answer = self._describe(batched_inputs, counts)
         else:
             decoder_output, image_grid = self.encode(batched_inputs)
             queries = decoder_output.query_embeddings
-            language, logits = self.associate(batched_inputs, queries, image_grid)
+            language, logits = self.associate(
+                batched_inputs, queries, image_grid, answer_count=counts.answer
+            )
             targets, known = zip(*(self._association_targets(x) for x in batched_inputs))
             losses = self.criterion(
                 decoder_output,
                 target_masks=[
                     inference_path.entity_masks(x["entities"], self.device) for x in batched_inputs
                 ],
+                counts=counts,
                 association_logits=logits,
                 association_targets=list(targets),
                 association_valid=list(known),
             )
-        losses["loss_answer"] = language.loss_answer * self.answer_weight
+            loss_answer = language.loss_answer
+        losses["loss_answer"] = loss_answer * self.answer_weight
         return losses
 
-    def loss_counts(self, batched_inputs: list[dict[str, Any]]) -> dict[str, float]:
+    def loss_counts(self, batched_inputs: list[dict[str, Any]]) -> LossCounts:
         """What the losses of this batch divide by; see :func:`count_terms`."""
         no_object = float(self.criterion.terms.empty_weight[1])
         return count_terms(batched_inputs, self.mask_decoder.num_queries, no_object)
 
-    def _describe(self, batched_inputs: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Any]:
+    def _describe(
+        self, batched_inputs: list[dict[str, Any]], counts: LossCounts
+    ) -> tuple[dict[str, Tensor], Tensor]:
         # Describing trains the language part only (section 3.4). The other losses are 0 and depend
         # on every parameter outside it, so that all steps have the same losses and all ranks the
         # same gradients to exchange, without the cost of the parts that are not needed. The
@@ -185,7 +198,8 @@ class GELLA(nn.Module):
         )
         losses = {n: idle for n in self.criterion.loss_names(self.mask_decoder.num_outputs)}
         grids = self.image_encoder(self._pixels(batched_inputs, "image"))
-        return losses, self._answer(batched_inputs, grids["penultimate"])
+        language = self._answer(batched_inputs, grids["penultimate"], None, counts.answer)
+        return losses, language.loss_answer
 
     def encode(self, batched_inputs: list[dict[str, Any]]) -> tuple[MaskDecoderOutput, Tensor]:
         """Run the vision side.
@@ -225,6 +239,7 @@ class GELLA(nn.Module):
         query_embeddings: Tensor,
         image_grid: Tensor,
         prefixes: Sequence[Prefix] | None = None,
+        answer_count: float | None = None,
     ) -> tuple[Any, list[Tensor]]:
         """Run the language side and join it with the entities.
 
@@ -232,12 +247,12 @@ class GELLA(nn.Module):
             batched_inputs: mapped dicts.
             query_embeddings: (B, Q, D), ``E_vc`` of the same images.
             image_grid: (B, C, g, g), their penultimate grids.
-            prefixes: what the language decoder has read of each image already.
+            prefixes, answer_count: see :meth:`LanguageDecoder.forward`.
 
         Returns:
             the language decoder's output, and per image (P_i, Q) association logits.
         """
-        language = self._answer(batched_inputs, image_grid, prefixes)
+        language = self._answer(batched_inputs, image_grid, prefixes, answer_count)
         logits = self.association(language.seg_embeddings, query_embeddings)
         return language, logits
 
@@ -246,6 +261,7 @@ class GELLA(nn.Module):
         batched_inputs: list[dict[str, Any]],
         image_grid: Tensor,
         prefixes: Sequence[Prefix] | None = None,
+        answer_count: float | None = None,
     ) -> Any:
         return self.language_decoder(
             image_grid,
@@ -253,6 +269,7 @@ class GELLA(nn.Module):
             [x["labels"].to(self.device) for x in batched_inputs],
             [x["seg_positions"].to(self.device) for x in batched_inputs],
             prefixes,
+            answer_count,
         )
 
     def _pixels(self, batched_inputs: list[dict[str, Any]], key: str) -> Tensor:
