@@ -157,10 +157,9 @@ class GellaCriterion(nn.Module):
             ValueError: numbers of images, nouns or entities that disagree.
             KeyError: a loss without a weight.
         """
-        device = decoder_output.query_valid.device
         # 1 where nothing is counted; not clamped, for one mask on one of two ranks is a half.
-        divisors = LossCounts(*(torch.tensor(float(c) or 1.0, device=device) for c in counts))
-        with torch.autocast(device.type, enabled=False):
+        divisors = LossCounts(*(count or 1.0 for count in counts))
+        with torch.autocast(decoder_output.query_valid.device.type, enabled=False):
             targets = [mask.bool() for mask in target_masks]
             matches = self.match(decoder_output, targets)
             losses = self._segmentation(decoder_output, targets, matches, divisors)
@@ -238,7 +237,7 @@ class GellaCriterion(nn.Module):
         return query.to(entities.device), entities[entity.to(entities.device)]
 
     def _segmentation(
-        self, output: Any, targets: list[Tensor], matches: list[Match], divisors: Any
+        self, output: Any, targets: list[Tensor], matches: list[Match], divisors: LossCounts
     ) -> dict[str, Tensor]:
         last = len(output.mask_logits) - 1
         # What has no pixel cannot be reconstructed: no mask loss, and it counts as no object.
@@ -258,7 +257,7 @@ class GellaCriterion(nn.Module):
         return losses
 
     def _layer(
-        self, output: Any, layer: int, wanted: Tensor, pairs: list[Match], divisors: Any
+        self, output: Any, layer: int, wanted: Tensor, pairs: list[Match], divisors: LossCounts
     ) -> dict[str, Tensor]:
         mask_logits, entity_logits = output.mask_logits[layer], output.entity_logits[layer]
         valid = output.query_valid
@@ -280,7 +279,7 @@ class GellaCriterion(nn.Module):
         )
         return {**terms, "loss_entity": total / divisors.queries}
 
-    def _mask_terms(self, chosen: Tensor, wanted: Tensor, num_masks: Tensor) -> dict[str, Tensor]:
+    def _mask_terms(self, chosen: Tensor, wanted: Tensor, num_masks: float) -> dict[str, Tensor]:
         """``Mask2FormerLoss.loss_masks`` on pairs that are already side by side.
 
         That method pads, copies and indexes all full-size targets once per layer, a fifth of the
@@ -312,7 +311,7 @@ class GellaCriterion(nn.Module):
         logits: list[Tensor],
         targets: Sequence[Tensor],
         known: Sequence[Tensor] | None,
-        divisor: Tensor,
+        divisor: float,
     ) -> Tensor:
         # Eq. 9: the mean over all pairs of a noun whose entities are known and a valid query.
         if len(logits) != len(matches) or len(targets) != len(matches):

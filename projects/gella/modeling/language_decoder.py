@@ -195,7 +195,7 @@ class LanguageDecoder(nn.Module):
         total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
         if count is None:
             return total / supervised.sum().clamp(min=1)
-        return total / torch.tensor(count or 1.0, device=total.device)
+        return total / (count or 1.0)
 
     @torch.no_grad()
     def remember(self, image_grid: Tensor, ids: Tensor) -> list[Prefix] | None:
