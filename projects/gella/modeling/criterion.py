@@ -319,7 +319,7 @@ class GellaCriterion(nn.Module):
                 f"association: {len(logits)} logits and {len(targets)} targets for "
                 f"{len(matches)} images"
             )
-        total = sum(x.float().sum() for x in logits) * 0.0
+        total: Any = sum(x.float().sum() for x in logits) * 0.0
         for i, ((query, entity), scores, target) in enumerate(zip(matches, logits, targets)):
             if len(scores) != len(target):
                 raise ValueError(
