@@ -36,7 +36,7 @@ from scipy.stats import permutation_test
 from tabulate import tabulate
 
 from gella import load_config
-from gella.data.plugins import import_modules
+from gella.data.register import import_modules
 from gella.engine.launch import leave_process_group
 from gella.engine.trainer import GellaTrainer
 from gella.utils.io import write_json

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from gella import add_gella_config, load_config
 from gella.data.mapper import GroundingMapper
-from gella.data.plugins import import_modules
+from gella.data.register import import_modules
 from gella.engine.trainer import load_records
 from gella.text.prompts import TASKS
 from gella.utils.io import write_json

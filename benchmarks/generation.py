@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from gella import load_config
 from gella.data.mapper import GroundingMapper
-from gella.data.plugins import import_modules
+from gella.data.register import import_modules
 from gella.engine.trainer import load_records
 from gella.text.prompts import decode_answer
 from gella.utils.io import write_json

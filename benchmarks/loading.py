@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure how long an annotation of the size of PNG's takes to load, and in how much memory.
 
-    python datasets/benchmark_loading.py [--narratives 134272 --images 118287 --workers 2]
+    python benchmarks/loading.py [--narratives 134272 --images 118287 --workers 2]
 
 Writes a made-up panoptic JSON and narratives of that size into a temporary folder, loads them as
 training does, in a fresh process, and then lets forked workers read every record. Prints
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="example: python datasets/benchmark_loading.py --narratives 20000 --images 20000",
+        epilog="example: python benchmarks/loading.py --narratives 20000 --images 20000",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--narratives", type=int, default=134_272, help="PNG has this many")
@@ -144,7 +144,7 @@ def _narrative(rng: random.Random, image_id: int, segments: list[dict[str, Any]]
 def measure(root: Path, workers: int) -> dict[str, Any]:
     """Load the files in this process as training does, then read all records in forked ones."""
     from gella.data.narratives import load_png
-    from gella.data.task_sampling import GroundingDataset
+    from gella.data.sampling import GroundingDataset
 
     start = time.perf_counter()
     records = load_png(root / "png.json", root / "panoptic.json", root / "png", root / "images")

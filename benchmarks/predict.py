@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from gella import EntityMap, GellaPredictor, Request
 from gella.config import load_config
-from gella.data.plugins import import_modules
+from gella.data.register import import_modules
 from gella.utils.io import write_json
 
 SHARE, BATCH_SHARE = 0.5, 1.0  # what is asked, see `rules`

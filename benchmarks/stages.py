@@ -1,4 +1,4 @@
-"""The mapper step by step, and the loader, for `benchmark_data.py`."""
+"""The mapper step by step, and the loader, for `data.py`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from gella.data.mapper import GroundingMapper
+from gella.data.sampling import build_train_loader
 from gella.data.targets import EntityMatcher
-from gella.data.task_sampling import build_train_loader
 from gella.entities.entity_map import entity_colors, paint_colormap
 from gella.entities.sources import load_from_record
 from gella.entities.view import fit_image, fitted_size, read_image

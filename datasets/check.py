@@ -20,7 +20,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog
 
 import gella
-from gella.data.checking import check_dataset
+from gella.data.check import check_dataset
 from gella.evaluation.results import write_json
 
 

@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from tqdm import tqdm
 
 import gella.data  # noqa: F401  (registers the datasets)
-from gella.data.spans import alignment_report
+from gella.data.narratives import read_narratives
+from gella.data.records import Place
 from gella.evaluation.results import write_json
+from gella.text.prompts import align_utterances
 
 SHOWN = 20  # unaligned utterances on the screen; --json has all
 
@@ -80,6 +83,58 @@ def _narratives_of(name: str) -> str:
             f"{name!r} is no file and no dataset; datasets of narratives: {', '.join(known)}"
         )
     return name
+
+
+def alignment_report(png_json: str | Path) -> dict[str, Any]:
+    """Align every utterance of a file of narratives with its caption.
+
+    Args:
+        png_json: in the form of Panoptic Narrative Grounding (docs/FORMATS.md 2).
+
+    Returns:
+        ``file``; the numbers ``narratives``, ``utterances`` (blank ones are not counted, they say
+        nothing), ``aligned``, ``nouns`` and ``aligned_nouns`` (of noun phrases, on which masks
+        depend); ``unaligned``: a dict ``narrative`` (place in the file from 0), ``image_id``,
+        ``utterance``, ``is_noun``, ``caption`` for each that has no span, in order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file; the message names the narrative.
+    """
+    numbers = dict.fromkeys(("utterances", "aligned", "nouns", "aligned_nouns"), 0)
+    unaligned = []
+    narratives = read_narratives(png_json)
+    for number, narrative in enumerate(tqdm(narratives, desc="aligning", disable=None)):
+        place = Place(png_json, f"narrative {number}")
+        caption = place.text(narrative, "caption")
+        segments = place.listed(narrative, "segments")
+        utterances = [place.text(segment, "utterance") for segment in segments]
+        for segment, words, span in zip(
+            segments, utterances, align_utterances(caption, utterances)
+        ):
+            if not words.strip():
+                continue
+            noun = bool(segment.get("noun") or segment.get("segment_ids"))
+            numbers["utterances"] += 1
+            numbers["nouns"] += noun
+            numbers["aligned"] += span is not None
+            numbers["aligned_nouns"] += noun and span is not None
+            if span is None:
+                unaligned.append(
+                    {
+                        "narrative": number,
+                        "image_id": place.key(narrative, "image_id"),
+                        "utterance": words,
+                        "is_noun": noun,
+                        "caption": caption,
+                    }
+                )
+    return {
+        "file": str(png_json),
+        "narratives": len(narratives),
+        **numbers,
+        "unaligned": unaligned,
+    }
 
 
 def _as_text(report: dict[str, Any]) -> str:

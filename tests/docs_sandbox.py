@@ -276,7 +276,7 @@ def _write_own_files(folder: Path) -> None:
     next((folder / "photos").iterdir()).rename(folder / "photos" / "street.jpg")
     shutil.copy(folder / "photos" / "street.jpg", folder)
     (folder / "my_dataset.py").write_text(
-        "from gella.data.datasets import register_panoptic\n"
+        "from gella.data.register import register_panoptic\n"
         'register_panoptic("my_pictures", "images", "panoptic_png", "panoptic.json")\n'
     )
     save_toy(folder / "toy")

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from gella.data import datasets
+from gella.data import register as datasets
 from gella.data.entityseg import load_entityseg
 from gella.entities.sources import load_entities, load_from_record
 

@@ -16,9 +16,8 @@ from dataset_scripts import copied, prepare_small_shapes, registered, script
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from gella.data import datasets
-from gella.data.checking import check_dataset
-from gella.data.known_counts import known_counts
+from gella.data import register as datasets
+from gella.data.check import check_dataset, known_counts
 
 FIRST = shapes.image_id_of("val", 0)
 
@@ -430,8 +429,8 @@ def test_known_counts_are_compared(root, monkeypatch):
 
 
 def test_a_part_of_a_published_dataset_is_an_error(root, monkeypatch):
-    from gella.data import checking
-    from gella.data.known_counts import Known
+    from gella.data import check as checking
+    from gella.data.check import Known
 
     known = {"images": Known(5, "a page"), "segments": Known(1, "a paper", exact=False)}
     monkeypatch.setattr(checking, "known_counts", lambda name, metadata: known)

@@ -18,8 +18,8 @@ from shapes import CATEGORIES
 from test_configs import ABLATIONS, BY_NAME, leaves
 
 from gella import load_config
-from gella.data import datasets
-from gella.data.task_sampling import task_at
+from gella.data import register as datasets
+from gella.data.sampling import task_at
 from gella.engine.trainer import GellaTrainer
 from gella.weights.checkpoint import load_weights
 

@@ -20,7 +20,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
 from gella import add_gella_config, load_config
-from gella.data.known_counts import known_counts
+from gella.data.check import known_counts
 from gella.engine.optimizer import with_epochs
 from gella.entities.sources import SOURCE_KINDS
 from gella.modeling.colormap_encoder import TimmColormapEncoder

@@ -18,8 +18,8 @@ from PIL.PngImagePlugin import PngImageFile
 
 from gella import add_gella_config
 from gella.data.mapper import GroundingMapper, mirrored_words
+from gella.data.sampling import build_train_loader
 from gella.data.targets import EntityMatcher, category_phrases, segment_iou
-from gella.data.task_sampling import build_train_loader
 from gella.entities.entity_map import EntityMap, id_to_rgb
 from gella.entities.masks import mask_iou
 from gella.entities.sources import LiveSource, load_from_record

@@ -18,10 +18,10 @@ from dataset_scripts import prepare_small_shapes
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from gella.data import datasets
+from gella.data import register as datasets
 from gella.data.coco_categories import coco_panoptic_categories
-from gella.data.coco_panoptic import read_categories
-from gella.data.reading import read_json_lines
+from gella.data.panoptic import read_categories
+from gella.data.records import json_lines
 from gella.data.refcoco import read_refs
 from gella.entities.entity_map import rgb_to_id
 from gella.entities.sources import load_from_record
@@ -387,7 +387,7 @@ def test_captions_of_another_dataset_are_refused(root, tmp_path):
 def test_json_lines_may_hold_line_separators(tmp_path):
     path = tmp_path / "captions.jsonl"
     path.write_text(json.dumps({"description": "a\u2028b\x85c"}, ensure_ascii=False) + "\n\n")
-    assert read_json_lines(path) == [{"description": "a\u2028b\x85c"}]
+    assert list(json_lines(path)) == [(1, {"description": "a\u2028b\x85c"})]
 
 
 def test_own_dataset_reads_its_categories_when_loaded(root):

@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from gella import add_gella_config
-from gella.data.entity_choice import choose_entities, use_source
+from gella.data.register import choose_entities, use_source
 from gella.entities.entity_map import EntityMap, id_to_rgb, rgb_to_id
 from gella.entities.rle import decode_segmentation
 from gella.entities.sources import (

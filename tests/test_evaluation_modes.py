@@ -18,7 +18,7 @@ from evaluation_scenes import CATEGORIES
 from tiny_gella import make_cfg, make_model, make_record
 
 from gella import add_gella_config, evaluation
-from gella.data.plugins import import_modules
+from gella.data.register import import_modules
 from gella.engine import evaluate as evaluating
 from gella.engine.trainer import GellaTrainer
 from gella.evaluation.results import describe_run

@@ -326,7 +326,7 @@ def test_detectron2s_panoptic_evaluator_scores_the_same_outputs(tmp_path: Path) 
         pytest.skip("this Detectron2 is the core, without COCOPanopticEvaluator")
     from detectron2.data import MetadataCatalog
 
-    from gella.data.coco_panoptic import category_metadata
+    from gella.data.panoptic import category_metadata
 
     samples = [make_sample(tmp_path, image_id) for image_id in (3, 11)]
     outputs = [answer(s, shift=1) for s in samples]

@@ -7,20 +7,20 @@ import pickle
 import random
 from pathlib import Path
 
+import loading
 import numpy as np
 import pytest
-from dataset_scripts import script
 
-from gella.data.coco_panoptic import load_coco_panoptic
 from gella.data.narratives import load_png
-from gella.data.record_store import (
+from gella.data.panoptic import load_coco_panoptic
+from gella.data.records import (
     RecordStore,
     concatenated,
     indices_with_task,
     mapped,
     selected,
 )
-from gella.data.task_sampling import GroundingDataset
+from gella.data.sampling import GroundingDataset
 
 needs_smaps = pytest.mark.skipif(
     not Path("/proc/self/smaps_rollup").exists(), reason="/proc/self/smaps_rollup is Linux's"
@@ -91,7 +91,7 @@ def test_views_of_a_store():
 
 def test_a_large_file_is_read_like_a_small_one(tmp_path):
     """Against an independent reading of the same files, with several narratives an image."""
-    script("benchmark_loading").write_files(tmp_path, images=40, narratives=120)
+    loading.write_files(tmp_path, images=40, narratives=120)
     store = load_png(
         tmp_path / "png.json", tmp_path / "panoptic.json", tmp_path / "p", tmp_path / "i"
     )
@@ -133,7 +133,7 @@ def heavy_records(count: int) -> list[dict]:
 @needs_smaps
 def test_forked_readers_share_the_records():
     """A list of dicts would be copied into each reader: every look at an object is a write."""
-    bench = script("benchmark_loading")
+    bench = loading
     records = heavy_records(8_000)
     dataset = GroundingDataset(records, lambda record, **key: len(record["caption"]))
     size = dataset.records.num_bytes
@@ -146,7 +146,7 @@ def test_forked_readers_share_the_records():
 @needs_smaps
 def test_the_measure_sees_what_is_not_shared():
     """Control of the test before: the same readers on the same records as plain dicts."""
-    bench = script("benchmark_loading")
+    bench = loading
 
     class Plain:
         records = heavy_records(8_000)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from gella.config import load_config
-from gella.data.record_store import as_records
+from gella.data.records import as_records
 from gella.engine.agreement import (
     UnequalRanks,
     check_agreement,

@@ -13,8 +13,9 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from gella import add_gella_config
-from gella.data.datasets import load_coco_panoptic, load_png
 from gella.data.mapper import GroundingMapper
+from gella.data.narratives import load_png
+from gella.data.panoptic import load_coco_panoptic
 from gella.modeling.inference import with_answer
 from gella.text import prompts
 

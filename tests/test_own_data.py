@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from gella import load_config
-from gella.data.plugins import import_modules
+from gella.data.register import import_modules
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "own_dataset"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from dataset_scripts import prepare_small_shapes, registered, script
+from prepare_png import alignment_report
 
-from gella.data import datasets
-from gella.data.spans import alignment_report
+from gella.data import register as datasets
 from gella.text.prompts import align_utterances
 
 COCO_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "coco_sample" / "annotations"

@@ -15,12 +15,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from gella import add_gella_config
-from gella.data import datasets
-from gella.data.catalog import REFCOCO_SPLITS, refcoco_name, register_all
-from gella.data.exclusion import held_out_images, without_held_out
+from gella.data import register as datasets
 from gella.data.mapper import GroundingMapper
-from gella.data.record_store import RecordStore
-from gella.data.refcoco import load_instances
+from gella.data.records import RecordStore
+from gella.data.refcoco import held_out_images, load_instances, without_held_out
+from gella.data.register import REFCOCO_SPLITS, refcoco_name, register_all
 from gella.engine.trainer import load_records
 from gella.entities.entity_map import id_to_rgb
 from gella.entities.sources import load_from_record

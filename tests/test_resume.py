@@ -18,7 +18,7 @@ import torch
 from detectron2.engine import HookBase
 from toy_run import toy_config, toy_run
 
-from gella.data.task_sampling import GroundingBatchSampler, GroundingTrainLoader
+from gella.data.sampling import GroundingBatchSampler, GroundingTrainLoader
 from gella.engine.resume import RunCheckpoints, fitted_optimizer_state
 from gella.engine.zero_checkpoint import (
     check_readable,

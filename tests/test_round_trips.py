@@ -21,7 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from shapes_masks import to_segmentation
 
-from gella.data import datasets
+from gella.data import register as datasets
 from gella.entities.sources import FileSource, load_entities, load_from_record
 
 ROOT = Path(__file__).resolve().parents[1]

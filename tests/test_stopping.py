@@ -19,7 +19,7 @@ from detectron2.engine import TrainerBase, launch
 from detectron2.utils import comm
 from test_train_net import CONFIG, ROOT, SCRIPT, SMALL
 
-from gella.data.task_sampling import start_worker
+from gella.data.sampling import start_worker
 from gella.engine import stopping
 from gella.engine.evaluation_split import build_even_loader
 from gella.engine.stopping import RunStopped, StopOnSignal, forwarded_signals, resume_command

@@ -11,7 +11,7 @@ import torch
 from detectron2.config import get_cfg
 
 from gella import add_gella_config
-from gella.data.task_sampling import (
+from gella.data.sampling import (
     GroundingBatchSampler,
     GroundingDataset,
     build_train_loader,

@@ -22,7 +22,7 @@ from test_train_net import CONFIG, ROOT, SMALL
 from toy_run import toy_config, toy_run
 
 from gella import load_config
-from gella.data.datasets import register_png
+from gella.data.register import register_png
 from gella.engine import picture_panel, watching
 from gella.engine.picture_panel import PicturePanel, draw_panel, panel_input
 from gella.engine.stopping import RunStopped, StopOnSignal

@@ -20,7 +20,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from gella import add_gella_config
-from gella.data.task_sampling import task_at
+from gella.data.sampling import task_at
 from gella.engine.trainer import GellaTrainer
 from gella.modeling.meta_arch import GELLA
 

@@ -12,11 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from shapes_tokens import train_tokenizer
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "datasets"))
+
+from shapes_tokens import train_tokenizer  # noqa: E402
 
 WIDTH, HEIGHT = 64, 48
 COLORS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (40, 90, 214)}

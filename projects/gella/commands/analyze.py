@@ -26,7 +26,7 @@ from gella.commands.analysis.cases import Predictions, find_predictions
 from gella.commands.analysis.page import render
 from gella.commands.analysis.report import Analysis, analyse
 from gella.commands.analysis.scenes import index_records
-from gella.data.plugins import import_modules
+from gella.data.register import import_modules
 from gella.utils.io import write_atomically, write_json
 
 

@@ -28,7 +28,7 @@ from detectron2.utils.logger import setup_logger
 
 from gella import load_config
 from gella.commands.console import exit_status
-from gella.data.plugins import import_modules
+from gella.data.register import import_modules
 from gella.engine.trainer import GellaTrainer
 from gella.evaluation.calibration import TAKE_ALL, PanopticSweep, SelectionSweep
 from gella.modeling.postprocessing import names_several, panoptic_from_scores

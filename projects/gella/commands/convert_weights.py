@@ -36,7 +36,7 @@ from gella.commands.convert_sources import (
     plain_config,
     read_piece,
 )
-from gella.data.plugins import import_modules
+from gella.data.register import import_modules
 from gella.utils.io import file_hash, write_atomically
 from gella.weights import FORMATS
 from gella.weights.assembly import Assembly, assemble, cover

@@ -56,7 +56,7 @@ from gella.commands.demo_run import LISTED, Plan, Run
 from gella.commands.demo_stop import Stop
 from gella.commands.demo_text import read_categories, split_nouns
 from gella.config import load_config
-from gella.data.plugins import import_modules
+from gella.data.register import import_modules
 from gella.predictor import GellaPredictor
 from gella.predictor.questions import TASKS
 from gella.segmenters.segmenter import SPECS, MaskLimits

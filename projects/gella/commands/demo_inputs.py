@@ -16,7 +16,7 @@ from typing import Any
 
 from detectron2.data import DatasetCatalog
 
-from gella.data.entity_choice import choose_entities
+from gella.data.register import choose_entities
 from gella.predictor import image_id_of
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")

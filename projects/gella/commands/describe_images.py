@@ -46,7 +46,7 @@ from gella.captions.endpoint import EndpointCaptioner, EndpointSettings
 from gella.captions.file import CaptionFile
 from gella.captions.local import LocalCaptioner
 from gella.captions.run import CaptionRun, Job, Source
-from gella.data.reading import field, read_json
+from gella.data.records import Place, read_json
 from gella.predictor import image_id_of
 from gella.utils.io import write_json
 
@@ -182,10 +182,10 @@ def _from_dataset(name: str) -> Iterator[Source]:
 
 def _from_json(path: str, root: Path) -> Iterator[Source]:
     content = read_json(path)
-    for place, image in enumerate(field(content, "images", path, "the file")):
-        where = f"image {place}"
-        name = str(field(image, "file_name", path, where))
-        yield Source(field(image, "id", path, where), name, root / name)
+    for number, image in enumerate(Place(path).field(content, "images")):
+        place = Place(path, f"image {number}")
+        name = place.key(image, "file_name")
+        yield Source(place.field(image, "id"), name, root / name)
 
 
 def build_captioner(args: argparse.Namespace, tally: Tally) -> Any:

@@ -42,7 +42,7 @@ from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
 import gella  # noqa: F401  registers the datasets
-from gella.data.plugins import import_modules
+from gella.data.register import import_modules
 from gella.entities.entity_map import EntityMap
 from gella.entities.view import read_image
 from gella.predictor import image_id_of

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from gella import load_config
 from gella.commands.console import exit_status
-from gella.data.plugins import import_modules
+from gella.data.register import import_modules
 from gella.engine.trainer import load_records
 from gella.evaluation import build_evaluator, format_results, load_results, merge_datasets
 from gella.evaluation.offline import SavedPredictions, sample_of

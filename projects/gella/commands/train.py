@@ -43,7 +43,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from gella import load_config
-from gella.data.plugins import import_modules
+from gella.data.register import import_modules
 from gella.engine.agreement import (
     UnequalRanks,
     check_agreement,

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gella.data.narratives import with_captions
-from gella.data.record_store import RecordStore
-from gella.data.refcoco import load_instances
+from gella.data.panoptic import load_instances
+from gella.data.records import RecordStore
 
-__all__ = ["first_that_exists", "load_entityseg", "locate_images"]
+__all__ = ["load_entityseg", "locate_images"]
 
 
 def load_entityseg(
@@ -30,7 +30,7 @@ def load_entityseg(
         tasks: what the records can train and serve.
 
     Returns:
-        Dicts as `gella.data.refcoco.load_instances` with what `with_captions` adds.
+        Dicts as `gella.data.panoptic.load_instances` with what `with_captions` adds.
 
     Raises:
         FileNotFoundError: one of the two annotation files is missing.
@@ -82,9 +82,3 @@ def _files_by_name(root: str | Path) -> dict[str, list[str]]:
         for name in names:
             index.setdefault(name, []).append(os.path.join(folder, name))
     return index
-
-
-def first_that_exists(folder: str | Path, *names: str) -> Path:
-    """The first of some names that exists in a folder; the first of all when none does."""
-    options = [Path(folder) / name for name in names]
-    return next((path for path in options if path.exists()), options[0])

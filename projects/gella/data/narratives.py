@@ -6,9 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from gella.data.coco_panoptic import load_coco_panoptic
-from gella.data.reading import field, listed, read_json, read_json_lines, text
-from gella.data.record_store import RecordStore
+from gella.data.panoptic import load_coco_panoptic
+from gella.data.records import Place, RecordStore, json_lines, read_json
 from gella.text.prompts import align_utterances, locate_phrases
 
 __all__ = ["load_captions", "load_png", "read_narratives", "with_captions"]
@@ -50,18 +49,22 @@ def load_png(
     narratives = read_narratives(png_json)
     total, lost = len(narratives), 0
     store = panoptic.derived()
-    for place in range(total):
-        image_id = str(field(narratives[place], "image_id", png_json, f"narrative {place}"))
+    for number in range(total):
+        image_id = Place(png_json, f"narrative {number}").key(narratives[number], "image_id")
         if image_id not in numbers:
             raise ValueError(
                 f"{png_json}: image {image_id} is not in {panoptic_json}; both must be of one split"
             )
-        image = panoptic.shared(numbers[image_id])
-        own = _with_narrative(image, narratives[place], png_json)
-        narratives[place] = {}  # a large file: what is stored need not stay here too
-        if own["phrases"]:
+        place = Place(png_json, f"image {image_id}")
+        segments = panoptic.shared(numbers[image_id])["entities"]["segments_info"]
+        caption = place.text(narratives[number], "caption")
+        phrases = _phrases(narratives[number], caption, segments, place)
+        author = narratives[number].get("annotator_id")
+        narratives[number] = {}  # a large file: what is stored need not stay here too
+        if phrases:
+            own = {"caption": caption, "phrases": phrases, "annotator_id": author}
             store.add(numbers[image_id], own)
-            lost += sum(phrase["start"] < 0 for phrase in own["phrases"])
+            lost += sum(phrase["start"] < 0 for phrase in phrases)
     _report(png_json, lost, total - len(store))
     return store
 
@@ -77,17 +80,6 @@ def read_narratives(png_json: str | Path) -> list[dict[str, Any]]:
     return narratives
 
 
-def _with_narrative(
-    image: dict[str, Any], narrative: dict[str, Any], path: str | Path
-) -> dict[str, Any]:
-    caption = text(narrative, "caption", path, f"image {image['image_id']}")
-    return {
-        "caption": caption,
-        "phrases": _phrases(narrative, caption, image, path),
-        "annotator_id": narrative.get("annotator_id"),
-    }
-
-
 def _report(path: str | Path, lost: int, left_out: int = 0) -> None:
     """Log what is not as it should be, once a file."""
     if lost:
@@ -98,41 +90,46 @@ def _report(path: str | Path, lost: int, left_out: int = 0) -> None:
 
 
 def _phrases(
-    narrative: dict[str, Any], caption: str, base: dict[str, Any], path: str | Path
+    narrative: dict[str, Any], caption: str, segments_info: list[dict[str, Any]], place: Place
 ) -> list[dict[str, Any]]:
-    where = f"image {base['image_id']}"
-    segments = listed(narrative, "segments", path, where)
-    utterances = [text(segment, "utterance", path, where) for segment in segments]
-    known = {segment["id"]: segment for segment in base["entities"]["segments_info"]}
+    segments = place.listed(narrative, "segments")
+    utterances = [place.text(segment, "utterance") for segment in segments]
+    things = {segment["id"]: bool(segment["isthing"]) for segment in segments_info}
     phrases = []
     for segment, span in zip(segments, align_utterances(caption, utterances)):
-        ids = _segment_ids(listed(segment, "segment_ids", path, where), known, path, where)
+        ids = []
+        for name in place.listed(segment, "segment_ids"):
+            if not str(name).isdecimal() or int(name) not in things:
+                raise place.error(
+                    f"segment id {name} is not in the image's panoptic annotation, which has "
+                    f"{len(things)} segments; use the annotation that the file was made for"
+                )
+            ids.append(int(name))
         if not ids and not segment.get("noun", False):
             continue
-        start, end = span if span is not None else (-1, -1)
-        phrases.append(
-            {
-                "text": caption[start:end] if span is not None else segment["utterance"],
-                "start": start,
-                "end": end,
-                "segment_ids": ids,
-                "is_plural": bool(segment.get("plural", len(ids) > 1)),
-                "is_thing": bool(known[ids[-1]]["isthing"]) if ids else None,
-            }
-        )
+        plural = bool(segment.get("plural", len(ids) > 1))
+        thing = things[ids[-1]] if ids else None
+        phrases.append(_phrase(segment["utterance"], caption, span, ids, plural, thing))
     return phrases
 
 
-def _segment_ids(ids: list[Any], known: dict[int, Any], path: str | Path, where: str) -> list[int]:
-    numbers = []
-    for name in ids:
-        if not str(name).isdecimal() or int(name) not in known:
-            raise ValueError(
-                f"{path}: {where}: segment id {name} is not in the image's panoptic annotation, "
-                f"which has {len(known)} segments; use the annotation that the file was made for"
-            )
-        numbers.append(int(name))
-    return numbers
+def _phrase(
+    words: str,
+    caption: str,
+    span: tuple[int, int] | None,
+    segment_ids: list[int] | None,
+    is_plural: bool | None,
+    is_thing: bool | None,
+) -> dict[str, Any]:
+    start, end = span or (-1, -1)
+    return {
+        "text": caption[start:end] if span else words,
+        "start": start,
+        "end": end,
+        "segment_ids": segment_ids,
+        "is_plural": is_plural,
+        "is_thing": is_thing,
+    }
 
 
 def load_captions(
@@ -183,42 +180,30 @@ def with_captions(
     """
     numbers = images.numbers_by_image()
     store, lost = images.derived(), 0
-    for place, line in enumerate(read_json_lines(captions_jsonl), start=1):
-        image_id = str(field(line, "image_id", captions_jsonl, f"caption {place}"))
-        where = f"caption {place}, image {image_id}"
+    lines = (value for _, value in json_lines(captions_jsonl))
+    for number, line in enumerate(lines, start=1):
+        if isinstance(line, ValueError):
+            raise line
+        image_id = Place(captions_jsonl, f"caption {number}").key(line, "image_id")
+        place = Place(captions_jsonl, f"caption {number}, image {image_id}")
         if image_id not in numbers:
-            raise ValueError(f"{captions_jsonl}: {where} is not in {annotation}")
-        _same_picture(line, images.shared(numbers[image_id]), captions_jsonl, where)
-        caption = text(line, "description", captions_jsonl, where)
-        nouns = listed(line, "nouns", captions_jsonl, where)
-        for number, noun in enumerate(nouns):
+            raise ValueError(f"{captions_jsonl}: {place.where} is not in {annotation}")
+        # Ids of two datasets may be equal: a caption of another file is refused.
+        name = Path(images.shared(numbers[image_id])["file_name"]).name
+        said = line.get("file_name")
+        if said and Path(str(said)).name != name:
+            raise ValueError(
+                f"{captions_jsonl}: {place.where} is of {said}, but that image is {name}; the "
+                "captions and the annotation belong to different datasets"
+            )
+        caption = place.text(line, "description")
+        nouns = place.listed(line, "nouns")
+        for k, noun in enumerate(nouns):
             if not isinstance(noun, str) or not noun.strip():
-                raise ValueError(f"{captions_jsonl}: {where}: noun {number} is {noun!r}, not text")
+                raise place.error(f"noun {k} is {noun!r}, not text")
         spans = locate_phrases(caption, nouns)
-        phrases = [
-            {
-                "text": noun if span is None else caption[span[0] : span[1]],
-                "start": -1 if span is None else span[0],
-                "end": -1 if span is None else span[1],
-                "segment_ids": None,
-                "is_plural": None,
-                "is_thing": None,
-            }
-            for noun, span in zip(nouns, spans)
-        ]
+        phrases = [_phrase(n, caption, s, None, None, None) for n, s in zip(nouns, spans)]
         lost += sum(span is None for span in spans)
         store.add(numbers[image_id], {"caption": caption, "phrases": phrases})
     _report(captions_jsonl, lost)
     return store
-
-
-def _same_picture(
-    line: dict[str, Any], image: dict[str, Any], path: str | Path, where: str
-) -> None:
-    """Refuse a caption that was written for another file: ids of two datasets may be equal."""
-    said = line.get("file_name")
-    if said and Path(str(said)).name != Path(image["file_name"]).name:
-        raise ValueError(
-            f"{path}: {where} is of {said}, but that image is {Path(image['file_name']).name}; the "
-            "captions and the annotation belong to different datasets"
-        )

@@ -1,17 +1,28 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as dataset dicts."""
+"""RefCOCO, RefCOCO+ and RefCOCOg as dataset dicts, and their val and test images.
+
+All of these images lie inside COCO train2017 (docs/FORMATS.md 3), so a model that is trained on it
+has seen, with masks, the pictures that RefCOCO's scores are measured on: they can be left out.
+"""
 
 from __future__ import annotations
 
-import os
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gella.data.coco_panoptic import image_fields, images_by_id, load_coco_panoptic
-from gella.data.reading import ADVICE, field, listed, read_json, whole
-from gella.data.record_store import RecordStore
+import numpy as np
+from detectron2.data import MetadataCatalog
+
+from gella.data.panoptic import load_coco_panoptic, load_instances
+from gella.data.records import ADVICE, Place, RecordStore, as_records, selected
 from gella.utils.io import read_pickle
 
-__all__ = ["load_instances", "load_refcoco", "read_refs"]
+__all__ = ["REFCOCO_FOLDERS", "held_out_images", "load_refcoco", "read_refs", "without_held_out"]
+
+REFCOCO_FOLDERS = ("refcoco", "refcoco+", "refcocog")
+_logger = logging.getLogger(__name__)
 
 
 def load_refcoco(
@@ -42,8 +53,7 @@ def load_refcoco(
         match: how objects are found among panoptic segments: "id", by id and box, as in the
             synthetic shapes; "overlap", by IoU when mapped, as in COCO, where the two annotations
             have ids of their own: the objects are ``entities["targets"]``, still the truth.
-        names_of_2017: images are named ``000000000009.jpg``, as in COCO 2017, and not
-            ``COCO_train2014_000000000009.jpg``, as the file says; the pictures are the same.
+        names_of_2017: see `load_instances`.
         tasks: what the records can train and serve.
 
     Returns:
@@ -67,8 +77,7 @@ def load_refcoco(
     store = images.derived()
     if panoptic_json is not None:
         panoptic = load_coco_panoptic(panoptic_json, panoptic_root or "", image_root, tasks)
-        join = _by_id if match == "id" else _by_overlap
-        store, numbers = _joined(said, images, panoptic, panoptic_json, join)
+        store, numbers = _joined(said, images, panoptic, panoptic_json, match)
     for image_id, texts in said.items():
         for group in [texts] if per == "image" else [[one] for one in texts]:
             store.add(numbers[image_id], {"expressions": group})
@@ -96,22 +105,30 @@ def _said(
     objects: dict[str, set[int]] = {}
     said: dict[str, list[dict[str, Any]]] = {}
     splits = set()
-    for place, ref in enumerate(read_refs(refs_file)):
-        splits.add(field(ref, "split", refs_file, f"ref {place}"))
+    for number, ref in enumerate(read_refs(refs_file)):
+        splits.add(Place(refs_file, f"ref {number}").field(ref, "split"))
         if ref["split"] != split:
             continue
-        where = f"ref {field(ref, 'ref_id', refs_file, f'entry {place}')}"
-        image_id = str(field(ref, "image_id", refs_file, where))
-        target = whole(ref, "ann_id", refs_file, where)
+        ref_id = Place(refs_file, f"entry {number}").field(ref, "ref_id")
+        place = Place(refs_file, f"ref {ref_id}")
+        image_id, target = place.key(ref, "image_id"), place.whole(ref, "ann_id")
         if image_id in numbers and image_id not in objects:
-            own = images.shared(numbers[image_id])["entities"]["segments_info"]
-            objects[image_id] = {segment["id"] for segment in own}
+            segments = images.shared(numbers[image_id])["entities"]["segments_info"]
+            objects[image_id] = {segment["id"] for segment in segments}
         if target not in objects.get(image_id, ()):
             raise ValueError(
-                f"{refs_file}: {where} names object {target} of image {image_id}, which is not in "
-                f"{instances_json}"
+                f"{refs_file}: ref {ref_id} names object {target} of image {image_id}, which is "
+                f"not in {instances_json}"
             )
-        said.setdefault(image_id, []).extend(_expressions(ref, target, refs_file, where))
+        said.setdefault(image_id, []).extend(
+            {
+                "text": place.key(sentence, "sent"),
+                "segment_ids": [target],
+                "sent_id": place.field(sentence, "sent_id"),
+                "ref_id": ref_id,
+            }
+            for sentence in place.listed(ref, "sentences")
+        )
     if not said:
         raise ValueError(
             f"{refs_file}: no ref is in split '{split}'; it has {', '.join(sorted(splits))}"
@@ -119,76 +136,12 @@ def _said(
     return said
 
 
-def _expressions(ref: dict[str, Any], target: int, path: Path, where: str) -> list[dict[str, Any]]:
-    return [
-        {
-            "text": str(field(sentence, "sent", path, where)),
-            "segment_ids": [target],
-            "sent_id": field(sentence, "sent_id", path, where),
-            "ref_id": ref["ref_id"],
-        }
-        for sentence in listed(ref, "sentences", path, where)
-    ]
-
-
-def load_instances(
-    path: str | Path,
-    image_root: str | Path,
-    tasks: tuple[str, ...],
-    *,
-    names_of_2017: bool = False,
-) -> RecordStore:
-    """Read a COCO-style instance annotation, one dataset dict per image; labels are kept, unused.
-
-    Args:
-        path: ``images`` and ``annotations`` with a ``segmentation`` each: polygons, RLE or both.
-        image_root: folder of the images.
-        tasks: what the records can train and serve.
-        names_of_2017: see `load_refcoco`.
-
-    Returns:
-        Dicts with ``entities`` ``{"format": "coco_instances", "file_name": path,
-        "segments_info"}``; images without annotations are among them. Crowd annotations stay in
-        ``segments_info``, although they are no entities.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a field is missing or of another type, an image has an id twice, or an
-            annotation is of an unknown image; the message names the file and the record.
-    """
-    content = read_json(path)
-    images = images_by_id(content, path)
-    segments: dict[str, list[dict[str, Any]]] = {image_id: [] for image_id in images}
-    seen: set[tuple[str, int]] = set()  # joined files may number each part's objects from 1
-    for place, annotation in enumerate(listed(content, "annotations", path, "the file")):
-        number = whole(annotation, "id", path, f"annotation {place}")
-        where = f"annotation {number}"
-        image_id = str(field(annotation, "image_id", path, where))
-        if image_id not in images:
-            raise ValueError(f"{path}: {where} is of unknown image {image_id}")
-        if (image_id, number) in seen:
-            raise ValueError(f"{path}: image {image_id} has annotation id {number} twice")
-        seen.add((image_id, number))
-        field(annotation, "segmentation", path, f"image {image_id}, {where}")
-        segments[image_id].append({**annotation, "id": number, "isthing": True})
-    store = RecordStore()
-    for image_id, image in images.items():
-        fields = image_fields(image, path, image_root, tasks)
-        if names_of_2017:
-            name = f"{whole(image, 'id', path, 'an image'):012d}.jpg"
-            fields["file_name"] = os.path.join(image_root, name)
-        own = segments.pop(image_id)
-        entities = {"format": "coco_instances", "file_name": str(path), "segments_info": own}
-        store.add(store.share({**fields, "entities": entities}))
-    return store
-
-
 def _joined(
     said: dict[str, list[dict[str, Any]]],
     images: RecordStore,
     panoptic: RecordStore,
     path: str | Path,
-    join: Any,
+    match: str,
 ) -> tuple[RecordStore, dict[str, int]]:
     """Shared fields of every image that is spoken of, with the panoptic segments as entities."""
     own, other = images.numbers_by_image(), panoptic.numbers_by_image()
@@ -196,34 +149,90 @@ def _joined(
     for image_id, texts in said.items():
         if image_id not in other:
             raise ValueError(f"{path}: has nothing of image {image_id}, of which refs speak")
-        image = images.shared(own[image_id])
-        targets = {text["segment_ids"][0] for text in texts}
-        fields = join(panoptic.shared(other[image_id]), image, targets, path)
-        numbers[image_id] = store.share(fields)
+        image, whole = images.shared(own[image_id]), panoptic.shared(other[image_id])
+        if match == "overlap":
+            entities = {**whole["entities"], "targets": image["entities"]}
+            numbers[image_id] = store.share({**image, "entities": entities})
+            continue
+        # Equal ids alone could be chance: the boxes have to be equal too.
+        segments = whole["entities"]["segments_info"]
+        boxes = {segment["id"]: segment.get("bbox") for segment in segments}
+        objects = {s["id"]: s.get("bbox") for s in image["entities"]["segments_info"]}
+        for target in {text["segment_ids"][0] for text in texts}:
+            if target not in boxes or boxes[target] != objects[target]:
+                raise ValueError(
+                    f"{path}: image {whole['image_id']}: object {target} is none of its "
+                    f"{len(segments)} segments; match by overlap, or leave panoptic_json out"
+                )
+        numbers[image_id] = store.share(whole)
     return store, numbers
 
 
-def _by_id(
-    panoptic: dict[str, Any], image: dict[str, Any], targets: set[int], path: str | Path
-) -> dict[str, Any]:
-    """The panoptic record; each target has to be one of its segments, by id and by box.
+def held_out_images(root: str | Path) -> frozenset[str]:
+    """Ids, as text, of all images of which a ref of another split than "train" speaks.
 
-    Equal ids alone could be chance.
+    Args:
+        root: holds ``refcoco``, ``refcoco+`` and ``refcocog`` with their ``refs(*).p``. Every file
+            that is there counts, so the splits of unc, google and umd are joined.
+
+    Raises:
+        FileNotFoundError: none of them is there.
+        ValueError: a pickle is refused or holds something else.
     """
-    segments = panoptic["entities"]["segments_info"]
-    boxes = {segment["id"]: segment.get("bbox") for segment in segments}
-    own = {segment["id"]: segment.get("bbox") for segment in image["entities"]["segments_info"]}
-    for target in targets:
-        if target not in boxes or boxes[target] != own[target]:
-            raise ValueError(
-                f"{path}: image {panoptic['image_id']}: object {target} is none of its "
-                f"{len(segments)} segments; match by overlap, or leave panoptic_json out"
-            )
-    return panoptic
+    files = {name: sorted((Path(root) / name).glob("refs(*).p")) for name in REFCOCO_FOLDERS}
+    absent = [name for name, found in files.items() if not found]
+    if len(absent) == len(files):
+        raise FileNotFoundError(
+            f"DATASETS.EXCLUDE_REFCOCO_VAL_TEST needs the refs(*).p of {', '.join(absent)} below "
+            f"{root}, where there is none; see datasets/README.md, or set the key to False"
+        )
+    if absent:
+        _logger.warning(
+            "%s: no refs(*).p of %s; their val and test images are NOT left out of training",
+            root,
+            ", ".join(absent),
+        )
+    stamps = [(str(path), path.stat().st_mtime_ns) for found in files.values() for path in found]
+    return _images_of(tuple(stamps))
 
 
-def _by_overlap(
-    panoptic: dict[str, Any], image: dict[str, Any], targets: set[int], path: str | Path
-) -> dict[str, Any]:
-    """The image with the panoptic segments as entities and its objects as targets."""
-    return {**image, "entities": {**panoptic["entities"], "targets": image["entities"]}}
+@lru_cache(maxsize=2)
+def _images_of(stamps: tuple[tuple[str, int], ...]) -> frozenset[str]:
+    images = set()
+    for path, _ in stamps:
+        for number, ref in enumerate(read_refs(path)):
+            place = Place(path, f"ref {number}")
+            if place.field(ref, "split") != "train":
+                images.add(place.key(ref, "image_id"))
+    return frozenset(images)
+
+
+def without_held_out(
+    records: Sequence[dict[str, Any]], dataset_name: str, root: str | Path
+) -> Sequence[dict[str, Any]]:
+    """The records of a dataset without those of RefCOCO val and test images; logs how many.
+
+    Only datasets whose metadata has ``coco_train2017`` set are looked at: ids of other images mean
+    nothing here, and RefCOCO's own training splits stay as they are published.
+
+    Args:
+        records: dataset dicts of ``dataset_name``.
+        dataset_name: in the catalogs.
+        root: see `held_out_images`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `held_out_images`.
+    """
+    if not MetadataCatalog.get(dataset_name).get("coco_train2017", False):
+        return records
+    held_out = held_out_images(root)
+    records = as_records(records)
+    ids = records.image_ids()
+    kept = ~np.isin(ids, sorted(held_out))
+    _logger.info(
+        "%s: left out %s of %s images (%s of %s records), which are val or test images of RefCOCO",
+        dataset_name,
+        *(f"{n:,}" for n in (len(np.unique(ids[~kept])), len(np.unique(ids)))),
+        *(f"{n:,}" for n in (int((~kept).sum()), len(ids))),
+    )
+    return selected(records, np.flatnonzero(kept))

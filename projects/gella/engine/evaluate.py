@@ -14,8 +14,8 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from torch import nn
 
-from gella.data.datasets import root_from_environment
-from gella.data.record_store import Records
+from gella.data.records import Records
+from gella.data.register import root_from_environment
 from gella.engine.trainer import GellaTrainer, load_records
 from gella.evaluation.calibration import read_calibration
 from gella.evaluation.results import (

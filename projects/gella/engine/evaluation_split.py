@@ -15,8 +15,8 @@ from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from gella.data.record_store import Records, as_records, selected
-from gella.data.task_sampling import start_worker
+from gella.data.records import Records, as_records, selected
+from gella.data.sampling import start_worker
 from gella.data.wrapped_loader import WrappedLoader
 
 __all__ = ["EvenLoader", "RealSamples", "build_even_loader", "evenly_spaced", "even_share"]

@@ -12,12 +12,11 @@ from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
-from gella.data.datasets import root_from_environment
-from gella.data.entity_choice import choose_entities
-from gella.data.exclusion import without_held_out
 from gella.data.mapper import GroundingMapper
-from gella.data.record_store import Records, concatenated
-from gella.data.task_sampling import build_train_loader
+from gella.data.records import Records, concatenated
+from gella.data.refcoco import without_held_out
+from gella.data.register import choose_entities, root_from_environment
+from gella.data.sampling import build_train_loader
 from gella.data.unmatched import CountedLoader, UnmatchedPhrases
 from gella.engine.evaluation_hooks import EvaluationInTraining, undisturbed, with_subset
 from gella.engine.evaluation_split import RealSamples, build_even_loader, evenly_spaced

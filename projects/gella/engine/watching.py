@@ -1,7 +1,7 @@
 """Figures of a run for Detectron2's writers: learning rates, speed, memory, what was trained.
 
 The losses, ``data_time`` and ``grad_norm`` come from the trainer itself, ``unmatched_phrases`` from
-`gella.data.unmatched`.
+`gella.data.targets`.
 """
 
 from __future__ import annotations

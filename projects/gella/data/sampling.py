@@ -24,7 +24,7 @@ import torch
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gella.data.record_store import as_records, indices_with_task
+from gella.data.records import as_records, indices_with_task
 from gella.entities.view import received, to_send
 from gella.text.prompts import TASKS
 

@@ -1,7 +1,8 @@
-"""Dataset dicts as bytes: a hundred thousand of them fit in one buffer that all workers share.
+"""Records of datasets: reading their fields from files, and holding very many of them.
 
-A Python object is written to whenever somebody looks at it (its reference count), so a list of
-dicts that a forked worker reads is copied into that worker page by page. The bytes here are only
+Annotation files are read with one clear error for each way they can be wrong. What they hold is
+kept as bytes: a Python object is written to whenever somebody looks at it (its reference count), so
+a list of dicts that a forked worker reads is copied into that worker page by page. Bytes are only
 read, and what several records have in common, an image and its segments, is held once.
 """
 
@@ -11,24 +12,92 @@ import operator
 import pickle
 from abc import abstractmethod
 from array import array
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
+from gella.utils import io
+
 __all__ = [
+    "ADVICE",
+    "Place",
     "RecordStore",
     "Records",
     "as_records",
     "concatenated",
     "indices_with_task",
+    "json_lines",
     "mapped",
+    "read_json",
     "selected",
 ]
 
 Record = dict[str, Any]
+ADVICE = (
+    "for the synthetic shapes run: python datasets/prepare_shapes.py; "
+    "for other datasets see datasets/README.md"
+)
+read_json = partial(io.read_json, advice=ADVICE)
+json_lines = partial(io.json_lines, advice=ADVICE)
 _COMMON = ("image_id", "tasks", "entities")  # what `pack` takes for shared
+
+
+@dataclass(frozen=True)
+class Place:
+    """A record's place in a file. Its methods take fields, or raise a ValueError that names both.
+
+    Attributes:
+        path: the file.
+        where: the record, such as "image 17".
+    """
+
+    path: str | Path
+    where: str = "the file"
+
+    def error(self, message: str) -> ValueError:
+        """An error about this record, to be raised."""
+        return ValueError(f"{self.path}: {self.where}: {message}")
+
+    def field(self, record: Any, name: str) -> Any:
+        """``record[name]``, whatever it is."""
+        if not isinstance(record, dict) or name not in record:
+            raise ValueError(
+                f"{self.path}: {self.where} has no field '{name}'; is it a file of this format?"
+            )
+        return record[name]
+
+    def key(self, record: Any, name: str) -> str:
+        """``record[name]`` as text: ids and names, which files write in both forms."""
+        return str(self.field(record, name))
+
+    def listed(self, record: Any, name: str) -> list[Any]:
+        """``record[name]``, which has to be a list."""
+        value = self.field(record, name)
+        if not isinstance(value, list):
+            kind = type(value).__name__
+            raise self.error(f"'{name}' is a {kind} ({str(value)[:40]}), not a list")
+        return value
+
+    def text(self, record: Any, name: str) -> str:
+        """``record[name]``, which has to be text."""
+        value = self.field(record, name)
+        if not isinstance(value, str):
+            raise self.error(f"'{name}' is {str(value)[:40]!r}, not text")
+        return value
+
+    def whole(self, record: Any, name: str, least: int | None = None) -> int:
+        """``record[name]`` as an int of at least ``least``; text of digits counts too."""
+        value = self.field(record, name)
+        digits = isinstance(value, str) and value.isdecimal()
+        if isinstance(value, bool) or not (isinstance(value, int) or digits):
+            raise self.error(f"'{name}' is {value!r}, not a whole number")
+        if least is not None and int(value) < least:
+            raise self.error(f"'{name}' is {int(value)}, but at least {least} is needed")
+        return int(value)
 
 
 class Records(Sequence[Record]):
@@ -62,6 +131,36 @@ class Records(Sequence[Record]):
     @abstractmethod
     def image_ids(self) -> np.ndarray:
         """The image ids as text, (N,); "" for records without any."""
+
+
+class _Blobs:
+    """Pickled objects one after the other in one buffer."""
+
+    def __init__(self) -> None:
+        self._bytes, self._ends = bytearray(), array("q", [0])
+
+    def append(self, value: Any) -> int:
+        self._bytes += pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        self._ends.append(len(self._bytes))
+        return len(self._ends) - 2
+
+    def load(self, number: int) -> Any:
+        with memoryview(self._bytes) as view:
+            return pickle.loads(view[self._ends[number] : self._ends[number + 1]])
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self._bytes) + self._ends.itemsize * len(self._ends)
+
+
+class _Shared:
+    """Fields in common, and what has to be known of them without unpickling."""
+
+    def __init__(self) -> None:
+        self.blobs = _Blobs()
+        self.image_ids: list[str] = []
+        self.task_kinds: list[tuple[str, ...]] = []
+        self.task_codes = array("q")
 
 
 class RecordStore(Records):
@@ -103,7 +202,12 @@ class RecordStore(Records):
 
     def share(self, fields: Mapping[str, Any]) -> int:
         """Keep fields that records have in common; returns the number to `add` records with."""
-        return self._shared.append(dict(fields))
+        shared, tasks = self._shared, tuple(fields.get("tasks", ()))
+        if tasks not in shared.task_kinds:
+            shared.task_kinds.append(tasks)
+        shared.task_codes.append(shared.task_kinds.index(tasks))
+        shared.image_ids.append(str(fields.get("image_id", "")))
+        return shared.blobs.append(dict(fields))
 
     def add(self, number: int, own: Mapping[str, Any] | None = None) -> None:
         """Append the record of the shared fields ``number`` and the fields ``own``."""
@@ -142,55 +246,28 @@ class RecordStore(Records):
         return np.asarray(self._shared.image_ids, dtype=str)[numbers]
 
 
-class _Blobs:
-    """Pickled objects one after the other in one buffer."""
+class _View(Records):
+    """Chosen records of several datasets, which may pass through a function at every access."""
 
-    def __init__(self) -> None:
-        self._bytes, self._ends = bytearray(), array("q", [0])
-
-    def append(self, value: Any) -> int:
-        self._bytes += pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-        self._ends.append(len(self._bytes))
-        return len(self._ends) - 2
-
-    def load(self, number: int) -> Any:
-        with memoryview(self._bytes) as view:
-            return pickle.loads(view[self._ends[number] : self._ends[number + 1]])
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self._bytes) + self._ends.itemsize * len(self._ends)
-
-
-class _Shared:
-    """Fields in common, and what has to be known of them without unpickling."""
-
-    def __init__(self) -> None:
-        self.blobs = _Blobs()
-        self.image_ids: list[str] = []
-        self.task_kinds: list[tuple[str, ...]] = []
-        self.task_codes = array("q")
-
-    def append(self, fields: Record) -> int:
-        tasks = tuple(fields.get("tasks", ()))
-        if tasks not in self.task_kinds:
-            self.task_kinds.append(tasks)
-        self.task_codes.append(self.task_kinds.index(tasks))
-        self.image_ids.append(str(fields.get("image_id", "")))
-        return self.blobs.append(fields)
-
-
-class _Concatenated(Records):
-    def __init__(self, parts: Sequence[Records]) -> None:
-        self._parts = list(parts)
-        self._ends = np.cumsum([len(part) for part in parts]).tolist()
+    def __init__(
+        self,
+        parts: Sequence[Records],
+        places: np.ndarray | None = None,
+        change: Callable[[Record], Record] | None = None,
+    ) -> None:
+        self._parts, self._change = list(parts), change
+        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        total = int(self._ends[-1]) if len(parts) else 0
+        self._places = np.arange(total) if places is None else np.asarray(places, dtype=np.int64)
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._places)
 
     def _make(self, index: int) -> Record:
-        part = bisect_right(self._ends, index)
-        return self._parts[part]._make(index - (self._ends[part - 1] if part else 0))
+        place = int(self._places[index])
+        part = int(np.searchsorted(self._ends, place, side="right"))
+        record = self._parts[part]._make(place - (int(self._ends[part - 1]) if part else 0))
+        return record if self._change is None else self._change(record)
 
     def tasks(self) -> tuple[list[tuple[str, ...]], np.ndarray]:
         kinds: list[tuple[str, ...]] = []
@@ -198,46 +275,11 @@ class _Concatenated(Records):
         for own_kinds, own_codes in (part.tasks() for part in self._parts):
             codes.append(own_codes + len(kinds))
             kinds += own_kinds
-        return kinds, np.concatenate(codes)
+        return kinds, np.concatenate(codes)[self._places]
 
     def image_ids(self) -> np.ndarray:
         ids = [np.zeros(0, dtype=str), *(part.image_ids() for part in self._parts)]
-        return np.concatenate(ids)
-
-
-class _Selected(Records):
-    def __init__(self, records: Records, places: np.ndarray) -> None:
-        self._records, self._places = records, np.asarray(places, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def _make(self, index: int) -> Record:
-        return self._records._make(int(self._places[index]))
-
-    def tasks(self) -> tuple[list[tuple[str, ...]], np.ndarray]:
-        kinds, codes = self._records.tasks()
-        return kinds, codes[self._places]
-
-    def image_ids(self) -> np.ndarray:
-        return self._records.image_ids()[self._places]
-
-
-class _Mapped(Records):
-    def __init__(self, records: Records, change: Callable[[Record], Record]) -> None:
-        self._records, self._change = records, change
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def _make(self, index: int) -> Record:
-        return self._change(self._records._make(index))
-
-    def tasks(self) -> tuple[list[tuple[str, ...]], np.ndarray]:
-        return self._records.tasks()
-
-    def image_ids(self) -> np.ndarray:
-        return self._records.image_ids()
+        return np.concatenate(ids)[self._places]
 
 
 def as_records(records: Sequence[Record]) -> Records:
@@ -248,12 +290,12 @@ def as_records(records: Sequence[Record]) -> Records:
 def concatenated(parts: Iterable[Sequence[Record]]) -> Records:
     """The records of several datasets one after the other; stores are not copied."""
     packed = [as_records(part) for part in parts]
-    return packed[0] if len(packed) == 1 else _Concatenated(packed)
+    return packed[0] if len(packed) == 1 else _View(packed)
 
 
 def selected(records: Sequence[Record], places: Sequence[int] | np.ndarray) -> Records:
     """The records at some places, in the order of ``places`` (int64 (K,)); nothing is copied."""
-    return _Selected(as_records(records), np.asarray(places, dtype=np.int64))
+    return _View([as_records(records)], np.asarray(places, dtype=np.int64))
 
 
 def mapped(records: Sequence[Record], change: Callable[[Record], Record]) -> Records:
@@ -264,13 +306,11 @@ def mapped(records: Sequence[Record], change: Callable[[Record], Record]) -> Rec
         change: takes a dict that it may alter and returns the one to give out; pure, and of the
             same ``image_id`` and ``tasks``.
     """
-    return _Mapped(as_records(records), change)
+    return _View([as_records(records)], change=change)
 
 
 def indices_with_task(records: Sequence[Record], task: str) -> np.ndarray:
     """Places of the records that can train a task, int64 (K,), ascending."""
-    if not isinstance(records, Records):
-        return np.flatnonzero([task in record["tasks"] for record in records])
-    kinds, codes = records.tasks()
+    kinds, codes = as_records(records).tasks()
     chosen = [code for code, tasks in enumerate(kinds) if task in tasks]
     return np.flatnonzero(np.isin(codes, chosen))

@@ -1,0 +1,470 @@
+"""Datasets by name: registering them, and what a config makes of their records.
+
+`register_all` registers those that the project knows, below ``$DETECTRON2_DATASETS`` (default:
+``datasets``), as Detectron2 does; datasets/README.md has the tree. No file is read before a dataset
+is asked for. Next to what Detectron2's metadata usually has, ``form`` ("panoptic", "png",
+"captions", "entityseg", "refcoco") and the paths say what lies on disk where, for
+`gella.data.check`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from gella.data.coco_categories import SHAPES_CATEGORIES, coco_panoptic_categories
+from gella.data.entityseg import load_entityseg
+from gella.data.narratives import load_captions, load_png
+from gella.data.panoptic import category_metadata, load_coco_panoptic, read_categories
+from gella.data.records import RecordStore, mapped, selected
+from gella.data.refcoco import load_refcoco
+from gella.entities.sources import AnnotationSource, EntitySource, source_for
+
+__all__ = [
+    "REFCOCO_SPLITS",
+    "choose_entities",
+    "import_modules",
+    "refcoco_name",
+    "register_all",
+    "register_captions",
+    "register_entityseg",
+    "register_panoptic",
+    "register_png",
+    "register_refcoco",
+    "root_from_environment",
+    "use_source",
+]
+
+_NOUNS = ("extract",), "noun_extraction"  # task and evaluator of narratives whose nouns are asked
+_logger = logging.getLogger(__name__)
+
+
+# (folder, who made the split, its parts). "+" is no letter for names of files and shells.
+REFCOCO_SPLITS = (
+    ("refcoco", "unc", ("train", "val", "testA", "testB")),
+    ("refcoco", "google", ("train", "val", "test")),
+    ("refcoco+", "unc", ("train", "val", "testA", "testB")),
+    ("refcocog", "umd", ("train", "val", "test")),
+    ("refcocog", "google", ("train", "val")),
+)
+
+
+def refcoco_name(folder: str, split_by: str, split: str, entities: str = "instances") -> str:
+    """Name in the catalogs, such as ``gella_refcocoplus_unc_testA``.
+
+    Args:
+        folder: "refcoco", "refcoco+" or "refcocog".
+        split_by: "unc", "google" or "umd".
+        split: of the refs.
+        entities: "instances" (the objects of ``instances.json``) or "panoptic" (all segments of
+            COCO panoptic, in which the object is found by overlap; the name then ends with it).
+    """
+    name = f"gella_{folder.replace('+', 'plus')}_{split_by}_{split}"
+    return name if entities == "instances" else f"{name}_{entities}"
+
+
+def register_all(root: str | Path) -> None:
+    """Register every dataset that the project knows, below ``root``; no file is read.
+
+    Names: ``gella_shapes_{png,panoptic,refcoco}_{train,val}``, ``gella_shapes_captions_train``,
+    ``gella_shapes_nouns_val``, ``gella_coco_{panoptic,png}_{train,val}2017``,
+    ``gella_coco_nouns_val2017``, ``gella_entityseg_captions_train``, and `refcoco_name` of every
+    entry of `REFCOCO_SPLITS` with both kinds of entities.
+    """
+    base = Path(root).expanduser()
+    _register_shapes(base / "shapes")
+    _register_coco(base / "coco")
+    _register_refcoco(base)
+    _register_entityseg(base / "entityseg")
+
+
+def _register_shapes(root: Path) -> None:
+    notes = root / "annotations"
+    categories = SHAPES_CATEGORIES
+    for split in ("train", "val"):
+        panoptic_json = notes / f"panoptic_{split}.json"
+        where = (root / split, notes / f"panoptic_{split}", panoptic_json)
+        narratives = notes / f"png_shapes_{split}.json"
+        register_panoptic(f"gella_shapes_panoptic_{split}", *where, categories)
+        register_png(f"gella_shapes_png_{split}", *where, narratives, categories)
+        register_refcoco(
+            f"gella_shapes_refcoco_{split}",
+            root / "refcoco",
+            "unc",
+            split,
+            root / split,
+            per="image" if split == "train" else "expression",
+            panoptic_json=panoptic_json,
+            panoptic_root=where[1],
+        )
+        if split == "train":
+            captions = notes / "captions_train.jsonl"
+            register_captions("gella_shapes_captions_train", *where, captions, categories)
+        else:
+            register_png("gella_shapes_nouns_val", *where, narratives, categories, *_NOUNS)
+
+
+def _register_coco(root: Path) -> None:
+    categories = coco_panoptic_categories()
+    for split in ("train2017", "val2017"):
+        panoptic_json = root / "annotations" / f"panoptic_{split}.json"
+        where = (root / split, _panoptic_root(root, split), panoptic_json)
+        narratives = root / "annotations" / f"png_coco_{split}.json"
+        register_panoptic(f"gella_coco_panoptic_{split}", *where, categories)
+        register_png(f"gella_coco_png_{split}", *where, narratives, categories)
+        if split == "val2017":
+            register_png("gella_coco_nouns_val2017", *where, narratives, categories, *_NOUNS)
+        else:
+            for kind in ("panoptic", "png"):
+                # The images that DATASETS.EXCLUDE_REFCOCO_VAL_TEST looks at.
+                MetadataCatalog.get(f"gella_coco_{kind}_{split}").set(coco_train2017=True)
+
+
+def _panoptic_root(root: Path, split: str) -> Path:
+    """Choose among the places where COCO, Detectron2 and the benchmark keep the PNG files."""
+    return _first_that_exists(
+        root,
+        f"annotations/panoptic_{split}",
+        f"panoptic_{split}",
+        f"annotations/panoptic_segmentation/{split}",
+    )
+
+
+def _register_refcoco(root: Path) -> None:
+    coco = root / "coco"
+    # All of RefCOCO's pictures are in train2017 too, under other names: one copy is enough.
+    images = _first_that_exists(coco, "train2014", "train2017")
+    panoptic: dict[str, Any] = {
+        "panoptic_json": coco / "annotations" / "panoptic_train2017.json",
+        "panoptic_root": _panoptic_root(coco, "train2017"),
+        "match": "overlap",
+    }
+    for folder, split_by, splits in REFCOCO_SPLITS:
+        for split in splits:
+            for entities, more in (("instances", {}), ("panoptic", panoptic)):
+                register_refcoco(
+                    refcoco_name(folder, split_by, split, entities),
+                    root / folder,
+                    split_by,
+                    split,
+                    images,
+                    per="image" if split == "train" else "expression",
+                    names_of_2017=images.name == "train2017",
+                    **more,
+                )
+
+
+def _register_entityseg(root: Path) -> None:
+    whole = "entityv2_010203_entity_train.json"
+    names = (whole, whole.replace(".json", "_lr.json"))
+    places = (folder + name for name in names for folder in ("entity_segmentation/", ""))
+    instances = _first_that_exists(root / "annotations", *places)
+    low = instances.stem.endswith("_lr")  # masks of the smaller copies of the images
+    register_entityseg(
+        "gella_entityseg_captions_train",
+        instances,
+        root / "annotations" / "captions_train.jsonl",
+        root / ("images_lr" if low else "images"),
+    )
+
+
+def register_panoptic(
+    name: str,
+    image_root: str | Path,
+    panoptic_root: str | Path,
+    panoptic_json: str | Path,
+    categories: list[dict[str, Any]] | None = None,
+) -> None:
+    """Register images with COCO panoptic annotations (evaluated by panoptic quality).
+
+    Args:
+        name: of the dataset in the catalogs.
+        image_root, panoptic_root, panoptic_json: where the files are.
+        categories: ``{id, name, isthing}`` each; None reads them from the file when the dataset is
+            first loaded, and the metadata has none before.
+    """
+    paths = (str(panoptic_json), str(panoptic_root), str(image_root))
+    evaluator = "coco_panoptic_seg"
+    _register(name, "panoptic", evaluator, lambda: load_coco_panoptic(*paths), paths, categories)
+
+
+def register_png(
+    name: str,
+    image_root: str | Path,
+    panoptic_root: str | Path,
+    panoptic_json: str | Path,
+    png_json: str | Path,
+    categories: list[dict[str, Any]] | None = None,
+    tasks: tuple[str, ...] = ("ground",),
+    evaluator_type: str = "png",
+) -> None:
+    """Register narratives in the form of Panoptic Narrative Grounding.
+
+    Args:
+        name, image_root, panoptic_root, panoptic_json, categories: as `register_panoptic`.
+        png_json: the narratives.
+        tasks: what the records can train and serve.
+        evaluator_type: "png" (average recall) or "noun_extraction".
+    """
+    paths = (str(panoptic_json), str(panoptic_root), str(image_root))
+
+    def load() -> RecordStore:
+        return load_png(str(png_json), *paths, tasks=tasks)
+
+    _register(name, "png", evaluator_type, load, paths, categories, json_file=str(png_json))
+
+
+def register_captions(
+    name: str,
+    image_root: str | Path,
+    panoptic_root: str | Path,
+    panoptic_json: str | Path,
+    captions_jsonl: str | Path,
+    categories: list[dict[str, Any]] | None = None,
+) -> None:
+    """Register generated captions (JSON lines) that train describing and noun extraction.
+
+    Args:
+        name, image_root, panoptic_root, panoptic_json, categories: as `register_panoptic`.
+        captions_jsonl: the captions.
+    """
+    paths = (str(panoptic_json), str(panoptic_root), str(image_root))
+    lines = str(captions_jsonl)
+
+    def load() -> RecordStore:
+        return load_captions(lines, *paths)
+
+    _register(name, "captions", "noun_extraction", load, paths, categories, json_file=lines)
+
+
+def register_refcoco(
+    name: str,
+    folder: str | Path,
+    split_by: str,
+    split: str,
+    image_root: str | Path,
+    *,
+    per: str = "expression",
+    panoptic_json: str | Path | None = None,
+    panoptic_root: str | Path | None = None,
+    match: str = "id",
+    names_of_2017: bool = False,
+) -> None:
+    """Register the refs of one split; arguments as `load_refcoco`."""
+    options: dict[str, Any] = {"per": per, "match": match, "names_of_2017": names_of_2017}
+    panoptic: dict[str, Any] = {"panoptic_json": panoptic_json, "panoptic_root": panoptic_root}
+    DatasetCatalog.register(
+        name, lambda: load_refcoco(folder, split_by, split, image_root, **options, **panoptic)
+    )
+    MetadataCatalog.get(name).set(
+        form="refcoco",
+        evaluator_type="refcoco",
+        image_root=str(image_root),
+        json_file=str(Path(folder) / f"refs({split_by}).p"),
+        instances_json=str(Path(folder) / "instances.json"),
+        split=split,
+        names_of_2017=names_of_2017,
+        **{key: str(path) for key, path in panoptic.items() if path is not None},
+    )
+
+
+def register_entityseg(
+    name: str,
+    instances_json: str | Path,
+    captions_jsonl: str | Path,
+    image_root: str | Path,
+) -> None:
+    """Register generated captions over COCO-style entity masks; arguments as `load_entityseg`."""
+    DatasetCatalog.register(
+        name, lambda: load_entityseg(instances_json, captions_jsonl, image_root)
+    )
+    MetadataCatalog.get(name).set(
+        form="entityseg",
+        evaluator_type="noun_extraction",
+        image_root=str(image_root),
+        instances_json=str(instances_json),
+        json_file=str(captions_jsonl),
+    )
+
+
+def root_from_environment() -> str:
+    """Return ``$DETECTRON2_DATASETS`` or its default, ``datasets``."""
+    return os.getenv("DETECTRON2_DATASETS", "datasets")
+
+
+def _register(
+    name: str,
+    form: str,
+    evaluator_type: str,
+    load: Callable[[], RecordStore],
+    paths: tuple[str, str, str],
+    categories: list[dict[str, Any]] | None,
+    **more: str,
+) -> None:
+    panoptic_json, panoptic_root, image_root = paths
+    metadata = MetadataCatalog.get(name)
+
+    def load_and_describe() -> RecordStore:
+        records = load()
+        if categories is None:
+            metadata.set(**category_metadata(read_categories(panoptic_json)))
+        return records
+
+    DatasetCatalog.register(name, load_and_describe)
+    metadata.set(
+        form=form,
+        evaluator_type=evaluator_type,
+        panoptic_json=panoptic_json,
+        panoptic_root=panoptic_root,
+        image_root=image_root,
+        **{"json_file": panoptic_json, **more},
+    )
+    if categories is not None:
+        metadata.set(**category_metadata(categories))
+
+
+def _first_that_exists(folder: str | Path, *names: str) -> Path:
+    """The first of some names that exists in a folder; the first of all when none does."""
+    options = [Path(folder) / name for name in names]
+    return next((path for path in options if path.exists()), options[0])
+
+
+def choose_entities(
+    records: Sequence[dict[str, Any]], dataset_name: str, cfg: Any, *, is_train: bool
+) -> Sequence[dict[str, Any]]:
+    """Records of a dataset with the entities that ``INPUT.GELLA.ENTITY_SOURCES`` names for it.
+
+    Args:
+        records: dataset dicts; not changed.
+        dataset_name: in the catalogs.
+        cfg: the config.
+        is_train: images without masks may be left out (``INPUT.GELLA.LEAVE_OUT_MISSING``). Never at
+            test, where leaving out the hard images would raise the score.
+
+    Raises:
+        FileNotFoundError: the source's path does not exist.
+        ValueError: an entry is malformed or names no registered dataset, or images lack masks.
+    """
+    own = cfg.INPUT.GELLA
+    source = source_for(own.ENTITY_SOURCES, dataset_name)
+    known = DatasetCatalog.list()
+    for pattern, _, _ in own.ENTITY_SOURCES:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise ValueError(
+                f"INPUT.GELLA.ENTITY_SOURCES: {pattern} is no registered dataset; check its name"
+            )
+    leave_out = bool(own.LEAVE_OUT_MISSING and is_train)
+    return use_source(records, source, dataset_name, leave_out=leave_out)
+
+
+def use_source(
+    records: Sequence[dict[str, Any]],
+    source: EntitySource,
+    dataset_name: str,
+    *,
+    leave_out: bool = False,
+) -> Sequence[dict[str, Any]]:
+    """Lead the records of a dataset to a source, after a look at what it lacks.
+
+    Args:
+        records: dataset dicts; not changed.
+        source: of the entities.
+        dataset_name: for messages.
+        leave_out: drop records of images without masks, with a warning, instead of refusing.
+
+    Raises ValueError with the number and the first ids of the images that lack masks, or when none
+    is left.
+    """
+    if isinstance(source, AnnotationSource):
+        return records  # datasets/check.py looks at a dataset's own files
+    absent = source.missing(records)
+    if absent:
+        ids = [record["image_id"] for record in records]
+        lacking = set(absent)
+        kept = [place for place, image_id in enumerate(ids) if image_id not in lacking]
+        first = ", ".join(str(image_id) for image_id in absent[:5])
+        message = (
+            f"dataset {dataset_name}: {len(absent)} of its {len(set(ids))} images have no masks in "
+            f"{source}: {first}{', ...' if len(absent) > 5 else ''}"
+        )
+        if not leave_out or not kept:
+            raise ValueError(
+                f"{message}; make them or choose the file of this dataset (training can leave such "
+                "images out: INPUT.GELLA.LEAVE_OUT_MISSING True)"
+            )
+        _logger.warning("%s; left out, with %d records", message, len(ids) - len(kept))
+        records = selected(records, kept)
+    return mapped(records, source.lead)
+
+
+def import_modules(cfg: Any) -> list[ModuleType]:
+    """Import what ``cfg.DATASETS.MODULES`` names, so that it can register itself.
+
+    A module is imported once per process, however often it is named. Its code runs with the rights
+    of the user: name only files that you would run.
+
+    Args:
+        cfg: ``DATASETS.MODULES`` holds paths of Python files, relative to the current folder, and
+            names of importable modules (``package.module``).
+
+    Returns:
+        The modules, in the order in which they are named.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the module cannot be imported; the message says why and in which line.
+    """
+    return [_import(str(name)) for name in cfg.DATASETS.MODULES]
+
+
+def _import(name: str) -> ModuleType:
+    is_file = name.endswith(".py") or "/" in name
+    if is_file and not Path(name).is_file():
+        raise FileNotFoundError(
+            f"DATASETS.MODULES names {name}, which does not exist; paths start at the current "
+            f"folder, {Path.cwd()}"
+        )
+    try:
+        return _import_file(Path(name).resolve()) if is_file else importlib.import_module(name)
+    # Whatever foreign code raises is the user's to see, in one line.
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if Path(f.filename).name == Path(name).name]
+        if isinstance(error, SyntaxError):
+            lines = [error.lineno]
+        line = f" (line {lines[-1]})" if lines and lines[-1] else ""
+        kind = type(error).__name__
+        raise ValueError(
+            f"DATASETS.MODULES: importing {name} failed: {kind}: {error}{line}"
+        ) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    # Two files of one name are two modules; the same file by two paths is one.
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    title = f"gella_module_{path.stem}_{digest}"
+    if title in sys.modules:
+        return sys.modules[title]
+    spec = importlib.util.spec_from_file_location(title, path)
+    if spec is None or spec.loader is None:
+        raise ImportError("no Python file (its name must end in .py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[title] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[title]  # a half-made module must not look imported
+        raise
+    return module
