@@ -23,8 +23,8 @@ from tqdm import tqdm
 import gella.data  # noqa: F401  (registers the datasets)
 from gella.data.narratives import read_narratives
 from gella.data.records import Place
-from gella.evaluation.results import write_json
-from gella.text.prompts import align_utterances
+from gella.text.spans import align_utterances
+from gella.utils.io import write_json
 
 SHOWN = 20  # unaligned utterances on the screen; --json has all
 

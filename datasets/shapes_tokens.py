@@ -12,9 +12,9 @@ from gella.text.prompts import (
     EXTRACT_INSTRUCTIONS,
     SEG_TOKEN,
     noun_answer,
-    number_in_words,
     panoptic_answer,
 )
+from gella.text.words import number_in_words
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 VOCABULARY_SIZE = 639  # MODEL.LANGUAGE.VOCAB_SIZE of the tiny config less one, for <SEG>

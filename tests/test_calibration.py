@@ -29,9 +29,9 @@ from gella.modeling.postprocessing import (
     Candidates,
     gather_candidates,
     ground_phrases,
-    names_several,
     panoptic_from_scores,
 )
+from gella.text.words import names_several
 from gella.utils.io import file_hash
 
 
@@ -70,13 +70,18 @@ def all_taken(sample: dict, candidates: Candidates) -> dict[str, Any]:
     }
 
 
+def best_only(sample: dict, argmax: bool) -> list[bool]:
+    """Whether each noun takes its best entity only."""
+    return [argmax and not names_several(phrase["text"]) for phrase in sample["phrases"]]
+
+
 def evaluated(scenes: list, threshold: float, argmax: bool, none: float, referring: bool) -> float:
     """What an ordinary evaluation gives."""
     evaluator = evaluation.ReferringEvaluator() if referring else evaluation.PNGEvaluator()
     outputs = [
         {
             "grounding": ground_phrases(
-                s["phrases"], c, threshold, singular_argmax=argmax, none_threshold=none
+                s["phrases"], c, threshold, best_only=best_only(s, argmax), none_threshold=none
             )
         }
         for s, c in scenes

@@ -55,7 +55,7 @@ from gella.captions.text import (
     parse_json_answer,
     parse_noun_list,
 )
-from gella.text.alignment import locate_phrases
+from gella.text.spans import locate_phrases
 
 # -- answers ---------------------------------------------------------------------------------------
 

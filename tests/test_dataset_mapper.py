@@ -26,11 +26,11 @@ from gella.entities.sources import LiveSource, load_from_record
 from gella.text.prompts import (
     IGNORE_INDEX,
     IMAGE_TOKEN_ID,
-    align_utterances,
     decode_answer,
     noun_answer,
     panoptic_answer,
 )
+from gella.text.spans import align_utterances
 
 HEIGHT, WIDTH = 40, 60
 CATEGORIES = [

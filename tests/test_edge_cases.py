@@ -29,7 +29,7 @@ from gella.entities.entity_map import EntityMap
 from gella.evaluation import PNGEvaluator
 from gella.predictor import GellaPredictor
 from gella.text import prompts
-from gella.text.overlong import fit_prompt
+from gella.text.prompts import fit_prompt
 
 MANY = [NOUNS[i % len(NOUNS)] for i in range(60)]
 

@@ -51,11 +51,10 @@ HOMES = {
     "mask2former": {"modeling.upstream_mask_decoder"},
     "gradio": {"commands.app"},
     "openai": {"captions.endpoint"},
-    "inflect": {"text.words"},
     "pandas": {"commands.analyze"},
 }
 # Imported in the function that needs them, never with gella.
-LAZY = {*HOMES, "transformers", "tokenizers"} - {"pandas", "gradio", "inflect"}
+LAZY = {*HOMES, "transformers", "tokenizers"} - {"pandas", "gradio"}
 # Modules that only register; what they hold is reached through a registry.
 REGISTER: set[str] = set()
 

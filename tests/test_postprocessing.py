@@ -12,11 +12,11 @@ from gella.modeling.postprocessing import (
     ground_phrases,
     masks_in_original_frame,
     merge_snapped,
-    names_several,
     panoptic_from_scores,
     select_entities,
     snap_to_entities,
 )
+from gella.text.words import names_several
 
 
 def test_masks_return_to_a_non_square_original():
@@ -122,7 +122,7 @@ def test_a_singular_noun_takes_its_best_entity_and_a_low_best_none():
         phrases,
         Candidates(masks, [7, 8, 9], scores),
         0.5,
-        singular_argmax=True,
+        best_only=best_only,
         none_threshold=0.35,
     )
     assert [unit["entity_ids"] for unit in found] == [[9], [8, 7], []]

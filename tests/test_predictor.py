@@ -20,6 +20,7 @@ from gella.entities.entity_map import EntityMap, id_to_rgb
 from gella.predictor import GellaPredictor, image_id_of
 from gella.segmenters.segmenter import Segmenter
 from gella.text import prompts
+from gella.text.spans import locate_phrases
 from gella.weights.checkpoint import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -280,7 +281,7 @@ def test_same_input_as_the_dataset_mapper(cfg: Any, scene: tuple, tmp_path) -> N
     Image.fromarray(image).save(tmp_path / "000000000012.png")
     Image.fromarray(id_to_rgb(ids)).save(tmp_path / "masks.png")
     nouns = ["A red circle", "the sand"]
-    spans = prompts.locate_phrases(CAPTION, nouns)
+    spans = locate_phrases(CAPTION, nouns)
     record = {
         "file_name": str(tmp_path / "000000000012.png"),
         "image_id": 12,

@@ -10,7 +10,7 @@ from dataset_scripts import prepare_small_shapes, registered, script
 from prepare_png import alignment_report
 
 from gella.data import register as datasets
-from gella.text.prompts import align_utterances
+from gella.text.spans import align_utterances
 
 COCO_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "coco_sample" / "annotations"
 

@@ -16,13 +16,10 @@ from gella.text.prompts import (
     IMAGE_TOKEN_ID,
     SEG_TOKEN,
     OverlongPrompt,
-    align_utterances,
     build_prompt,
     decode_answer,
     load_tokenizer,
-    locate_phrases,
     noun_answer,
-    number_in_words,
     panoptic_answer,
     panoptic_sentence,
     parse_nouns,
@@ -30,6 +27,8 @@ from gella.text.prompts import (
     spoken_name,
     task_text,
 )
+from gella.text.spans import align_utterances, locate_phrases
+from gella.text.words import number_in_words
 
 
 def test_numbers_in_words() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from gella.config import load_config
 from gella.data.mapper import GroundingMapper
 from gella.entities.entity_map import EntityMap, id_to_rgb
-from gella.text import prompts
+from gella.text.spans import locate_phrases
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "gella_tiny_shapes.yaml"
 TOLERANCE = 1e-5
@@ -75,7 +75,7 @@ def make_entities(height: int, width: int, count: int, seed: int = 0) -> EntityM
 def make_caption(nouns: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
     """A sentence with these nouns, and its phrases without segments."""
     caption = "There is " + " beside ".join(nouns) + " in the light."
-    spans = prompts.locate_phrases(caption, list(nouns))
+    spans = locate_phrases(caption, list(nouns))
     known = {"segment_ids": [], "is_plural": False, "is_thing": True}
     phrases = [
         {"text": noun, "start": span[0], "end": span[1], **known}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from gella.text.prompts import locate_phrases
+from gella.text.spans import locate_phrases
 
 ROOT = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / "own_dataset"
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gella.text.words import ARTICLES, bare_noun, other_numbers
+
 __all__ = [
     "AnswerError",
     "NounMatch",
@@ -27,31 +29,6 @@ _RESERVED = ("<SEG>", "<image>", "<s>", "</s>", "<unk>")
 _MAX_STARTS = 50  # braces from which a JSON object is looked for
 _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "`": "'", "\u201c": '"', "\u201d": '"'})
 _EDGES = " \t\n.,;:!?\"'()[]{}*_#"
-_ARTICLE = re.compile(r"^(?:an?|the)\s+", re.IGNORECASE)
-_DETERMINER = re.compile(
-    r"^(?:an?|the|some|any|many|several|few|this|that|these|those|his|her|its|their|our|my|your|"
-    r"another|other|each|every|all|both|one|two|three|four|five|six|seven|eight|nine|ten|\d+)\s+",
-    re.IGNORECASE,
-)
-_IRREGULAR = {
-    "man": "men",
-    "woman": "women",
-    "person": "people",
-    "child": "children",
-    "foot": "feet",
-    "tooth": "teeth",
-    "goose": "geese",
-    "mouse": "mice",
-    "leaf": "leaves",
-    "knife": "knives",
-    "shelf": "shelves",
-    "half": "halves",
-    "loaf": "loaves",
-    "wolf": "wolves",
-    "calf": "calves",
-    "scarf": "scarves",
-}
-_REGULAR = {plural: singular for singular, plural in _IRREGULAR.items()}
 
 
 class AnswerError(Exception):
@@ -143,11 +120,11 @@ def match_nouns(description: str, nouns: Sequence[str]) -> NounMatch:
     its determiners; with its last word in the other number; both. Longer nouns choose their place
     first, so "hat" beside "red hat" is another hat, or left out.
 
-    The result is such that :func:`gella.text.alignment.locate_phrases` gives its spans back.
+    The result is such that :func:`gella.text.spans.locate_phrases` gives its spans back.
     """
     result = NounMatch()
     text = description.translate(_QUOTES)
-    cleaned = [" ".join(_ARTICLE.sub("", noun.strip(_EDGES)).split()) for noun in nouns]
+    cleaned = [bare_noun(noun.strip(_EDGES), ARTICLES) for noun in nouns]
     taken: list[tuple[int, int]] = []
     for place in sorted(range(len(nouns)), key=lambda i: (-len(cleaned[i]), i)):
         span, occurs = _free_span(text, cleaned[place], taken)
@@ -177,36 +154,14 @@ def _free_span(
 
 def _forms(noun: str) -> Iterator[str]:
     """Patterns of the noun's variants, closest first, each once."""
-    bare = noun
-    while _DETERMINER.match(bare):
-        bare = _DETERMINER.sub("", bare)
+    bare = bare_noun(noun, counts=True)
     seen = set()
-    for variant in (noun, bare, *_other_numbers(noun), *_other_numbers(bare)):
+    for variant in (noun, bare, *other_numbers(noun), *other_numbers(bare)):
         words = [re.escape(word) for word in re.split(r"[\s\-]+", variant) if word]
         if not re.search(r"\w", variant) or variant.lower() in seen:
             continue
         seen.add(variant.lower())
         yield r"(?<!\w)" + r"[\s\-]+".join(words) + r"(?!\w)"
-
-
-def _other_numbers(noun: str) -> list[str]:
-    """The noun with its last word in the plural or the singular."""
-    head, _, last = noun.rpartition(" ")
-    word = last.lower()
-    if word in _IRREGULAR or word in _REGULAR:
-        others = [_IRREGULAR.get(word, "") or _REGULAR[word]]
-    else:
-        others = [f"{word}s", f"{word}es"]
-        if re.search(r"[^aeiou]y$", word):
-            others.append(f"{word[:-1]}ies")
-        if word.endswith("ies"):
-            others.append(f"{word[:-3]}y")
-        if word.endswith("es"):
-            others.append(word[:-2])
-        if word.endswith("s") and not word.endswith("ss"):
-            others.append(word[:-1])
-    prefix = f"{head} " if head else ""
-    return [prefix + other for other in others if len(other) > 1]
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:

@@ -31,7 +31,8 @@ from gella.commands.console import exit_status
 from gella.data.register import import_modules
 from gella.engine.trainer import GellaTrainer
 from gella.evaluation.calibration import TAKE_ALL, PanopticSweep, SelectionSweep
-from gella.modeling.postprocessing import names_several, panoptic_from_scores
+from gella.modeling.postprocessing import panoptic_from_scores
+from gella.text.words import names_several
 from gella.utils.io import config_hash, file_hash, versions, write_json
 from gella.weights.checkpoint import load_weights
 

@@ -19,7 +19,7 @@ from PIL import Image
 from gella.commands.demo_inputs import Job, plain
 from gella.pictures.grounding import Grounding, PanopticResult
 from gella.pictures.html import grounding_html, page, panoptic_html
-from gella.text.prompts import locate_phrases
+from gella.text.spans import locate_phrases
 from gella.utils.io import write_atomically
 
 PAGE = "index.html"

@@ -27,7 +27,7 @@ from gella.data.register import refcoco_name
 from gella.entities.files import read_id_png
 from gella.entities.rle import decode_segmentation
 from gella.entities.sources import load_from_record
-from gella.text.prompts import align_utterances, locate_phrases
+from gella.text.spans import align_utterances, locate_phrases
 
 __all__ = ["Finding", "Known", "Report", "check_dataset", "known_counts"]
 

@@ -20,14 +20,16 @@ from gella.data.targets import EntityMatcher, category_phrases
 from gella.entities.entity_map import EntityMap
 from gella.entities.sources import annotation_of, load_entities, load_from_record
 from gella.entities.view import image_token_count, make_view, read_image
-from gella.text.overlong import FittedPrompt, check_policy, fit_prompt
 from gella.text.prompts import (
     DESCRIBE_INSTRUCTIONS,
     EXTRACT_INSTRUCTIONS,
+    FittedPrompt,
+    check_policy,
+    fit_prompt,
     load_tokenizer,
-    locate_phrases,
     panoptic_sentence,
 )
+from gella.text.spans import locate_phrases
 
 __all__ = [
     "GroundingMapper",
@@ -67,7 +69,7 @@ class InputMaker:
         num_image_tokens: image tokens of the prompt.
         system: the prompt's system line.
         max_length: most tokens of a prompt.
-        overlong: what becomes of a caption with more: "error" or "cut", see `overlong.fit_prompt`.
+        overlong: what becomes of a caption with more: "error" or "cut", see `prompts.fit_prompt`.
         """
         self.tokenizer = tokenizer
         self.image_size, self.colormap_size, self.colors = image_size, colormap_size, colors
@@ -136,7 +138,7 @@ class InputMaker:
         phrasing: int = 0,
         answered: bool = True,
     ) -> FittedPrompt:
-        """The prompt of a question within the model's context; see `overlong.fit_prompt`."""
+        """The prompt of a question within the model's context; see `prompts.fit_prompt`."""
         options: dict[str, Any] = {"phrasing": phrasing, "answered": answered, **self.limits}
         return fit_prompt(self.tokenizer, task, caption, phrases, policy=self.overlong, **options)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gella.data.panoptic import load_coco_panoptic
 from gella.data.records import Place, RecordStore, json_lines, read_json
-from gella.text.prompts import align_utterances, locate_phrases
+from gella.text.spans import align_utterances, locate_phrases
 
 __all__ = ["load_captions", "load_png", "read_narratives", "with_captions"]
 

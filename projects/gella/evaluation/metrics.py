@@ -8,13 +8,14 @@ arrays (H, W) in the frame of the original image. Panoptic quality and entity AP
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from gella.text.words import bare_noun
 
 NUM_THRESHOLDS = 100_000
 """Thresholds of average recall: 0, 1e-5, ..., 0.99999 (the PNG benchmark's rule)."""
@@ -28,10 +29,6 @@ SUBSETS = ("thing", "stuff", "singular", "plural")
 _THRESHOLDS = np.arange(NUM_THRESHOLDS) / NUM_THRESHOLDS
 _SOFT_SIDE = 256  # pixels; the official baseline compares masks that went through this size
 _FLMM_EPSILON = 1e-12
-_DETERMINERS = re.compile(
-    r"^(?:(?:a|an|the|this|that|these|those|some|any|each|every|another|all|both"
-    r"|my|your|his|her|its|our|their) )+(?=\S)"
-)
 
 
 def check_protocol(protocol: str) -> str:
@@ -234,7 +231,7 @@ def blind_choices(
 
 def normalize_noun(noun: str) -> str:
     """Lower case, single spaces, leading determiners dropped (never the last word)."""
-    return _DETERMINERS.sub("", " ".join(noun.lower().split()))
+    return bare_noun(noun.lower())
 
 
 def noun_recall(reference: Iterable[str], answered: Iterable[str]) -> int:

@@ -20,11 +20,12 @@ from gella.modeling.postprocessing import (
     ground_phrases,
     masks_in_original_frame,
     panoptic_from_scores,
-    selection_options,
     snap_to_entities,
 )
 from gella.modeling.prefix import Prefix
 from gella.text import prompts
+from gella.text.spans import located
+from gella.text.words import names_several
 
 
 class Model(Protocol):
@@ -179,7 +180,7 @@ def with_answer(tokenizer: Any, inputs: dict[str, Any], answer: Tensor) -> dict[
     seg_id = tokenizer.convert_tokens_to_ids(prompts.SEG_TOKEN)
     seg_positions = (input_ids == seg_id).nonzero().flatten()
     text = prompts.decode_answer(tokenizer, answer.tolist())
-    phrases = prompts.located(inputs["caption"], prompts.parse_nouns(text))
+    phrases = located(inputs["caption"], prompts.parse_nouns(text))
     return {
         **inputs,
         "text": text,
@@ -233,7 +234,17 @@ def find_entities(
             )
             results.append({"panoptic_seg": painted})
         else:
-            grounding = ground_phrases(x["phrases"], candidates, **selection_options(options))
+            # MODEL.GELLA.SINGULAR_ARGMAX: a noun in the singular takes one entity.
+            argmax = [
+                options.SINGULAR_ARGMAX and not names_several(p["text"]) for p in x["phrases"]
+            ]
+            grounding = ground_phrases(
+                x["phrases"],
+                candidates,
+                options.ASSOCIATION_THRESHOLD,
+                best_only=argmax,
+                none_threshold=options.NONE_THRESHOLD,
+            )
             results.append({"grounding": grounding})
     return results
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,19 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# English words by which a noun phrase speaks of several things, or looks as if it did.
-_QUANTITIES = set(
-    "two three four five six seven eight nine ten eleven twelve several few many both multiple "
-    "various numerous couple pair dozen".split()
-)
-_GROUPS = set("group groups bunch set row rows number lot lots crowd herd flock line pile".split())
-_PREPOSITIONS = set("of in on at with by from near under over behind beside to for that".split())
-_PLURALS = set("people men women children feet teeth mice geese cattle persons they them".split())
-_SINGULARS = set(  # singular, or a plural that names one thing
-    "bus gas lens canvas plus pants jeans shorts scissors trousers goggles sunglasses eyeglasses "
-    "binoculars headphones christmas atlas always perhaps its his".split()
-)
 
 
 @dataclass
@@ -145,36 +131,6 @@ def gather_candidates(
     return Candidates(torch.stack(own) if own else masks[:0], ids, merged.sigmoid())
 
 
-def names_several(noun: str) -> bool:
-    """Whether a noun phrase speaks of more than one thing, judged by its words alone.
-
-    A rule of thumb for English: a number or quantity ("two", "a few"), "and", a group of something
-    ("a pair of"), an irregular plural ("people"), or a head noun in -s that is no known exception.
-    """
-    words = re.findall(r"[a-z0-9']+", noun.lower())
-    if not words:
-        return False
-    if any(word in _QUANTITIES or (word.isdigit() and int(word) > 1) for word in words):
-        return True
-    if "and" in words[1:-1] or any(w in _GROUPS and v == "of" for w, v in zip(words, words[1:])):
-        return True
-    end = next((k for k, word in enumerate(words) if k and word in _PREPOSITIONS), len(words))
-    head = words[end - 1]
-    if head in _PLURALS:
-        return True
-    ending = head.endswith("s") and not head.endswith(("ss", "us", "is", "'s"))
-    return ending and len(head) > 2 and head not in _SINGULARS
-
-
-def selection_options(options: Any) -> dict[str, Any]:
-    """The keys of ``MODEL.GELLA`` that choose entities, as arguments of :func:`ground_phrases`."""
-    return {
-        "threshold": options.ASSOCIATION_THRESHOLD,
-        "singular_argmax": options.SINGULAR_ARGMAX,
-        "none_threshold": options.NONE_THRESHOLD,
-    }
-
-
 def select_entities(
     scores: Tensor,
     threshold: float,
@@ -208,7 +164,7 @@ def ground_phrases(
     candidates: Candidates,
     threshold: float,
     *,
-    singular_argmax: bool = False,
+    best_only: Sequence[bool] | None = None,
     none_threshold: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Give every phrase the entities it names and the union of their masks.
@@ -217,14 +173,13 @@ def ground_phrases(
         phrases: P dicts with ``text``, ``start`` and ``end``.
         candidates: of the same image.
         threshold: association probability above which an entity is taken.
-        singular_argmax: nouns that :func:`names_several` denies take their best entity only.
+        best_only: per phrase whether it takes its best entity only; None: no phrase does.
         none_threshold: a noun whose best entity scores lower takes none.
 
     Returns:
         per phrase ``phrase``, ``start``, ``end``, ``entity_ids`` and ``scores`` (best first), and
         ``mask``, bool ndarray (H, W).
     """
-    best_only = [singular_argmax and not names_several(phrase["text"]) for phrase in phrases]
     selected = select_entities(
         candidates.scores, threshold, best_only=best_only, none_threshold=none_threshold
     )

@@ -16,7 +16,8 @@ from gella.entities.view import image_token_count
 from gella.predictor.scene import Scene
 from gella.segmenters.segmenter import Segmenter
 from gella.text import prompts
-from gella.text.overlong import FittedPrompt, fit_prompt
+from gella.text.prompts import FittedPrompt, fit_prompt
+from gella.text.spans import locate_phrases
 
 __all__ = [
     "TASKS",
@@ -235,9 +236,9 @@ def _phrase(text: str, start: int, end: int) -> dict[str, Any]:
 
 def _spans(caption: str, nouns: Sequence[str]) -> list[tuple[int, int]]:
     """Spans of nouns in order; a noun out of order is sought everywhere; (-1, -1) if absent."""
-    spans = prompts.locate_phrases(caption, list(nouns))
+    spans = locate_phrases(caption, list(nouns))
     return [
-        span or prompts.locate_phrases(caption, [noun])[0] or (-1, -1)
+        span or locate_phrases(caption, [noun])[0] or (-1, -1)
         for noun, span in zip(nouns, spans, strict=True)
     ]
 

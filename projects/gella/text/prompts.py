@@ -10,36 +10,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from gella.text.alignment import align_utterances, locate_phrases, located
-
-__all__ = [
-    "DESCRIBE_INSTRUCTIONS",
-    "EXTRACT_INSTRUCTIONS",
-    "IGNORE_INDEX",
-    "IMAGE_TOKEN_ID",
-    "SEG_TOKEN",
-    "TASKS",
-    "OverlongPrompt",
-    "Prompt",
-    "align_utterances",
-    "build_prompt",
-    "decode_answer",
-    "load_tokenizer",
-    "locate_phrases",
-    "located",
-    "noun_answer",
-    "number_in_words",
-    "panoptic_answer",
-    "panoptic_sentence",
-    "parse_nouns",
-    "question_text",
-    "spoken_name",
-    "task_text",
-]
+from gella.text.words import in_a_row, number_in_words, with_article
 
 SEG_TOKEN = "<SEG>"
 IMAGE_MARK = "<image>"  # never in the text itself; the template puts the image tokens there
@@ -61,12 +37,13 @@ EXTRACT_INSTRUCTIONS = (
     "Find all semantic nouns of the sentence. The sentence is {caption}",
 )
 
-_SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
-_TENS = ["-", "-", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_PANOPTIC_START = "There might exist "
+
+POLICIES = ("error", "cut")
+"""Values of INPUT.GELLA.OVERLONG_CAPTION: what becomes of a caption that does not fit."""
+# An expression is a noun itself, and without a category its entities would take a wrong one.
+_CUTTABLE = ("describe", "extract", "ground")
+# Three letters before the mark: "Mr." and "St." end no sentence. Fewer places are no harm.
+_SENTENCE_END = re.compile(r"(?<=\w{3})[.!?;]+[\"'”’)]*(?=\s)")
 
 
 class OverlongPrompt(ValueError):
@@ -87,6 +64,24 @@ class Prompt:
     input_ids: torch.Tensor
     labels: torch.Tensor
     seg_positions: torch.Tensor
+
+
+@dataclass
+class FittedPrompt:
+    """A prompt that fits.
+
+    Attributes:
+        prompt: its token ids.
+        caption: the part of the caption that it holds, from the first character on.
+        num_nouns: the first so many of the given nouns lie in that part; an answer that names nouns
+            names exactly these.
+        num_cut: the others.
+    """
+
+    prompt: Prompt
+    caption: str
+    num_nouns: int
+    num_cut: int
 
 
 def load_tokenizer(path: str) -> Any:
@@ -127,34 +122,19 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def number_in_words(n: int) -> str:
-    """English number without hyphens or "and": 21 -> "twenty one". ValueError outside 0..999999."""
-    if not 0 <= n < 1_000_000:
-        raise ValueError(f"{n} cannot be written in words here; 0..999999 can")
-    if n >= 1000:
-        rest = f" {number_in_words(n % 1000)}" if n % 1000 else ""
-        return f"{number_in_words(n // 1000)} thousand{rest}"
-    if n >= 100:
-        rest = f" {number_in_words(n % 100)}" if n % 100 else ""
-        return f"{_SMALL[n // 100]} hundred{rest}"
-    if n >= 20:
-        return _TENS[n // 10] + (f" {_SMALL[n % 10]}" if n % 10 else "")
-    return _SMALL[n]
-
-
 def noun_answer(nouns: Sequence[str]) -> str:
     """The answer to noun extraction and grounding (paper, Table 1), one `<SEG>` per noun.
 
     White space inside a noun becomes one blank. Raises ValueError without any noun, for an empty
     noun and for one that holds a token of the template.
     """
-    cleaned = [_clean(noun) for noun in nouns]
-    if not cleaned:
+    if not nouns:
         raise ValueError("there is no noun to answer with; the caption must name at least one")
-    if len(cleaned) == 1:
-        return f"There is one semantic noun, including {cleaned[0]} {SEG_TOKEN}."
-    count = number_in_words(len(cleaned))
-    return f"There are {count} semantic nouns, including {_enumerate(cleaned, f' {SEG_TOKEN}')}."
+    marked = [f"{_clean(noun)} {SEG_TOKEN}" for noun in nouns]
+    if len(marked) == 1:
+        return f"There is one semantic noun, including {marked[0]}."
+    count = number_in_words(len(marked))
+    return f"There are {count} semantic nouns, including {in_a_row(marked)}."
 
 
 def panoptic_answer(names: Sequence[str]) -> str:
@@ -163,12 +143,15 @@ def panoptic_answer(names: Sequence[str]) -> str:
     Args:
         names: category names, at least one; articles are put before them.
     """
-    return _PANOPTIC_START + _enumerate(_with_articles(names), f" {SEG_TOKEN}") + "."
+    if not names:
+        raise ValueError("there is no category name to list; give at least one")
+    marked = [f"{with_article(_clean(name))} {SEG_TOKEN}" for name in names]
+    return f"There might exist {in_a_row(marked)}."
 
 
 def panoptic_sentence(names: Sequence[str]) -> str:
     """`panoptic_answer` without its `<SEG>` tokens: the sentence that is asked about."""
-    return _PANOPTIC_START + _enumerate(_with_articles(names), "") + "."
+    return panoptic_answer(names).replace(f" {SEG_TOKEN}", "")
 
 
 def spoken_name(category: str) -> str:
@@ -291,6 +274,95 @@ def build_prompt(
     return Prompt(input_ids, labels, torch.nonzero(input_ids == seg_id).flatten())
 
 
+def check_policy(policy: str) -> str:
+    """Return a value of ``INPUT.GELLA.OVERLONG_CAPTION``; ValueError for one that is unknown."""
+    if policy not in POLICIES:
+        raise ValueError(f"INPUT.GELLA.OVERLONG_CAPTION is {policy!r}: use one of {POLICIES}")
+    return policy
+
+
+def fit_prompt(
+    tokenizer: Any,
+    task: str,
+    caption: str,
+    phrases: Sequence[dict[str, Any]],
+    *,
+    policy: str,
+    phrasing: int = 0,
+    answered: bool = True,
+    **limits: Any,
+) -> FittedPrompt:
+    """Build the prompt of a task and, where it is too long and may be cut, of a shorter caption.
+
+    A caption whose nouns are in the answer is cut behind the last noun that fits: neither question
+    nor answer holds a part of a noun, and every ``<SEG>`` has its noun. Where the answer does not
+    name the nouns (a description, or an answer that is to be generated), it is cut at the end of a
+    sentence, outside the nouns that are known. Training, evaluation and the predictor cut alike.
+
+    Args:
+        tokenizer, task, caption, phrasing: as in `task_text` and `build_prompt`.
+        phrases: per noun ``text``, ``start`` and ``end`` in `caption`; -1 where it is not in it: it
+            is cut together with the noun before it.
+        policy: one of `POLICIES`. "panoptic" and "refer" are never cut.
+        answered: False leaves the answer to be generated.
+        limits: ``num_image_tokens``, ``system`` and ``max_length`` of `build_prompt`.
+
+    Raises:
+        OverlongPrompt: the prompt is too long and may not be cut, or does not even fit cut behind
+            its first noun or sentence.
+        ValueError: as in the two functions, or <SEG> is no token of the tokenizer.
+    """
+    check_policy(policy)
+    named = answered and task != "describe"
+
+    def attempt(end: int, count: int) -> FittedPrompt:
+        texts = caption[:end], [phrase["text"] for phrase in phrases[:count]], phrasing
+        answer = task_text(task, *texts)[1] if answered else None
+        prompt = build_prompt(tokenizer, question_text(task, *texts), answer, **limits)
+        if named and count != len(prompt.seg_positions):
+            raise ValueError(
+                f"{count} nouns but {len(prompt.seg_positions)} <SEG> tokens in the answer; is "
+                "<SEG> one token of this tokenizer?"
+            )
+        return FittedPrompt(prompt, caption[:end], count, len(phrases) - count)
+
+    try:
+        return attempt(len(caption), len(phrases))
+    except OverlongPrompt as error:
+        if policy == "error" or task not in _CUTTABLE:
+            raise
+        whole = error
+    cuts, fitted = _cuts(caption, phrases, at_nouns=named), None
+    while cuts:  # by halving: a prompt grows with its caption
+        middle = (len(cuts) - 1) // 2
+        try:
+            fitted = attempt(*cuts[middle])
+            cuts = cuts[middle + 1 :]
+        except OverlongPrompt:
+            cuts = cuts[:middle]
+    if fitted is None:
+        unit = "noun" if named else "sentence"
+        raise OverlongPrompt(f"{whole}; it does not fit either when cut behind its first {unit}")
+    return fitted
+
+
+def _cuts(
+    caption: str, phrases: Sequence[dict[str, Any]], *, at_nouns: bool
+) -> list[tuple[int, int]]:
+    """Where a caption may be cut, ascending, and how many nouns lie before each place."""
+    # Per noun the end of the shortest start of the caption that holds it and all nouns before it.
+    # Ascending, so that the nouns of any start of the caption are the first ones.
+    ends = [int(phrase["end"]) for phrase in phrases]
+    first = next((int(p["end"]) for p in phrases if p["start"] >= 0), len(caption))
+    reach = list(accumulate(ends, max, initial=first))[1:]
+    if at_nouns:
+        places = sorted(set(reach))
+    else:
+        matches = [match.end() for match in _SENTENCE_END.finditer(caption)]
+        places = [m for m in matches if not any(p["start"] < m < p["end"] for p in phrases)]
+    return [(place, sum(r <= place for r in reach)) for place in places]
+
+
 def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
     """Text of generated token ids, with `<SEG>` kept and the other special tokens left out."""
     seg_id = tokenizer.convert_tokens_to_ids(SEG_TOKEN)
@@ -324,18 +396,3 @@ def _clean(noun: str) -> str:
         raise ValueError("a noun is empty; every noun needs a text")
     _refuse(text, "noun", (SEG_TOKEN, IMAGE_MARK))
     return text
-
-
-def _enumerate(items: Sequence[str], after: str) -> str:
-    marked = [f"{item}{after}" for item in items]
-    if len(marked) == 1:
-        return marked[0]
-    return f"{', '.join(marked[:-1])} and {marked[-1]}"
-
-
-def _with_articles(names: Sequence[str]) -> list[str]:
-    if not names:
-        raise ValueError("there is no category name to list; give at least one")
-    # "u" as in "unit" and "eu" sound like a consonant.
-    vowel = re.compile(r"(?!uni|use|eu|one\b)[aeiou]", re.IGNORECASE)
-    return [f"{'an' if vowel.match(name) else 'a'} {name}" for name in map(_clean, names)]
