@@ -164,7 +164,7 @@ def ground_phrases(
     candidates: Candidates,
     threshold: float,
     *,
-    best_only: Sequence[bool] | None = None,
+    best_only: Sequence[bool] = (),
     none_threshold: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Give every phrase the entities it names and the union of their masks.
@@ -173,7 +173,7 @@ def ground_phrases(
         phrases: P dicts with ``text``, ``start`` and ``end``.
         candidates: of the same image.
         threshold: association probability above which an entity is taken.
-        best_only: per phrase whether it takes its best entity only; None: no phrase does.
+        best_only: per phrase whether it takes its best entity only; (): no phrase does.
         none_threshold: a noun whose best entity scores lower takes none.
 
     Returns:
