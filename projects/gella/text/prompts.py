@@ -297,7 +297,7 @@ def fit_prompt(
     A caption whose nouns are in the answer is cut behind the last noun that fits: neither question
     nor answer holds a part of a noun, and every ``<SEG>`` has its noun. Where the answer does not
     name the nouns (a description, or an answer that is to be generated), it is cut at the end of a
-    sentence, outside the nouns that are known. Training, evaluation and the predictor cut alike.
+    sentence, outside the nouns that are known.
 
     Args:
         tokenizer, task, caption, phrasing: as in `task_text` and `build_prompt`.
@@ -308,8 +308,7 @@ def fit_prompt(
         limits: ``num_image_tokens``, ``system`` and ``max_length`` of `build_prompt`.
 
     Raises:
-        OverlongPrompt: the prompt is too long and may not be cut, or does not even fit cut behind
-            its first noun or sentence.
+        OverlongPrompt: it is too long and may not be cut, or does not even fit at its first cut.
         ValueError: as in the two functions, or <SEG> is no token of the tokenizer.
     """
     check_policy(policy)
@@ -320,10 +319,8 @@ def fit_prompt(
         answer = task_text(task, *texts)[1] if answered else None
         prompt = build_prompt(tokenizer, question_text(task, *texts), answer, **limits)
         if named and count != len(prompt.seg_positions):
-            raise ValueError(
-                f"{count} nouns but {len(prompt.seg_positions)} <SEG> tokens in the answer; is "
-                "<SEG> one token of this tokenizer?"
-            )
+            marks = f"{len(prompt.seg_positions)} <SEG> tokens in the answer"
+            raise ValueError(f"{count} nouns but {marks}; is <SEG> one token of this tokenizer?")
         return FittedPrompt(prompt, caption[:end], count, len(phrases) - count)
 
     try:
