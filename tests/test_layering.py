@@ -183,7 +183,6 @@ def undocumented(node: ast.Module | ast.ClassDef, name: str) -> Iterator[str]:
 
 # What is still to be moved; empty in the end.
 OPEN = (
-    "circle among segmenters",
     "commands.app_",
     "engine.zero_branch",
     "entities.color_choice",

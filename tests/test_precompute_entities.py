@@ -23,8 +23,8 @@ from tiny_segmenters import TOY_SETUP, save_mask2former, save_sam, save_toy
 from gella.commands import precompute_entities as tool
 from gella.entities.sources import load_entities
 from gella.segmenters.from_transformers import SamSegmenter, UniversalSegmenter
-from gella.segmenters.journal import MaskJournal
 from gella.segmenters.segmenter import load_segmenter
+from gella.utils.journal import Journal
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "precompute_entities.py"
@@ -286,17 +286,17 @@ def test_two_pictures_of_one_id(run, pictures):
 
 def half_done(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: int) -> Path:
     """Stop the tool by Ctrl-C after some images; returns its journal."""
-    add, count = MaskJournal.add, 0
+    append, count = Journal.append, 0
 
-    def add_and_stop(self, job, entities):
+    def append_and_stop(self, entry):
         nonlocal count
         if count == images:
             raise KeyboardInterrupt
         count += 1
-        add(self, job, entities)
+        append(self, entry)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MaskJournal, "add", add_and_stop)
+        patch.setattr(Journal, "append", append_and_stop)
         code, _, err = run()
     assert code == 130 and "goes on where it stopped" in err
     assert not (tmp_path / "masks.json").exists()
@@ -342,7 +342,7 @@ def test_a_finished_output_is_not_made_anew(run, tmp_path):
 
 def test_killed_between_output_and_tidying_up(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(MaskJournal, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Journal, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run()[0] == 130
     before = (tmp_path / "masks.json").read_bytes()
     code, out, _ = run()
@@ -370,7 +370,7 @@ def test_a_damaged_journal_is_named(run, tmp_path, monkeypatch):
 
 def test_two_processes_do_not_write_one_output(run, tmp_path):
     pytest.importorskip("fcntl")
-    with MaskJournal(tmp_path / "masks.json", {}):
+    with tool.open_journal(tmp_path / "masks.json", {}):
         code, _, err = run()
     assert code == 2 and "another process" in err
 

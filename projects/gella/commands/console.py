@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 # What a wrong file, name or value raises. Other exceptions are bugs and keep their traceback.
 USER_ERRORS = (KeyError, ValueError, OSError, ImportError)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser for which a wrong command line is one line, status 2; its help shows examples."""
+
+    def __init__(self, description: str | None) -> None:
+        """``description``: usually the docstring of the command."""
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form)
+
+    def error(self, message: str) -> NoReturn:
+        """End the process."""
+        if message.startswith("unrecognized arguments"):
+            # A mistyped --key would show its value.
+            message = "an argument is not known: look at the spelling of the options"
+        self.exit(2, f"error: {message}; --help shows an example\n")
 
 
 def one_line(error: BaseException) -> str:

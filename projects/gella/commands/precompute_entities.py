@@ -26,67 +26,53 @@ the failed ones again; 2 and one line "error: ..." for wrong input; 130 after Ct
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import IO, Any
 
 import numpy as np
-from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
 import gella  # noqa: F401  registers the datasets
+from gella.commands.console import Parser, exit_status, one_line
+from gella.commands.inputs import SUFFIXES, Source, dataset_records, distinct
 from gella.data.register import import_modules
 from gella.entities.entity_map import EntityMap
 from gella.entities.view import read_image
 from gella.predictor import image_id_of
-from gella.segmenters.journal import MaskJournal, PictureJob
 from gella.segmenters.segmenter import SPECS, MaskLimits, Segmenter, load_segmenter
-from gella.utils.io import write_json
+from gella.utils.io import write_atomically, write_json
+from gella.utils.journal import Journal
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LISTED = 10  # names that the summary prints before it refers to the report
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; --help shows an example\n")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong one ends the process with code 2 and one line."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--segmenter", required=True, metavar="SPEC", help=SPECS)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="FOLDER", help="its pictures, not those of subfolders")
     source.add_argument("--dataset", metavar="NAME", help="a dataset of Detectron2's catalog")
-    add(
-        "--module",
-        action="append",
-        default=[],
-        metavar="FILE.py",
-        help="run first: registers the dataset or the model (as DATASETS.MODULES)",
-    )
+    own = "run first: registers the dataset or the model (as DATASETS.MODULES)"
+    add("--module", action="append", default=[], metavar="FILE.py", help=own)
     add("--output", required=True, metavar="JSON", help="file to write, COCO results")
     add("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")
     add("--batch-size", type=int, default=1, metavar="N", help="images at a time (default 1)")
     add("--min-area", type=int, default=1, metavar="PIXELS", help="smaller entities are left out")
     add("--min-score", type=float, metavar="S", help="entities of lower score are left out")
     add("--max-entities", type=int, metavar="N", help="the best N of an image")
-    add(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="setting of the segmenter, again for more (points_per_side=16, threshold=0.3, ...)",
-    )
+    again = "setting of the segmenter, again for more (points_per_side=16, threshold=0.3, ...)"
+    add("--option", action="append", default=[], metavar="KEY=VALUE", help=again)
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"--batch-size is {args.batch_size}; it must be at least 1")
@@ -96,125 +82,151 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def list_folder(folder: Path) -> list[PictureJob]:
-    """One job per picture of a folder, by name; ids from the names.
+def list_pictures(args: argparse.Namespace) -> list[Source]:
+    """The pictures of a folder by name, or of a dataset in its order.
 
-    Raises FileNotFoundError without the folder, ValueError without pictures or when two names give
-    one id.
+    Raises FileNotFoundError without the folder, ValueError without pictures, for an unknown dataset
+    and when two pictures have one id.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"folder {folder} does not exist; give one with pictures")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise ValueError(f"folder {folder} has no pictures ({', '.join(SUFFIXES)})")
-    # Viewers and the demo turn photographs upright, so their masks have to be of the turned one.
-    return _distinct([PictureJob(image_id_of(path), path, upright=True) for path in paths])
+    if args.images:
+        folder = Path(args.images)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"folder {folder} does not exist; give one with pictures")
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        sources = [Source(image_id_of(path), path) for path in paths]
+        lacking = f"folder {folder} has no pictures ({', '.join(SUFFIXES)})"
+    else:
+        sources = [
+            Source(r["image_id"], Path(r["file_name"]), size=(int(r["height"]), int(r["width"])))
+            for r in dataset_records(args.dataset)
+        ]
+        lacking = f"dataset {args.dataset} has no record"
+    if not sources:
+        raise ValueError(lacking)
+    return distinct(sources, "rename one, since masks are found by id")
 
 
-def list_dataset(name: str) -> list[PictureJob]:
-    """One job per image of a registered dataset, in its order, however many records it has.
+def segment_all(
+    segmenter: Segmenter,
+    sources: Sequence[Source],
+    limits: MaskLimits,
+    batch_size: int,
+    journal: Journal,
+) -> dict[str, str]:
+    """Enter the entities of each picture into the journal; return why files failed, by path."""
+    failed: dict[str, str] = {}
+    bar = tqdm(total=len(sources), unit="image", desc="segmenting")
+    for start in range(0, len(sources), batch_size):
+        images: dict[Source, np.ndarray] = {}
+        results: dict[Source, EntityMap | str] = {}
+        for source in sources[start : start + batch_size]:
+            try:
+                images[source] = read_picture(source)
+            except (ValueError, OSError) as error:
+                results[source] = str(error)
+        results.update(_segment(segmenter, images, limits))
+        for source, result in results.items():
+            if isinstance(result, EntityMap):
+                journal.append(entry_of(source, result))
+            else:
+                failed[str(source.path)] = result
+                tqdm.write(f"failed: {result}", file=sys.stderr)
+            bar.update()
+    bar.close()
+    return failed
 
-    Raises ValueError for an unknown name and what the dataset raises.
-    """
-    if name not in DatasetCatalog.list():
-        known = ", ".join(sorted(n for n in DatasetCatalog.list() if n.startswith("gella_")))
-        raise ValueError(f"dataset {name} is not registered; there are: {known}")
-    jobs: dict[tuple[str, str], PictureJob] = {}
-    for record in DatasetCatalog.get(name):
-        key = (str(record["image_id"]), str(record["file_name"]))
-        size = (int(record["height"]), int(record["width"]))
-        jobs.setdefault(key, PictureJob(record["image_id"], Path(record["file_name"]), size=size))
-    if not jobs:
-        raise ValueError(f"dataset {name} has no record")
-    return _distinct(list(jobs.values()))
 
-
-def _distinct(jobs: list[PictureJob]) -> list[PictureJob]:
-    seen: dict[str, PictureJob] = {}
-    for job in jobs:
-        other = seen.setdefault(str(job.image_id), job)
-        if other is not job:
-            raise ValueError(
-                f"{other.path} and {job.path} have one image id, {job.image_id}; rename one, since "
-                "masks are found by id"
-            )
-    return jobs
-
-
-def read_picture(job: PictureJob) -> np.ndarray:
+def read_picture(source: Source) -> np.ndarray:
     """The picture, uint8 RGB (H, W, 3); ValueError if its size is not the dataset's."""
-    image = read_image(job.path, upright=job.upright)
-    if job.size is not None and image.shape[:2] != job.size:
+    # Viewers and the demo turn photographs upright, so their masks are of the turned picture; a
+    # dataset's annotations are of the stored pixels.
+    image = read_image(source.path, upright=source.size is None)
+    if source.size is not None and image.shape[:2] != source.size:
         raise ValueError(
-            f"image {job.path} is {image.shape[1]}x{image.shape[0]} pixels but the dataset says "
-            f"{job.size[1]}x{job.size[0]} (width x height); is it the right picture?"
+            f"image {source.path} is {image.shape[1]}x{image.shape[0]} pixels but the dataset says "
+            f"{source.size[1]}x{source.size[0]} (width x height); is it the right picture?"
         )
     return image
 
 
-def segment_all(
-    segmenter: Segmenter, jobs: Sequence[PictureJob], limits: MaskLimits, batch_size: int
-) -> Iterator[tuple[PictureJob, EntityMap | str]]:
-    """Yield each job with its entities, or with the reason why it failed, in order."""
-    for start in range(0, len(jobs), batch_size):
-        ready: list[tuple[PictureJob, np.ndarray]] = []
-        results: dict[Any, EntityMap | str] = {}
-        batch = jobs[start : start + batch_size]
-        for job in batch:
-            try:
-                ready.append((job, read_picture(job)))
-            except (ValueError, OSError) as error:
-                results[job.image_id] = str(error)
-        results.update(_segment(segmenter, ready, limits))
-        yield from ((job, results[job.image_id]) for job in batch)
-
-
 def _segment(
-    segmenter: Segmenter, ready: list[tuple[PictureJob, np.ndarray]], limits: MaskLimits
-) -> dict[Any, EntityMap | str]:
-    if not ready:
+    segmenter: Segmenter, images: dict[Source, np.ndarray], limits: MaskLimits
+) -> dict[Source, EntityMap | str]:
+    if not images:
         return {}
     try:
-        found = segmenter.segment_batch([image for _, image in ready], limits)
-        return {job.image_id: entities for (job, _), entities in zip(ready, found)}
+        return dict(zip(images, segmenter.segment_batch(list(images.values()), limits)))
     except Exception as error:  # a model may raise anything; one image must not stop the others
         if os.getenv("GELLA_TRACEBACK") == "1":
             traceback.print_exc()
-        if len(ready) > 1:
-            results: dict[Any, EntityMap | str] = {}
-            for entry in ready:
-                results.update(_segment(segmenter, [entry], limits))
-            return results
-        text = " ".join(str(error).split()) or type(error).__name__
-        return {ready[0][0].image_id: f"image {ready[0][0].path}: {text}"}
+        if len(images) == 1:
+            (source,) = images
+            return {source: f"image {source.path}: {one_line(error) or type(error).__name__}"}
+        results: dict[Source, EntityMap | str] = {}
+        for source, image in images.items():
+            results.update(_segment(segmenter, {source: image}, limits))
+        return results
 
 
-def summarize(
-    jobs: Sequence[PictureJob],
-    counts: dict[Any, int],
-    failed: dict[str, str],
-    seconds: float | None,
-) -> dict[str, Any]:
-    """Figures of the run: what the report file holds.
+def open_journal(output: Path, made_by: dict[str, Any]) -> Journal:
+    """The journal of an output file: one line a picture, with all its results.
 
-    Args:
-        jobs: all images.
-        counts: entities by image id, of the images that are done.
-        failed: reason by file name.
-        seconds: per image of this run, None if it had nothing to do.
+    It remembers the size of the picture's file, in bytes, and the number of entities.
+
+    Raises:
+        ValueError: the output is complete; and as `Journal`.
     """
-    done = [counts[job.image_id] for job in jobs if job.image_id in counts]
-    empty = [str(job.path) for job in jobs if counts.get(job.image_id) == 0]
-    spread = {"mean": float(np.mean(done)), "min": min(done), "max": max(done)} if done else None
-    return {
-        "images": len(jobs),
-        "done": len(done),
-        "failed": failed,
-        "without_mask": empty,
-        "entities": sum(done),
-        "entities_per_image": spread,
-        "seconds_per_image": seconds,
-    }
+    path = output.with_name(output.name + ".journal")
+    if output.is_dir():
+        raise ValueError(f"output {output} is a folder; name a file")
+    if output.exists() and not path.exists():
+        raise ValueError(
+            f"{output} exists already and is complete; delete it or choose another --output"
+        )
+
+    def note(entry: Any) -> tuple[str, tuple[int, int]]:
+        return str(entry["image_id"]), (int(entry["bytes"]), len(entry["results"]))
+
+    return Journal(path, note, settings=made_by, advice="delete this file to start anew")
+
+
+def entry_of(source: Source, entities: EntityMap) -> dict[str, Any]:
+    """A line of the journal: the entities of a picture as COCO results."""
+    results = [
+        {
+            "image_id": source.image_id,
+            "category_id": 1,  # class-agnostic
+            "segmentation": code,
+            "score": round(float(score), 6),
+        }
+        for code, score in zip(entities.to_rle(), entities.scores)
+    ]
+    size = source.path.stat().st_size
+    return {"image_id": source.image_id, "bytes": size, "results": results}
+
+
+def done_counts(journal: Journal, sources: Sequence[Source]) -> dict[Source, int]:
+    """Entities by picture, of those that are done and whose files are as long as they were then."""
+    counts = {}
+    for source in sources:
+        size, number = journal.entries.get(str(source.image_id), (None, 0))
+        if source.path.is_file() and source.path.stat().st_size == size:
+            counts[source] = number
+    return counts
+
+
+def write_output(journal: Journal, done: Sequence[Source], output: Path) -> None:
+    """Write the results of the pictures that are done, in this order."""
+
+    def write(stream: IO[bytes]) -> None:
+        separator = b"[\n"
+        for source in done:
+            for result in journal.read(str(source.image_id))["results"]:
+                stream.write(separator + json.dumps(result).encode())
+                separator = b",\n"
+        stream.write(b"\n]\n" if separator == b",\n" else b"[]\n")
+
+    write_atomically(output, write)
 
 
 def print_summary(report: dict[str, Any], report_file: Path) -> None:
@@ -228,40 +240,33 @@ def print_summary(report: dict[str, Any], report_file: Path) -> None:
         )
     if report["seconds_per_image"] is not None:
         print(f"time     {report['seconds_per_image']:.2f} s per image")
-    if report["without_mask"]:
-        print(f"{len(report['without_mask'])} images without any mask; grounding refuses them:")
-        _print_first(report["without_mask"], report_file)
-    if report["failed"]:
-        print(f"{len(report['failed'])} images failed:")
-        _print_first(list(report["failed"].values()), report_file)
+    empty, failed = report["without_mask"], list(report["failed"].values())
+    without = "images without any mask; grounding refuses them:"
+    for lines, title in ((empty, without), (failed, "images failed:")):
+        if lines:
+            print(f"{len(lines)} {title}", *lines[:LISTED], sep="\n  ")
+        if len(lines) > LISTED:
+            print(f"  ... all in {report_file}")
 
 
-def _print_first(lines: list[str], report_file: Path) -> None:
-    for line in lines[:LISTED]:
-        print(f"  {line}")
-    if len(lines) > LISTED:
-        print(f"  ... all in {report_file}")
-
-
-def print_next(args: argparse.Namespace, jobs: Sequence[PictureJob], failed: bool) -> None:
+def print_next(args: argparse.Namespace, sources: Sequence[Source], failed: bool) -> None:
     """Print the command to go on with."""
     if failed:
         print("next: repair or remove these images, then run the same command again")
-        return
-    if args.images is not None:
+    elif args.images is not None:
         print("next: ground a caption in them")
         print(
             "  python tools/demo.py --config-file CONFIG --weights PTH "
-            f"--input {shlex.quote(str(jobs[0].path))} --masks {shlex.quote(args.output)} "
+            f"--input {shlex.quote(str(sources[0].path))} --masks {shlex.quote(args.output)} "
             '--caption "..."'
         )
-        return
-    print(f"next: evaluate {args.dataset} with these masks")
-    choice = [[args.dataset, "coco_results", args.output]]
-    print(
-        "  python tools/train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS PTH "
-        f'DATASETS.TEST "(\'{args.dataset}\',)" INPUT.GELLA.ENTITY_SOURCES "{choice}"'
-    )
+    else:
+        print(f"next: evaluate {args.dataset} with these masks")
+        choice = [[args.dataset, "coco_results", args.output]]
+        print(
+            "  python tools/train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS PTH "
+            f'DATASETS.TEST "(\'{args.dataset}\',)" INPUT.GELLA.ENTITY_SOURCES "{choice}"'
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -269,36 +274,48 @@ def run(args: argparse.Namespace) -> int:
     limits = MaskLimits(args.min_area, args.min_score, args.max_entities)
     options = dict(option.split("=", 1) for option in args.option)
     import_modules(SimpleNamespace(DATASETS=SimpleNamespace(MODULES=args.module)))
-    jobs = list_folder(Path(args.images)) if args.images else list_dataset(args.dataset)
-    output = Path(args.output)
+    sources, output = list_pictures(args), Path(args.output)
     report_file = output.with_name(output.name + ".report.json")
     made_by = {"segmenter": args.segmenter, "options": options, "limits": vars(limits)}
     failed: dict[str, str] = {}
-    with MaskJournal(output, made_by) as journal:
-        remaining = [job for job in jobs if not journal.has(job)]
-        if len(remaining) < len(jobs):
-            print(f"going on: {len(jobs) - len(remaining)} of {len(jobs)} images are done")
+    with open_journal(output, made_by) as journal:
+        counts = done_counts(journal, sources)
+        remaining = [source for source in sources if source not in counts]
+        if counts:
+            print(f"going on: {len(counts)} of {len(sources)} images are done")
         started = time.perf_counter()
-        if remaining:
-            segmenter = load_segmenter(args.segmenter, args.device, options)
-            started = time.perf_counter()
-            work = segment_all(segmenter, remaining, limits, args.batch_size)
-            for job, result in tqdm(work, total=len(remaining), unit="image", desc="segmenting"):
-                if isinstance(result, EntityMap):
-                    journal.add(job, result)
-                else:
-                    failed[str(job.path)] = result
-                    tqdm.write(f"failed: {result}", file=sys.stderr)
+        try:
+            if remaining:
+                segmenter = load_segmenter(args.segmenter, args.device, options)
+                started = time.perf_counter()
+                failed = segment_all(segmenter, remaining, limits, args.batch_size, journal)
+        except BaseException:
+            if not journal.entries:
+                journal.remove()  # nothing is lost, and other settings may follow
+            raise
         elapsed = time.perf_counter() - started
-        journal.write_output(jobs)
-        seconds = elapsed / len(remaining) if remaining else None
-        report = {**made_by, **summarize(jobs, journal.counts(jobs), failed, seconds)}
+        counts = done_counts(journal, sources)
+        write_output(journal, [source for source in sources if source in counts], output)
+        numbers = list(counts.values())
+        spread = None
+        if numbers:
+            spread = {"mean": float(np.mean(numbers)), "min": min(numbers), "max": max(numbers)}
+        report = {
+            **made_by,
+            "images": len(sources),
+            "done": len(numbers),
+            "failed": failed,
+            "without_mask": [str(source.path) for source in counts if counts[source] == 0],
+            "entities": sum(numbers),
+            "entities_per_image": spread,
+            "seconds_per_image": elapsed / len(remaining) if remaining else None,
+        }
         write_json(report_file, report)
         if not failed:
             journal.remove()
     print_summary(report, report_file)
     print(f"wrote {output}")
-    print_next(args, jobs, bool(failed))
+    print_next(args, sources, bool(failed))
     return 1 if failed else 0
 
 
@@ -306,13 +323,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit code. ``GELLA_TRACEBACK=1`` shows where an error arose."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     args = parse_args(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if os.getenv("GELLA_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    told = "interrupted; the same command goes on where it stopped"
+    return exit_status(lambda: run(args), interrupted=told)

@@ -3,6 +3,6 @@
 Importing this package makes the kind ``segmenter`` of ``INPUT.GELLA.ENTITY_SOURCES`` known.
 """
 
-from gella.segmenters import segmenter
+from gella.segmenters import from_detectron2, from_transformers, segmenter
 
-__all__ = ["segmenter"]
+__all__ = ["from_detectron2", "from_transformers", "segmenter"]

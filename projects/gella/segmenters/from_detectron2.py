@@ -25,15 +25,15 @@ class Detectron2Segmenter(Segmenter):
         config: YAML file.
         weights: .pth, or a .pkl of the model zoo; only arrays are read from either.
         device: as torch names it.
-        overrides: config values by key, as text.
+        overrides: config values by key, as text; `load_segmenter` takes them as options.
         setup: ``MODULE:FUNCTION``, several separated by commas: imported, which registers a
             project's models, and called with the config, to which it adds the project's keys.
         output: "instances", "panoptic_seg" or "auto": panoptic_seg if the model gives it.
 
-    Preprocessing is Detectron2's at test time (``INPUT.MIN_SIZE_TEST``, ``MAX_SIZE_TEST``,
-    ``FORMAT``).
+    Pictures are scaled as by Detectron2 at test time (``INPUT.MIN_SIZE_TEST``, ``MAX_SIZE_TEST``).
     """
 
+    FORM = "detectron2:CONFIG:WEIGHTS"
     OPTIONS = {
         "setup": (str, "MODULE:FUNCTION[,...] that adds a project's keys to the config"),
         "output": (
@@ -53,8 +53,7 @@ class Detectron2Segmenter(Segmenter):
         output: str = "auto",
     ) -> None:
         self._cfg = _read_config(config, overrides or {}, setup)
-        self._cfg.MODEL.DEVICE = device
-        self._cfg.MODEL.WEIGHTS = ""
+        self._cfg.MODEL.DEVICE, self._cfg.MODEL.WEIGHTS = device, ""
         if "://" not in weights and not Path(weights).is_file():
             raise FileNotFoundError(f"segmenter weights {weights} do not exist; check the path")
         try:
@@ -67,10 +66,16 @@ class Detectron2Segmenter(Segmenter):
         try:
             _PlainCheckpointer(self._model).load(weights, checkpointables=[])
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(
-                f"segmenter weights {weights}: {' '.join(str(error).split())}"
-            ) from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"segmenter weights {weights}: {reason}") from error
         self._output = output
+
+    @classmethod
+    def parse_options(cls, options: Mapping[str, str]) -> dict[str, Any]:
+        """See `Segmenter.parse_options`; names with a capital are config keys, for the config."""
+        keys = {name: value for name, value in options.items() if name[:1].isupper()}
+        others = {name: value for name, value in options.items() if name not in keys}
+        return {"overrides": keys, **super().parse_options(others)}
 
     def predict(self, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
         """See `Segmenter.predict`; all images are given to the model in one call."""
@@ -80,12 +85,10 @@ class Detectron2Segmenter(Segmenter):
 
     def _prepare(self, image: np.ndarray) -> dict[str, Any]:
         height, width = image.shape[:2]
-        size = resized_size(
-            height, width, self._cfg.INPUT.MIN_SIZE_TEST, self._cfg.INPUT.MAX_SIZE_TEST
-        )
+        bounds = self._cfg.INPUT.MIN_SIZE_TEST, self._cfg.INPUT.MAX_SIZE_TEST
+        size = resized_size(height, width, *bounds)
         if size != (height, width):
-            scaled = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
-            image = np.asarray(scaled)
+            image = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
         if self._cfg.INPUT.FORMAT == "BGR":
             image = image[:, :, ::-1]
         tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32))
@@ -102,21 +105,18 @@ class Detectron2Segmenter(Segmenter):
             )
         if wanted == "panoptic_seg":
             ids, segments = answer["panoptic_seg"]
-            segments = segments or []
-            numbers = np.array([segment["id"] for segment in segments], dtype=np.int64)
-            masks = ids.cpu().numpy()[None] == numbers[:, None, None]
-            ranks = [segment.get("score", 1.0) for segment in segments]
-            return masks, np.array(ranks, dtype=np.float32)
+            numbers = np.array([segment["id"] for segment in segments or ()], dtype=np.int64)
+            scores = np.array([segment.get("score", 1.0) for segment in segments or ()], np.float32)
+            return ids.cpu().numpy()[None] == numbers[:, None, None], scores
         instances = answer["instances"].to("cpu")
         if not instances.has("pred_masks"):
             raise ValueError("the Detectron2 model gives boxes without masks; use one with masks")
-        found = instances.pred_masks
-        found = torch.as_tensor(getattr(found, "tensor", found))
-        scores = instances.scores if instances.has("scores") else torch.ones(len(found))
-        if len(found) == 0:  # heads without a detection give their masks any size
-            return np.zeros((0, *image.shape[:2]), dtype=bool), np.zeros(0, dtype=np.float32)
-        masks = found.numpy() if found.dtype == torch.bool else found.float().numpy() > 0.5
-        return masks, scores.float().numpy()
+        masks = instances.pred_masks
+        masks = torch.as_tensor(getattr(masks, "tensor", masks))  # of BitMasks
+        ranks = instances.scores if instances.has("scores") else torch.ones(len(masks))
+        if len(masks) == 0:  # heads without a detection give their masks any size
+            masks = torch.zeros((0, *image.shape[:2]))
+        return (masks if masks.dtype == torch.bool else masks > 0.5).numpy(), ranks.float().numpy()
 
 
 def resized_size(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
@@ -173,9 +173,7 @@ class _PlainCheckpointer(DetectionCheckpointer):
             raise ValueError(f"segmenter weights {filename} cannot be read ({text})") from error
         if not isinstance(loaded, dict):
             raise ValueError(f"segmenter weights {filename} hold no tensors by key")
-        if "model" not in loaded:
-            loaded = {"model": loaded}
-        return loaded
+        return loaded if "model" in loaded else {"model": loaded}
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         # After the model's own renaming of old keys, unlike a check of the file.

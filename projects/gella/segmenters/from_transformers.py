@@ -23,9 +23,10 @@ class SamSegmenter(Segmenter):
         device: as torch names it.
         options: see OPTIONS; defaults are those of transformers' mask-generation pipeline.
 
-    Scores are SAM's own estimates of the masks' IoU.
+    Scores are SAM's estimates of the masks' IoU.
     """
 
+    FORM = "sam:PATH"
     OPTIONS = {
         "points_per_side": (int, "side of the grid of points, default 32"),
         "points_per_batch": (int, "points at a time, default 64; fewer need less memory"),
@@ -58,10 +59,11 @@ class SamSegmenter(Segmenter):
         """See `Segmenter.predict`; one image after the other, its points in batches."""
         results = []
         for image in images:
-            found = self._pipeline(Image.fromarray(image), **self._options)
-            masks = [np.asarray(mask, dtype=bool) for mask in found["masks"]]
-            stacked = np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), dtype=bool)
-            results.append((stacked, _to_numpy(found["scores"])))
+            answer = self._pipeline(Image.fromarray(image), **self._options)
+            masks = np.zeros((0, *image.shape[:2]), dtype=bool)
+            if len(answer["masks"]):
+                masks = np.stack([np.asarray(mask, dtype=bool) for mask in answer["masks"]])
+            results.append((masks, _to_numpy(answer["scores"])))
         return results
 
 
@@ -69,8 +71,7 @@ def _spread_points(processor: Any) -> None:
     """Make SAM 2's grid of points cover the whole of an image that is not square.
 
     transformers scales the grid as for SAM, by the longest side, also where the processor squashes
-    the image to a square (SAM 2, EdgeTAM): the lower part of a wide image, and the right part of a
-    tall one, would never be asked.
+    the image to a square (SAM 2, EdgeTAM): part of the image would never be asked.
     """
     size = processor.size
     if size.get("longest_edge") is not None:
@@ -80,11 +81,11 @@ def _spread_points(processor: Any) -> None:
     @functools.wraps(original)
     def generate(image: Any, target_size: int, *args: Any, **kwargs: Any) -> Any:
         boxes, points, crops, labels = original(image, target_size, *args, **kwargs)
-        for place, crop in enumerate(crops):
+        for number, crop in enumerate(crops):
             height, width = crop.shape[-2:]
             scale = target_size / max(height, width)
-            points[:, :, place, 0] *= size["width"] / int(width * scale + 0.5)
-            points[:, :, place, 1] *= size["height"] / int(height * scale + 0.5)
+            points[:, :, number, 0] *= size["width"] / int(width * scale + 0.5)
+            points[:, :, number, 1] *= size["height"] / int(height * scale + 0.5)
         return boxes, points, crops, labels
 
     processor.generate_crop_boxes = generate
@@ -102,6 +103,7 @@ class UniversalSegmenter(Segmenter):
     Class labels are dropped, and segments of one class are never fused.
     """
 
+    FORM = "transformers:PATH"
     OPTIONS = {
         "task": (one_of("panoptic", "instance"), "panoptic (default) or instance"),
         "threshold": (float, "least score of a segment; default: the model's processor's"),
@@ -110,16 +112,11 @@ class UniversalSegmenter(Segmenter):
     }
 
     def __init__(self, path: str, device: str, task: str = "panoptic", **options: Any) -> None:
-        from transformers import (
-            AutoImageProcessor,
-            AutoModelForUniversalSegmentation,
-            AutoProcessor,
-        )
+        import transformers as hf
 
-        auto = (AutoImageProcessor, AutoProcessor)
-        processor, model = _load("transformers", path, auto, AutoModelForUniversalSegmentation)
-        self._model = model.to(device).eval()
-        self._processor = processor
+        auto = (hf.AutoImageProcessor, hf.AutoProcessor)
+        processor, model = _load("transformers", path, auto, hf.AutoModelForUniversalSegmentation)
+        self._model, self._processor = model.to(device).eval(), processor
         self._device = device
         # OneFormer is told its task in words, by a processor that holds a tokenizer.
         self._told = {"task_inputs": [task]} if model.config.model_type == "oneformer" else {}
@@ -141,19 +138,19 @@ class UniversalSegmenter(Segmenter):
         # the image as if no pixel were padding.
         prepared = [self._prepare(image) for image in images]
         groups: dict[Any, list[int]] = {}
-        for place, inputs in enumerate(prepared):
+        for number, inputs in enumerate(prepared):
             shapes = tuple((key, tuple(value.shape)) for key, value in inputs.items())
-            groups.setdefault(shapes, []).append(place)
+            groups.setdefault(shapes, []).append(number)
         results: list[Any] = [None] * len(images)
-        for places in groups.values():
+        for numbers in groups.values():
             batch = {
-                key: torch.cat([prepared[place][key] for place in places]).to(self._device)
-                for key in prepared[places[0]]
+                key: torch.cat([prepared[number][key] for number in numbers]).to(self._device)
+                for key in prepared[numbers[0]]
             }
-            outputs = self._model(**batch)
-            sizes = [images[place].shape[:2] for place in places]
-            for place, found in zip(places, self._post(outputs, target_sizes=sizes)):
-                results[place] = _segments(found, images[place].shape[:2])
+            sizes = [images[number].shape[:2] for number in numbers]
+            answers = self._post(self._model(**batch), target_sizes=sizes)
+            for number, size, answer in zip(numbers, sizes, answers):
+                results[number] = _segments(answer, size)
         return results
 
     def _prepare(self, image: np.ndarray) -> dict[str, torch.Tensor]:
@@ -169,13 +166,13 @@ class UniversalSegmenter(Segmenter):
         return {key: value for key, value in tensors.items() if key in accepted}
 
 
-def _segments(found: dict[str, Any], size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _segments(answer: dict[str, Any], size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Masks bool (E, H, W) and scores (E,) from what post-processing says of one image."""
-    segments, drawn = found["segments_info"], found["segmentation"]
+    segments = answer["segments_info"]
     if not segments:
         return np.zeros((0, *size), dtype=bool), np.zeros(0, dtype=np.float32)
     scores = np.array([segment["score"] for segment in segments], dtype=np.float32)
-    pixels = _to_numpy(drawn)
+    pixels = _to_numpy(answer["segmentation"])
     if pixels.ndim == 3:  # one map per instance, in the segments' order
         return pixels > 0.5, scores
     ids = np.array([segment["id"] for segment in segments])
@@ -190,7 +187,7 @@ def _to_numpy(values: Any) -> np.ndarray:
 def _load(kind: str, path: str, processor_class: Any, model_class: Any) -> tuple[Any, Any]:
     """Processor and model of a folder or hub name; weights that do not fit are refused.
 
-    ``processor_class`` may be a pair: the second serves OneFormer.
+    ``processor_class`` may be a pair; the second is OneFormer's.
     """
     name = f"segmenter {kind}:{path}"
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1

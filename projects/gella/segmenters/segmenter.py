@@ -25,8 +25,13 @@ from gella.entities.entity_map import EntityMap
 from gella.entities.sources import SOURCE_KINDS, LiveSource
 from gella.entities.view import read_image
 
-KINDS = ("sam", "transformers", "detectron2")
+__all__ = ["KINDS", "SPECS", "MaskLimits", "Segmenter", "SegmenterSource", "load_segmenter"]
+
 SPECS = "sam:PATH, transformers:PATH or detectron2:CONFIG:WEIGHTS"
+
+
+KINDS: dict[str, type[Segmenter]] = {}
+"""The kinds of specs; the siblings of this file enter theirs when the package is imported."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class MaskLimits:
     def flatten(self, masks: np.ndarray, scores: np.ndarray) -> EntityMap:
         """Turn masks bool (E, H, W), which may overlap, and scores float (E,) into entities.
 
-        The result is numbered 1..E' in the order of ``masks`` and may hold no entity. Overlaps are
-        resolved as `EntityMap.from_masks` does.
+        They are numbered 1..E' in the order of ``masks``; there may be none. Overlaps are resolved
+        as `EntityMap.from_masks` does.
         """
         least = max(1, self.min_area)
         keep = masks.sum(axis=(1, 2)) >= least
@@ -68,9 +73,8 @@ class MaskLimits:
         entities = EntityMap.from_masks(masks[chosen], scores[chosen])
         # Slivers that the masks above have left are dropped too: nobody can point at them.
         large = np.flatnonzero(entities.areas() >= least)
-        kept = EntityMap.from_id_image(
-            entities.ids, [int(k) + 1 for k in large], entities.scores[large]
-        )
+        ids = [int(k) + 1 for k in large]
+        kept = EntityMap.from_id_image(entities.ids, ids, entities.scores[large])
         return EntityMap(kept.ids, list(range(1, kept.num_entities + 1)), kept.scores)
 
 
@@ -78,10 +82,18 @@ class Segmenter:
     """Base of the live segmenters. A subclass says what its `predict` finds and its OPTIONS.
 
     Attributes:
+        FORM: of the specs that name it; each part between colons is an argument of the class, and
+            the device follows them.
         OPTIONS: what `load_segmenter` accepts for the kind: name -> (type of the value, meaning).
     """
 
+    FORM = ""
     OPTIONS: Mapping[str, tuple[Callable[[str], Any], str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        """Make the kind known under the first word of its FORM."""
+        if cls.FORM:
+            KINDS[cls.FORM.partition(":")[0]] = cls
 
     def predict(self, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Find the masks of uint8 RGB images (H, W, 3) of any sizes.
@@ -106,10 +118,10 @@ class Segmenter:
         for image in images:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise ValueError(f"image must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
-        results = []
         with torch.inference_mode():
-            found = self.predict(images)
-        for image, (masks, scores) in zip(images, found):
+            answers = self.predict(images)
+        results = []
+        for image, (masks, scores) in zip(images, answers):
             if masks.ndim != 3 or masks.shape[1:] != image.shape[:2]:
                 raise ValueError(
                     f"the segmenter gave masks of shape {masks.shape} for an image of "
@@ -120,13 +132,30 @@ class Segmenter:
             results.append((limits or MaskLimits()).flatten(masks, scores))
         return results
 
+    @classmethod
+    def parse_options(cls, options: Mapping[str, str]) -> dict[str, Any]:
+        """Convert option values from text; ValueError names an unknown one or a wrong value."""
+        parsed = {}
+        for name, value in options.items():
+            if name not in cls.OPTIONS:
+                known = "; ".join(f"{key}: {text}" for key, (_, text) in cls.OPTIONS.items())
+                raise ValueError(f"segmenter option {name!r} is not known; there are {known}")
+            convert, text = cls.OPTIONS[name]
+            try:
+                parsed[name] = convert(value)
+            except ValueError as error:
+                raise ValueError(
+                    f"segmenter option {name}={value}: {error}; it is {text}"
+                ) from error
+        return parsed
+
 
 class SegmenterSource(LiveSource):
     """Entities of dataset records made on the spot, in the place of files.
 
-    The model is loaded at the first image, once per process. It is slow, and the processes of a
-    loader cannot share one GPU's model: for more than a look, write the masks to a file first
-    (``tools/precompute_entities.py``), or else set ``DATALOADER.NUM_WORKERS 0``.
+    The model is loaded at the first image, once per process. The processes of a loader cannot share
+    one GPU's model: for more than a look, write the masks to a file first
+    (``tools/precompute_entities.py``), or set ``DATALOADER.NUM_WORKERS 0``.
     """
 
     def __init__(
@@ -179,53 +208,26 @@ def load_segmenter(
         ValueError: a wrong spec, device, option, or a model that cannot be loaded; the message says
             what to do.
     """
-    kind, rest, weights = _split_spec(spec)
-    place = _checked_device(device)
-    given = dict(options or {})
-    if kind == "detectron2":
-        from gella.segmenters.from_detectron2 import Detectron2Segmenter
-
-        # Names of config keys start with a capital; they are checked by the config.
-        keys = {name: given.pop(name) for name in list(given) if name[:1].isupper()}
-        return Detectron2Segmenter(
-            rest, weights, place, keys, **parse_options(Detectron2Segmenter, given)
-        )
-    from gella.segmenters.from_transformers import SamSegmenter, UniversalSegmenter
-
-    cls: Any = SamSegmenter if kind == "sam" else UniversalSegmenter
-    return cls(rest, place, **parse_options(cls, given))
+    kind, parts = _split_spec(spec)
+    return kind(*parts, _checked_device(device), **kind.parse_options(options or {}))
 
 
-def _split_spec(spec: str) -> tuple[str, str, str]:
-    """(kind, path or config, weights or "")"""
-    kind, _, path = spec.partition(":")
-    if kind not in KINDS or not path:
+def _split_spec(spec: str) -> tuple[Any, list[str]]:
+    """The class of a spec and its arguments."""
+    name, _, rest = spec.partition(":")
+    if name not in KINDS or not rest:
         raise ValueError(f"segmenter {spec!r} is none of {SPECS}")
-    if kind != "detectron2":
-        return kind, path, ""
-    config, _, weights = path.partition(":")
-    if not config or not weights:
-        raise ValueError(f"segmenter {spec!r} lacks its weights; give detectron2:CONFIG:WEIGHTS")
-    return kind, config, weights
-
-
-def parse_options(cls: type[Segmenter], options: Mapping[str, str]) -> dict[str, Any]:
-    """Convert option values from text; ValueError names an unknown one or a wrong value."""
-    parsed = {}
-    for name, value in options.items():
-        if name not in cls.OPTIONS:
-            known = "; ".join(f"{key}: {text}" for key, (_, text) in cls.OPTIONS.items())
-            raise ValueError(f"segmenter option {name!r} is not known; there are {known}")
-        convert, text = cls.OPTIONS[name]
-        try:
-            parsed[name] = convert(value)
-        except ValueError as error:
-            raise ValueError(f"segmenter option {name}={value}: {error}; it is {text}") from error
-    return parsed
+    form = KINDS[name].FORM
+    wanted = form.split(":")[1:]
+    parts = [part for part in rest.split(":", len(wanted) - 1) if part]
+    if len(parts) < len(wanted):
+        lacking = wanted[len(parts)].lower()
+        raise ValueError(f"segmenter {spec!r} lacks its {lacking}; give {form}")
+    return KINDS[name], parts
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
-    """Converter of an option that is one of a few words."""
+    """Converter of an option that is one of a few words; ValueError for another."""
 
     def convert(value: str) -> str:
         if value not in choices:
