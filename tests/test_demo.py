@@ -1,112 +1,200 @@
-"""The demo tool: what it writes, and one line for every mistake of its user."""
+"""The demo: what it reads and writes, failures in folders, resume, one line for each mistake."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
+from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import torch
+from caption_server import KEY, answer, chat_server, status
 from detectron2.data import DatasetCatalog
 from PIL import Image
 from pycocotools import mask as mask_utils
+from tiny_gella import make_model
 
 from gella.commands import demo
+from gella.commands.demo_inputs import (
+    Job,
+    Picture,
+    assign,
+    list_pictures,
+    masks_beside,
+    masks_from,
+    output_names,
+    plain,
+    read_captions,
+    read_categories,
+    split_nouns,
+)
 from gella.entities.entity_map import id_to_rgb
+from gella.pictures.grounding import Grounding
+from gella.predictor import GellaPredictor
+from gella.segmenters.segmenter import Segmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs" / "gella_tiny_shapes.yaml")
-CAPTION = "A red circle and two squares on the sand."
+CAPTION = "A red circle lies on the sand."
+SCRIPT = "</p><script>alert(1)</script><img src=x onerror=alert(1)> & \"quotes' </svg>"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside scripts and styles."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self._open = "", ""
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._open = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._open not in ("script", "style"):
+            self.text += data
+
+    def all(self, tag: str, name: str) -> list[str]:
+        """The values of an attribute of all tags of a kind that have it."""
+        return [a[name] or "" for t, a in self.tags if t == tag and name in a]
+
+
+class Fake:
+    """A predictor that needs no model: every noun, or the word "circle", names entity 1."""
+
+    asked: list[tuple[str, str, tuple[int, ...]]] = []
+    during: Callable[[], None] = staticmethod(lambda: None)
+
+    def __init__(self, cfg: Any, config_file: str = "") -> None:
+        self.cfg = cfg
+
+    def predict_many(self, requests: list[Any], *, batch_size: int = 8) -> list[Any]:
+        assert len(requests) <= batch_size
+        type(self).during()
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request: Any) -> Any:
+        self.asked.append((request.task, request.text, request.image.shape[:2]))
+        if request.text == "raise":
+            return ValueError("this caption is not liked")
+        if request.task in ("describe", "extract"):
+            return CAPTION if request.task == "describe" else ["A red circle", "the sand"]
+        phrases = []
+        for noun in request.nouns or ["circle"]:
+            start = request.text.find(noun)
+            span = {"phrase": noun, "start": start, "end": start + len(noun), "scores": [0.9]}
+            ids = request.entities.segment_ids[:1]
+            phrases.append({**span, "entity_ids": ids, "mask": request.entities.ids == 1})
+        given = (request.image, request.text, request.entities, phrases)
+        return Grounding(*given, np.zeros((8, 8, 3), np.uint8), request.task, weights="w")
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Path:
-    """A picture and its masks: scene.png, masks.png with the ids 1 to 3."""
-    ids = np.zeros((60, 90), dtype=np.int32)
-    ids[30:], ids[5:20, 5:20], ids[5:20, 40:55] = 1, 2, 3
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "scene.png")
-    Image.fromarray(id_to_rgb(ids)).save(tmp_path / "masks.png")
-    return tmp_path
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[Fake]:
+    """The demo with a fake predictor, whose questions are noted."""
+    monkeypatch.setattr(demo, "GellaPredictor", Fake)
+    monkeypatch.setattr(Fake, "asked", [])
+    return Fake
+
+
+def scene(folder: Path, name: str, seed: int = 0, masks: bool = True) -> Path:
+    """A picture of 40 x 30 pixels with two entities, its masks beside it."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    ids = np.ones((30, 40), np.int32)
+    ids[5:15, 5:25] = 2
+    if masks:
+        Image.fromarray(id_to_rgb(ids)).save(path.with_name(f"{path.stem}_masks.png"))
+    return path
 
 
 @pytest.fixture
-def run(files: Path, tokenizer_dir: Path, capsys: Any) -> Any:
-    """Call the tool with good arguments, some of them replaced (None: left out)."""
+def run(tmp_path: Path, capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    """Call the tool on tmp_path/in with output tmp_path/out and more arguments."""
 
-    def call(opts: tuple[str, ...] = (), extra: tuple[str, ...] = (), **changes: Any) -> tuple:
-        options: dict[str, Any] = {
-            "config-file": TINY,
-            "weights": "",
-            "input": files / "scene.png",
-            "masks": files / "masks.png",
-            "caption": CAPTION,
-            "nouns": "A red circle,two squares",
-            "output": files / "out",
-        }
-        options.update({name.replace("_", "-"): value for name, value in changes.items()})
-        argv = [
-            part
-            for name, value in options.items()
-            if value is not None
-            for part in (f"--{name}", str(value))
-        ]
-        tokenizer = ["MODEL.LANGUAGE.TOKENIZER", str(tokenizer_dir)]
-        sizes = ["MODEL.LANGUAGE.MAX_POSITIONS", "1024", "MODEL.LANGUAGE.MAX_NEW_TOKENS", "8"]
-        argv += [*extra, "--opts", *tokenizer, *sizes, *opts]
+    def call(*more: Any, input: Any = "in", opts: tuple[Any, ...] = ()) -> tuple[int, str, str]:
+        argv = ["--config-file", TINY, "--weights", "", "--output", tmp_path / "out"]
+        argv += ["--input", tmp_path / input] if input else []
         try:
-            code = demo.main(argv)
+            code = demo.main([str(part) for part in (*argv, *more, "--opts", *opts)])
         except SystemExit as stop:
-            code = stop.code
+            code = int(stop.code or 0)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
     return call
 
 
-def test_writes_pictures_and_json(run: Any, files: Path) -> None:
-    code, out, err = run()
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    """The folder tmp_path/in with a.png, b.png and sub/c.png."""
+    for seed, name in enumerate(("a.png", "b.png", "sub/c.png")):
+        scene(tmp_path / "in", name, seed)
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def opts(tokenizer_dir: Path) -> tuple[Any, ...]:
+    """Overrides that let the tiny config use the tests' tokenizer."""
+    sizes = ("MODEL.LANGUAGE.MAX_POSITIONS", 1024, "MODEL.LANGUAGE.MAX_NEW_TOKENS", 8)
+    return ("MODEL.LANGUAGE.TOKENIZER", tokenizer_dir, *sizes)
+
+
+def tree(folder: Path) -> set[str]:
+    """Paths of all files below a folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def json_of(folder: Path, name: str = "a") -> Any:
+    return json.loads((folder.parent / "out" / f"{name}.json").read_text())
+
+
+def json_lines(path: Path, *lines: Any) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+# -- one picture -----------------------------------------------------------------------------------
+
+
+def test_writes_pictures_and_json(run: Any, three: Path, opts: Any) -> None:
+    given = ("--caption", CAPTION, "--nouns", "A red circle,the sand")
+    code, out, err = run(*given, input="in/a.png", opts=opts)
     assert code == 0 and "error" not in err
-    out_dir = files / "out"
-    names = {"scene_grounding.png", "scene_colormap.png", "scene.json"}
-    there = {path.name for path in out_dir.iterdir()}  # and no temporary file
-    assert there == {*names, "index.html", "page"}
-    assert {path.name for path in (out_dir / "page").iterdir()} == {"scene.html", "scene.png"}
-    for name in names:
-        assert f"wrote {out_dir / name}" in out
+    folder = three.parent / "out"
+    names = {"a_grounding.png", "a_colormap.png", "a.json"}
+    assert tree(folder) == {*names, "index.html", "page/a.html", "page/a.png"}  # no temporary file
+    assert all(f"wrote {folder / name}" in out for name in names)
     assert "untrained" in out and "next:" in out
-    content = json.loads((out_dir / "scene.json").read_text())
+    content = json_of(three)
     assert content["config"] == TINY and content["weights"] == "untrained"
-    assert content["task"] == "ground" and content["num_entities"] == 3
-    assert [noun["noun"] for noun in content["nouns"]] == ["A red circle", "two squares"]
-    ids = np.zeros((60, 90), dtype=np.int32)
-    ids[30:], ids[5:20, 5:20], ids[5:20, 40:55] = 1, 2, 3
+    assert content["task"] == "ground" and content["num_entities"] == 2
+    assert [noun["noun"] for noun in content["nouns"]] == ["A red circle", "the sand"]
+    ids = np.ones((30, 40), np.int32)
+    ids[5:15, 5:25] = 2
     for noun in content["nouns"]:
         assert CAPTION[noun["start"] : noun["end"]] == noun["noun"]
         mask = mask_utils.decode(noun["mask"]).astype(bool)
         assert (mask == np.isin(ids, noun["entity_ids"])).all()
-    picture = np.asarray(Image.open(out_dir / "scene_grounding.png"))
+    picture = np.asarray(Image.open(folder / "a_grounding.png"))
     assert picture.shape[1] >= 640
     assert (picture[:20] == (160, 30, 30)).all(axis=2).mean() > 0.8  # "untrained weights"
 
 
-def test_trained_weights_are_named_and_not_labelled(run: Any, files: Path) -> None:
-    state = _tiny_state(files)
-    torch.save({"model": state}, files / "model.pth")
-    code, out, err = run(weights=files / "model.pth")
-    assert code == 0, err
-    assert "untrained" not in out
-    content = json.loads((files / "out" / "scene.json").read_text())
-    assert content["weights"] == str(files / "model.pth")
-    picture = np.asarray(Image.open(files / "out" / "scene_grounding.png"))
-    assert not (picture[:20] == (160, 30, 30)).all(axis=2).any()
-
-
-def _tiny_state(folder: Path) -> dict[str, torch.Tensor]:
+def tiny_state() -> dict[str, torch.Tensor]:
     from detectron2.modeling import build_model
 
     import gella  # noqa: F401  registers the model
@@ -115,158 +203,735 @@ def _tiny_state(folder: Path) -> dict[str, torch.Tensor]:
     return build_model(load_config(TINY)).state_dict()
 
 
-def _cut(path: Path) -> Path:
-    data = path.read_bytes()
-    cut = path.with_name(f"cut_{path.name}")
-    cut.write_bytes(data[: len(data) // 2])
-    return cut
+def test_trained_weights_are_named_and_not_labelled(run: Any, three: Path, opts: Any) -> None:
+    weights = three.parent / "model.pth"
+    torch.save({"model": tiny_state()}, weights)
+    given = ("--caption", CAPTION, "--nouns", "the sand", "--weights", weights)
+    code, out, err = run(*given, input="in/a.png", opts=opts)
+    assert code == 0 and "untrained" not in out, err
+    assert json_of(three)["weights"] == str(weights)
+    picture = np.asarray(Image.open(three.parent / "out" / "a_grounding.png"))
+    assert not (picture[:20] == (160, 30, 30)).all(axis=2).any()
 
 
-def _assert_one_line(result: tuple, *words: str) -> None:
+def assert_one_line(result: tuple, *words: str) -> None:
     code, out, err = result
     lines = [line for line in err.splitlines() if line and "an answer was cut off" not in line]
-    assert code == 2
-    assert len(lines) == 1 and lines[0].startswith("error: "), err
-    for word in words:
-        assert word in lines[0], err
-    assert "wrote" not in out
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), err
+    assert all(word in lines[0] for word in words), err
+    assert "wrote" not in out and "done" not in out
 
 
-def test_image_and_mask_mistakes(run: Any, files: Path) -> None:
-    nowhere = files / "nowhere.png"
-    _assert_one_line(run(input=nowhere), f"image {nowhere} does not exist")
-    cut = _cut(files / "scene.png")
-    _assert_one_line(run(input=cut), f"image {cut} is truncated")
-    _assert_one_line(run(masks=nowhere), str(nowhere), "does not exist")
-    _assert_one_line(run(masks=_cut(files / "masks.png")), "cut_masks.png", "truncated")
-    Image.fromarray(np.ones((50, 90), dtype=np.uint8)).save(files / "small.png")
-    _assert_one_line(run(masks=files / "small.png"), "small.png", "90x50", "90x60")
-    Image.fromarray(np.zeros((60, 90), dtype=np.uint8)).save(files / "void.png")
-    _assert_one_line(run(masks=files / "void.png"), "void.png", "no entity at all")
-    assert not (files / "out").exists()
+def test_image_and_mask_mistakes(run: Any, three: Path, fake: type[Fake]) -> None:
+    masks = three / "a_masks.png"
+    for path in (three / "a.png", masks):
+        (three.parent / f"cut_{path.name}").write_bytes(path.read_bytes()[:90])
+    Image.fromarray(np.ones((20, 40), dtype=np.uint8)).save(three.parent / "small.png")
+    Image.fromarray(np.zeros((30, 40), dtype=np.uint8)).save(three.parent / "void.png")
+
+    def wrong(input: str = "in/a.png", masks: Any = masks, *more: Any) -> tuple:
+        return run("--caption", CAPTION, "--masks", three.parent / masks, *more, input=input)
+
+    assert_one_line(wrong("nowhere.png"), "nowhere.png does not exist")
+    assert_one_line(wrong("cut_a.png"), "cut_a.png is truncated")
+    assert_one_line(wrong(masks="nowhere.png"), "nowhere.png", "does not exist")
+    assert_one_line(wrong(masks="cut_a_masks.png"), "cut_a_masks.png", "truncated")
+    assert_one_line(wrong(masks="small.png"), "small.png", "40x20", "40x30")
+    assert_one_line(wrong(masks="void.png"), "void.png", "no entity at all")
+    file = three.parent / "panoptic.json"
+    more = ("in/a.png", masks, "--panoptic-json", file)
+    assert_one_line(wrong(*more), "panoptic.json does not exist")
+    file.write_text('{"annotations": [{"file_name": "other.png", "segments_info": []}]}')
+    assert_one_line(wrong(*more), "a_masks.png")
+    for text in ("[]", "{}", "{", '{"annotations": [3]}'):
+        file.write_text(text)
+        assert_one_line(wrong(*more), "no COCO panoptic file")
+    info = [{"id": 1, "iscrowd": 0}]
+    content = {"annotations": [{"file_name": "a_masks.png", "segments_info": info}]}
+    file.write_text(json.dumps(content))
+    assert_one_line(wrong(*more), "[2]")  # a pixel's id that the JSON does not know
+    assert not (three.parent / "out").exists()
 
 
-def test_text_mistakes(run: Any) -> None:
-    _assert_one_line(run(caption=""), "the caption is empty")
-    _assert_one_line(run(caption="  "), "the caption is empty")
-    _assert_one_line(run(nouns=" , "), "caption without nouns")
-    # The untrained model's answer names nothing that the caption holds.
-    _assert_one_line(run(nouns=None), "caption without nouns", CAPTION)
-    _assert_one_line(run(nouns=None, extra=("--extract",)), "caption without nouns", CAPTION)
-    _assert_one_line(run(caption="a <SEG> here", nouns="a"), "<SEG>")
-    _assert_one_line(run(caption=CAPTION * 60), "1024", "tokens")
+def test_text_mistakes(run: Any, three: Path, opts: Any) -> None:
+    for given, words in (
+        (("",), ["the caption is empty"]),
+        (("  ",), ["the caption is empty"]),
+        ((CAPTION, "--nouns", " , "), ["caption without nouns"]),
+        # The untrained model's answer names nothing that the caption holds.
+        ((CAPTION,), ["caption without nouns", CAPTION]),
+        (("a <SEG> here", "--nouns", "a"), ["<SEG>"]),
+        ((CAPTION * 60, "--nouns", "the sand"), ["1024", "tokens"]),
+    ):
+        assert_one_line(run("--caption", *given, input="in/a.png", opts=opts), *words)
 
 
-def test_config_and_weight_mistakes(run: Any, files: Path) -> None:
-    _assert_one_line(run(config_file=files / "no.yaml"), "no.yaml does not exist")
-    (files / "wrong.yaml").write_text("MODEL:\n  GELA: 1\n")
-    _assert_one_line(run(config_file=files / "wrong.yaml"), "wrong.yaml", "MODEL.GELA")
-    _assert_one_line(run(opts=("MODEL.GELA", "1")), "MODEL.GELA")
-    _assert_one_line(run(weights=files / "no.pth"), "no.pth")
-    (files / "broken.pth").write_bytes(b"broken")
-    _assert_one_line(run(weights=files / "broken.pth"), "broken.pth")
-    state = _tiny_state(files)
+def test_config_and_weight_mistakes(run: Any, three: Path) -> None:
+    folder, state = three.parent, tiny_state()
+    (folder / "wrong.yaml").write_text("MODEL:\n  GELA: 1\n")
+    (folder / "broken.pth").write_bytes(b"broken")
     key = next(iter(state))
-    torch.save({"model": {k: v for k, v in state.items() if k != key}}, files / "less.pth")
-    _assert_one_line(run(weights=files / "less.pth"), "less.pth", "1 missing", key)
-    torch.save({"model": {**state, "surplus": torch.zeros(1)}}, files / "more.pth")
-    _assert_one_line(run(weights=files / "more.pth"), "more.pth", "1 unexpected", "surplus")
+    torch.save({"model": {k: v for k, v in state.items() if k != key}}, folder / "less.pth")
+    torch.save({"model": {**state, "surplus": torch.zeros(1)}}, folder / "more.pth")
+    for option, name, words in (
+        ("--config-file", "no.yaml", ["no.yaml does not exist"]),
+        ("--config-file", "wrong.yaml", ["wrong.yaml", "MODEL.GELA"]),
+        ("--weights", "no.pth", ["no.pth"]),
+        ("--weights", "broken.pth", ["broken.pth"]),
+        ("--weights", "less.pth", ["less.pth", "1 missing", key]),
+        ("--weights", "more.pth", ["more.pth", "1 unexpected", "surplus"]),
+    ):
+        assert_one_line(run("--caption", CAPTION, option, folder / name, input="in/a.png"), *words)
+    assert_one_line(run("--caption", CAPTION, opts=("MODEL.GELA", "1")), "MODEL.GELA")
 
 
-def test_command_line_mistakes(run: Any) -> None:
-    _assert_one_line(run(input=None), "--input is missing", "--help")
-    _assert_one_line(run(caption=None), "--caption is missing")
-    _assert_one_line(run(dataset="gella_shapes_png_val"), "exclude")
-    _assert_one_line(run(extra=("--extract",)), "exclude")
-    _assert_one_line(run(extra=("--num", "0")), "--num")
-    _assert_one_line(run(extra=("--unknown",)), "--unknown")
-    own = {"input": None, "masks": None, "caption": None, "nouns": None}
-    _assert_one_line(run(dataset="gella_nothing", **own), "gella_nothing", "not registered")
+def test_command_lines_that_are_wrong(run: Any, three: Path) -> None:
+    text = ("--caption", CAPTION)
+    wrong: list[tuple[tuple[Any, ...], str]] = [
+        ((), "--caption is missing"),
+        ((*text, "--captions", "c.txt"), "--caption and --captions exclude"),
+        ((*text, "--describe-first"), "--caption and --describe-first exclude"),
+        (("--describe-first", "--captioner", "x"), "exclude each other"),
+        (("--dataset", "gella_shapes_png_val"), "exclude each other"),
+        (("--task", "refer", "--describe-first"), "takes expressions"),
+        (("--task", "describe", *text), "takes no captions"),
+        (("--task", "panoptic"), "needs --categories"),
+        ((*text, "--categories", "a"), "--task panoptic only"),
+        ((*text, "--nouns", "a", "--extract"), "--nouns and --extract exclude"),
+        ((*text, *text, "--nouns", "a"), "one --caption"),
+        ((*text, "--captioner-model", "x"), "--captioner only"),
+        ((*text, "--masks", "m", "--segmenter", "sam:x"), "--masks and --segmenter"),
+        ((*text, "--panoptic-json", "m"), "--panoptic-json needs --masks"),
+        ((*text, "--segmenter", "sam:x", "--segmenter-option", "a"), "no KEY=VALUE"),
+        ((*text, "--batch-size", "0"), "--batch-size is 0"),
+        ((*text, "--num", "0"), "--num is 0"),
+        ((*text, "--task", "dance"), "invalid choice"),
+        ((*text, "--unknown"), "an argument is not known"),
+        ((*text, "--masks", three), "also the folder"),
+        ((*text, "--output", three / "a.png"), "is a file"),
+        (("--captions", three / "absent"), "absent do not exist"),
+    ]
+    for more, words in wrong:
+        assert_one_line(run(*more), words)
+    assert_one_line(run(*text, input=None), "--input is missing", "--help")
+    assert_one_line(
+        run("--dataset", "gella_nothing", input=None), "gella_nothing", "not registered"
+    )
+    assert not (three.parent / "out").exists()
 
 
-def test_help_teaches() -> None:
-    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--caption" in done.stdout and "python tools/demo.py --config-file" in done.stdout
+def test_help_teaches(run: Any) -> None:
+    code, out, _ = run("--help")
+    assert code == 0 and "--caption" in out and "python tools/demo.py --config-file" in out
 
 
-def test_dataset_records(run: Any, files: Path) -> None:
-    entities = {"format": "panoptic_png", "file_name": str(files / "masks.png")}
+def test_the_released_model_is_the_default(
+    three: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    argv = ["--input", str(three), "--caption", CAPTION]
+    config = three.parent / "config.yaml"
+    monkeypatch.setattr(demo, "RELEASE", config)
+    with pytest.raises(SystemExit):
+        demo.parse_args(argv)
+    assert "--config-file is missing" in capsys.readouterr().err
+    config.write_text("")
+    assert Path(demo.parse_args(argv).config_file).resolve() == config
+    assert demo.parse_args([*argv, "--config-file", TINY]).config_file == TINY
+
+
+# -- datasets, tasks, other models -----------------------------------------------------------------
+
+
+@pytest.fixture
+def dataset(three: Path) -> Any:
+    """The dataset gella_test_demo: two records of a.png, one of b.png, all with masks."""
     records = []
-    for name, caption in (("a", CAPTION), ("a", "Two squares."), ("b", CAPTION), ("c", CAPTION)):
-        Image.open(files / "scene.png").save(files / f"{name}.png")
-        records.append(
-            {
-                "file_name": str(files / f"{name}.png"),
-                "image_id": name,
-                "height": 60,
-                "width": 90,
-                "entities": entities,
-                "caption": caption,
-                "phrases": [
-                    {"text": caption.split(" and")[0], "start": 0, "end": 12, "segment_ids": [2]},
-                    {"text": "a photo", "start": -1, "end": -1, "segment_ids": []},
-                ],
-                "tasks": ("ground",),
-            }
-        )
-    name = "gella_test_demo"
-    DatasetCatalog.register(name, lambda: records)
-    own = {"input": None, "masks": None, "caption": None, "nouns": None}
-    try:
-        code, out, err = run(dataset=name, extra=("--num", "2"), **own)
-    finally:
-        DatasetCatalog.remove(name)
+    for name, caption in (("a", CAPTION), ("a", "Own words."), ("b", CAPTION)):
+        masks = {"format": "panoptic_png", "file_name": str(three / "a_masks.png")}
+        record = {
+            "image_id": name,
+            "height": 30,
+            "width": 40,
+            "entities": masks,
+            "caption": caption,
+        }
+        record.update(file_name=str(three / f"{name}.png"), expressions=[], tasks=())
+        record["phrases"] = [
+            {"text": caption.split(" lies")[0], "start": 0, "end": 9, "segment_ids": [2]},
+            {"text": "a photo", "start": -1, "end": -1, "segment_ids": []},
+        ]
+        records.append(record)
+    DatasetCatalog.register("gella_test_demo", lambda: records)
+    yield records
+    DatasetCatalog.remove("gella_test_demo")
+
+
+def test_dataset_records(run: Any, three: Path, dataset: Any, opts: Any) -> None:
+    given = ("--dataset", "gella_test_demo", "--num", "2")
+    code, _, err = run(*given, input=None, opts=opts)
     assert code == 0, err
-    written = {path.name for path in (files / "out").glob("*.json")}
-    assert written == {"a.json", "b.json"}
-    content = json.loads((files / "out" / "a.json").read_text())
-    assert content["caption"] == CAPTION and content["dataset"] == name
+    assert {path.name for path in (three.parent / "out").glob("*.json")} == {"a.json", "b.json"}
+    content = json_of(three)
+    assert content["caption"] == CAPTION and content["dataset"] == "gella_test_demo"
     assert [noun["start"] for noun in content["nouns"]] == [0, -1]
 
 
-def test_real_images_with_crowd_and_void(run: Any, files: Path, coco_sample: Path) -> None:
+def test_texts_of_a_dataset(run: Any, three: Path, dataset: Any, fake: type[Fake]) -> None:
+    dataset[2]["expressions"] = [{"text": "the left one", "sent_id": 1}]
+    given = ("--dataset", "gella_test_demo")
+    assert run(*given, "--task", "refer", input=None)[0] == 0
+    assert {path.name for path in (three.parent / "out").glob("*.json")} == {"b.json"}
+    assert fake.asked == [("refer", "the left one", (30, 40))]
+    fake.asked.clear()
+    assert run(*given, "--describe-first", "--num", "1", input=None)[0] == 0
+    assert [text for _, text, _ in fake.asked] == ["", CAPTION]  # not the record's nouns
+    for record in dataset:
+        record["caption"] = ""
+    assert_one_line(run(*given, "--task", "extract", input=None), "no record with a caption")
+
+
+def test_real_images_with_crowd_and_void(
+    run: Any, three: Path, coco_sample: Path, opts: Any
+) -> None:
     annotations = coco_sample / "annotations"
     panoptic = json.loads((annotations / "panoptic_val2017.json").read_text())
     infos = {a["image_id"]: a for a in panoptic["annotations"]}
-    narratives = json.loads((annotations / "png_coco_val2017.json").read_text())
-    for number, record in enumerate(narratives):
+    for record in json.loads((annotations / "png_coco_val2017.json").read_text()):
         info = infos[int(record["image_id"])]
-        nouns = [s["utterance"] for s in record["segments"] if s["noun"]]
         name = info["file_name"].removesuffix(".png")
-        code, _, err = run(
-            input=coco_sample / "val2017" / f"{name}.jpg",
-            masks=annotations / "panoptic_val2017" / info["file_name"],
-            panoptic_json=annotations / "panoptic_val2017.json",
-            caption=record["caption"],
-            nouns=",".join(nouns),
-            output=files / str(number),
-        )
+        nouns = ",".join(s["utterance"] for s in record["segments"] if s["noun"])
+        masks = ("--masks", annotations / "panoptic_val2017" / info["file_name"])
+        masks += ("--panoptic-json", annotations / "panoptic_val2017.json")
+        texts = ("--caption", record["caption"], "--nouns", nouns)
+        code, _, err = run(*masks, *texts, input=coco_sample / "val2017" / f"{name}.jpg", opts=opts)
         assert code == 0, err
-        content = json.loads((files / str(number) / f"{name}.json").read_text())
+        content = json_of(three, name)
         ids = {s["id"]: s["iscrowd"] for s in info["segments_info"]}
         assert content["num_entities"] == sum(not crowd for crowd in ids.values())
         for noun in content["nouns"]:
             assert noun["entity_ids"] and not any(ids[entity] for entity in noun["entity_ids"])
             mask = mask_utils.decode(noun["mask"])
             assert mask.shape == (content["height"], content["width"])
-            assert mask.sum() == sum(
-                s["area"] for s in info["segments_info"] if s["id"] in noun["entity_ids"]
-            )
-        assert (files / str(number) / f"{name}_grounding.png").is_file()
+            areas = {s["id"]: s["area"] for s in info["segments_info"]}
+            assert mask.sum() == sum(areas[entity] for entity in set(noun["entity_ids"]))
 
 
-def test_panoptic_json_mistakes(run: Any, files: Path) -> None:
-    file = files / "panoptic.json"
-    _assert_one_line(run(panoptic_json=file), "panoptic.json does not exist")
-    file.write_text('{"annotations": [{"file_name": "other.png", "segments_info": []}]}')
-    _assert_one_line(run(panoptic_json=file), "masks.png")
-    for text in ("[]", "{}", "{", '{"annotations": [3]}'):
-        file.write_text(text)
-        _assert_one_line(run(panoptic_json=file), "no COCO panoptic file")
-    info = [{"id": 1, "iscrowd": 0}, {"id": 2, "iscrowd": 1}]
-    file.write_text(
-        json.dumps({"annotations": [{"file_name": "masks.png", "segments_info": info}]})
+def test_tasks_of_a_real_model(
+    run: Any, three: Path, opts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def perturbed(cfg: Any, config_file: str) -> GellaPredictor:
+        return GellaPredictor(cfg, model=make_model(cfg), config_file=config_file)
+
+    monkeypatch.setattr(demo, "GellaPredictor", perturbed)
+    out_dir = three.parent / "out"
+
+    def content(*more: Any) -> dict[str, Any]:
+        code, _, err = run(*more, input="in/a.png", opts=opts)
+        assert code == 0, err
+        html = Page(out_dir / "index.html")
+        (place,) = html.all("image", "href") + html.all("img", "src")
+        assert (out_dir / place).is_file()
+        return json_of(three)
+
+    assert content("--task", "refer", "--caption", "the circle")["task"] == "refer"
+    found = content("--task", "panoptic", "--categories", "sand,red star")
+    assert {s["category"] for s in found["segments"]} <= {"sand", "red star"}
+    assert (out_dir / "a_panoptic.png").is_file()
+    text = content("--task", "describe")
+    assert text["task"] == "describe" and text["text"]
+    found = content("--task", "extract", "--caption", CAPTION)
+    assert found["caption"] == CAPTION and isinstance(found["nouns"], list)
+    (three / "a_masks.png").unlink()  # the text does not depend on masks
+    assert content("--task", "describe")["text"] == text["text"]
+
+
+def test_the_model_describes_first(run: Any, three: Path, fake: type[Fake]) -> None:
+    assert run("--describe-first")[0] == 0
+    assert sorted(task for task, *_ in fake.asked) == ["describe"] * 3 + ["ground"] * 3
+    assert {text for task, text, _ in fake.asked if task == "ground"} == {CAPTION}
+    assert json_of(three)["caption"] == CAPTION
+    assert run("--describe-first")[0] == 0 and len(fake.asked) == 6
+
+
+def test_extracted_nouns_are_shown_at_their_places(run: Any, three: Path, fake: Any) -> None:
+    assert run("--task", "extract", "--caption", CAPTION)[0] == 0
+    assert json_of(three, "b")["nouns"][1] == {"noun": "the sand", "start": 21, "end": 29}
+    html = Page(three.parent / "out" / "index.html")
+    assert [tag for tag, _ in html.tags].count("mark") == 6
+
+
+def test_captions_of_an_endpoint(
+    run: Any, three: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GELLA_API_KEY", KEY)
+    with chat_server() as server:
+        server.script = [status(400, b'{"error": "no"}')]
+        arguments = ("--captioner", server.url, "--captioner-model", "some-model")
+        code, out, err = run(*arguments, "--batch-size", "1")
+        assert code == 1 and "2 done, 1 failed" in out, err
+        assert f"sent to {server.url}/chat/completions" in out
+        assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers, _ in server.requests)
+        assert run(*arguments)[0] == 0 and len(server.requests) == 4  # only what had failed
+        content = json_of(three, "b")
+        assert content["captioner"] == "some-model" and " wall" in content["caption"]
+        assert [noun["noun"] for noun in content["nouns"]][1:] == ["two dogs"]
+        server.default = answer("no JSON")
+        code, out, _ = run(*arguments, "--overwrite")
+        assert code == 1 and "none of 3 answers could be used" in out
+        assert_one_line(run(*arguments, "--overwrite", input="in/a.png"), "none of 3 answers")
+        server.default = status(401)
+        code, out, err = run(*arguments, "--overwrite")
+        assert code == 2 and "check the key" in err and err.count("error: ") == 1
+    for path in tree(three.parent / "out"):
+        assert KEY.encode() not in (three.parent / "out" / path).read_bytes()
+    absent = ("--captioner", three / "absent")
+    assert_one_line(run("--captioner", "http://127.0.0.1:9/v1"), "needs the name of a model")
+    assert_one_line(run(*absent, "--captioner-model", "x"), "no http:// or https:// address")
+    assert_one_line(run(*absent), "no model folder")
+
+
+def test_masks_of_a_live_segmenter(
+    run: Any, three: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Halves(Segmenter):
+        def predict(self, images: Any) -> Any:
+            masks = np.zeros((2, 30, 40), bool)
+            masks[0, :, :20] = masks[1, :2, 30:] = True
+            if images[0][0, 0].tolist() == [1, 2, 3]:
+                raise RuntimeError("the segmenter broke")
+            return [(masks, np.array([0.5, 0.9], np.float32)) for _ in images]
+
+    given: list[Any] = []
+    made = lambda *a: given.append(a) or Halves()  # noqa: E731
+    monkeypatch.setattr("gella.commands.demo_inputs.load_segmenter", made)
+    pixels = np.asarray(Image.open(three / "b.png")).copy()
+    pixels[0, 0] = 1, 2, 3
+    Image.fromarray(pixels).save(three / "b.png")
+    options = ("--segmenter", "sam:x", "--segmenter-option", "points_per_side=4")
+    code, out, _ = run("--caption", CAPTION, *options)
+    assert code == 1 and "failed: b.png: the segmenter broke" in out
+    assert given == [("sam:x", None, {"points_per_side": "4"})]
+    assert json_of(three)["num_entities"] == 2 and json_of(three)["segmenter"] == "sam:x"
+    run("--caption", CAPTION, *options, "--min-area", "100")
+    assert json_of(three)["num_entities"] == 1  # not taken for done
+    code, out, _ = run("--caption", CAPTION, *options, "--min-area", "9999")
+    assert code == 1 and "found no entity" in out
+    monkeypatch.undo()
+    assert_one_line(run("--caption", CAPTION, "--segmenter", "nothing:x"), "is none of sam:PATH")
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+
+def test_a_folder_becomes_one_page(run: Any, three: Path, opts: Any) -> None:
+    file = json_lines(
+        three.parent / "c.jsonl",
+        {"image": "c", "caption": "The sand and a star.", "nouns": ["The sand", "a star"]},
+        {"image": "a.png", "caption": CAPTION, "nouns": ["A red circle", "the sand"]},
+        {"image": "a.png", "caption": "One circle.", "nouns": ["One circle"]},
     )
-    _assert_one_line(run(panoptic_json=file), "[3]")  # a pixel's id that the JSON does not know
+    code, out, err = run("--captions", file, opts=opts)
+    assert code == 0, err
+    assert "1 of 3 pictures have no caption" in out and "next: open" in out
+    out_dir = three.parent / "out"
+    stems = ("a", "a_2", "sub__c")
+    ends = ("{}.json", "{}_grounding.png", "{}_colormap.png", "page/{}.html", "page/{}.png")
+    assert tree(out_dir) == {"index.html", *(end.format(s) for s in stems for end in ends)}
+    html = Page(out_dir / "index.html")
+    assert len(html.all("figure", "id")) == len(set(html.all("figure", "id"))) == 3
+    assert html.text.index(CAPTION.split(" lies")[1]) < html.text.index("One circle")
+    assert html.text.count("a.png") == 2 and html.text.count("sub/c.png") == 1
+    places = [unquote(place) for place in html.all("a", "href") + html.all("image", "href")]
+    assert len(places) == 12 and all((out_dir / place).is_file() for place in places)
+    assert html.all("span", "data-noun") == ["0", "1", "0", "0", "1"]
+    content = json_of(three, "sub__c")
+    assert content["caption"] == "The sand and a star." and content["height"] == 30
+    assert [noun["noun"] for noun in content["nouns"]] == ["The sand", "a star"]
+
+
+def test_a_second_run_does_only_what_changed(run: Any, three: Path, fake: type[Fake]) -> None:
+    out_dir = three.parent / "out"
+
+    def asked(*more: Any, **options: Any) -> int:
+        fake.asked.clear()
+        code, _, err = run("--caption", CAPTION, *more, **options)
+        assert code == 0, err
+        assert len(Page(out_dir / "index.html").all("figure", "id")) == 3
+        return len(fake.asked)
+
+    assert asked() == 3
+    before = {path: (out_dir / path).read_bytes() for path in tree(out_dir)}
+    assert asked() == 0
+    assert {path: (out_dir / path).read_bytes() for path in tree(out_dir)} == before
+    scene(three, "a.png", 9)
+    assert asked() == 1 and fake.asked[0][0] == "ground"
+    Image.fromarray(id_to_rgb(np.ones((30, 40), np.int32))).save(three / "b_masks.png")
+    assert asked() == 1
+    (out_dir / "b_colormap.png").unlink()
+    assert asked() == 1
+    (out_dir / "a.json").write_text((out_dir / "a.json").read_text()[:40])
+    assert asked() == 1
+    content = json_of(three)
+    content["files"] = ["../in/a.png"]
+    (out_dir / "a.json").write_text(json.dumps(content))
+    assert asked() == 1
+    colors = {"opts": ("INPUT.GELLA.COLORS", "location")}
+    assert asked("--nouns", "the sand") == 3
+    assert asked("--nouns", "the sand", **colors) == 3
+    assert asked("--nouns", "the sand", "--overwrite", **colors) == 3
+    assert asked("--nouns", "the sand", **colors) == 0
+    weights = three.parent / "w.pth"
+    for content, times in ((b"one", 3), (b"one", 0), (b"other", 3)):
+        if not weights.exists() or weights.read_bytes() != content:
+            weights.write_bytes(content)
+        assert asked("--weights", weights) == times
+
+
+def test_extracting_is_not_taken_for_given_nouns(run: Any, three: Path, fake: type[Fake]) -> None:
+    line = {"image": "a.png", "caption": CAPTION, "nouns": ["the sand"]}
+    file = json_lines(three.parent / "c.jsonl", line)
+    run("--captions", file)
+    assert run("--captions", file, "--extract")[0] == 0
+    assert len(fake.asked) == 2
+    assert [noun["noun"] for noun in json_of(three)["nouns"]] == ["circle"]
+
+
+def test_bad_pictures_among_good_ones(run: Any, three: Path, fake: type[Fake]) -> None:
+    masks = (three / "a_masks.png").read_bytes()
+    (three / "bad.png").write_bytes(b"no picture")
+    (three / "cut.png").write_bytes((three / "a.png").read_bytes()[:500])
+    Image.new("1", (20000, 20000)).save(three / "huge.png")
+    for name in ("bad", "cut", "huge"):
+        (three / f"{name}_masks.png").write_bytes(masks)
+    for name in ("unmasked.png", "nan.png"):
+        scene(three, name, 5, masks=False)
+    np.savez(three / "nan_masks.npz", masks=np.full((1, 30, 40), np.nan))
+    code, out, err = run("--caption", CAPTION)
+    assert code == 1 and "3 done, 5 failed" in out and "Traceback" not in err
+    reasons = {item["image"]: item["reason"] for item in json_of(three, "failures")}
+    words = ("no picture", "truncated", "too large to open", "nan_masks.npz", "no masks")
+    names = ("bad.png", "cut.png", "huge.png", "nan.png", "unmasked.png")
+    assert tuple(reasons) == names
+    assert all(word in reason for word, reason in zip(words, reasons.values()))
+    html = Page(three.parent / "out" / "index.html")
+    assert len(html.all("figure", "id")) == 3 and "Failed: 5" in html.text
+    assert reasons["bad.png"] in html.text
+    assert f"failed: cut.png: {reasons['cut.png']}" in out and "next: mend these" in out
+    for name in names:
+        scene(three, name, 7)
+    (three / "nan_masks.npz").unlink()
+    fake.asked.clear()
+    code, out, _ = run("--caption", CAPTION)
+    assert code == 0 and len(fake.asked) == 5 and "3 of 8 were done before" in out
+    assert not (three.parent / "out" / "failures.json").exists()
+    assert "Failed" not in Page(three.parent / "out" / "index.html").text
+
+
+def test_a_refused_caption_fails_alone(run: Any, three: Path, fake: type[Fake]) -> None:
+    (three.parent / "c.txt").write_text(f"a.png\t{CAPTION}\nb.png\traise\n")
+    code, out, _ = run("--captions", three.parent / "c.txt")
+    assert code == 1 and "failed: b.png: this caption is not liked" in out
+    code, _, err = run("--caption", "raise", input="in/a.png")  # of one picture it is an error
+    assert code == 2 and err == "error: this caption is not liked\n"
+
+
+def test_hostile_names_and_captions(run: Any, tmp_path: Path, fake: type[Fake]) -> None:
+    names = ["<img src=x onerror=alert(1)>\"'&.png", "n\nl\x1b[31m.png", "é図%23#?.png", "-x.png"]
+    names += ["x.png", "X.PNG", "sub/x.png", "failures.png", "b\udcff.png"]
+    for seed, name in enumerate(names):
+        scene(tmp_path / "in", name, seed)
+    scene(tmp_path / "in", "x.jpg", 40, masks=False)
+    lines: list[Any] = [{"image": n, "caption": f"{k} {SCRIPT}"} for k, n in enumerate(names)]
+    lines += [{"image": "x.jpg", "caption": SCRIPT + "\u202e\u2028", "nouns": ["<b>", SCRIPT]}]
+    lines += [{"image": name, "caption": "out"} for name in ("../../x.png", "/etc/passwd", "..")]
+    lines += [{"image": names[1], "caption": "\ud83d", "masks": "../../../etc/passwd"}]
+    file = json_lines(tmp_path / "c.jsonl", *lines)
+    before = tree(tmp_path)
+    code, out, err = run("--captions", file)
+    assert code == 1, err  # the masks /etc/passwd
+    assert out.count("is no picture of --input") == 3 and "\x1b" not in out + err
+    new = tree(tmp_path) - before
+    assert all(path.startswith("out/") for path in new)
+    assert len([path for path in new if path.endswith(".json")]) == len(names) + 2
+    assert {path.count("/") for path in new} == {1, 2}
+    html = Page(tmp_path / "out" / "index.html")
+    tags = [tag for tag, _ in html.tags]
+    assert tags.count("script") == tags.count("b") == 1 and "img" not in tags  # <b>: the failure
+    assert not [name for _, a in html.tags for name in a if name.startswith("on")]
+    for k, name in enumerate(names):
+        assert f"{k} {SCRIPT}" in html.text and plain(name) in html.text
+    places = html.all("a", "href") + html.all("image", "href")
+    assert all((tmp_path / "out" / unquote(place)).is_file() for place in places)
+    assert len(set(html.all("image", "href"))) == len(names) + 1
+    contents = [json.loads((tmp_path / path).read_text()) for path in new if path[-5:] == ".json"]
+    captions = [item["caption"] for item in contents if isinstance(item, dict)]
+    assert sorted(captions)[: len(names)] == [f"{k} {SCRIPT}" for k in range(len(names))]
+
+
+def test_names_and_captions_of_bytes_that_are_no_text(
+    run: Any, tmp_path: Path, fake: type[Fake]
+) -> None:
+    scene(tmp_path / "in", "a\udcff.png", 1)
+    (tmp_path / "m\udcff").mkdir()
+    (tmp_path / "in" / "a\udcff_masks.png").rename(tmp_path / "m\udcff" / "a\udcff.png")
+    code, _, err = run("--caption", "a \udcff", "--masks", tmp_path / "m\udcff")
+    assert code == 0, err
+    content = json_of(tmp_path / "in", "a_")
+    assert content["caption"] == "a \ufffd" and content["masks"].endswith("/m\ufffd")
+    _, _, err = run("--caption", "x", input="no\x1b.png")
+    assert err.count("\n") == 1 and "\x1b" not in err
+
+
+def test_ctrl_c_ends_after_the_batch_and_the_next_run_goes_on(
+    run: Any, tmp_path: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for k in range(6):
+        scene(tmp_path / "in", f"{k}.png", k)
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+
+    def go(*signals: int) -> tuple[int, str, str]:
+        monkeypatch.setattr(fake, "during", lambda: [signal.raise_signal(s) for s in signals])
+        return run("--caption", CAPTION, "--batch-size", "2")
+
+    code, out, err = go(signal.SIGINT)
+    assert code == 130 and "2 done, 0 failed" in out and "stopping after" in err
+    assert "next: the same command goes on" in out
+    html = Page(tmp_path / "out" / "index.html")
+    assert len(html.all("figure", "id")) == 2 and "2 of 6 done" in html.text
+    code, out, _ = go(signal.SIGTERM)
+    assert code == 143 and "2 of 6 were done before" in out and len(fake.asked) == 4
+    code, out, err = go(signal.SIGINT, signal.SIGINT)
+    assert code == 130 and "the same command goes on" in err and len(fake.asked) == 4
+    assert "4 of 6 done" in Page(tmp_path / "out" / "index.html").text
+    assert go()[0] == 0 and len(fake.asked) == 6
+    assert handlers == [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_the_page_is_there_while_the_run_goes_on(
+    run: Any, three: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    page = three.parent / "out" / "index.html"
+    monkeypatch.setattr(demo, "_REFRESH", 0.0)
+    monkeypatch.setattr(demo, "_TIMES", 0)
+    look = lambda: seen.append(page.exists() and Page(page).text.count("lies on"))  # noqa: E731
+    monkeypatch.setattr(fake, "during", look)
+    assert run("--caption", CAPTION, "--batch-size", "1")[0] == 0
+    assert seen == [False, 1, 2]
+
+
+# -- what it reads ---------------------------------------------------------------------------------
+
+
+def picture(name: str, root: Path = Path("in"), image_id: Any = None) -> Picture:
+    return Picture(root / name, name, Path(name).stem if image_id is None else image_id)
+
+
+def write_ids(path: Path, *ids: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(id_to_rgb(np.array([ids], dtype=np.int32))).save(path)
+
+
+def test_pictures_of_a_folder(tmp_path: Path) -> None:
+    names = ("b.png", "a/x.JPG", "a/x.txt", ".hidden.png", ".git/y.png", "z.webp", "notes")
+    for name in (*names, "b_masks.png", "only_masks.png", "out/b_grounding.png", "a/m/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    found = list_pictures(tmp_path, [tmp_path / "out", tmp_path / "a" / "m"])
+    # only_masks.png belongs to no picture, so it is one.
+    assert [item.name for item in found] == ["a/x.JPG", "b.png", "only_masks.png", "z.webp"]
+    assert found[0].image_id == "x"
+    assert [item.name for item in list_pictures(tmp_path / "b_masks.png")] == ["b_masks.png"]
+    with pytest.raises(ValueError, match="also the folder of the output"):
+        list_pictures(tmp_path, [tmp_path / "." / ""])
+    with pytest.raises(FileNotFoundError, match="absent does not exist"):
+        list_pictures(tmp_path / "absent")
+    (tmp_path / "a" / "x.JPG").unlink()
+    with pytest.raises(ValueError, match="holds no picture"):
+        list_pictures(tmp_path / "a", [tmp_path / "a" / "m"])
+
+
+def test_output_names_are_distinct_and_stay_in_the_folder() -> None:
+    names = ["a/x.png", "b/x.png", "x.png", "x.jpg", "X.JPG", "a__x.png", "x_png.png", "y.png"]
+    names += ["y.png", "y_2.png", "failures.png", "..x.png", "a/../../e.png", "/etc/p.png"]
+    names += ["<b>\"'&.png", "n\nl.png", "\udcff.png", "é図.png", "w" * 300 + ".png", "-x.png"]
+    titles = output_names(names)
+    assert len({title.casefold() for title in titles}) == len(names)
+    for title in titles:
+        assert title not in ("failures", "", ".", "..") and not title.startswith(".")
+        assert not set(title) & set('/\\<>"\n\0') and len(title.encode("utf-8")) <= 100
+    by_name = dict(zip(names, titles))
+    assert by_name["b/x.png"] == "b__x" and by_name["é図.png"] == "é図"
+    assert by_name["x.jpg"] != by_name["X.JPG"]
+    assert {"y", "y_png_2", "y_2_png"} <= set(titles)  # y.png has two captions
+    # Not the order decides: a picture keeps its name when others are listed before it.
+    again = dict(zip(reversed(names), output_names(names[::-1])))
+    unique = [name for name in names if names.count(name) == 1]
+    assert {name: again[name] for name in unique} == {name: by_name[name] for name in unique}
+
+
+def test_captions_of_text(tmp_path: Path) -> None:
+    pictures = [picture("a.png"), picture("sub/b.png")]
+    file = tmp_path / "c.txt"
+
+    def texts(content: str, count: int = 2) -> dict[int, list[str]]:
+        file.write_text(content, "utf-8")
+        found, lost = assign(read_captions(file), pictures[:count])
+        assert lost == []
+        return {place: [entry.text for entry in entries] for place, entries in found.items()}
+
+    named = "\ufeffb\tA dog.\r\n\na.png\tA cat, a hat.\nsub/b.png\tTwo dogs.\n"
+    assert texts(named) == {0: ["A cat, a hat."], 1: ["A dog.", "Two dogs."]}
+    nameless = "First.\n\n Second\u2028line. \n"
+    assert texts(nameless) == {0: ["First."], 1: ["Second\u2028line."]}
+    assert texts(nameless, 1) == {0: ["First.", "Second\u2028line."]}  # one picture has all
+
+
+def test_captions_of_json_lines(tmp_path: Path) -> None:
+    file = json_lines(
+        tmp_path / "c.jsonl",
+        {"image": "a.png", "caption": "A cat.", "nouns": ["A cat"], "masks": "m/a.png"},
+        {"image_id": 7, "file_name": "a.png", "description": "B.", "nouns": [], "model": "m"},
+        {"image": "../a.png", "caption": "up"},
+        {"image": "/etc/a.png", "expression": "the cat \ud83d"},
+    )
+    found, lost = assign(read_captions(file), [picture("a.png")])
+    assert [entry.text for entry in found[0]] == ["A cat.", "B.", "the cat \ufffd"]
+    assert [entry.nouns for entry in found[0]] == [("A cat",), (), None]
+    assert found[0][0].masks == tmp_path / "m" / "a.png"
+    assert [entry.image for entry in lost] == ["../a.png"] and "line 3" in lost[0].where
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("c.txt", "", "empty"),
+        ("c.txt", b"\xff\xfe", "c.txt are no UTF-8"),
+        ("c.txt", "a\tb\nc\n", "line 1 has a tab.*line 2"),
+        ("c.txt", "one\ntwo\nthree\n", "3 captions without names.*2 pictures"),
+        ("c.txt", "q\tA.\n", "'q' is none of the 2 pictures"),
+        ("c.txt", "x\tA.\n", "'x' could be a/x.png or b/x.png"),
+        ("c.jsonl", "{", "line 1 is no JSON"),
+        ("c.jsonl", "[" * 100000, "line 1 is no JSON"),
+        ("c.jsonl", "[]", "line 1 is no object"),
+        ("c.jsonl", '{"caption": "A."}', "line 1 has no 'image'"),
+        ("c.jsonl", '{"image": "a/x.png"}', "line 1 has no 'caption'"),
+        ("c.jsonl", '{"image": 3, "caption": "A."}', "'image' is no text"),
+        ("c.jsonl", '{"image": "x", "caption": "A.", "nouns": "A"}', "'nouns' is no list"),
+        ("c.jsonl", '{"image": "x", "caption": "A.", "masks": 3}', "'masks' is no name"),
+    ],
+)
+def test_wrong_captions_are_told_with_file_and_line(
+    tmp_path: Path, name: str, text: Any, words: str
+) -> None:
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"(?s){words}") as error:
+        assign(read_captions(tmp_path / name), [picture("a/x.png"), picture("b/x.png")])
+    assert name in str(error.value)
+
+
+def test_masks_of_a_folder_by_name(tmp_path: Path) -> None:
+    names = ["x.png", "x.jpg", "a/x.png", "a/y.png", "b/y.png", "b/z.webp", "w.png", "v.png"]
+    jobs = {name: Job(picture(name), name) for name in (*names, "c/v.png")}
+    masks = masks_from(tmp_path, [job.picture for job in jobs.values()])
+
+    def found(name: str) -> Any:
+        return masks.find(jobs[name])["file_name"].relative_to(tmp_path).as_posix()
+
+    files = ("a/x.png", "x.png", "x.jpg.png", "y.png", "z.png", "v.png")
+    for number, name in enumerate(files, start=1):
+        write_ids(tmp_path / name, number)
+    assert found("a/x.png") == "a/x.png" and found("x.jpg") == "x.jpg.png"
+    assert found("b/z.webp") == "z.png" and found("v.png") == "v.png"
+    for name, words in (
+        ("c/v.png", "such as c/v.png"),  # v.png is the other's
+        ("x.png", r"x\.png: its masks .*x\.png could be .* x\.png\.png"),
+        ("a/y.png", r"a/y\.png: its masks .*y\.png could be .*call them a/y"),
+        ("w.png", r"image w\.png: no masks in .*such as w\.png"),
+    ):
+        with pytest.raises((FileNotFoundError, ValueError), match=words):
+            masks.key(jobs[name])
+    image = np.zeros((1, 1, 3), np.uint8)
+    assert masks.load(jobs["x.jpg"], image).segment_ids == [3]
+    before = masks.key(jobs["x.jpg"])
+    write_ids(tmp_path / "x.jpg.png", 4)
+    assert masks.key(jobs["x.jpg"]) != before
+
+
+def test_masks_of_one_json_go_by_file_name_then_by_id(tmp_path: Path) -> None:
+    pictures = [picture("a/cat.png"), picture("000000000007.png", image_id=7)]
+    jobs = [Job(item, item.name) for item in pictures]
+    segment = {"segmentation": {"size": [1, 2], "counts": [0, 1, 1]}, "iscrowd": 0}
+    segment.update(category_id=1, bbox=[0, 0, 1, 1], area=1)
+    annotations = [{**segment, "id": k + 1, "image_id": i} for k, i in enumerate((31, 7))]
+    images = [{"id": 31, "file_name": "cat.png"}, {"id": 9, "file_name": "other.png"}]
+    file = tmp_path / "m.json"
+    file.write_text(json.dumps({"images": images, "annotations": annotations}))
+    masks, image = masks_from(file, pictures), np.zeros((1, 2, 3), np.uint8)
+    assert [masks.load(job, image).segment_ids for job in jobs] == [[1], [2]]
+    assert masks.key(jobs[0]) != masks.key(jobs[1])
+    with pytest.raises(ValueError, match="a/7.png and b/7.png have one image id"):
+        masks_from(file, [picture(f"{folder}/7.png", image_id=7) for folder in "ab"])
+    with pytest.raises(ValueError, match="image 8: no masks in"):
+        eight = picture("8.png", image_id=8)
+        masks_from(file, [eight]).load(Job(eight, "8"), image)
+
+
+def test_masks_beside_their_picture(tmp_path: Path) -> None:
+    job = Job(picture("x.png", tmp_path), "x")
+    with pytest.raises(FileNotFoundError, match=r"x\.png: no masks; put x_masks\.png"):
+        masks_beside().key(job)
+    whole = masks_beside(whole=True)
+    assert whole.load(job, np.zeros((2, 3, 3), np.uint8)).areas().tolist() == [6]
+    assert whole.key(job) == "whole"
+    write_ids(tmp_path / "x_masks.png", 5)
+    write_ids(tmp_path / "other.png", 6)
+    named, image = (
+        Job(job.picture, "x", masks=tmp_path / "other.png"),
+        np.zeros((1, 1, 3), np.uint8),
+    )
+    assert whole.load(job, image).segment_ids == [5]
+    assert masks_beside().load(named, image).segment_ids == [6]
+    assert masks_beside().key(named) != masks_beside().key(job)
+    pictures = [picture("a.png"), picture("b.png")]
+    with pytest.raises(ValueError, match=r"other\.png are one picture's file.*2 pictures"):
+        masks_from(tmp_path / "other.png", pictures)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        masks_from(tmp_path / "absent", pictures)
+
+
+def test_nouns_and_categories(tmp_path: Path) -> None:
+    assert split_nouns(None) is None and read_categories(None) is None
+    assert split_nouns(" a cat,, two hats ") == ("a cat", "two hats")
+    assert read_categories("sky, grass ,cow") == ["sky", "grass", "cow"]
+    assert len(read_categories("coco") or ()) == 133
+    full = [{"id": 4, "name": "sky", "isthing": 0}]
+    for name, content in (("c.json", {"categories": full}), ("d.json", full)):
+        (tmp_path / name).write_text(json.dumps(content))
+        assert read_categories(str(tmp_path / name)) == full
+    (tmp_path / "c.txt").write_text("traffic light\n\nsky\n")
+    assert read_categories(str(tmp_path / "c.txt")) == ["traffic light", "sky"]
+    with pytest.raises(FileNotFoundError, match="absent.txt do not exist"):
+        read_categories(str(tmp_path / "absent.txt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (" , ", "no category"),
+        ("sky,cow,sky", "'sky' is there twice"),
+        ('{"a": 1}', "expected a list"),
+        ("{", "cannot be read"),
+        ("[3]", "entry 0 is neither"),
+        ('[{"name": "sky"}]', "entry 0 has no 'id'"),
+        ('["sky", {"id": 1, "name": "cow", "isthing": 1}]', "mixed"),
+        ("[]", "no category"),
+    ],
+)
+def test_wrong_categories(tmp_path: Path, text: str, words: str) -> None:
+    if text[0] in "[{":
+        (tmp_path / "c.json").write_text(text)
+        text = str(tmp_path / "c.json")
+    with pytest.raises(ValueError, match=words):
+        read_categories(text)

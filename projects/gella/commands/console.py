@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import NoReturn
 
 # What a wrong file, name or value raises. Other exceptions are bugs and keep their traceback.
 USER_ERRORS = (KeyError, ValueError, OSError, ImportError)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,10 +31,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help shows an example\n")
 
 
+def shown(text: object) -> str:
+    """A name or a text in one line for terminals, without control characters and broken letters."""
+    return _CONTROL.sub("?", str(text))
+
+
 def one_line(error: BaseException) -> str:
-    """The message of an exception without line ends; of a KeyError without its quotes."""
+    """The message of an exception as `shown`, line ends as spaces; of a KeyError without quotes."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split())
+    return shown(" ".join(str(text).split()))
 
 
 def exit_status(

@@ -27,52 +27,78 @@ DIR/failures.json); 2 and one line "error: ...": wrong input; 130: Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
+import json
 import logging
 import os
 import sys
+import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
-from shlex import quote
-from typing import Any, NoReturn
+from shlex import quote as shell_quote
+from typing import Any
+from urllib.parse import quote
 
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gella.captions.ask import is_endpoint, open_captioner
-from gella.captions.captioner import EndpointError
-from gella.commands.demo_captions import assign, read_captions
+from gella.captions.ask import caption_picture, is_endpoint, open_captioner
+from gella.captions.captioner import AnswerError, EndpointError, RequestError, StoppedError
+from gella.commands.console import Parser, exit_status, shown
 from gella.commands.demo_inputs import (
     Job,
+    Live,
+    Masks,
     Picture,
+    Records,
+    assign,
     dataset_jobs,
     list_pictures,
+    masks_beside,
+    masks_from,
     output_names,
     plain,
+    read_captions,
+    read_categories,
+    split_nouns,
 )
-from gella.commands.demo_masks import Beside, Live, MaskSource, Records, Whole, masks_from
-from gella.commands.demo_output import PAGE, Output, shown
-from gella.commands.demo_run import LISTED, Plan, Run
-from gella.commands.demo_stop import Stop
-from gella.commands.demo_text import read_categories, split_nouns
 from gella.config import load_config
 from gella.data.register import import_modules
-from gella.predictor import GellaPredictor
+from gella.entities.entity_map import EntityMap
+from gella.entities.view import read_image
+from gella.pictures.grounding import Grounding, PanopticResult
+from gella.pictures.html import grounding_html, page, panoptic_html
+from gella.predictor import GellaPredictor, Request
 from gella.predictor.questions import TASKS
 from gella.segmenters.segmenter import SPECS, MaskLimits
+from gella.text.spans import locate_phrases
+from gella.utils.io import file_hash, write_atomically
+from gella.utils.stopping import StopRequest
 
 RELEASE = Path(__file__).resolve().parents[3] / "weights" / "gella_tiny_shapes" / "config.yaml"
 TEXTS = ("--caption", "--captions", "--describe-first", "--captioner")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; --help shows an example\n")
+PAGE = "index.html"
+FAILURES = "failures.json"
+PARTS = "page"  # folder of what the page is made of
+LISTED = 10  # failures that the screen shows
+_FORM = 1  # of the output files; another number makes all of them again
+_REFRESH = 10.0  # seconds between two writings of the page, at least,
+_TIMES = 20  # and times what writing it took
+_TALKATIVE = 5  # jobs; up to so many, results and files are printed
+_SHOWN_SIDE = 1280  # pixels; pictures on the page are scaled down to this longest side
+_EXACT_SIDE = 256  # pixels; up to this side they are PNG
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong one ends the process with code 2 and one line."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     _add_model(parser.add_argument_group("model and output").add_argument)
     _add_input(parser.add_argument_group("pictures and masks").add_argument)
     _add_text(parser.add_argument_group("questions").add_argument)
@@ -80,14 +106,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.config_file is None:
         if not RELEASE.is_file():
             parser.error("--config-file is missing")
-        args.config_file = _release()
-    for problem in (*_input_problems(args), *_text_problems(args)):
+        args.config_file = os.path.relpath(RELEASE)
+    for problem in _problems(args):
         parser.error(problem)
     return args
-
-
-def _release() -> str:
-    return os.path.relpath(RELEASE)
 
 
 def _add_model(add: Any) -> None:
@@ -102,13 +124,10 @@ def _add_model(add: Any) -> None:
 
 
 def _add_input(add: Any) -> None:
+    masks = "mask file, a folder of them by name, or one COCO JSON; "
+    masks += "default: scene_masks.png beside scene.jpg"
     add("--input", metavar="PATH", help="a picture, or a folder of pictures (searched through)")
-    add(
-        "--masks",
-        metavar="PATH",
-        help="mask file, a folder of them by name, or one COCO JSON; "
-        "default: scene_masks.png beside scene.jpg",
-    )
+    add("--masks", metavar="PATH", help=masks)
     add("--masks-format", default="auto", metavar="FORMAT", help="panoptic_png, gray_png, npz, ...")
     add("--panoptic-json", metavar="JSON", help="of one PNG: COCO file that says what is crowd")
     add("--segmenter", metavar="SPEC", help=f"makes the masks on the spot: {SPECS}")
@@ -120,80 +139,60 @@ def _add_input(add: Any) -> None:
 
 
 def _add_text(add: Any) -> None:
+    caption = "the sentence or expression, for every picture; repeatable"
+    captions = "text: name<TAB>caption, or a caption per line; .jsonl: "
+    captions += '{"image", "caption", "nouns", "masks"} per line'
+    captioner = "an OpenAI-compatible endpoint (key: GELLA_API_KEY), or a local model of "
+    captioner += "transformers, writes the captions"
     add("--task", choices=TASKS, default="ground", help="default: ground")
-    add(
-        "--caption",
-        action="append",
-        metavar="TEXT",
-        help="the sentence or expression, for every picture; repeatable",
-    )
-    add(
-        "--captions",
-        metavar="FILE",
-        help="text: name<TAB>caption, or a caption per line; .jsonl: "
-        '{"image", "caption", "nouns", "masks"} per line',
-    )
+    add("--caption", action="append", metavar="TEXT", help=caption)
+    add("--captions", metavar="FILE", help=captions)
     add("--nouns", metavar="A,B,C", help="nouns of --caption in their order")
     add("--extract", action="store_true", help="the model finds the nouns, given ones or not")
     add("--describe-first", action="store_true", help="the model writes the captions")
-    add(
-        "--captioner",
-        metavar="URL",
-        help="an OpenAI-compatible endpoint (key: GELLA_API_KEY), or "
-        "a local model of transformers, writes the captions",
-    )
+    add("--captioner", metavar="URL", help=captioner)
     add("--captioner-model", metavar="NAME", help="of the endpoint; default: GELLA_API_MODEL")
     add("--categories", metavar="A,B,C", help='for panoptic: names, "coco", or a file of them')
 
 
-def _input_problems(args: argparse.Namespace) -> list[str]:
-    found = []
+def _problems(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the command line, in words; the first is told."""
     if args.dataset is None and args.input is None:
-        found.append("--input is missing (or give --dataset NAME)")
-    if args.dataset is not None:
-        for name in ("input", "masks", "segmenter", "caption", "captions", "nouns"):
-            if getattr(args, name) is not None:
-                found.append(f"--{name} and --dataset exclude each other")
+        yield "--input is missing (or give --dataset NAME)"
+    for name in ("input", "masks", "segmenter", "caption", "captions", "nouns"):
+        if args.dataset is not None and getattr(args, name) is not None:
+            yield f"--{name} and --dataset exclude each other"
     if args.masks is not None and args.segmenter is not None:
-        found.append("--masks and --segmenter exclude each other")
+        yield "--masks and --segmenter exclude each other"
     if args.panoptic_json is not None and args.masks is None:
-        found.append("--panoptic-json needs --masks, a PNG")
-    for name in ("num", "batch_size"):
-        if getattr(args, name) < 1:
-            found.append(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least 1")
-    found += [
-        f"--segmenter-option {option} is no KEY=VALUE"
-        for option in args.segmenter_option
-        if "=" not in option
-    ]
-    return found
-
-
-def _text_problems(args: argparse.Namespace) -> list[str]:
-    found = []
-    given = [name for name in TEXTS if getattr(args, name[2:].replace("-", "_"))]
-    if args.caption is not None and "--caption" not in given:
-        given.insert(0, "--caption")
+        yield "--panoptic-json needs --masks, a PNG"
+    for option, number in (("--num", args.num), ("--batch-size", args.batch_size)):
+        if number < 1:
+            yield f"{option} is {number}; at least 1"
+    for option in args.segmenter_option:
+        if "=" not in option:
+            yield f"--segmenter-option {option} is no KEY=VALUE"
+    # An empty --caption is given, too: it has an error of its own.
+    values = (args.caption is not None, args.captions, args.describe_first, args.captioner)
+    given = [option for option, value in zip(TEXTS, values) if value]
     if len(given) > 1:
-        found.append(f"{given[0]} and {given[1]} exclude each other")
+        yield f"{given[0]} and {given[1]} exclude each other"
     if args.task in ("ground", "refer", "extract") and args.dataset is None and not given:
-        found.append(f"--caption is missing (or give one of {', '.join(TEXTS[1:])})")
+        yield f"--caption is missing (or give one of {', '.join(TEXTS[1:])})"
     if args.task in ("panoptic", "describe") and given:
-        found.append(f"--task {args.task} takes no captions; leave {given[0]} out")
+        yield f"--task {args.task} takes no captions; leave {given[0]} out"
     if args.task == "refer" and given and given[0] in TEXTS[2:]:
-        found.append(f"--task refer takes expressions; {given[0]} writes captions")
+        yield f"--task refer takes expressions; {given[0]} writes captions"
     if args.task == "panoptic" and args.categories is None:
-        found.append("--task panoptic needs --categories")
+        yield "--task panoptic needs --categories"
     if args.categories is not None and args.task != "panoptic":
-        found.append("--categories goes with --task panoptic only")
-    if args.nouns is not None:
-        if args.extract:
-            found.append("--nouns and --extract exclude each other")
-        if args.task != "ground" or len(args.caption or ()) != 1:
-            found.append("--nouns goes with one --caption and --task ground only")
+        yield "--categories goes with --task panoptic only"
+    if args.nouns is not None and args.extract:
+        yield "--nouns and --extract exclude each other"
+    if args.nouns is not None and (args.task != "ground" or len(args.caption or ()) != 1):
+        yield "--nouns goes with one --caption and --task ground only"
     if args.captioner_model is not None and not args.captioner:
-        found.append("--captioner-model goes with --captioner only")
-    return found
+        yield "--captioner-model goes with --captioner only"
 
 
 def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Picture]]:
@@ -204,33 +203,30 @@ def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Picture]]:
     """
     leave_out = [Path(path) for path in (args.output, args.masks) if path]
     pictures = list_pictures(Path(args.input), leave_out)
-    given: list[tuple[Picture, Job]] = []
-    blank = Job(pictures[0], "")
     if args.captions:
-        found, lost = assign(read_captions(args.captions), pictures)
+        assigned, lost = assign(read_captions(args.captions), pictures)
         for entry in lost[:LISTED]:
             print(f"note: {shown(entry.where)}: {shown(entry.image)} is no picture of --input")
-        for place, entries in sorted(found.items()):
-            for entry in entries:
-                job = replace(blank, text=entry.text, nouns=entry.nouns, masks=entry.masks)
-                given.append((pictures[place], job))
-        if len(found) < len(pictures):
-            print(f"note: {len(pictures) - len(found)} of {len(pictures)} pictures have no caption")
+        jobs = [
+            Job(pictures[place], "", entry.text, entry.nouns, entry.masks)
+            for place, entries in sorted(assigned.items())
+            for entry in entries
+        ]
+        bare = len(pictures) - len(assigned)
+        if bare:
+            print(f"note: {bare} of {len(pictures)} pictures have no caption")
     else:
         texts = [plain(text) for text in args.caption] if args.caption else [None]
         if any(text is not None and not text.strip() for text in texts):
             raise ValueError("the caption is empty; write a sentence that names what to find")
         nouns = split_nouns(args.nouns)
-        given = [(p, replace(blank, text=text, nouns=nouns)) for p in pictures for text in texts]
-    titles = output_names([picture.name for picture, _ in given])
-    jobs = [
-        replace(job, picture=picture, name=title) for (picture, job), title in zip(given, titles)
-    ]
-    return jobs, pictures
+        jobs = [Job(picture, "", text, nouns) for picture in pictures for text in texts]
+    titles = output_names([job.picture.name for job in jobs])
+    return [replace(job, name=title) for job, title in zip(jobs, titles)], pictures
 
 
-def choose_masks(args: argparse.Namespace, pictures: Sequence[Picture]) -> MaskSource:
-    """The source of masks that the arguments name; wrong ones are ValueErrors."""
+def choose_masks(args: argparse.Namespace, pictures: Sequence[Picture]) -> Masks | Live:
+    """The masks that the arguments name; wrong ones are ValueErrors."""
     if args.dataset is not None:
         return Records()
     if args.segmenter is not None:
@@ -240,37 +236,382 @@ def choose_masks(args: argparse.Namespace, pictures: Sequence[Picture]) -> MaskS
     if args.masks is not None:
         return masks_from(Path(args.masks), pictures, args.masks_format, args.panoptic_json)
     # What the language model says of a picture does not depend on masks.
-    return Beside(Whole() if args.task in ("describe", "extract") else None)
+    return masks_beside(whole=args.task in ("describe", "extract"))
 
 
-def make_plan(args: argparse.Namespace, jobs: Sequence[Job], masks: MaskSource) -> Plan:
-    """What to do with the jobs; opens the captioner."""
-    origin = {
-        name: getattr(args, name)
-        for name in ("masks", "segmenter", "dataset")
-        if getattr(args, name) is not None
-    }
-    captioner = None
-    if args.captioner:
-        captioner = open_captioner(
-            args.captioner, args.captioner_model, device=args.device or "cpu"
+@dataclass
+class Ready:
+    """A job with its picture and its entities in memory."""
+
+    job: Job
+    fingerprint: str
+    image: np.ndarray
+    entities: EntityMap
+
+
+class Run:
+    """One run over jobs; keeps what it did.
+
+    Args:
+        args: of the command line.
+        predictor: answers.
+        masks: where entities come from.
+        categories: of the task "panoptic".
+        captioner: another model writes the captions, see `gella.captions.ask`.
+        strict: raise the first failure instead of counting it.
+
+    Attributes:
+        done: jobs that were done now; ``skipped``: that were done before.
+        failures: ``image``, ``caption`` and ``reason`` of each that failed.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        predictor: GellaPredictor,
+        masks: Masks | Live,
+        categories: Sequence[dict[str, Any] | str] | None = None,
+        captioner: Any = None,
+        strict: bool = False,
+    ) -> None:
+        self.args, self.predictor, self.masks, self.categories = args, predictor, masks, categories
+        self.captioner, self.strict, self.folder = captioner, strict, Path(args.output)
+        # Where the input comes from; every JSON says so.
+        named = {name: getattr(args, name) for name in ("masks", "segmenter", "dataset")}
+        self._origin = {name: value for name, value in named.items() if value is not None}
+        if captioner is not None:
+            self._origin["captioner"] = captioner.model
+        self.done = self.skipped = 0
+        self.failures: list[dict[str, str]] = []
+        self._sections: dict[str, str] = {}  # by job, in the order of the jobs
+        self._next_page = time.monotonic() + _REFRESH
+        self._model = _model_key(predictor)
+        self._last: tuple[Any, Any] = (None, None)  # picture and entities that were read last
+
+    def do(self, jobs: Sequence[Job], stop: StopRequest) -> None:
+        """Work on the jobs until all are done or a signal came, then write page and failures.
+
+        Raises:
+            EndpointError: the captioner cannot answer at all.
+            OSError: the results cannot be written.
+            ValueError: what went wrong, if the run is strict; nothing is written then.
+        """
+        with tqdm(total=len(jobs), unit="picture", disable=len(jobs) == 1) as bar:
+            try:
+                for batch in self._batches(jobs, bar, stop):
+                    self._do(batch, talkative=len(jobs) <= _TALKATIVE)
+                    bar.update(len(batch))
+                    if self.failures:
+                        bar.set_postfix(failed=len(self.failures))
+                    if time.monotonic() >= self._next_page:
+                        self._write_page(len(jobs))
+            finally:
+                # A hopeless run shows what it has; a strict one leaves nothing.
+                if not self.strict or self.done + self.skipped:
+                    self._write_page(len(jobs))
+                    (self.folder / FAILURES).unlink(missing_ok=True)
+                    if self.failures:
+                        text = json.dumps(self.failures, indent=2, ensure_ascii=False)
+                        self._put(FAILURES, plain(text).encode("utf-8"))
+
+    def _batches(self, jobs: Sequence[Job], bar: Any, stop: StopRequest) -> Iterator[list[Ready]]:
+        """Read the jobs that are not finished, a batch at a time."""
+        batch: list[Ready] = []
+        for job in jobs:
+            if stop.number:
+                return  # what was read, but not begun, is left for the next run
+            ready = self._read(job)
+            if ready is None:
+                bar.update()
+            else:
+                batch.append(ready)
+            if len(batch) == self.args.batch_size:
+                yield batch
+                batch = []
+        if batch and not stop.number:
+            yield batch
+
+    def _read(self, job: Job) -> Ready | None:
+        """The job, ready to be asked; None if it is finished or cannot be read."""
+        self._sections[job.name] = ""
+        try:
+            fingerprint = self._fingerprint(job)
+            html = None if self.args.overwrite else self._finished(job, fingerprint)
+            if html is not None:
+                self._sections[job.name] = html
+                self.skipped += 1
+                return None
+            key = (job.picture, job.masks)
+            if self._last[0] != key:
+                # Photographs lie on their side in the file; annotations are of the stored pixels.
+                image = read_image(job.picture.path, upright=job.record is None)
+                self._last = (key, (image, self.masks.load(job, image)))
+            return Ready(job, fingerprint, *self._last[1])
+        except Exception as error:  # a segmenter may raise anything; one picture stops no others
+            self._fail(job, error)
+            return None
+
+    def _fingerprint(self, job: Job) -> str:
+        """What a job's result follows from, as a hash; raises as `Masks.key`."""
+        known = {
+            "form": _FORM,
+            "model": self._model,
+            "task": self.args.task,
+            "image": file_hash(job.picture.path),
+            "image_id": str(job.picture.image_id),
+            "masks": self.masks.key(job),
+            "text": job.text,
+            "nouns": job.nouns,
+            "extract": self.args.extract,
+            "phrases": self._phrases(job),
+            "categories": self.categories,
+            "describe_first": self.args.describe_first,
+            "captioner": self._origin.get("captioner"),
+        }
+        text = json.dumps(known, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+    def _phrases(self, job: Job) -> list[dict[str, Any]] | None:
+        """Nouns of a dataset's record with their places; None if other nouns are wanted."""
+        other = self.args.extract or self.args.describe_first or self.captioner is not None
+        if self.args.task != "ground" or other or job.record is None:
+            return None
+        return job.record["phrases"]
+
+    def _finished(self, job: Job, fingerprint: str) -> str | None:
+        """The HTML of a job whose files are all there and were made from the same input."""
+        try:
+            content = json.loads((self.folder / f"{job.name}.json").read_text(encoding="utf-8"))
+            names = [Path(name) for name in content["files"]]
+            inside = all(not name.is_absolute() and ".." not in name.parts for name in names)
+            if content["fingerprint"] == fingerprint and inside:
+                if all((self.folder / name).is_file() for name in names):
+                    return (self.folder / PARTS / f"{job.name}.html").read_text(encoding="utf-8")
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # damaged or of another tool: made again
+        return None
+
+    def _do(self, batch: list[Ready], *, talkative: bool) -> None:
+        batch = self._with_captions(batch)
+        for ready, result in zip(batch, self._ask(batch), strict=True):
+            try:
+                if isinstance(result, Exception):
+                    raise result
+                paths = self._write(ready, result)
+            except (ValueError, MemoryError) as error:  # not OSError: a full disk fails them all
+                self._fail(ready.job, error)
+                continue
+            self.done += 1
+            if talkative:
+                told = [f"  {line}" for line in _headline(self.args.task, result)]
+                for line in (*told, *(f"wrote {shown(path)}" for path in paths)):
+                    tqdm.write(line, file=sys.stdout)
+
+    def _with_captions(self, batch: list[Ready]) -> list[Ready]:
+        """The batch with texts; a job whose caption fails is left out and counted."""
+        if self.captioner is not None:
+            workers = 4 if hasattr(self.captioner, "address") else 1
+            with ThreadPoolExecutor(workers) as pool:
+                answers: list[Any] = list(pool.map(self._caption, batch))
+        elif self.args.describe_first:
+            asked = [Request("describe", r.image, r.entities, image_id=_id(r)) for r in batch]
+            answers = self.predictor.predict_many(asked, batch_size=self.args.batch_size)
+        else:
+            return batch
+        captioned = []
+        for ready, answer in zip(batch, answers, strict=True):
+            if isinstance(answer, EndpointError):
+                raise answer
+            if isinstance(answer, Exception):
+                if not isinstance(answer, StoppedError):
+                    self._fail(ready.job, answer)
+                continue
+            text, nouns = (answer, None) if isinstance(answer, str) else answer
+            captioned.append(replace(ready, job=replace(ready.job, text=text, nouns=nouns)))
+        return captioned
+
+    def _caption(self, ready: Ready) -> tuple[str, tuple[str, ...]] | Exception:
+        try:
+            caption = caption_picture(self.captioner, ready.image)
+        except (AnswerError, RequestError, EndpointError, StoppedError, ValueError) as error:
+            return error
+        return caption.description, tuple(caption.nouns)
+
+    def _ask(self, batch: list[Ready]) -> list[Any]:
+        """The results of the batch, an exception for each that failed, in order."""
+        requests = {
+            place: Request(
+                self.args.task,
+                ready.image,
+                ready.entities,
+                text=ready.job.text or "",
+                nouns=None if self.args.extract else ready.job.nouns,
+                categories=self.categories,
+                image_id=_id(ready),
+            )
+            for place, ready in enumerate(batch)
+            if self._phrases(ready.job) is None
+        }
+        size = self.args.batch_size
+        answers = self.predictor.predict_many(list(requests.values()), batch_size=size)
+        results: dict[int, Any] = dict(zip(requests, answers, strict=True))
+        for place in range(len(batch)):
+            ready, phrases = batch[place], self._phrases(batch[place].job)
+            if phrases is not None:  # whose spans a dataset's record knows
+                try:
+                    scene = self.predictor.encode(ready.image, ready.entities, image_id=_id(ready))
+                    text = ready.job.text or ""
+                    results[place] = self.predictor.ground_phrases(text, phrases, scene=scene)
+                except ValueError as error:
+                    results[place] = error
+        return [results[place] for place in range(len(batch))]
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if self.strict:
+            # Whatever a segmenter or a captioner raised, it is the user's to see in one line.
+            raise ValueError(reason) from error
+        if os.getenv("GELLA_TRACEBACK") == "1":
+            traceback.print_exception(error)
+        failure = {"image": job.picture.name, "caption": job.text or "", "reason": reason}
+        self.failures.append(failure)
+
+    def _write(self, ready: Ready, result: Any) -> list[Path]:
+        """Write a result, each file whole or not at all; return its pictures and its JSON.
+
+        All lies directly in the output folder or in its folder ``page``.
+        """
+        job, task = ready.job, self.args.task
+        pictures: dict[str, Image.Image] = {}
+        if isinstance(result, Grounding):
+            pictures[f"{job.name}_grounding.png"] = result.plot()
+            pictures[f"{job.name}_colormap.png"] = result.plot_colormap()
+        elif isinstance(result, PanopticResult):
+            pictures[f"{job.name}_panoptic.png"] = result.plot()
+        small, data = _small(ready.image, enlarge=not pictures)
+        name = f"{job.name}.json"
+        html = _section(task, result, job, f"{PARTS}/{job.name}.{small}", [*pictures, name])
+        parts = {f"{PARTS}/{job.name}.{small}": data}
+        parts[f"{PARTS}/{job.name}.html"] = html.encode("utf-8")
+        content = {"image": plain(job.picture.path), **self._origin}
+        if job.record is not None:
+            content["image_id"] = job.record["image_id"]
+        content.update(fingerprint=ready.fingerprint, files=[*pictures, *parts])
+        content.update(_as_json(task, result, job))
+        for file, picture in pictures.items():
+            self._put(file, _bytes(picture, "PNG"))
+        for file, data in parts.items():
+            self._put(file, data)
+        # The JSON comes last: while it is not there, the job is not finished.
+        text = plain(json.dumps(content, indent=2, ensure_ascii=False))
+        self._put(name, text.encode("utf-8"))
+        self._sections[job.name] = html
+        return [self.folder / file for file in (*pictures, name)]
+
+    def _write_page(self, total: int) -> None:
+        """Write the page as far as it goes."""
+        began = time.monotonic()
+        there = self.done + self.skipped
+        weights = self.predictor.cfg.MODEL.WEIGHTS or "untrained weights"
+        state = f"{there} of {total} done, {len(self.failures)} failed"
+        note = f"Task: {self.args.task}. Model: {weights}. Pictures and captions: {state}."
+        items = "".join(
+            f"<li><b>{escape(plain(item['image']))}</b>: {escape(plain(item['reason']))}</li>"
+            for item in self.failures
         )
-        origin["captioner"] = captioner.model
-        if is_endpoint(args.captioner):
-            print(f"captions: the pictures are sent to {captioner.address}")
-    single = args.dataset is None and len(jobs) == 1 and not Path(args.input).is_dir()
-    return Plan(
-        task=args.task,
-        masks=masks,
-        categories=read_categories(args.categories),
-        describe_first=args.describe_first,
-        captioner=captioner,
-        extract=args.extract,
-        origin=origin,
-        batch_size=args.batch_size,
-        overwrite=args.overwrite,
-        strict=single,
-    )
+        head = f"<h2>Failed: {len(self.failures)}</h2>"
+        failed = f'<section id="failures">{head}<ul>{items}</ul></section>' if items else ""
+        body = [f"<p>{escape(plain(note))}</p>", *self._sections.values(), failed]
+        self._put(PAGE, page("GELLA", body).encode("utf-8"))
+        # A page of thousands is long: refreshing it stays a small part of the time.
+        took = time.monotonic() - began
+        self._next_page = began + max(_REFRESH, _TIMES * took)
+
+    def _put(self, name: str, data: bytes) -> None:
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / name, lambda stream: stream.write(data))
+
+
+def _id(ready: Ready) -> int | str:
+    return ready.job.picture.image_id
+
+
+def _model_key(predictor: GellaPredictor) -> list[str]:
+    """What the model's answers follow from: its config, and which weight files these are."""
+    cfg = predictor.cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = ""
+    path = Path(cfg.MODEL.WEIGHTS)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    status = {file: os.stat(file) for file in files if cfg.MODEL.WEIGHTS and file.is_file()}
+    # Size and time: hashing gigabytes would take longer than a demo.
+    stamps = [f"{file.name} {of.st_size} {of.st_mtime_ns}" for file, of in status.items()]
+    return [cfg.dump(), *stamps]
+
+
+def _as_json(task: str, result: Any, job: Job) -> dict[str, Any]:
+    """A result of any task as values that JSON can hold."""
+    if isinstance(result, Grounding | PanopticResult):
+        return result.to_json()
+    if task == "describe":
+        return {"task": task, "text": result}
+    caption = job.text or ""
+    nouns = [
+        {"noun": noun, "start": span[0] if span else -1, "end": span[1] if span else -1}
+        for noun, span in zip(result, locate_phrases(caption, list(result)), strict=True)
+    ]
+    return {"task": task, "caption": caption, "nouns": nouns}
+
+
+def _headline(task: str, result: Any) -> list[str]:
+    """What a terminal shows of a result, a line each."""
+    if isinstance(result, Grounding):
+        return [f"{shown(p['phrase'])}: entities {p['entity_ids']}" for p in result.phrases]
+    if isinstance(result, PanopticResult):
+        return [f"{shown(noun.text)}: {len(noun.numbers)}" for noun in result.nouns()]
+    return [shown(result)] if task == "describe" else [shown(", ".join(result))]
+
+
+def _small(image: np.ndarray, *, enlarge: bool) -> tuple[str, bytes]:
+    """The picture as the page shows it, and its suffix; a browser would blur a small one."""
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    if max(picture.size) <= _EXACT_SIDE:
+        if enlarge:
+            times = _SHOWN_SIDE // max(picture.size)
+            size = (picture.width * times, picture.height * times)
+            picture = picture.resize(size, Image.Resampling.NEAREST)
+        return "png", _bytes(picture, "PNG")
+    picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.LANCZOS)
+    return "jpg", _bytes(picture, "JPEG", quality=88)
+
+
+def _bytes(picture: Image.Image, form: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def _section(task: str, result: Any, job: Job, address: str, files: Sequence[str]) -> str:
+    """One job's part of the page."""
+    key = hashlib.sha256(job.name.encode("utf-8")).hexdigest()[:16]
+    if isinstance(result, Grounding):
+        figure = grounding_html(result, key=key, image_src=quote(address))
+    elif isinstance(result, PanopticResult):
+        figure = panoptic_html(result, key=key, image_src=quote(address))
+    else:  # the picture beside the text that the model wrote, in the form of the other figures
+        texts = [escape(result)] if task == "describe" else [escape(job.text or "")]
+        if task != "describe":
+            marks = " ".join(f"<mark>{escape(noun)}</mark>" for noun in result)
+            texts.append(marks or "no nouns")
+        said = "".join(f'<p class="caption" dir="auto">{text}</p>' for text in texts)
+        # No <image> of SVG: the figures' style fades what no noun names.
+        figure = (
+            f'<figure class="gella"><div class="stage"><img src="{quote(address)}" width="100%" '
+            f'alt="" loading="lazy"></div><figcaption>{said}</figcaption></figure>'
+        )
+    links = ", ".join(f'<a href="{quote(name)}">{escape(name)}</a>' for name in files)
+    title = escape(plain(job.picture.name))
+    return f'<section id="{key}"><h2>{title}</h2>{plain(figure)}<p>{links}</p></section>\n'
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -283,26 +624,44 @@ def execute(args: argparse.Namespace) -> int:
         cfg.MODEL.WEIGHTS = args.weights
     if args.device is not None:
         cfg.MODEL.DEVICE = args.device
+    pictures: list[Picture] = []
     if args.dataset is not None:
-        pictures: list[Picture] = []
         jobs = dataset_jobs(args.dataset, args.num, cfg, args.task)
     else:
         jobs, pictures = own_jobs(args)
-    plan = make_plan(args, jobs, choose_masks(args, pictures))
+    masks = choose_masks(args, pictures)
+    captioner: Any = None
+    if args.captioner:
+        device = args.device or "cpu"
+        captioner = open_captioner(args.captioner, args.captioner_model, device=device)
+        if is_endpoint(args.captioner):
+            print(f"captions: the pictures are sent to {captioner.address}")
+    categories = read_categories(args.categories)
+    single = args.dataset is None and len(jobs) == 1 and not Path(args.input).is_dir()
     predictor = GellaPredictor(cfg, config_file=args.config_file)
     if not cfg.MODEL.WEIGHTS:
         print("no weights: the model is untrained, and the output is labelled so")
-    run = Run(predictor, plan, Output(Path(args.output)))
-    with Stop(plan.captioner) as stop, logging_redirect_tqdm():
+    run = Run(args, predictor, masks, categories, captioner, single)
+
+    def end(number: int) -> None:
+        if captioner is not None:
+            captioner.stop()
+        tqdm.write("stopping after the pictures under way (again: at once)", file=sys.stderr)
+
+    def end_at_once(number: int) -> None:
+        if captioner is not None:
+            captioner.abort()  # or its threads would be waited for
+        raise KeyboardInterrupt
+
+    with StopRequest(end, end_at_once) as stop, logging_redirect_tqdm():
         run.do(jobs, stop)
-    summarize(run, args, len(jobs), bool(stop.number))
-    if stop.number:
-        return 128 + stop.number
-    return 1 if run.failures else 0
+    _summarize(run, len(jobs), bool(stop.number))
+    return stop.status or int(bool(run.failures))
 
 
-def summarize(run: Run, args: argparse.Namespace, total: int, stopped: bool) -> None:
+def _summarize(run: Run, total: int, stopped: bool) -> None:
     """Say what was done, what failed, where to look and what to do next."""
+    args, folder = run.args, run.folder
     if run.skipped:
         print(f"{run.skipped} of {total} were done before (--overwrite does them again)")
     print(f"{run.done} done, {len(run.failures)} failed")
@@ -311,32 +670,23 @@ def summarize(run: Run, args: argparse.Namespace, total: int, stopped: bool) -> 
     if len(run.failures) > LISTED:
         print(f"and {len(run.failures) - LISTED} more")
     if run.failures:
-        print(f"all failures: {Path(args.output) / 'failures.json'}")
+        print(f"all failures: {folder / FAILURES}")
     if run.done or run.skipped or run.failures:
-        print(f"wrote {Path(args.output) / PAGE}")
+        print(f"wrote {folder / PAGE}")
     if stopped:
         print("next: the same command goes on where this one stopped")
-        return
-    if run.failures:
+    elif run.failures:
         print("next: mend these and run the same command again; it does only what is missing")
-        return
-    print(f"next: open {Path(args.output) / PAGE} in a browser, or try your own:")
-    model = "" if args.config_file == _release() else f" --config-file {quote(args.config_file)}"
-    model += f" --weights {quote(args.weights)}" if args.weights else ""
-    print(f'  python tools/demo.py{model} --input IMAGE --masks FILE --caption "..."')
+    else:
+        print(f"next: open {folder / PAGE} in a browser, or try your own:")
+        released = args.config_file == os.path.relpath(RELEASE)
+        model = "" if released else f" --config-file {shell_quote(args.config_file)}"
+        model += f" --weights {shell_quote(args.weights)}" if args.weights else ""
+        print(f'  python tools/demo.py{model} --input IMAGE --masks FILE --caption "..."')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit code. ``GELLA_TRACEBACK=1`` shows where an error arose."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     args = parse_args(argv)
-    try:
-        return execute(args)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where this one stopped", file=sys.stderr)
-        return 130
-    except (EndpointError, ValueError, OSError) as error:
-        if os.getenv("GELLA_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"error: {shown(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: execute(args), errors=(EndpointError, ValueError, OSError))

@@ -1,30 +1,39 @@
-"""What the demo works on: the pictures of a folder, and one job per picture and caption.
+"""What the demo works on: a job per picture and caption, and where each has its entity masks.
 
-Nothing is decoded here, so that a folder of thousands is listed at once.
+Nothing is decoded before its turn comes, so that a folder of thousands is listed at once.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
+import numpy as np
 from detectron2.data import DatasetCatalog
 
+from gella.data.coco_categories import coco_panoptic_categories
 from gella.data.register import choose_entities
+from gella.entities.entity_map import EntityMap
+from gella.entities.sources import FileSource, load_from_record
 from gella.predictor import image_id_of
+from gella.segmenters.segmenter import MaskLimits, load_segmenter
+from gella.utils.io import file_hash, read_json
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MASKS_BESIDE = "_masks"  # scene_masks.png is no picture, but the masks of scene.png
 RESERVED = ("failures",)  # the demo's own JSON in the output folder, without the suffix
+_MASK_SUFFIXES = (".npz", ".png")
 _LONGEST = 80  # bytes of an output name; file systems allow 255 for the whole
 # Control characters, halves of surrogate pairs (undecodable bytes), and what some system forbids.
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff<>:"/\\|?*]')
+_FORM = '{"image": "a.png", "caption": "...", "nouns": [...], "masks": "a_masks.png"}'
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Job:
     """
 
     picture: Picture
-    name: str
+    name: str = ""
     text: str | None = None
     nouns: tuple[str, ...] | None = None
     masks: Path | None = None
@@ -89,31 +98,22 @@ def list_pictures(root: Path, leave_out: Sequence[Path] = ()) -> list[Picture]:
             f"--input {root} is also the folder of the output or of the masks; write elsewhere, "
             f"and name masks beside pictures scene{MASKS_BESIDE}.png, or move them"
         )
-    found = sorted(_walk(root, excluded), key=lambda path: path.relative_to(root).parts)
-    stems = {path.with_suffix("") for path in found if not path.stem.endswith(MASKS_BESIDE)}
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        here = Path(folder)
+        seen = (name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in seen if (here / name).resolve() not in excluded]
+        names = (name for name in files if not name.startswith("."))
+        found += [here / name for name in names if name.lower().endswith(SUFFIXES)]
+    beside = {path.with_name(path.stem + MASKS_BESIDE) for path in found}
     pictures = [
         Picture(path, path.relative_to(root).as_posix(), image_id_of(path))
-        for path in found
-        if not (
-            path.stem.endswith(MASKS_BESIDE)
-            and path.with_name(path.stem.removesuffix(MASKS_BESIDE)) in stems
-        )
+        for path in sorted(found, key=lambda path: path.relative_to(root).parts)
+        if path.with_suffix("") not in beside or not path.stem.endswith(MASKS_BESIDE)
     ]
     if not pictures:
         raise ValueError(f"folder {root} holds no picture ({', '.join(SUFFIXES)})")
     return pictures
-
-
-def _walk(root: Path, excluded: set[Path]) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and (Path(folder) / name).resolve() not in excluded
-        ]
-        for name in files:
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
-                yield Path(folder) / name
 
 
 def output_names(names: Sequence[str]) -> list[str]:
@@ -124,36 +124,29 @@ def output_names(names: Sequence[str]) -> list[str]:
     the result does not depend on the order. A picture that comes again (another caption) is
     numbered: ``x``, ``x_2``.
     """
+
+    def title(key: tuple[str, int], form: str) -> str:
+        stem, suffix = os.path.splitext(key[0])
+        text = stem.replace("/", "__") + (suffix.replace(".", "_") if form == "suffix" else "")
+        text = _UNSAFE.sub("_", text).lstrip(".").rstrip(". ")
+        if form == "mark" or len(text.encode("utf-8")) > _LONGEST:
+            digest = hashlib.sha256(key[0].encode("utf-8", "surrogatepass")).hexdigest()[:10]
+            kept = text.encode("utf-8")[: _LONGEST - 16].decode("utf-8", "ignore")
+            text = f"{kept}_{digest}"
+        return (text or "picture") + (f"_{key[1] + 1}" if key[1] else "")
+
     times: Counter[str] = Counter()
     keys = []  # (picture's name, how often it came before)
     for name in names:
         keys.append((name, times[name]))
         times[name] += 1
-    chosen = {key: _safe(key, with_suffix=False) for key in keys}
-    for rename in (lambda key: _safe(key, with_suffix=True), _marked):
-        counts = Counter(title.casefold() for title in chosen.values())
-        for key, title in chosen.items():
-            if counts[title.casefold()] > 1 or title.casefold() in RESERVED:
-                chosen[key] = rename(key)
+    chosen = {key: title(key, "stem") for key in keys}
+    for form in ("suffix", "mark"):
+        counts = Counter(name.casefold() for name in chosen.values())
+        for key, name in chosen.items():
+            if counts[name.casefold()] > 1 or name.casefold() in RESERVED:
+                chosen[key] = title(key, form)
     return [chosen[key] for key in keys]
-
-
-def _safe(key: tuple[str, int], *, with_suffix: bool) -> str:
-    name, before = key
-    stem, suffix = os.path.splitext(name)
-    title = stem.replace("/", "__") + (suffix.replace(".", "_") if with_suffix else "")
-    title = _UNSAFE.sub("_", title).lstrip(".").rstrip(". ") or "picture"
-    if len(title.encode("utf-8")) > _LONGEST:
-        return _marked(key)
-    return title + (f"_{before + 1}" if before else "")
-
-
-def _marked(key: tuple[str, int]) -> str:
-    name, before = key
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:10]
-    title = _UNSAFE.sub("_", os.path.splitext(name)[0].replace("/", "__")).lstrip(".").rstrip(". ")
-    kept = title.encode("utf-8")[: _LONGEST - 16].decode("utf-8", "ignore")
-    return f"{kept}_{digest}" + (f"_{before + 1}" if before else "")
 
 
 def dataset_jobs(name: str, num: int, cfg: Any, task: str) -> list[Job]:
@@ -168,34 +161,468 @@ def dataset_jobs(name: str, num: int, cfg: Any, task: str) -> list[Job]:
     if name not in names:
         known = ", ".join(sorted(item for item in names if item.startswith("gella_")))
         raise ValueError(f"dataset {name} is not registered; there are: {known}")
-    chosen: dict[str, tuple[str | None, dict[str, Any]]] = {}
+    jobs: dict[str, Job] = {}
     for record in choose_entities(DatasetCatalog.get(name), name, cfg, is_train=False):
-        text = _record_text(record, task)
-        file_name = str(record["file_name"])
-        if file_name not in chosen and text != "":
-            chosen[file_name] = (text, record)
-        if len(chosen) == num:
+        path = Path(record["file_name"])
+        text = None  # the task needs none
+        if task == "refer":
+            text = next((item["text"] for item in record.get("expressions") or ()), "")
+        elif task not in ("panoptic", "describe"):
+            text = (record.get("caption") or "") if record.get("phrases") else ""
+        if text != "":
+            picture = Picture(path, path.name, record["image_id"])
+            jobs.setdefault(str(path), Job(picture, text=text, record=record))
+        if len(jobs) == num:
             break
-    if not chosen:
+    if not jobs:
         what = "an expression" if task == "refer" else "a caption and nouns"
         raise ValueError(f"dataset {name} has no record with {what}")
-    titles = output_names([Path(file_name).name for file_name in _distinct(chosen)])
-    return [
-        Job(Picture(Path(path), Path(path).name, record["image_id"]), title, text, record=record)
-        for title, (path, (text, record)) in zip(titles, chosen.items(), strict=True)
+    counts = Counter(job.picture.name for job in jobs.values())
+    whole = [
+        path if counts[job.picture.name] > 1 else job.picture.name for path, job in jobs.items()
     ]
+    titles = output_names(whole)
+    return [replace(job, name=title) for job, title in zip(jobs.values(), titles, strict=True)]
 
 
-def _distinct(paths: Sequence[str] | dict[str, Any]) -> list[str]:
-    """Paths as names: the last part where it is the only one of its kind, else all of it."""
-    counts = Counter(Path(path).name for path in paths)
-    return [Path(path).name if counts[Path(path).name] == 1 else path for path in paths]
+# -- captions --------------------------------------------------------------------------------------
 
 
-def _record_text(record: dict[str, Any], task: str) -> str | None:
-    """The text of a record for a task; None if the task needs none, "" if it has none."""
-    if task in ("panoptic", "describe"):
+class Entry(NamedTuple):
+    """One caption of a file.
+
+    Attributes:
+        image: name of its picture; None: the file says it by the order.
+        text: caption or expression.
+        where: file and line, for messages.
+        nouns: of the caption, in its order; None: not given.
+        masks: file of the picture's masks, relative to the folder of the file.
+    """
+
+    image: str | None
+    text: str
+    where: str
+    nouns: tuple[str, ...] | None = None
+    masks: Path | None = None
+
+
+def read_captions(file_name: str | Path) -> list[Entry]:
+    """Read a file of captions: JSON lines by the suffix .jsonl, .ndjson or .json, else text.
+
+    JSON lines: ``image`` (or ``file_name``), ``caption`` (or ``description``, ``expression``,
+    ``text``) and, if wanted, ``nouns`` and ``masks``; so the files of ``tools/describe_images.py``
+    do. Text: ``name<TAB>caption`` in every line, or a caption in every line. Empty lines are
+    skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such file; names the line.
+    """
+    path = Path(file_name)
+    if not path.is_file():
+        raise FileNotFoundError(f"captions {path} do not exist; check --captions")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"captions {path} are no UTF-8 text ({error.reason}); save them so") from (
+            error
+        )
+    # Not splitlines(): a caption may hold characters that it takes for line ends (U+2028).
+    given = {k: line.strip("\r") for k, line in enumerate(content.split("\n"), 1) if line.strip()}
+    if not given:
+        raise ValueError(f"captions {path} are empty; write a caption per line")
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
+        return [_json_entry(path, number, line) for number, line in given.items()]
+    tabs = {number: "\t" in line for number, line in given.items()}
+    if len({*tabs.values()}) > 1:
+        first, other = (next(k for k, tab in tabs.items() if tab is kind) for kind in (True, False))
+        raise ValueError(
+            f"captions {path}: line {first} has a tab (name<TAB>caption) but line {other} has "
+            "none; write all lines one way"
+        )
+    entries = []
+    for number, line in given.items():
+        name, tab, text = line.rpartition("\t") if "\t" not in line else line.partition("\t")
+        image = name.strip() if tab else None
+        entries.append(Entry(image, text.strip(), f"{path}, line {number}"))
+    return entries
+
+
+def _json_entry(path: Path, number: int, line: str) -> Entry:
+    where = f"captions {path}: line {number}"
+    try:
+        item = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON ({error}); write one object a line") from None
+    if not isinstance(item, dict):
+        raise ValueError(f"{where} is no object; write {_FORM}")
+    texts = []
+    for keys in (("image", "file_name"), ("caption", "description", "expression", "text")):
+        key = next((key for key in keys if key in item), None)
+        if key is None:
+            raise ValueError(f"{where} has no '{keys[0]}'; write {_FORM}")
+        if not isinstance(item[key], str):
+            raise ValueError(f"{where}: '{key}' is no text; write {_FORM}")
+        texts.append(plain(item[key]))
+    nouns, masks = item.get("nouns"), item.get("masks")
+    if nouns is not None:
+        if not isinstance(nouns, list) or not all(isinstance(noun, str) for noun in nouns):
+            raise ValueError(f"{where}: 'nouns' is no list of texts; write {_FORM}")
+        nouns = tuple(map(plain, nouns))
+    if masks is not None:
+        if not isinstance(masks, str) or not masks or "\0" in masks:
+            raise ValueError(f"{where}: 'masks' is no name of a file; write {_FORM}")
+        masks = path.parent / masks
+    return Entry(*texts, f"{path}, line {number}", nouns, masks)
+
+
+def assign(
+    entries: Sequence[Entry], pictures: Sequence[Picture]
+) -> tuple[dict[int, list[Entry]], list[Entry]]:
+    """Which captions each picture has.
+
+    A name means the picture whose path below the input folder it is, or as much of the path's end
+    as is enough; the suffix may be left out. A name with more folders than the input has
+    ("data/img/a.png" for "a.png") is tried by its end, unless it leads upwards. Names are only
+    compared, never opened.
+
+    Returns:
+        Entries by the place of their picture, and those whose picture is not there.
+
+    Raises:
+        ValueError: captions without names do not go with the number of pictures, or a name is of
+            several pictures, or no caption is of any picture.
+    """
+    if entries[0].image is None:
+        # All captions of a nameless file are of the one picture, else one of each.
+        if len(pictures) == 1:
+            return {0: list(entries)}, []
+        if len(entries) != len(pictures):
+            raise ValueError(
+                f"{entries[0].where.rpartition(',')[0]} has {len(entries)} captions without names, "
+                f"but there are {len(pictures)} pictures; write name<TAB>caption, or a caption for "
+                "each picture in their order"
+            )
+        return {place: [entry] for place, entry in enumerate(entries)}, []
+    names = [plain(picture.name) for picture in pictures]
+    ends: dict[PurePosixPath, list[int]] = defaultdict(list)
+    for place, path in enumerate(map(PurePosixPath, names)):
+        for form in {path, path.with_suffix("")}:
+            for start in range(len(form.parts)):
+                ends[PurePosixPath(*form.parts[start:])].append(place)
+    assigned: dict[int, list[Entry]] = defaultdict(list)
+    lost = []
+    for entry in entries:
+        path = PurePosixPath((entry.image or "").replace("\\", "/"))
+        parts = path.parts[1:] if path.is_absolute() else path.parts
+        starts = range(0 if ".." in parts else len(parts))
+        places = next((p for k in starts if (p := ends.get(PurePosixPath(*parts[k:])))), [])
+        places = [place for place in places if names[place] == entry.image] or places
+        if len(places) > 1:
+            raise ValueError(
+                f"{entry.where}: {entry.image!r} could be {names[places[0]]} or "
+                f"{names[places[1]]}; write more of its path"
+            )
+        if places:
+            assigned[places[0]].append(entry)
+        else:
+            lost.append(entry)
+    if not assigned:
+        raise ValueError(
+            f"{lost[0].where}: {lost[0].image!r} is none of the {len(pictures)} pictures, and no "
+            f"other caption is of one (the first picture is {pictures[0].name})"
+        )
+    return dict(assigned), lost
+
+
+# -- masks -----------------------------------------------------------------------------------------
+
+
+class Masks:
+    """The entities of jobs, from files.
+
+    ``find`` tells ``file_name``, ``format`` and ``segments_info`` of a job's file, as a dataset
+    dict has them; {}: the whole picture is one entity. It raises FileNotFoundError or ValueError
+    for a job that has no file, or one that might be another's.
+    """
+
+    def __init__(self, find: Callable[[Job], dict[str, Any]]) -> None:
+        self.find = find
+
+    def key(self, job: Job) -> Any:
+        """What JSON can hold, and changes when the entities would change, so that finished pictures
+        are known without decoding a mask; errors as `find`."""
+        place = self.find(job)
+        if not place:
+            return "whole"
+        file = Path(place["file_name"])
+        if not file.is_file():
+            raise FileNotFoundError(f"image {job.picture.name}: masks {file} do not exist")
+        # Of a JSON the entries say all; in other files the masks themselves lie.
+        masks = None if file.suffix.lower() == ".json" else file_hash(file)
+        return [masks, *(place[name] for name in ("format", "segments_info") if name in place)]
+
+    def load(self, job: Job, image: np.ndarray) -> EntityMap:
+        """The job's entities in the frame of its picture, uint8 (H, W, 3).
+
+        Raises:
+            FileNotFoundError, ValueError: there are none, or they are damaged or of another size.
+        """
+        place = self.find(job)
+        if not place:
+            return EntityMap(np.ones(image.shape[:2], dtype=np.int32), [1])
+        record = {"image_id": job.picture.image_id, "entities": place}
+        height, width = image.shape[:2]
+        return load_from_record({**record, "height": height, "width": width}, image)
+
+
+class Records(Masks):
+    """The masks that the records of a dataset lead to, in whatever way."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda job: (job.record or {}).get("entities") or {})
+
+    def key(self, job: Job) -> Any:
+        """See `Masks.key`."""
+        place = self.find(job)
+        return {name: str(place.get(name)) for name in ("format", "file_name", "segments_info")}
+
+    def load(self, job: Job, image: np.ndarray) -> EntityMap:
+        """See `Masks.load`."""
+        return load_from_record(job.record or {}, image)
+
+
+class Live:
+    """Makes masks on the spot, as `Masks` reads them; arguments as `load_segmenter`.
+
+    ``limits`` say which masks are kept.
+    """
+
+    def __init__(
+        self, spec: str, device: str | None, options: Mapping[str, str], limits: MaskLimits
+    ) -> None:
+        self._limits, self._key = limits, [spec, sorted(options.items()), vars(limits)]
+        self._segmenter = load_segmenter(spec, device, options)
+
+    def key(self, job: Job) -> Any:
+        """See `Masks.key`."""
+        return self._key
+
+    def load(self, job: Job, image: np.ndarray) -> EntityMap:
+        """See `Masks.load`."""
+        entities = self._segmenter.segment(image, self._limits)
+        if entities.num_entities == 0:
+            raise ValueError(
+                f"image {job.picture.name}: the segmenter found no entity; lower its thresholds "
+                "(--segmenter-option) or --min-area"
+            )
+        return entities
+
+
+def masks_beside(whole: bool = False) -> Masks:
+    """The file that the captions name, else ``x_masks.npz`` or ``x_masks.png`` beside ``x.jpg``.
+
+    ``whole``: a picture without one is one entity, for questions that do not depend on masks.
+    """
+
+    def find(job: Job) -> dict[str, Any]:
+        path = job.picture.path
+        beside = [path.with_name(path.stem + MASKS_BESIDE + suffix) for suffix in _MASK_SUFFIXES]
+        file = job.masks or next((file for file in beside if file.is_file()), None)
+        if file is not None:
+            return {"file_name": file, "format": "auto", "segments_info": None}
+        if whole:
+            return {}
+        raise FileNotFoundError(
+            f"image {job.picture.name}: no masks; put {beside[1].name} beside it, or give --masks "
+            "or --segmenter"
+        )
+
+    return Masks(find)
+
+
+def masks_from(
+    path: Path, pictures: Sequence[Picture], format: str = "auto", panoptic_json: str | None = None
+) -> Masks:
+    """What ``--masks`` names: a folder, a JSON of many pictures, or one picture's file.
+
+    ``panoptic_json`` says what in one picture's PNG is crowd.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: one picture's file for several pictures, or a JSON that cannot be read.
+    """
+    if path.is_dir():
+        return _masks_of_folder(path, pictures, format)
+    if not path.exists():
+        raise FileNotFoundError(f"mask file {path} does not exist; check --masks")
+    if path.suffix.lower() == ".json":
+        return _masks_of_json(path, pictures, format)
+    if len(pictures) > 1:
+        raise ValueError(
+            f"masks {path} are one picture's file, but there are {len(pictures)} pictures; give "
+            "a folder with a file per picture, or a COCO JSON"
+        )
+    segments = panoptic_json and _segments_in(Path(panoptic_json), path.name)
+    place = {"file_name": path, "format": format, "segments_info": segments}
+    return Masks(lambda job: place)
+
+
+def _segments_in(panoptic_json: Path, mask_name: str) -> list[dict[str, Any]]:
+    """``segments_info`` of the annotation whose PNG is ``mask_name``."""
+    if not panoptic_json.is_file():
+        raise FileNotFoundError(f"panoptic JSON {panoptic_json} does not exist; check the path")
+    try:
+        annotations = read_json(panoptic_json)["annotations"]
+        return next(a["segments_info"] for a in annotations if a["file_name"] == mask_name)
+    except StopIteration:
+        raise ValueError(
+            f"panoptic JSON {panoptic_json} has no annotation with file_name {mask_name}"
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{panoptic_json} is no COCO panoptic file ({error!r})") from error
+
+
+def _masks_of_folder(folder: Path, pictures: Sequence[Picture], format: str) -> Masks:
+    """An ``.npz`` or ``.png`` per picture, in the input's subfolders or in none.
+
+    Those of ``a/x.jpg`` are ``a/x.npz``, ``a/x.png``, ``a/x.jpg.npz``, ..., ``x.npz``, ..., and all
+    of these with ``_masks`` before the suffix.
+    """
+
+    def forms(name: str) -> tuple[list[str], list[str]]:
+        """Names without their suffix: below the picture's folders, and without folders."""
+        path = PurePosixPath(name)
+        flat = [path.stem, path.name] if len(path.parts) > 1 else []
+        return list(dict.fromkeys([str(path.with_suffix("")), name])), list(dict.fromkeys(flat))
+
+    named = [forms(picture.name) for picture in pictures]
+    owners = Counter(form for own, _ in named for form in own)
+    # A file without folders belongs to a picture without folders, if there is one.
+    flat_owners = Counter(form for _, flat in named for form in flat)
+    endings = (*_MASK_SUFFIXES, *(MASKS_BESIDE + suffix for suffix in _MASK_SUFFIXES))
+
+    def find(job: Job) -> dict[str, Any]:
+        own, flat = forms(job.picture.name)
+        claims = {form: owners[form] for form in own}
+        claims.update({form: flat_owners[form] for form in flat if form not in owners})
+        for form in sorted(claims, key=lambda form: claims[form] > 1):
+            for ending in endings:
+                path = folder / f"{form}{ending}"
+                if path.is_file() and claims[form] == 1:
+                    return {"file_name": path, "format": format}
+                if path.is_file():
+                    better = next((form for form in own if claims[form] == 1), own[0])
+                    raise ValueError(
+                        f"image {job.picture.name}: its masks {path} could be those of another "
+                        f"picture, too; call them {better}{ending}"
+                    )
+        raise FileNotFoundError(
+            f"image {job.picture.name}: no masks in {folder}, such as {own[0]}.png"
+        )
+
+    return Masks(find)
+
+
+def _masks_of_json(path: Path, pictures: Sequence[Picture], format: str) -> Masks:
+    """Those of a COCO JSON, by the file names of its ``images`` first, then by image id.
+
+    Two pictures of one id are a ValueError; the other errors are those of `FileSource`.
+    """
+    source = FileSource(path, format)
+    content = read_json(path)
+    images = content.get("images") if isinstance(content, dict) else None
+    named = {
+        image["file_name"]: image["id"]
+        for image in (images if isinstance(images, list) else ())
+        if isinstance(image, dict) and isinstance(image.get("file_name"), str) and "id" in image
+    }
+    last = Counter(PurePosixPath(name).name for name in named)
+    short = {PurePosixPath(name).name: number for name, number in named.items()}
+    named = {**{name: k for name, k in short.items() if last[name] == 1}, **named}
+    owners: dict[str, Picture] = {}
+    ids: dict[str, Any] = {}
+    for picture in pictures:
+        by_name = named.get(picture.name, named.get(PurePosixPath(picture.name).name))
+        ids[picture.name] = picture.image_id if by_name is None else by_name
+        other = owners.setdefault(str(ids[picture.name]), picture)
+        if other is not picture:
+            raise ValueError(
+                f"{other.name} and {picture.name} have one image id in {path}, "
+                f"{ids[picture.name]}; rename one, or give masks by a folder"
+            )
+
+    def find(job: Job) -> dict[str, Any]:
+        name, image_id = str(job.picture.path), ids[job.picture.name]
+        record = {"image_id": image_id, "file_name": name, "entities": {}}
+        place = source.lead(record)["entities"]
+        return {key: place[key] for key in ("file_name", "format", "segments_info")}
+
+    return Masks(find)
+
+
+# -- nouns and categories --------------------------------------------------------------------------
+
+
+def split_nouns(text: str | None) -> tuple[str, ...] | None:
+    """Nouns separated by commas; None without a text, ValueError for one without a noun."""
+    if text is None:
         return None
-    if task == "refer":
-        return next((item["text"] for item in record.get("expressions") or ()), "")
-    return (record.get("caption") or "") if record.get("phrases") else ""
+    nouns = tuple(noun.strip() for noun in text.split(",") if noun.strip())
+    if not nouns:
+        raise ValueError(f'caption without nouns: --nouns is "{text}"; name at least one')
+    return nouns
+
+
+def read_categories(text: str | None) -> list[dict[str, Any] | str] | None:
+    """Categories of a panoptic question; None without a text.
+
+    Args:
+        text: names separated by commas; "coco" for the 133 of COCO panoptic; or a file with a name
+            per line or a JSON list of names or of ``{"id", "name", "isthing"}``, which may also be
+            the value of ``categories``, as in COCO's files.
+
+    Raises:
+        ValueError: there is no name, one is empty or given twice, or the file is none of these.
+    """
+    if text is None:
+        return None
+    if text == "coco":
+        return list(coco_panoptic_categories())
+    path, where = Path(text), "--categories"
+    listed: list[Any] = [name.strip() for name in text.split(",") if name.strip()]
+    if "," not in text and (path.is_file() or path.suffix in (".json", ".txt")):
+        listed, where = _categories_of_file(path), f"categories {path}"
+    names = [str(item["name"] if isinstance(item, dict) else item).strip() for item in listed]
+    if not names or not all(names):
+        raise ValueError(f'{where}: no category, or an empty name; write such as "sky,grass,cow"')
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{where}: category {twice!r} is there twice")
+    return listed
+
+
+def _categories_of_file(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"categories {path} do not exist; check --categories")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() != ".json":
+            return [line.strip() for line in content.splitlines() if line.strip()]
+        listed = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"categories {path} cannot be read ({error})") from error
+    listed = listed.get("categories") if isinstance(listed, dict) else listed
+    if not isinstance(listed, list):
+        raise ValueError(f"categories {path}: expected a list of names, or COCO's categories")
+    for place, item in enumerate(listed):
+        named = isinstance(item, dict) and isinstance(item.get("name"), str)
+        if named and not {"id", "isthing"} <= item.keys():
+            raise ValueError(
+                f"categories {path}: entry {place} has no 'id' or no 'isthing'; or give names only"
+            )
+        if not (named or isinstance(item, str)):
+            raise ValueError(f"categories {path}: entry {place} is neither a name nor has a 'name'")
+    if len({isinstance(item, str) for item in listed}) > 1:
+        raise ValueError(f"categories {path}: names and objects are mixed; write all one way")
+    return listed
