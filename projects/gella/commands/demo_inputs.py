@@ -273,7 +273,7 @@ def _json_entry(path: Path, number: int, line: str) -> Entry:
         if not isinstance(masks, str) or not masks or "\0" in masks:
             raise ValueError(f"{where}: 'masks' is no name of a file; write {_FORM}")
         masks = path.parent / masks
-    return Entry(*texts, f"{path}, line {number}", nouns, masks)
+    return Entry(texts[0], texts[1], f"{path}, line {number}", nouns, masks)
 
 
 def assign(
