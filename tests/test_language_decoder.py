@@ -13,8 +13,13 @@ from detectron2.config import get_cfg
 from tiny_language import EOS, PAD, VOCAB, make_batch, make_config, make_decoder
 
 from gella.config import add_gella_config
-from gella.modeling.causal_lm import build_causal_lm, llama_config, read_config
-from gella.modeling.language_decoder import IGNORE_INDEX, LanguageDecoder
+from gella.modeling.language_decoder import (
+    IGNORE_INDEX,
+    LanguageDecoder,
+    build_causal_lm,
+    llama_config,
+    read_config,
+)
 
 
 def test_equals_transformers_on_the_same_embeddings():
@@ -74,7 +79,7 @@ def test_wrong_input_is_named():
     grid, input_ids, labels, positions = make_batch([70])
     with pytest.raises(ValueError, match="75 tokens, MODEL.LANGUAGE.MAX_POSITIONS is 64"):
         decoder(grid, input_ids, labels, positions)
-    with pytest.raises(ValueError, match="'mlp2x_gelu' or 'linear'"):
+    with pytest.raises(ValueError, match="one of 'mlp2x_gelu', 'linear'"):
         make_decoder(projector="mlp")
 
 

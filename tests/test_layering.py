@@ -186,7 +186,6 @@ OPEN = (
     "commands.app_",
     "engine.zero_branch",
     "entities.color_choice",
-    "modeling.projector",
 )
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from tiny_language import EOS, PAD, SEG, make_batch, make_config, make_decoder
 
-from gella.modeling.generation import Drafts, with_drafts
+from gella.modeling.generation import Drafts, joined_cache, read_prefix, with_drafts
 from gella.modeling.language_decoder import IGNORE_INDEX, IMAGE_TOKEN_ID, LanguageDecoder
-from gella.modeling.prefix import read_prefix
 
 KINDS = ["LlamaConfig", "Qwen2Config", "MistralConfig"]
 OPTIONS: dict[str, int] = dict(max_new_tokens=16, eos_token_id=EOS, pad_token_id=PAD)
@@ -149,9 +148,7 @@ def test_a_cache_of_one_s_own_goes_before_the_prompt() -> None:
     options = dict(num_drafted=0, max_new_tokens=8, eos_token_id=EOS)
     whole = with_drafts(decoder.llama, embeds, Drafts([]), **options)
     (prefix,) = read(decoder, grid, ids)
-    from gella.modeling.prefix import joined_cache
-
     rest = with_drafts(
-        decoder.llama, embeds[:, COUNT:], Drafts([]), cache=joined_cache([prefix]), **options
+        decoder.llama, embeds[:, COUNT:], Drafts([]), joined_cache([prefix]), **options
     )
     assert whole.tolist() == rest.tolist()

@@ -1,59 +1,118 @@
-"""Greedy answers from input embeddings, with a key-value cache; optionally with drafts."""
+"""Answers word by word: greedy decoding with a key-value cache, drafts, and prompts read before."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What a causal language model has read of prompts that begin alike, image tokens included.
+
+    Attributes:
+        ids: int64 (N,) on the CPU, the tokens; image placeholders are negative.
+        keys_values: per layer the keys and the values, (1, heads, N, head width) each. They are
+            only ever read: passes work on copies.
+    """
+
+    ids: Tensor
+    keys_values: tuple[tuple[Tensor, Tensor], ...]
+
+    def rest(self, ids: Tensor) -> Tensor:
+        """What follows in a prompt (L,) that begins so, (L - N,).
+
+        Raises:
+            ValueError: the prompt begins otherwise, ends here, or has another image behind it.
+        """
+        count = len(self.ids)
+        if not torch.equal(ids[:count].cpu(), self.ids):
+            raise ValueError(
+                f"A prompt of {len(ids)} tokens does not begin with the {count} tokens that were "
+                "read of its image: both must come from the same config"
+            )
+        rest = ids[count:]
+        if not len(rest) or bool((rest < 0).any()):
+            raise ValueError(
+                f"A prompt of {len(ids)} tokens must go on in words behind the {count} tokens that "
+                "were read of its image"
+            )
+        return rest
+
+
+def read_prefix(model: Any, embeds: Tensor, ids: Tensor) -> list[Prefix] | None:
+    """Read the same tokens for several images.
+
+    Args:
+        model: a decoder of transformers without its output layer.
+        embeds: (B, N, D) embeddings; they differ at the image tokens.
+        ids: (N,) int64.
+
+    Returns:
+        one prefix per image; None for an architecture that keeps more of what it read than keys and
+        values: its prompts are read anew each time.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    kinds = DynamicCache(config=model.config).layers
+    if not all(isinstance(kind, DynamicLayer) for kind in kinds):
+        return None
+    cache = DynamicCache()
+    model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+    # A slice would keep the whole batch alive.
+    return [
+        Prefix(
+            ids.cpu(),
+            tuple((x.keys[i : i + 1].clone(), x.values[i : i + 1].clone()) for x in cache.layers),
+        )
+        for i in range(len(embeds))
+    ]
+
+
+def joined_cache(prefixes: Sequence[Prefix]) -> Any:
+    """A cache of transformers that holds the prefixes of a batch, all of one length, as copies."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer, parts in enumerate(zip(*(prefix.keys_values for prefix in prefixes))):
+        keys, values = (torch.cat(tensors) for tensors in zip(*parts))  # B heads N width
+        cache.update(keys, values, layer)
+    return cache
 
 
 def greedy(
-    model: Any,
-    embeds: Tensor,
-    attention_mask: Tensor,
-    *,
-    max_new_tokens: int,
-    eos_token_id: int,
-    pad_token_id: int,
-    streamer: Any = None,
-    cache: Any = None,
+    model: Any, embeds: Tensor, attention_mask: Tensor, cache: Any = None, **options: Any
 ) -> list[Tensor]:
     """Decode a batch greedily.
 
     Args:
         model: a causal language model of transformers.
         embeds: (B, L, D) embeddings of the prompts, padded on the left.
-        attention_mask: (B, L) int64, 0 at the padding; (B, N + L) behind N tokens in the cache.
-        max_new_tokens: the longest answer, its end token included.
-        eos_token_id: ends an answer.
-        pad_token_id: fills the answers that end before the last one does.
-        streamer: see :func:`with_drafts`.
-        cache: what was read before the prompts; it is used up. None: nothing.
+        attention_mask: (B, N + L) int64, 0 at the padding.
+        cache: the N tokens that were read before the prompts; it is used up. None: none were.
+        options: of transformers' ``generate``: ``max_new_tokens``, ``eos_token_id``,
+            ``pad_token_id`` and, of a single prompt, ``streamer``.
 
     Returns:
         per sample (T_i,) int64: the new tokens, with the end token if it came.
     """
-    options = {}
     if cache is not None:
         # The library wants embeddings of all tokens and cuts off those that the cache holds.
         embeds = nn.functional.pad(embeds, (0, 0, cache.get_seq_length(), 0))
         options["past_key_values"] = cache
     answers = model.generate(
-        inputs_embeds=embeds,
-        attention_mask=attention_mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-        streamer=streamer,
-        **options,
+        inputs_embeds=embeds, attention_mask=attention_mask, do_sample=False, **options
     )
-    return [_through_end(answer, eos_token_id) for answer in answers]
+    trimmed = []
+    for answer in answers:
+        ends = (answer == options["eos_token_id"]).nonzero()
+        trimmed.append(answer[: int(ends[0]) + 1] if len(ends) else answer)
+    return trimmed
 
 
 class Drafts:
@@ -75,46 +134,43 @@ class Drafts:
             snippets: token ids of pieces of answers; the earlier ones count first.
         """
         self._prompt, self._snippets = list(prompt), [list(snippet) for snippet in snippets]
-        self._place = 0  # in the prompt, behind the last copy
+        self._cursor = 0  # in the prompt, behind the last copy
         self._proposed = (0, 0)  # how many words came from snippets; where the copy began
 
     def propose(self, last: int, limit: int) -> list[int]:
         """Words that may follow the word `last`, at most `limit`; may be none."""
-        found: list[int] = []
+        continuation: list[int] = []
         for snippet in self._snippets:
             if last in snippet[:-1]:
-                found = snippet[snippet.index(last) + 1 :]
+                continuation = snippet[snippet.index(last) + 1 :]
                 break
-        word = found[-1] if found else last
-        start = self._behind(word, self._place) or self._behind(word, 0)
-        self._proposed = (len(found), start)
+        word = continuation[-1] if continuation else last
+        start = self._behind(word, self._cursor) or self._behind(word, 0)
+        self._proposed = (len(continuation), start)
         copied = self._prompt[start:] if start else []
-        return (found + copied)[:limit]
+        return (continuation + copied)[:limit]
 
     def accept(self, count: int) -> None:
         """Say how many words of the last proposal were right."""
         from_snippet, start = self._proposed
         if start and count > from_snippet:
-            self._place = start + count - from_snippet
+            self._cursor = start + count - from_snippet
 
     def _behind(self, word: int, start: int) -> int:
         # 0 stands for nowhere: it is behind no word.
-        try:
-            return self._prompt.index(word, start) + 1
-        except ValueError:
-            return 0
+        return self._prompt.index(word, start) + 1 if word in self._prompt[start:] else 0
 
 
 def with_drafts(
     model: Any,
     embeds: Tensor,
     drafts: Drafts,
+    cache: Any = None,
     *,
     num_drafted: int,
     max_new_tokens: int,
     eos_token_id: int,
     streamer: Any = None,
-    cache: Any = None,
 ) -> Tensor:
     """Decode one prompt greedily, several tokens a pass where the drafts are right.
 
@@ -124,19 +180,18 @@ def with_drafts(
 
     Args:
         embeds: (1, L, D) embeddings of the prompt.
-        drafts: proposes tokens.
-        num_drafted: the longest proposal.
+        num_drafted: the longest proposal of `drafts`.
         streamer: an object of transformers (``put``, ``end``) that gets the tokens as they come.
             Its first ``put`` is the prompt's, so make it with ``skip_prompt=True``.
-        cache: what was read before the prompt; it is used up. None: nothing.
-        model, max_new_tokens, eos_token_id: see :func:`greedy`. No pass reaches beyond
+        model, cache, max_new_tokens, eos_token_id: see :func:`greedy`. No pass reaches beyond
             ``L + max_new_tokens`` positions behind what the cache holds.
 
     Returns:
         (T,) int64: the new tokens, with the end token if it came.
     """
-    if cache is None:
-        cache = _empty_cache()
+    from transformers import DynamicCache
+
+    cache = DynamicCache() if cache is None else cache
     head = model.get_output_embeddings()
     hidden = model.base_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
     answer = [int(head(hidden.last_hidden_state[0, -1]).argmax())]
@@ -165,26 +220,3 @@ def with_drafts(
     if streamer is not None:
         streamer.end()
     return torch.tensor(answer, dtype=torch.int64, device=embeds.device)
-
-
-def _empty_cache() -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache()
-
-
-def before_end(answer: Tensor, limit: int, eos_token_id: int) -> Tensor:
-    """An answer without its end token; one that has none was cut off at `limit`: a warning."""
-    if len(answer) and int(answer[-1]) == eos_token_id:
-        return answer[:-1]
-    _logger.warning(
-        "an answer was cut off after %d tokens: MODEL.LANGUAGE.MAX_NEW_TOKENS or MAX_POSITIONS "
-        "allows no more",
-        limit,
-    )
-    return answer
-
-
-def _through_end(answer: Tensor, eos_token_id: int) -> Tensor:
-    ends = (answer == eos_token_id).nonzero()
-    return answer[: int(ends[0]) + 1] if len(ends) else answer

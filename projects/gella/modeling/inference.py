@@ -14,6 +14,7 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from gella.modeling.generation import Prefix
 from gella.modeling.mask_decoder import MaskDecoderOutput
 from gella.modeling.postprocessing import (
     gather_candidates,
@@ -22,7 +23,6 @@ from gella.modeling.postprocessing import (
     panoptic_from_scores,
     snap_to_entities,
 )
-from gella.modeling.prefix import Prefix
 from gella.text import prompts
 from gella.text.spans import located
 from gella.text.words import names_several

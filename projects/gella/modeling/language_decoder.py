@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +14,28 @@ from detectron2.config import configurable
 from torch import Tensor, nn
 
 from gella.modeling.adapters import QUANTIZATIONS, add_lora, merge_lora, quantize
-from gella.modeling.causal_lm import build_causal_lm, llama_config, read_config
-from gella.modeling.generation import Drafts, before_end, greedy, with_drafts
-from gella.modeling.prefix import Prefix, joined_cache, read_prefix
-from gella.modeling.projector import build_projector
+from gella.modeling.generation import (
+    Drafts,
+    Prefix,
+    greedy,
+    joined_cache,
+    read_prefix,
+    with_drafts,
+)
 
 # The placeholder that `input_ids` hold where an image token goes, and the label that has no loss.
 IMAGE_TOKEN_ID = -200
 IGNORE_INDEX = -100
+_CHOICES = {
+    "PROJECTOR": ("mlp2x_gelu", "linear"),
+    "ATTENTION": ("sdpa", "flash_attention_2", "eager"),
+    "DTYPE": ("float32", "bfloat16", "float16"),
+    "QUANTIZATION": QUANTIZATIONS,
+}
+# Some architectures rescale what their output layer gives. Only their own forward pass knows how,
+# and it wants logits at every position.
+_LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -64,12 +80,14 @@ class LanguageDecoder(nn.Module):
         """Build an untrained decoder.
 
         Args:
-            model_config: ``PretrainedConfig`` of the language model, see ``causal_lm.py``.
-            image_dim, projector: channels of the image grid; ``linear`` or ``mlp2x_gelu``.
+            model_config: ``PretrainedConfig`` of the language model, see :func:`llama_config` and
+                :func:`read_config`.
+            image_dim: channels of the image grid.
+            projector: ``linear``, the paper's single layer, or ``mlp2x_gelu``, LLaVA-1.5's two.
             image_token_stride: the grid is average-pooled by this factor before it is projected.
             max_positions: the longest prompt with its answer, in tokens, image tokens included.
-            attention, dtype, gradient_checkpointing: see ``causal_lm.build_causal_lm``; the
-                projector has the same dtype.
+            attention, dtype, gradient_checkpointing: see :func:`build_causal_lm`; the projector
+                has the same dtype.
             lora: arguments of ``adapters.add_lora``; None trains all weights.
             quantization: "", ``8bit`` or ``4bit``. Weights are loaded into the plain model and
                 rounded at its first use; until then the language model stays on the CPU.
@@ -79,15 +97,15 @@ class LanguageDecoder(nn.Module):
             ValueError, ImportError: a choice that is unknown or not installed.
         """
         super().__init__()
-        if quantization not in QUANTIZATIONS:
-            raise ValueError(
-                f"MODEL.LANGUAGE.QUANTIZATION is {quantization!r}; it must be '', '8bit' or '4bit'"
-            )
+        _check_choices(PROJECTOR=projector, QUANTIZATION=quantization)
         if prompt_lookup_tokens < 0:
             raise ValueError(
                 f"MODEL.LANGUAGE.PROMPT_LOOKUP_TOKENS is {prompt_lookup_tokens}; 0 turns it off"
             )
-        self.projector = build_projector(projector, image_dim, model_config.hidden_size)
+        width = model_config.hidden_size
+        self.projector: nn.Module = nn.Linear(image_dim, width)
+        if projector == "mlp2x_gelu":
+            self.projector = nn.Sequential(self.projector, nn.GELU(), nn.Linear(width, width))
         self.llama = build_causal_lm(
             model_config,
             attention=attention,
@@ -99,7 +117,7 @@ class LanguageDecoder(nn.Module):
             add_lora(self.llama, **lora)
         self.has_adapters = lora is not None
         self.image_token_stride = image_token_stride
-        self.hidden_size = model_config.hidden_size
+        self.hidden_size = width
         self.max_positions = max_positions
         self.prompt_lookup_tokens = prompt_lookup_tokens
         self.quantization = quantization
@@ -174,16 +192,17 @@ class LanguageDecoder(nn.Module):
                 "set it to '', or MODEL.LANGUAGE.LORA.ENABLED True to train adapters beside them"
             )
         embeds, attention_mask = self._embed(image_grid, input_ids, "right", prefixes)
-        known, cache = 0, {}
+        read, cache = 0, {}
         if prefixes is not None:
-            known = len(prefixes[0].ids)
+            read = len(prefixes[0].ids)
             cache["past_key_values"] = joined_cache(prefixes)
         hidden = self.llama.base_model(
             inputs_embeds=embeds, attention_mask=attention_mask, use_cache=bool(cache), **cache
-        ).last_hidden_state  # B L D, without what was known
-        seg_embeddings = [h[p - known].to(image_grid.dtype) for h, p in zip(hidden, seg_positions)]
-        labels = [label[known:] for label in labels]
-        padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+        ).last_hidden_state  # B L D, without what was read before
+        seg_embeddings = [h[p - read].to(image_grid.dtype) for h, p in zip(hidden, seg_positions)]
+        padded = nn.utils.rnn.pad_sequence(
+            [label[read:] for label in labels], batch_first=True, padding_value=IGNORE_INDEX
+        )
         return LanguageOutput(self._answer_loss(hidden, padded, answer_count), seg_embeddings)
 
     def _answer_loss(self, hidden: Tensor, labels: Tensor, count: float | None) -> Tensor:
@@ -207,7 +226,7 @@ class LanguageDecoder(nn.Module):
 
         Returns:
             one prefix per image, for :meth:`forward` and :meth:`generate` in evaluation mode; None
-            for an architecture that cannot (see ``prefix.py``).
+            for an architecture that cannot (see ``generation.read_prefix``).
         """
         embeds, _ = self._embed(image_grid, [ids] * len(image_grid), "right")
         return read_prefix(self.llama.base_model, embeds, ids)
@@ -224,7 +243,18 @@ class LanguageDecoder(nn.Module):
             self._waits_for_quantization = False
         tokens = None if prefixes is not None else self.image_tokens(image_grid)  # B N D
         for ids in input_ids:
-            self._check(ids, None if tokens is None else tokens.shape[1])
+            if len(ids) > self.max_positions:
+                raise ValueError(
+                    f"A prompt has {len(ids)} tokens, MODEL.LANGUAGE.MAX_POSITIONS is "
+                    f"{self.max_positions}: shorten the caption or raise the key"
+                )
+            placeholders = int((ids == IMAGE_TOKEN_ID).sum())
+            if tokens is not None and placeholders != tokens.shape[1]:
+                raise ValueError(
+                    f"A prompt holds {placeholders} image placeholders, the image gives "
+                    f"{tokens.shape[1]} tokens: the mapper and the model were built from different "
+                    "configs"
+                )
         if prefixes is not None:
             input_ids = [prefix.rest(ids) for prefix, ids in zip(prefixes, input_ids)]
         ids = nn.utils.rnn.pad_sequence(
@@ -238,19 +268,6 @@ class LanguageDecoder(nn.Module):
         if prefixes is not None:
             mask = F.pad(mask, (len(prefixes[0].ids), 0), value=True)
         return embeds, mask.long()
-
-    def _check(self, ids: Tensor, num_image_tokens: int | None) -> None:
-        if len(ids) > self.max_positions:
-            raise ValueError(
-                f"A prompt has {len(ids)} tokens, MODEL.LANGUAGE.MAX_POSITIONS is "
-                f"{self.max_positions}: shorten the caption or raise the key"
-            )
-        found = int((ids == IMAGE_TOKEN_ID).sum())
-        if num_image_tokens is not None and found != num_image_tokens:
-            raise ValueError(
-                f"A prompt holds {found} image placeholders, the image gives {num_image_tokens} "
-                "tokens: the mapper and the model were built from different configs"
-            )
 
     @torch.no_grad()
     def generate(
@@ -273,13 +290,13 @@ class LanguageDecoder(nn.Module):
         Args:
             image_grid: (B, C, g, g) penultimate CLIP features.
             input_ids: per sample (L_i,) int64 prompts without an answer.
-            max_new_tokens, eos_token_id: the longest answer, and what ends one.
-            pad_token_id: what fills the answers of a batch that end early.
+            max_new_tokens, eos_token_id, pad_token_id: the longest answer, what ends one, and what
+                fills those of a batch that end early.
             snippets: pieces that answers are made of, as token ids, for answers that repeat words
                 of their prompts, as noun extraction does. A single prompt is then decoded with
-                drafts of up to ``prompt_lookup_tokens`` tokens: the same tokens in fewer passes.
-                Several prompts share each pass instead. None: no drafts.
-            streamer: gets the tokens of a single prompt as they come, see ``generation.py``.
+                drafts of up to ``prompt_lookup_tokens``: the same tokens in fewer passes. None, or
+                several prompts, which share each pass instead: no drafts.
+            streamer: gets the tokens of a single prompt, see ``generation.with_drafts``.
             prefixes: as in :meth:`forward`.
 
         Returns:
@@ -290,39 +307,59 @@ class LanguageDecoder(nn.Module):
         """
         if self.training:
             raise RuntimeError("generate needs evaluation mode: call eval() first")
-        limits = [min(max_new_tokens, self._room(ids)) for ids in input_ids]
-        # A prompt near the end of the context may answer less than the others of its batch.
-        together = [i for i, limit in enumerate(limits) if limit == max_new_tokens]
-        alone = [[i] for i, limit in enumerate(limits) if limit < max_new_tokens]
-        drafted = self.prompt_lookup_tokens
-        answers: dict[int, Tensor] = {}
-        for members in [together, *alone] if together else alone:
-            chosen = [input_ids[i] for i in members]
-            known = None if prefixes is None else [prefixes[i] for i in members]
-            embeds, mask = self._embed(image_grid[members], chosen, "left", known)
-            options = dict(
-                max_new_tokens=limits[members[0]],
-                eos_token_id=eos_token_id,
-                streamer=streamer,
-                cache=None if known is None else joined_cache(known),
-            )
-            if snippets is not None and drafted and len(members) == 1:
-                drafts = Drafts(chosen[0][chosen[0] != IMAGE_TOKEN_ID].tolist(), snippets)
-                found = [with_drafts(self.llama, embeds, drafts, num_drafted=drafted, **options)]
-            else:
-                found = greedy(self.llama, embeds, mask, pad_token_id=pad_token_id, **options)
-            answers.update(zip(members, found))
-        return [before_end(answers[i], limits[i], eos_token_id) for i in range(len(input_ids))]
-
-    def _room(self, ids: Tensor) -> int:
-        room = self.max_positions - len(ids)
-        if room < 1:
+        limits = [min(max_new_tokens, self.max_positions - len(ids)) for ids in input_ids]
+        if min(limits) < 1:
             raise ValueError(
-                f"A prompt has {len(ids)} tokens, MODEL.LANGUAGE.MAX_POSITIONS is "
+                f"A prompt has {max(map(len, input_ids))} tokens, MODEL.LANGUAGE.MAX_POSITIONS is "
                 f"{self.max_positions}: no token is left for the answer; shorten the caption or "
                 "raise the key"
             )
-        return room
+        # A prompt near the end of the context may answer less than the others of its batch.
+        alike = {limit: [i for i, x in enumerate(limits) if x == limit] for limit in limits}
+        answers: dict[int, Tensor] = {}
+        for limit, members in alike.items():
+            written = self._generate(
+                image_grid[members],
+                [input_ids[i] for i in members],
+                None if prefixes is None else [prefixes[i] for i in members],
+                pad_token_id,
+                snippets,
+                max_new_tokens=limit,
+                eos_token_id=eos_token_id,
+                streamer=streamer,
+            )
+            answers.update(zip(members, written))
+        return [answers[i] for i in range(len(input_ids))]
+
+    def _generate(
+        self,
+        image_grid: Tensor,
+        input_ids: list[Tensor],
+        prefixes: Sequence[Prefix] | None,
+        pad_token_id: int,
+        snippets: Sequence[Sequence[int]] | None,
+        **options: Any,
+    ) -> list[Tensor]:
+        # Prompts of one limit, with drafts where there is one prompt only.
+        embeds, mask = self._embed(image_grid, input_ids, "left", prefixes)
+        cache = None if prefixes is None else joined_cache(prefixes)
+        if snippets is None or not self.prompt_lookup_tokens or len(input_ids) > 1:
+            answers = greedy(self.llama, embeds, mask, cache, pad_token_id=pad_token_id, **options)
+        else:
+            words = input_ids[0][input_ids[0] != IMAGE_TOKEN_ID].tolist()
+            options["num_drafted"] = self.prompt_lookup_tokens
+            drafts = Drafts(words, snippets)
+            answers = [with_drafts(self.llama, embeds, drafts, cache, **options)]
+        for i, answer in enumerate(answers):
+            if len(answer) and int(answer[-1]) == options["eos_token_id"]:
+                answers[i] = answer[:-1]
+            else:
+                _logger.warning(
+                    "an answer was cut off after %d tokens: MODEL.LANGUAGE.MAX_NEW_TOKENS or "
+                    "MAX_POSITIONS allows no more",
+                    options["max_new_tokens"],
+                )
+        return answers
 
     def merge_adapters(self) -> None:
         """Fold the LoRA adapters into the weights, whose keys are then those of a plain decoder."""
@@ -335,3 +372,127 @@ class LanguageDecoder(nn.Module):
             self.projector._apply(fn)
             return self
         return super()._apply(fn, recurse)
+
+
+def llama_config(node: Any) -> Any:
+    """``LlamaConfig`` of the size keys of ``MODEL.LANGUAGE`` (VOCAB_SIZE, HIDDEN_SIZE, ...)."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=node.VOCAB_SIZE,
+        hidden_size=node.HIDDEN_SIZE,
+        intermediate_size=node.INTERMEDIATE_SIZE,
+        num_hidden_layers=node.NUM_LAYERS,
+        num_attention_heads=node.NUM_HEADS,
+        num_key_value_heads=node.NUM_KEY_VALUE_HEADS,
+        rms_norm_eps=node.RMS_NORM_EPS,
+        rope_theta=node.ROPE_THETA,
+        max_position_embeddings=node.MAX_POSITIONS,
+        tie_word_embeddings=node.TIE_EMBEDDINGS,
+        initializer_range=node.INIT_STD,
+    )
+
+
+def read_config(folder: str, *, vocab_size: int, max_positions: int) -> Any:
+    """Read a causal language model's ``config.json``, with room for ``<SEG>``.
+
+    Args:
+        folder: a local folder with transformers' ``config.json``. Of a multimodal model, such as
+            LLaVA-1.5, its language part is taken. No code of the folder is run.
+        vocab_size: rows of the embedding, ``<SEG>`` included (``MODEL.LANGUAGE.VOCAB_SIZE``).
+        max_positions: the longest prompt with its answer, in tokens.
+
+    Returns:
+        a ``PretrainedConfig`` with ``vocab_size`` rows.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: transformers does not know the model, it is no causal language model, or one of
+            the two numbers does not fit it.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    path = Path(folder).expanduser() / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"MODEL.LANGUAGE.CONFIG is {folder!r}, but there is no file {path}: name the folder of "
+            "a model in transformers' layout, or leave the key empty for LLaMA by its sizes"
+        )
+    try:
+        config = AutoConfig.from_pretrained(str(path.parent), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} describes no model that transformers knows: {reason}") from error
+    config = config.get_text_config(decoder=True)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{path} is of type {config.model_type!r}, which is no causal language model"
+        )
+    if vocab_size < config.vocab_size:
+        raise ValueError(
+            f"{path} has {config.vocab_size} words, MODEL.LANGUAGE.VOCAB_SIZE is {vocab_size}: set "
+            f"it to {config.vocab_size + 1} (<SEG> takes one row), or to {config.vocab_size} if "
+            "the tokenizer uses fewer"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_positions > positions:
+        raise ValueError(
+            f"{path} allows {positions} positions, MODEL.LANGUAGE.MAX_POSITIONS is "
+            f"{max_positions}: lower the key to {positions}"
+        )
+    config.vocab_size = vocab_size
+    return config
+
+
+def build_causal_lm(
+    config: Any,
+    *,
+    attention: str = "sdpa",
+    dtype: str = "float32",
+    gradient_checkpointing: bool = False,
+) -> nn.Module:
+    """Build an untrained causal language model.
+
+    Args:
+        config: a ``PretrainedConfig``; its attention and dtype entries are overwritten.
+        attention: ``sdpa``, ``flash_attention_2`` or ``eager``.
+        dtype: of the parameters, ``float32``, ``bfloat16`` or ``float16``.
+        gradient_checkpointing: in training, keep the input of each layer only and compute the rest
+            again in the backward pass.
+
+    Raises:
+        ValueError: an unknown name, fused attention that is not installed, or an architecture that
+            rescales its logits.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _check_choices(ATTENTION=attention, DTYPE=dtype)
+    for name in _LOGIT_SCALES:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(
+                f"a {config.model_type} with {name} = {getattr(config, name)} cannot be the "
+                "language decoder: its logits are rescaled behind the output layer, which the "
+                "answer's loss calls directly"
+            )
+    try:
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=getattr(torch, dtype)
+        )
+    except ImportError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"MODEL.LANGUAGE.ATTENTION is {attention!r}, which is not available here ({reason}); "
+            "'sdpa' always is"
+        ) from error
+    if gradient_checkpointing:
+        # The reentrant way would give no gradient where the first input has none.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # from_config leaves the model in evaluation mode or not, depending on the version.
+    return model.train()
+
+
+def _check_choices(**values: str) -> None:
+    for key, value in values.items():
+        if value not in _CHOICES[key]:
+            names = ", ".join(repr(name) for name in _CHOICES[key])
+            raise ValueError(f"MODEL.LANGUAGE.{key} is {value!r}; it must be one of {names}")

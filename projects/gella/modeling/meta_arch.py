@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from gella.modeling import inference as inference_path
 from gella.modeling.association import Association
 from gella.modeling.criterion import GellaCriterion, LossCounts, count_terms
+from gella.modeling.generation import Prefix
 from gella.modeling.language_decoder import LanguageDecoder
 from gella.modeling.mask_decoder import MaskDecoderOutput
-from gella.modeling.prefix import Prefix
 from gella.modeling.resoblend import ResoBlend
 from gella.modeling.upstream_mask_decoder import build_mask_decoder
 from gella.text import prompts
