@@ -26,9 +26,10 @@ REQUIREMENTS = [
     # -- data, metrics, pictures
     "numpy>=2.2.6",  # masks and metrics
     "numba>=0.68",  # the colormap's loop: byte shuffles that NumPy does not offer
+    "pandas>=2.3",  # groups of the error analysis
     "pillow>=12.3",  # reading images, drawing scenes and results
     "pycocotools>=2.0.11",  # RLE masks and COCO average precision
-    "matplotlib>=3.10.9",  # colours and fonts of the pictures
+    "matplotlib>=3.10.9",  # colours and fonts of the pictures, figures of the error analysis
     # -- Detectron2's conventions (what detectron2 itself asks for, see tools/setup_detectron2.py)
     "fvcore>=0.1.5.post20221221",  # configs, checkpoints, schedules
     "iopath>=0.1.9",  # file handlers below fvcore

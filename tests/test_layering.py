@@ -51,7 +51,7 @@ HOMES = {
     "mask2former": {"modeling.upstream_mask_decoder"},
     "gradio": {"commands.app"},
     "openai": {"captions.endpoint"},
-    "pandas": {"commands.analyze"},
+    "pandas": {"commands.analyze", "commands.analyze_cases"},
 }
 # Imported in the function that needs them, never with gella.
 LAZY = {*HOMES, "transformers", "tokenizers"} - {"pandas", "gradio"}

@@ -14,24 +14,519 @@ words of position; which entities were taken instead; the worst and the best cas
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
+import base64
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from matplotlib.figure import Figure
+from PIL import Image
 
 from gella import load_config
-from gella.commands.analysis.cases import Predictions, find_predictions
-from gella.commands.analysis.page import render
-from gella.commands.analysis.report import Analysis, analyse
-from gella.commands.analysis.scenes import index_records
+from gella.commands.analyze_cases import (
+    COLOUR_DISTANCE,
+    ERRORS,
+    RELATIONS,
+    TAKEN,
+    Predictions,
+    Scene,
+    compare,
+    find_predictions,
+    scenes,
+)
+from gella.commands.console import exit_status
 from gella.data.register import import_modules
-from gella.utils.io import write_atomically, write_json
+from gella.evaluation import metrics
+from gella.pictures.panels import MASK_OPACITY
+from gella.utils.io import write_json, write_text
+
+COLOURS = {"all": "#1f2328", "thing": "#0072b2", "stuff": "#d55e00", "oracle": "#8c959f"}
+"""By part, one for all figures; of Okabe and Ito, safe for colour-blind readers."""
+
+COLOURS_OF_MASKS = {
+    "truth": (0, 114, 178),
+    "predicted, right": (0, 158, 115),
+    "predicted, wrong": (213, 94, 0),
+}
+"""RGB of the truth's mask, and of the predicted pixels inside and outside of it."""
+
+SIDE = 340
+"""Pixels of a picture's longer side on the page."""
+
+POSITION_WORDS = (
+    r"(?i)\b(?:left|right|top|bottom|upper|lower|above|below|under|over|behind|front|beside|between|"
+    r"near|nearest|next|middle|cent(?:er|re)|corner|far|farthest|closest|side|edge|foreground|"
+    r"background|inside|outside|around|opposite)\b"
+)
+"""Words by which a phrase says where something is."""
+
+_SIZES = ["under 0.5 %", "0.5 to 2 %", "2 to 8 %", "8 to 32 %", "32 % or more"]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def _counted(numbers: pd.Series, least: int, most: int) -> pd.Series:
+    """Labels of whole numbers from ``least``, those from ``most`` under one; NaN stays."""
+    labels = [*map(str, range(least, most)), f"{most} or more"]
+    return pd.cut(numbers, [*range(least, most + 1), math.inf], right=False, labels=labels)
+
+
+def _flagged(flags: pd.Series, labels: Mapping[Any, str]) -> pd.Series:
+    return pd.Series(pd.Categorical(flags.map(labels), [*labels.values()]), flags.index)
+
+
+def _sizes(cases: pd.DataFrame) -> pd.Series:
+    shares = cases.area_share.where(cases.meant.str.len() > 0)
+    return pd.cut(shares, [0, 0.005, 0.02, 0.08, 0.32, math.inf], right=False, labels=_SIZES)
+
+
+GROUPINGS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.Series]]] = {
+    "words of the phrase": (
+        "words between blanks, articles among them",
+        lambda cases: _counted(cases.text.str.split().str.len().clip(lower=1), 1, 6),
+    ),
+    "entities that the phrase names": (
+        "segments of the annotation",
+        lambda cases: _counted(cases.segment_ids.map(set, na_action="ignore").str.len(), 0, 5),
+    ),
+    "size of what is named": (
+        "share of the image that the annotated segments cover together",
+        _sizes,
+    ),
+    "other entities of the same category": (
+        "segments in the image that are of a named one's category but not meant",
+        lambda cases: _counted(cases.rivals, 0, 3),
+    ),
+    "thing or stuff": (
+        "category of the phrase's last segment",
+        lambda cases: _flagged(cases.is_thing, {True: "thing", False: "stuff"}),
+    ),
+    "singular or plural": (
+        "as the dataset flags the phrase",
+        lambda cases: _flagged(cases.is_plural, {False: "singular", True: "plural"}),
+    ),
+    "words of position": (
+        "such as left, behind, near, corner",
+        lambda cases: _flagged(
+            cases.text.str.contains(POSITION_WORDS), {False: "none", True: "some"}
+        ),
+    ),
+}
+"""Ways to sort cases: how a group is told, for the reader, and the label of each case (NaN where it
+is not known) as a categorical whose categories are in the order of the page."""
+
+
+def summarise(cases: pd.DataFrame, label: str = "all") -> dict[str, Any]:
+    """Average recall of some cases, at least one.
+
+    Returns:
+        ``label``, ``n``, ``recall`` (the mean IoU, in [0, 1]), ``margin`` (half of the 95 %
+        interval of the mean, taking cases for independent; NaN for n < 2), ``accuracy`` (share of
+        IoUs above 0.5) and ``oracle`` (of the best union of the given entities, or None).
+    """
+    ious, oracle = cases.iou.to_numpy(), cases.oracle.to_numpy(float)
+    margin = 1.96 * float(ious.std(ddof=1)) / math.sqrt(len(ious)) if len(ious) > 1 else math.nan
+    return {
+        "label": label,
+        "n": len(cases),
+        "recall": metrics.average_recall(ious),
+        "margin": margin,
+        "accuracy": float((ious > 0.5).mean()),
+        "oracle": None if np.isnan(oracle).any() else metrics.average_recall(oracle),
+    }
+
+
+def recall_curve(ious: Sequence[float] | pd.Series, steps: int = 100) -> list[float]:
+    """Share of IoUs at or above each of ``steps`` + 1 thresholds 0 ... 1; an IoU of 0 is a miss.
+
+    As in average recall, which is the area under the curve.
+    """
+    values = np.sort(np.asarray(ious, dtype=np.float64))
+    # Thresholds as quotients, so that 0.3 meets the IoU 0.3.
+    below = np.searchsorted(values, np.arange(steps + 1) / steps, side="left")
+    below[0] = np.count_nonzero(values == 0)
+    return ((len(values) - below) / len(values)).tolist()
+
+
+def figures_of(predictions: Predictions, cases: pd.DataFrame) -> dict[str, Any]:
+    """All numbers of the page, in values that JSON takes; shares are in [0, 1].
+
+    Args:
+        predictions: where they are from.
+        cases: with the columns of `case_facts`, or without where there is no dataset.
+    """
+    parts = {"all": cases}
+    if cases.is_thing.notna().all():
+        thing = cases.is_thing.astype(bool)
+        parts = {"thing": cases[thing], "stuff": cases[~thing]}
+        parts = {name: part for name, part in parts.items() if len(part)}
+    curves = {name: part.iou for name, part in {"all": cases, **parts}.items()}
+    if cases.oracle.notna().all():
+        curves["oracle"] = cases.oracle
+    groups = {}
+    for title, (_, labels) in GROUPINGS.items():
+        if title.startswith(("size", "other")) and "error" not in cases:
+            continue
+        by_label = cases.groupby(labels(cases), observed=True)
+        groups[title] = [summarise(part, str(label)) for label, part in by_label]
+    figures: dict[str, Any] = {
+        "label": predictions.label,
+        "dataset": predictions.dataset,
+        "task": predictions.task,
+        "overall": summarise(cases),
+        # Edges as quotients, so that 0.3 opens the bin that starts at 0.3.
+        "histograms": {
+            name: np.histogram(part.iou, np.arange(21) / 20)[0].tolist()
+            for name, part in parts.items()
+        },
+        "recall_curves": {name: recall_curve(ious) for name, ious in curves.items()},
+        "groups": {title: items for title, items in groups.items() if items},
+        "errors": {},
+        "relations_of_wrong_entities": [],
+        "confusions": [],
+    }
+    if "error" in cases:
+        counts = cases.error.value_counts()
+        figures["errors"] = {ERRORS[k]: int(counts[k]) for k in ERRORS if k in counts}
+        figures["relations_of_wrong_entities"] = relations(cases)
+        pairs = Counter(pair for confused in cases.confused for pair in confused)
+        most = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:15]
+        figures["confusions"] = [{"wanted": a, "taken": b, "cases": n} for (a, b), n in most]
+    return figures
+
+
+def relations(cases: pd.DataFrame) -> list[dict[str, Any]]:
+    """What wrongly taken entities have in common with the right ones.
+
+    Returns:
+        per relation of ``RELATIONS``, and for "none of these": ``name``, ``count``, ``n`` wrongly
+        taken entities, and ``expected``, the count if they had been drawn blindly (None for "none
+        of these"). Empty without any.
+    """
+    wrong = pd.DataFrame(row for rows in cases.wrong for row in rows)
+    if wrong.empty:
+        return []
+    rows = [
+        {
+            "name": name,
+            "count": int(wrong[name].sum()),
+            "expected": math.fsum(wrong[f"{name} by chance"]),
+        }
+        for name in RELATIONS
+    ]
+    alone = int((~wrong[list(RELATIONS)].any(axis=1)).sum())
+    rows.append({"name": "none of these", "count": alone, "expected": None})
+    return [{**row, "n": len(wrong)} for row in rows]
+
+
+def choose(cases: pd.DataFrame, count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The worst and the best cases, at most ``count`` each, no image twice in one of them.
+
+    Worst are the lowest IoUs, and among equal ones those that the model was surest of. Best are
+    the highest, and among equal ones those that name most entities, then the smallest.
+    """
+    keys = pd.DataFrame({"iou": cases.iou, "image": cases.image_id.astype(str)})
+    keys["doubt"], keys["right"] = -cases.score.astype(float).fillna(-1.0), -cases.iou
+    named = cases.segment_ids.map(set, na_action="ignore").str.len()
+    keys["few"], keys["area"] = (
+        -named.fillna(0),
+        cases.get("area_share", pd.Series(0.0, keys.index)),
+    )
+    worst = keys[keys.iou < 1].sort_values(["iou", "doubt"], kind="stable")
+    worst = worst.drop_duplicates("image").head(count)
+    # With few cases, none is to be shown as a good and a bad one.
+    shown = keys.index.isin(worst.index) & (keys.iou < keys.iou.median())
+    best = keys[(keys.iou > 0) & ~shown].sort_values(["right", "few", "area"], kind="stable")
+    return cases.loc[worst.index], cases.loc[best.drop_duplicates("image").index[:count]]
+
+
+def histogram_figure(counts: Mapping[str, Sequence[int]]) -> Figure:
+    """Stacked bars of counts per equal bin of [0, 1], by part (a key of ``COLOURS``)."""
+    figure = Figure(figsize=(5.4, 2.7), layout="constrained")
+    axes, base = figure.add_subplot(xlabel="IoU"), np.zeros(0)
+    for name, part in counts.items():
+        base, low = base if base.size else np.zeros(len(part)), np.arange(len(part)) / len(part)
+        axes.bar(low, part, 0.9 / len(part), base, align="edge", color=COLOURS[name], label=name)
+        base = base + part
+    return _plain(figure)
+
+
+def curve_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
+    """Lines of recall (0..1) over equally spaced thresholds 0..1, by part."""
+    figure = Figure(figsize=(5.4, 2.7), layout="constrained")
+    axes = figure.add_subplot(xlabel="IoU threshold", ylim=(0, 1.02))
+    # The oracle lies below, dashed: a part that reaches it covers it.
+    for name, curve in curves.items():
+        style, order = ("--", 1) if name == "oracle" else ("-", 2)
+        places = np.linspace(0, 1, len(curve))
+        axes.plot(places, curve, style, color=COLOURS[name], label=name, zorder=order)
+    return _plain(figure)
+
+
+def bar_figure(groups: Sequence[Mapping[str, Any]], mean: float) -> Figure:
+    """One bar of average recall per group (of `summarise`), with its interval, n, and oracle.
+
+    ``mean``: average recall of all, drawn as a line.
+    """
+    table = pd.DataFrame(groups)[::-1]
+    figure = Figure(figsize=(5.4, 0.45 + 0.27 * len(table)), layout="constrained")
+    axes = figure.add_subplot(xlim=(0, 1), xticks=[])
+    bars = axes.barh(table.label, table.recall, 0.75, color=COLOURS["thing"])
+    ends = np.clip([table.recall - table.margin, table.recall + table.margin], 0, 1)
+    axes.hlines(table.label, *ends, color=COLOURS["all"], lw=1.5)
+    oracle = table.oracle.astype(float)
+    axes.plot(oracle, table.label, "|", color=COLOURS["stuff"], ms=14, mew=2)
+    axes.axvline(mean, color="#656d76", lw=1)
+    axes.spines["bottom"].set_visible(False)
+    texts = [
+        f"{100 * row.recall:.1f}"
+        + (f" ± {100 * row.margin:.1f}" if math.isfinite(row.margin) else "")
+        + f"  (n {row.n})"
+        for row in table.itertuples()
+    ]
+    for bar, text in zip(bars, texts, strict=True):
+        axes.text(1.02, bar.get_y() + bar.get_height() / 2, text, va="center", fontsize=9)
+    return _plain(figure)
+
+
+def _plain(figure: Figure) -> Figure:
+    """Without a frame, in small type, with a legend where there are several parts."""
+    (axes,) = figure.axes
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(labelsize=9, length=0)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(fontsize=9, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def _figure(figure: Figure, title: str, caption: str) -> str:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    return _picture("svg+xml", stream.getvalue(), title, caption)
+
+
+def _picture(kind: str, data: bytes, title: str, caption: str) -> str:
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+    text = f"<figcaption>{escape(caption)}</figcaption>"
+    return f'<figure><img src="{uri}" alt="{escape(title)}">{text}</figure>'
+
+
+def pictures(case: Any, scene: Scene) -> dict[str, np.ndarray]:
+    """The image, the truth over it, and the prediction over it, uint8 RGB of the image's size."""
+    truth = scene.regions.union(scene.indices(case.segment_ids))
+    mask = scene.predicted(case.segmentation)
+    grey = np.asarray(Image.fromarray(scene.image).convert("L").convert("RGB"))
+
+    def over(**masks: np.ndarray) -> np.ndarray:
+        tinted = grey.astype(np.float64)
+        for name, part in masks.items():
+            colour = np.array(COLOURS_OF_MASKS[name])
+            tinted[part] = (1 - MASK_OPACITY) * tinted[part] + MASK_OPACITY * colour
+        return np.rint(tinted).astype(np.uint8)
+
+    parts = {"predicted, right": mask & truth, "predicted, wrong": mask & ~truth}
+    return {"image": scene.image, "truth": over(truth=truth), "prediction": over(**parts)}
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    height, width = image.shape[:2]
+    scale = SIDE / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    # Enlarged pixels stay pixels, so that a border is where the mask has it.
+    way = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
+    stream = io.BytesIO()
+    Image.fromarray(image).resize(size, way).save(stream, "JPEG", quality=85)
+    return stream.getvalue()
+
+
+_HEAD = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>GELLA: error analysis</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; background: #fff; margin: 0 auto;
+  max-width: 1120px; padding: 16px 24px 64px; }
+h1 { font-size: 26px; }
+h2 { font-size: 21px; margin: 40px 0 8px; border-bottom: 1px solid #d8dee4; }
+h3 { font-size: 16px; margin: 24px 0 4px; } p { margin: 4px 0 10px; max-width: 80ch; }
+.note, figcaption { color: #656d76; font-size: 13px; } nav a { margin-right: 16px; }
+.row { display: flex; flex-wrap: wrap; gap: 12px 28px; align-items: flex-start; }
+figure { margin: 6px 0 0; max-width: 525px; } figure img { display: block; max-width: 100%; }
+table { border-collapse: collapse; margin: 6px 0 12px; font-variant-numeric: tabular-nums; }
+th, td { padding: 3px 12px 3px 0; border-bottom: 1px solid #eaeef2; text-align: right; }
+th:first-child, td:first-child { text-align: left; } mark { background: #fff3b0; }
+.case { border: 1px solid #d8dee4; border-radius: 6px; padding: 10px 12px; margin: 12px 0; }
+.key { display: inline-block; width: 11px; height: 11px; margin: 0 4px 0 10px; }
+</style></head>
+<body>
+<h1>Error analysis</h1>
+"""
+
+
+def _table(table: pd.DataFrame) -> str:
+    return table.to_html(index=False, border=0, na_rep="", float_format="%.1f")
+
+
+def render(predictions: Predictions, figures: Mapping[str, Any]) -> str:
+    """The page's part of one file up to its cases, from the numbers of `figures_of`."""
+    overall, results = figures["overall"], predictions.results
+    rows = {"average recall (mean IoU)": 100 * overall["recall"], "cIoU": results.get("cIoU")}
+    if overall["oracle"] is not None:
+        rows["oracle: best union of the given entities"] = 100 * overall["oracle"]
+    rows["share of IoUs above 0.5"] = 100 * overall["accuracy"]
+    cells = {name: f"{value:.2f}" for name, value in rows.items() if value is not None}
+    cells["phrases"] = str(overall["n"])
+    cells["images"] = str(predictions.cases.image_id.astype(str).nunique())
+    rule = next((f"Protocol {r}. " for r in metrics.PROTOCOLS if results.get(f"protocol_{r}")), "")
+    curves = figures["recall_curves"]
+    recalls = 100 * pd.DataFrame(curves).iloc[[30, 50, 70, 90]]
+    recalls.insert(0, "recall at", ["0.3", "0.5", "0.7", "0.9"])
+    area = "Share of phrases with at least that IoU; the area below is the average recall"
+    bars = [
+        _figure(
+            bar_figure(groups, overall["recall"]),
+            f"Average recall by {title}",
+            f"By {title}: {GROUPINGS[title][0]}",
+        )
+        for title, groups in figures["groups"].items()
+    ]
+    parts = [
+        _table(pd.DataFrame(cells.items(), columns=["", "percent or count"])),
+        f'<p class="note">{rule}Read from {escape(predictions.file.name)}.</p>',
+        '<h3>IoU and recall</h3><div class="row">',
+        _figure(histogram_figure(figures["histograms"]), "Histogram of IoU", "Phrases by IoU"),
+        _figure(curve_figure(curves), "Recall over the IoU threshold", area),
+        f"</div>{_table(recalls)}<h3>Average recall by what the phrase is like</h3>",
+        '<p class="note">Bar: average recall in percent, with the 95 % interval of the mean if '
+        "phrases were independent. Grey line: all phrases. Orange tick: the oracle.</p>",
+        f'<div class="row">{"".join(bars)}</div><h3>What was taken instead</h3>',
+    ]
+    if not figures["errors"]:
+        return "\n".join([*parts, '<p class="note">Not told: analysed without the dataset.</p>'])
+    kinds = pd.DataFrame(figures["errors"].items(), columns=["the mask takes", "phrases"])
+    kinds["%"] = 100 * kinds.phrases / overall["n"]
+    parts += [
+        '<p class="note">A segment counts as taken when the predicted mask covers more than '
+        f"{TAKEN:.0%} of it.</p>{_table(kinds)}"
+    ]
+    if figures["relations_of_wrong_entities"]:
+        wrong = pd.DataFrame(figures["relations_of_wrong_entities"])
+        shares = 100 * wrong[["count", "expected"]].astype(float).div(wrong.n, axis=0)
+        shares.insert(0, "", wrong.name)
+        parts += [
+            f"<h3>What the {wrong.n[0]} wrongly taken entities have in common with a right one"
+            '</h3><p class="note">"By chance": the same for an entity drawn blindly among those of '
+            "the image that were not meant. Colours are similar below a CIE Lab distance of "
+            f"{COLOUR_DISTANCE:.0f} between the means.</p>",
+            _table(shares.set_axis(["", "% of them", "% by chance"], axis=1)),
+        ]
+    if figures["confusions"]:
+        pairs = pd.DataFrame(figures["confusions"])
+        pairs = pairs.set_axis(["meant and missed", "taken instead", "phrases"], axis=1)
+        parts.append(f"<h3>Categories most often confused</h3>{_table(pairs)}")
+    return "\n".join(parts)
+
+
+def gallery(title: str, order: str, cases: Iterable[tuple[Any, Scene | None]]) -> str:
+    """Cases with their scenes, where there are any, as HTML; ``order`` says how they are sorted."""
+    parts = []
+    for case, scene in cases:
+        told = f"IoU <b>{case.iou:.3f}</b>, image {escape(str(case.image_id))}"
+        if math.isfinite(case.score):
+            told += f", association {case.score:.2f}"
+        before, inside, after = escape(case.caption), "", ""
+        if case.caption == case.text:
+            before = ""
+        elif 0 <= case.start < case.end:
+            spans = ((0, case.start), (case.start, case.end), (case.end, None))
+            before, inside, after = (escape(case.caption[slice(*span)]) for span in spans)
+            inside = f"<mark>{inside}</mark>"
+        images = ""
+        if scene is not None:
+            meant, taken = (
+                ", ".join(f"{n} x {name}" if n > 1 else name for name, n in Counter(names).items())
+                for names in (case.meant, case.taken)
+            )
+            told += f"; {ERRORS[case.error]}. Meant: {escape(meant) or 'nothing'}; "
+            told += f"taken: {escape(taken) or 'nothing'}"
+            images = "".join(
+                _picture("jpeg", _jpeg(image), f"{name} of: {case.text}", name)
+                for name, image in pictures(case, scene).items()
+            )
+        parts.append(
+            f'<div class="case"><p><b>{escape(case.text)}</b></p><p class="note">{told}</p>'
+            f'<p>{before}{inside}{after}</p><div class="row">{images}</div></div>'
+        )
+    key = "".join(
+        f'<span class="key" style="background:rgb{colour}"></span>{name}'
+        for name, colour in COLOURS_OF_MASKS.items()
+    )
+    head = f'<h3>{title}</h3><p class="note">{order}, one per image.{key}</p>'
+    return head + "".join(parts) if parts else ""
+
+
+def analyse(predictions: Predictions, dataset: str, examples: int) -> tuple[dict[str, Any], str]:
+    """Numbers and HTML of one file of predictions; ``dataset`` "" leaves out what needs one.
+
+    Raises:
+        OSError, ValueError: the dataset is not registered, lacks a file, or does not fit.
+    """
+    cases = predictions.cases
+    if dataset:
+        if dataset not in DatasetCatalog.list():
+            raise ValueError(
+                f"{predictions.file}: no dataset {dataset!r} is registered: give its name with "
+                "--dataset (and --config-file, if your own code registers it), or --without-images"
+            )
+        categories = MetadataCatalog.get(dataset).get("categories", None) or []
+        data = DatasetCatalog.get(dataset), {c["id"]: c["name"] for c in categories}
+        cases = compare(predictions, *data)
+    figures = figures_of(predictions, cases)
+    orders = {
+        "Worst cases": "lowest IoU first; among equal ones the surest",
+        "Best cases": "highest IoU first; among equal ones the hardest",
+    }
+    parts = [render(predictions, figures)]
+    for (title, order), shown in zip(orders.items(), choose(cases, examples), strict=True):
+        located = scenes(shown, *data) if dataset else ((case, None) for case in shown.itertuples())
+        parts.append(gallery(title, order, located))
+    return figures, "\n".join(parts)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Analyse, write, and print one line per file of predictions."""
+    if args.examples < 0:
+        raise ValueError(f"--examples is {args.examples}; give 0 or more")
+    if args.config_file:
+        import_modules(load_config(args.config_file, []))
+    numbers, links, sections = [], [], []
+    for place, predictions in enumerate(find_predictions(args.folder), start=1):
+        dataset = "" if args.without_images else args.dataset or predictions.dataset
+        figures, body = analyse(predictions, dataset, args.examples)
+        what = {"png": "narrative grounding", "refer": "referring expressions"}[predictions.task]
+        title = escape(f"{predictions.label}, {what}")
+        numbers.append(figures)
+        links.append(f'<a href="#part-{place}">{title}</a>')
+        sections.append(f'<section id="part-{place}">\n<h2>{title}</h2>\n{body}\n</section>\n')
+    output = Path(args.output or Path(args.folder) / "report.html")
+    page = f"{_HEAD}<nav>{''.join(links)}</nav>\n{''.join(sections)}</body>\n</html>\n"
+    write_text(output, page)
+    if args.json:
+        write_json(args.json, numbers)
+    for figures in numbers:
+        recall, n = 100 * figures["overall"]["recall"], figures["overall"]["n"]
+        print(f"{figures['label']} ({figures['task']}): AR {recall:.2f} over {n} phrases")
+    print(f"wrote {output}" + (f" and {args.json}" if args.json else ""))
+    print(f"\nnext: open {output} in a browser, for instance: python -m webbrowser {output}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,69 +538,5 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset", metavar="NAME", help="registered dataset; default: the folder's name")
     add("--config-file", metavar="YAML", help="its DATASETS.MODULES register datasets of your own")
     add("--without-images", action="store_true", help="figures from the predictions alone")
-    return parser
-
-
-def records_of(predictions: Predictions, name: str | None) -> tuple[dict[str, list], dict]:
-    """Dataset dicts by image id, and the names of the categories by id.
-
-    Raises:
-        ValueError: no dataset of that name is registered.
-        OSError: its files are missing.
-    """
-    name = name or predictions.dataset
-    if name not in DatasetCatalog.list():
-        raise ValueError(
-            f"{predictions.file}: no dataset {name!r} is registered: give its name with --dataset "
-            "(and --config-file, if your own code registers it), or --without-images"
-        )
-    records = index_records(DatasetCatalog.get(name))
-    categories = MetadataCatalog.get(name).get("categories", None) or []
-    return records, {category["id"]: category["name"] for category in categories}
-
-
-def run(args: argparse.Namespace) -> tuple[Path, list[Analysis]]:
-    """Analyse and write; the page's path and what is on it.
-
-    Raises:
-        ValueError, OSError: wrong arguments, files or datasets.
-    """
-    if args.examples < 0:
-        raise ValueError(f"--examples is {args.examples}; give 0 or more")
-    if args.config_file:
-        import_modules(load_config(args.config_file, []))
-    found = find_predictions(args.folder)
-    analyses: list[Analysis] = []
-    for predictions in found:
-        records: Any = None
-        names: dict[Any, str] = {}
-        if not args.without_images:
-            records, names = records_of(predictions, args.dataset)
-        analyses.append(analyse(predictions, records, names, args.examples))
-    output = Path(args.output or Path(args.folder) / "report.html")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    page = render(analyses).encode("utf-8")
-    write_atomically(str(output), lambda stream: stream.write(page))
-    if args.json:
-        write_json(args.json, [analysis.to_json() for analysis in analyses])
-    return output, analyses
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 for wrong arguments."""
-    args = build_parser().parse_args(arguments)
-    try:
-        output, analyses = run(args)
-    except (KeyError, OSError, ValueError) as error:
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
-        return 2
-    for analysis in analyses:
-        overall = analysis.overall
-        print(
-            f"{analysis.predictions.label} ({analysis.predictions.task}): "
-            f"AR {100 * overall.recall:.2f} over {overall.n} phrases"
-        )
-    print(f"wrote {output}" + (f" and {args.json}" if args.json else ""))
-    print(f"\nnext: open {output} in a browser, for instance: python -m webbrowser {output}")
-    return 0
+    args = parser.parse_args(arguments)
+    return exit_status(lambda: run(args))
