@@ -23,20 +23,20 @@ input only and are computed again in the backward pass.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
-from cost_flops import count_flops
-from cost_memory import saved_bytes
-from cost_parameters import (
-    build_on_meta,
-    compare_published,
-    count_parameters,
-    largest_layer,
-    part_sizes,
+import torch
+from cost_passes import (
+    COLUMNS,
+    TABLE_12,
+    Workload,
+    count_flops,
+    count_image_tokens,
+    saved_bytes,
 )
-from cost_passes import Workload, count_image_tokens
-from cost_tables import cost_report
-from cost_zero import Branch, plan_rows
+from detectron2.modeling import build_model
+from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
@@ -47,6 +47,35 @@ EXAMPLE = """example:
   python tools/benchmark.py cost --config-file configs/gella_swin_t.yaml --zero-gpus 8 \\
       --caption-tokens 60 --nouns 12 INPUT.GELLA.COLORMAP_SIZE 672
 """
+MIB, GIB = 2**20, 2**30
+CARDS = (24, 40, 48, 80)  # GiB
+USABLE = 0.9  # of a card: the rest is CUDA's own, fragments, and buffers of communication
+BYTES = {"bf16": (2, 2, 12), "fp32": (4, 4, 8)}  # weights, gradients, optimizer
+HOST_BYTES = 16  # float32 weights, two moments, gradient
+PLANS: tuple[tuple[int, tuple[str, ...]], ...] = (
+    *((stage, ()) for stage in (0, 1, 2)),
+    (2, ("optimizer",)),
+    (3, ()),
+    (3, ("optimizer",)),
+    (3, ("optimizer", "parameters")),
+)
+# Figure 2's boxes and the module of each; what is left over is listed too.
+PARTS = (
+    ("colormap encoder", "colormap_encoder"),
+    ("image encoder", "image_encoder"),
+    ("ResoBlend", "resoblend"),
+    ("mask decoder", "mask_decoder"),
+    ("projector", "language_decoder.projector"),
+    ("language decoder", "language_decoder.llama"),
+    ("association", "association"),
+)
+LLAMA_WORDS = 32_000
+WAYS = {
+    "given": "nouns given, one pass",
+    "generated": "answer generated, then one pass over it",
+    "one_noun": "a pass per noun, with the caption",
+    "noun_alone": "a pass per noun, noun in place of the caption",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,15 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = __doc__, EXAMPLE
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add("--config-file", required=True, metavar="FILE")
+    prompt = "system line, roles and instruction; LLaVA-1.5: about 60"
     for name, default, text in (
         ("caption-tokens", load.caption_tokens, "of the caption in the question"),
         ("nouns", load.nouns, "semantic nouns of the caption, one <SEG> each"),
         ("noun-tokens", load.noun_tokens, "of one noun in the answer, beside <SEG> and a comma"),
-        (
-            "prompt-tokens",
-            load.prompt_tokens,
-            "system line, roles and instruction; LLaVA-1.5: about 60",
-        ),
+        ("prompt-tokens", load.prompt_tokens, prompt),
         ("entities", load.entities, "entity masks of the image"),
         ("zero-gpus", 8, "GPUs that share the language branch"),
     ):
@@ -80,8 +106,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     Returns:
         ``workload``; ``parts``: ``{part: {"parameters", "trained", "flops", "activations"}}``, the
         last one "all"; ``published``; ``language``, ``table_12``, ``implied_tokens`` of
-        :func:`cost_flops.count_flops`; ``activations``: bytes ``plain`` and ``checkpointed``;
-        ``zero``: rows of :func:`cost_zero.plan_rows`.
+        :func:`cost_passes.count_flops`; ``activations``: bytes ``plain`` and ``checkpointed``;
+        ``zero``: rows of :func:`plan_rows`.
     """
     cfg = load_config(args.config_file, args.opts)
     load = Workload(
@@ -94,15 +120,26 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if batch < 1 or gpus < 1:
         raise ValueError(f"--batch is {batch} and --zero-gpus {gpus}; both must be at least 1")
     precision = args.precision or ("bf16" if cfg.SOLVER.AMP.ENABLED else "fp32")
-    steps = tqdm(("model", "activations", "FLOPs"), leave=False)
-    model = build_on_meta(cfg)
-    steps.update()
-    sizes = part_sizes(model)
-    language, rest = _branches(model)
-    saved = saved_bytes(model, cfg, load, batch, half=precision == "bf16")
-    steps.update()
-    flops = count_flops(model, cfg, load)
-    steps.close()
+    with tqdm(("model", "activations", "FLOPs"), leave=False) as steps:
+        model = build_on_meta(cfg)
+        steps.update()
+        parts, branches = part_sizes(model), zero_branches(model)
+        saved = saved_bytes(model, cfg, load, batch, half=precision == "bf16")
+        steps.update()
+        flops = count_flops(model, cfg, load)
+    parts.insert(-1, ("losses", 0, 0))
+    counted = flops.pop("parts")
+    sums = {"flops": sum(counted.values()), "activations": sum(saved["parts"].values())}
+    rows = {
+        part: {
+            "parameters": count,
+            "trained": trained,
+            "flops": counted.get(part, 0),
+            "activations": saved["parts"].get(part, 0),
+        }
+        for part, count, trained in parts
+    }
+    rows["all"].update(sums)
     return {
         "workload": {
             **vars(load),
@@ -114,43 +151,288 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "batch": batch,
         "gpus": gpus,
         "precision": precision,
-        "parts": _parts(sizes, flops.pop("parts"), saved["parts"]),
-        "published": compare_published(cfg, {part: count for part, count, _ in sizes}),
+        "parts": rows,
+        "published": compare_published(cfg, {part: count for part, count, _ in parts}),
         **flops,
         "activations": saved["sums"],
-        "zero": plan_rows(language, rest, gpus, precision, saved["sums"]),
+        "zero": plan_rows(*branches, gpus, precision, saved["sums"]),
     }
 
 
-def _branches(model: nn.Module) -> tuple[Branch, Branch]:
-    whole, language = (
-        Branch(count_parameters(m), count_parameters(m, trained_only=True), largest_layer(m))
-        for m in (model, model.language_decoder)
-    )
-    parameters, trained = (
-        whole.parameters - language.parameters,
-        whole.trained - language.trained,
-    )
-    return language, Branch(parameters, trained)
+# -- parameters ------------------------------------------------------------------------------------
 
 
-def _parts(
-    sizes: list[tuple[str, int, int]], flops: dict[str, int], saved: dict[str, int]
-) -> dict[str, dict[str, int]]:
-    *single, whole = [*sizes]
-    single.append(("losses", 0, 0))
-    rows = {
-        part: {
-            "parameters": count,
-            "trained": trained,
-            "flops": flops.get(part, 0),
-            "activations": saved.get(part, 0),
-        }
-        for part, count, trained in single
+def build_on_meta(cfg: Any) -> nn.Module:
+    """The model of a config without memory for its weights; ``cfg`` is not changed."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(cfg)
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Numbers of parameters and of trained ones, each counted once; buffers do not count."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
+
+
+def part_sizes(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Rows (part, parameters, trained parameters); the last row is the whole model."""
+    rows = [(title, *count_parameters(model.get_submodule(path))) for title, path in PARTS]
+    total = count_parameters(model)
+    rest = [total[i] - sum(row[i + 1] for row in rows) for i in (0, 1)]
+    if any(rest):
+        rows.append(("other", rest[0], rest[1]))
+    return [*rows, ("all", *total)]
+
+
+def compare_published(cfg: Any, counts: dict[str, int]) -> list[dict[str, Any]]:
+    """Published models whose sizes the config has: ``name``, ``parameters``, ``ours``, ``rule``.
+
+    Args:
+        cfg: the config.
+        counts: our parameters by part; ``ours`` is made comparable by the ``rule``, in words.
+    """
+    language, clip = cfg.MODEL.LANGUAGE, cfg.MODEL.IMAGE_ENCODER
+    compared = []
+
+    def compare(name: str, parameters: int, ours: int, rule: str) -> None:
+        compared.append({"name": name, "parameters": parameters, "ours": ours, "rule": rule})
+
+    llama = (language.HIDDEN_SIZE, language.INTERMEDIATE_SIZE, language.NUM_LAYERS)
+    llamas = {(4096, 11008, 32): ("7B", 6_738_415_616), (5120, 13824, 40): ("13B", 13_015_864_320)}
+    if llama in llamas and language.NUM_KEY_VALUE_HEADS == language.NUM_HEADS:
+        size, count = llamas[llama]
+        added = language.VOCAB_SIZE - LLAMA_WORDS
+        rule = f"without the {added} added word(s), a row each in the embedding and the output"
+        ours = counts["language decoder"] - 2 * added * language.HIDDEN_SIZE
+        compare(f"LLaMA-{size}", count, ours, rule)
+    tower = (clip.IMAGE_SIZE, clip.PATCH_SIZE, clip.WIDTH, clip.LAYERS, clip.STEM)
+    if tower == (336, 14, 1024, 24, "patch"):
+        rule = "with the final norm and the 1024 x 768 projection, which no part here reads"
+        ours = counts["image encoder"] + 2 * clip.WIDTH + clip.WIDTH * 768
+        compare("CLIP ViT-L/14-336, vision", 304_293_888, ours, rule)
+    return compared
+
+
+# -- memory under ZeRO -----------------------------------------------------------------------------
+# The arithmetic of the ZeRO paper (arXiv 1910.02054, section 3.1 and figure 1) for Adam on N GPUs.
+# DeepSpeed's estimators (estimate_zero2/3_model_states_mem_needs) say otherwise: 18 bytes a
+# parameter for 16, gathered layers in float32, no bfloat16 choice, and nothing of stages 0 and 1.
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Sizes of a part of the model: all parameters, the trained ones, the largest layer's."""
+
+    parameters: int
+    trained: int
+    largest: int = 0
+
+
+def zero_branches(model: nn.Module) -> tuple[Branch, Branch]:
+    """The language branch, which ZeRO divides, and the rest, which every GPU holds whole."""
+    language, whole = count_parameters(model.language_decoder), count_parameters(model)
+    # What stage 3 gathers at once is what one module owns itself.
+    owned = (m.parameters(recurse=False) for m in model.language_decoder.modules())
+    largest = max(sum(p.numel() for p in parameters) for parameters in owned)
+    return Branch(*language, largest), Branch(whole[0] - language[0], whole[1] - language[1])
+
+
+def zero_states(
+    branch: Branch, gpus: int, stage: int, precision: str = "bf16", offload: tuple[str, ...] = ()
+) -> dict[str, int]:
+    """Bytes of a branch under a ZeRO stage.
+
+    Stage 1 divides the optimizer by N, stage 2 the gradients too, stage 3 the weights too, and then
+    holds one layer's whole weights while it runs (the largest one is counted). Frozen parameters
+    have weights only. Optimizer offload (stages 2 and 3) moves optimizer and gradients to the host,
+    as ZeRO-Offload does, where they take 12 + 4 bytes; parameter offload (stage 3) the weights too.
+
+    Args:
+        branch: its sizes.
+        gpus: N, at least 1.
+        stage: 0 to 3.
+        precision: ``bf16`` or ``fp32``.
+        offload: of ``optimizer`` (stages 2 and 3) and ``parameters`` (stage 3, with ``optimizer``).
+
+    Returns ``weights``, ``gradients``, ``optimizer`` and ``gathered`` on each GPU, and ``host`` for
+    all GPUs together. Raises ValueError for another stage, precision or offload, or no GPU.
+    """
+    allowed = {2: {"optimizer"}, 3: {"optimizer", "parameters"}}.get(stage, set())
+    if gpus < 1 or stage not in (0, 1, 2, 3) or precision not in BYTES:
+        raise ValueError(f"no ZeRO stage {stage} in {precision!r} on {gpus} GPUs")
+    if {*offload} - allowed or offload == ("parameters",):
+        raise ValueError(f"ZeRO stage {stage} offloads no {sorted(offload)} alone")
+    weight, gradient, optimizer = BYTES[precision]
+    shared = [-(-branch.trained // (gpus if stage >= first else 1)) for first in (1, 2)]
+    states = {
+        "weights": weight * -(-branch.parameters // (gpus if stage == 3 else 1)),
+        "gradients": gradient * shared[1],
+        "optimizer": optimizer * shared[0],
+        "gathered": weight * branch.largest if stage == 3 else 0,
+        "host": 0,
     }
-    _, count, trained = whole
-    sums = {"flops": sum(flops.values()), "activations": sum(saved.values())}
-    return {**rows, "all": {"parameters": count, "trained": trained, **sums}}
+    if "optimizer" in offload:
+        states.update(gradients=0, optimizer=0, host=HOST_BYTES * branch.trained)
+    if "parameters" in offload:
+        states.update(weights=0, host=states["host"] + weight * branch.parameters)
+    return states
+
+
+def replicated_bytes(branch: Branch, gpus: int) -> int:
+    """Bytes of a float32 branch under DistributedDataParallel, which every GPU holds whole.
+
+    4 weights, 4 gradients, 8 moments, and 4 for the buckets in which gradients travel.
+    """
+    return 4 * branch.parameters + (12 + 4 * (gpus > 1)) * branch.trained
+
+
+def plan_rows(
+    language: Branch, rest: Branch, gpus: int, precision: str, activations: dict[str, int]
+) -> list[dict[str, Any]]:
+    """A row per ZeRO plan.
+
+    Args:
+        language: the branch under ZeRO.
+        rest: the other side of the model.
+        gpus: N.
+        precision: of the language branch.
+        activations: bytes saved for backward on one GPU: ``plain`` and ``checkpointed``.
+
+    Returns dicts of ``stage``, ``offload``, the bytes of :func:`zero_states`, ``rest``, and for
+    both kinds of activations ``total`` and ``card``, see :func:`smallest_card`.
+    """
+    others = replicated_bytes(rest, gpus)
+    rows = []
+    for stage, offload in PLANS:
+        states = zero_states(language, gpus, stage, precision, offload)
+        gpu = sum(states.values()) - states["host"] + others
+        total = {kind: gpu + size for kind, size in activations.items()}
+        card = {kind: smallest_card(size) for kind, size in total.items()}
+        row = {"stage": stage, "offload": sorted(offload), **states, "rest": others}
+        rows.append({**row, "total": total, "card": card})
+    return rows
+
+
+def smallest_card(total: int) -> int:
+    """GiB of the smallest of ``CARDS`` that holds ``total`` bytes in its usable share, or 0."""
+    return next((card for card in CARDS if total <= USABLE * card * GIB), 0)
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def cost_report(figures: dict[str, Any]) -> str:
+    """All tables as text; ``figures`` as :func:`measure` returns them."""
+    load, published = figures["workload"], figures["published"]
+    text = load["prompt_tokens"] + load["caption_tokens"] + load["answer_tokens"]
+    workload = (
+        f"one image: {load['image_size']} pixels for CLIP, colormap {load['colormap_size']}, "
+        f"{load['entities']} entities; {load['image_tokens'] + text} tokens: "
+        f"{load['image_tokens']} image, {load['prompt_tokens']} prompt, {load['caption_tokens']} "
+        f"caption, {load['answer_tokens']} answer with {load['nouns']} nouns"
+    )
+    tables = [workload, parts_table(figures), published_table(published), language_table(figures)]
+    tables += [table_12_text(figures) if published else "", zero_table(figures)]
+    return "\n\n".join(filter(None, tables))
+
+
+def number(value: float) -> str:
+    """One decimal, or three digits of what is small."""
+    return f"{value:,.1f}" if value >= 10 or not value else f"{value:.3g}"
+
+
+def _table(rows: list[Any], head: list[str], align: str = "") -> str:
+    """``align``: "l" or "r" per column, the first left and the others right without it."""
+    names = {"l": "left", "r": "right"}
+    columns = [names[letter] for letter in align or "l" + "r" * (len(head) - 1)]
+    return tabulate(rows, head, colalign=columns, disable_numparse=True)
+
+
+def parts_table(figures: dict[str, Any]) -> str:
+    """Parameters, GFLOPs in both ways of counting, and MiB of activations by part."""
+    rows = []
+    for part, x in figures["parts"].items():
+        sizes = (x["flops"] / 1e9, x["flops"] / 2e9, x["activations"] / MIB)
+        rows.append((part, f"{x['parameters']:,}", f"{x['trained']:,}", *map(number, sizes)))
+    saved = f"activations MiB, {figures['precision']}, batch {figures['batch']}"
+    return _table(rows, ["part", "parameters", "trained", "GFLOPs, FMA = 2", "FMA = 1", saved]) + (
+        "\nFMA: multiply-add. With the language decoder's blocks checkpointed the activations are "
+        f"{number(figures['activations']['checkpointed'] / MIB)} MiB."
+    )
+
+
+def published_table(published: list[dict[str, Any]]) -> str:
+    """Published parameter counts beside ours, "" without any."""
+    rows = []
+    for item in published:
+        difference = item["ours"] - item["parameters"]
+        verdict = f"differs by {difference:+,}" if difference else "equal"
+        counts = (f"{item['parameters']:,}", f"{item['ours']:,}")
+        rows.append((item["name"], *counts, verdict, item["rule"]))
+    head = ["published model", "published", "ours", "", "counted"]
+    return _table(rows, head, "lrrll") if rows else ""
+
+
+def language_table(figures: dict[str, Any]) -> str:
+    """The ways of the language decoder, and how many times the first one each costs."""
+    ways = figures["language"]
+    first = ways["given"]["flops"]
+    vision = figures["table_12"]["ours, nouns given"][3] - first
+    rows = []
+    for way, x in ways.items():
+        ratios = (x["flops"] / first, (x["flops"] + vision) / (first + vision))
+        ratio = (f"{value:.2f}" for value in ratios)
+        rows.append((WAYS[way], x["passes"], x["tokens"], number(x["flops"] / 1e9), *ratio))
+    head = ["language decoder", "passes", "tokens each", "GFLOPs", "ratio", "ratio with vision"]
+    return _table(rows, head)
+
+
+def table_12_text(figures: dict[str, Any]) -> str:
+    """The paper's Table 12a with our rows in both ways of counting."""
+    rows: list[Any] = [(name, *(f"{x:,}" for x in row)) for name, row in TABLE_12.items()]
+    for name, row in figures["table_12"].items():
+        for rule in (2, 1):
+            rows.append((f"{name}, FMA = {rule}", *(f"{x * rule / 2e9:,.0f}" for x in row)))
+    implied, ours = figures["implied_tokens"], figures["table_12"]
+    lisa, gella = TABLE_12.values()
+    single, given = ours["ours, a pass per noun"], ours["ours, nouns given"]
+    return _table(rows, ["GFLOPs", *COLUMNS, "ALL"]) + (
+        f"\nLISA / GELLA in Table 12: LLM {lisa[0] / gella[0]:.2f}, ALL {lisa[3] / gella[3]:.2f}; "
+        f"here a pass per noun / one pass: LLM {single[0] / given[0]:.2f}, ALL "
+        f"{single[3] / given[3]:.2f}"
+        f"\nLLM {gella[0]:,} of Table 12 is one pass of this language "
+        f"decoder over {implied['1']:,} tokens if a multiply-add counts as 1, {implied['2']:,} if 2"
+    )
+
+
+def zero_table(figures: dict[str, Any]) -> str:
+    """Memory per GPU of every ZeRO plan, in GiB."""
+
+    def gib(value: int) -> str:
+        return number(value / GIB)
+
+    sums = figures["activations"]
+    states = ("weights", "gradients", "optimizer", "gathered", "rest")
+    rows = []
+    for row in figures["zero"]:
+        offload = f", {' and '.join(row['offload'])} on host" * bool(row["offload"])
+        cells = [f"{row['stage']}{offload}", *(gib(row[name]) for name in states)]
+        cells += [
+            f"{gib(row['total'][kind])} ({row['card'][kind] or f'over {CARDS[-1]}'})"
+            for kind in sums
+        ]
+        rows.append([*cells, gib(row["host"])])
+    head = ["ZeRO stage", "weights", "gradients", "optimizer", "gathered", "rest of model"]
+    head += [f"sum, {kind} (card)" for kind in sums] + ["host, all GPUs"]
+    activations = ", ".join(f"{gib(size)} {kind}" for kind, size in sums.items())
+    return (
+        f"GiB per GPU, {figures['gpus']} GPUs, {figures['precision']}, {figures['batch']} image(s) "
+        f"each; activations {activations}; card: smallest of {', '.join(map(str, CARDS))} GiB\n"
+        + _table(rows, head)
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,26 +1,44 @@
-"""Every part of the model run on tensors without memory, and the FLOPs it takes.
+"""Every part of the model run on tensors without memory: the FLOPs it takes, the bytes it keeps.
 
 The model is built on the meta device. To run, its tensors become fake ones: meta tensors that give
 a device as their own, so that the operators a CPU would take are taken, fused attention included.
 What depends on values (where a token is supervised, where an image token stands) is put in by its
-shape; all else is the forward pass of the real modules.
+shape; all else is the forward pass of the real modules. PyTorch's counter sees these operators;
+fvcore's FlopCountAnalysis traces a run with real values, and takes fused attention for free.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-Around = Callable[[str], AbstractContextManager[None]]
+from gella.modeling.criterion import GellaCriterion
+from gella.modeling.mask_decoder import MaskDecoderOutput
+
+Around = Callable[[str], AbstractContextManager[None]]  # what a part of the model runs inside
 aten = torch.ops.aten
 # "There are twelve semantic nouns, including", the last "and", the full stop and the end token.
 ANSWER_FRAME = 10
+# Table 12a, GFLOPs: language model, image and mask encoder, mask decoder, all.
+TABLE_12 = {
+    "LISA (Table 12)": (92_607, 3_114, 226, 95_947),
+    "GELLA (Table 12)": (11_987, 204, 113, 12_304),
+}
+COLUMNS = {
+    "LLM": ("projector", "language decoder"),
+    "IME": ("image encoder", "colormap encoder"),
+    "MMD": ("ResoBlend", "mask decoder", "association"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,15 +64,19 @@ class Workload:
         """Tokens of the answer: a frame, and per noun its words, ``<SEG>`` and a comma."""
         return ANSWER_FRAME + self.nouns * (self.noun_tokens + 2)
 
+    def length(self, image_tokens: int) -> int:
+        """Tokens of one parallel pass over image, question and answer, all nouns in one answer."""
+        return image_tokens + self.prompt_tokens + self.caption_tokens + self.answer
+
     def check(self, image_tokens: int, max_positions: int) -> None:
         """ValueError for numbers that make no sense or a prompt that is too long."""
         least = {"caption_tokens": 0, "noun_tokens": 1, "prompt_tokens": 0}
-        for name in ("caption_tokens", "nouns", "noun_tokens", "prompt_tokens", "entities"):
-            value, limit = getattr(self, name), least.get(name, 1)
+        for name, value in vars(self).items():
+            limit = least.get(name, 1)
             if value < limit:
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} is {value}; it must be at least {limit}")
-        length = text_pass(self, image_tokens).length
+        length = self.length(image_tokens)
         if length > max_positions:
             raise ValueError(
                 f"{length} tokens ({image_tokens} of them image) are more than "
@@ -63,26 +85,14 @@ class Workload:
             )
 
 
-@dataclass(frozen=True)
-class TextPass:
-    """One parallel pass of the language decoder: all tokens, those with logits, and the nouns."""
-
-    length: int
-    logits: int
-    nouns: int
-
-
-def text_pass(load: Workload, image_tokens: int) -> TextPass:
-    """All nouns in one answer, as GELLA does it."""
-    length = image_tokens + load.prompt_tokens + load.caption_tokens + load.answer
-    return TextPass(length, load.answer, load.nouns)
-
-
 def count_image_tokens(cfg: Any) -> int:
     """Tokens that one image takes in the language decoder."""
     clip = cfg.MODEL.IMAGE_ENCODER
     side = clip.IMAGE_SIZE // clip.PATCH_SIZE // cfg.MODEL.LANGUAGE.IMAGE_TOKEN_STRIDE
     return side * side
+
+
+# -- running without data --------------------------------------------------------------------------
 
 
 def make_fake(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
@@ -110,10 +120,9 @@ def make_fake(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
 def run_vision(
     model: nn.Module, cfg: Any, entities: int, batch: int, around: Around
 ) -> tuple[Any, Tensor]:
-    """Encoders, blend and mask decoder; each runs inside ``around(part)``.
+    """Encoders, blend and mask decoder, each inside ``around(part)``.
 
-    Returns:
-        the ``MaskDecoderOutput`` and CLIP's penultimate grid.
+    Returns the ``MaskDecoderOutput`` and CLIP's penultimate grid.
     """
     side, colormap = cfg.MODEL.IMAGE_ENCODER.IMAGE_SIZE, cfg.INPUT.GELLA.COLORMAP_SIZE
     with around("image encoder"):
@@ -139,16 +148,15 @@ def embed_prompt(model: nn.Module, grid: Tensor, length: int, around: Around) ->
 
 
 def run_language(
-    model: nn.Module, grid: Tensor, text: TextPass, around: Around
+    model: nn.Module, grid: Tensor, length: int, answer: int, nouns: int, around: Around
 ) -> tuple[Tensor, list[Tensor]]:
-    """One parallel pass, as :meth:`LanguageDecoder.forward`.
+    """One parallel pass over ``length`` tokens, as :meth:`LanguageDecoder.forward`.
 
-    Returns:
-        logits (B * text.logits, words), and per image (text.nouns, D) ``<SEG>`` embeddings.
+    Returns logits (B * answer, words), and per image (nouns, D) ``<SEG>`` embeddings.
     """
-    embeds = embed_prompt(model, grid, text.length, around)
+    embeds = embed_prompt(model, grid, length, around)
     llama = model.language_decoder.llama
-    supervised = torch.empty(len(grid) * text.logits, dtype=torch.int64)
+    supervised = torch.empty(len(grid) * answer, dtype=torch.int64)
     with around("language decoder"):
         # With a cache transformers leaves the mask to the causal kernel, as it does in a real run
         # without padding; without one it would look for packed sequences, which takes values.
@@ -156,16 +164,30 @@ def run_language(
     answers = hidden[:, :-1][supervised, supervised]
     with around("language decoder"):
         logits = llama.get_output_embeddings()(answers)
-    return logits, [h[torch.empty(text.nouns, dtype=torch.int64)] for h in hidden]
+    return logits, [h[torch.empty(nouns, dtype=torch.int64)] for h in hidden]
+
+
+# -- FLOPs -----------------------------------------------------------------------------------------
+
+
+def counter() -> FlopCounterMode:
+    """PyTorch's counter with rules for the operators that it would take for free.
+
+    Bilinear sampling takes four multiply-adds a value.
+    """
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
+                sdpa_flop_count(q, k, v)
+            ),
+            aten.grid_sampler_2d: lambda *_, out_shape, **__: 8 * torch.Size(out_shape).numel(),
+        },
+    )
 
 
 class FlopCount:
-    """Adds up FLOPs by part; an instance is an ``Around``.
-
-    A multiply-add counts as 2. Counted: matrix products, convolutions, attention (causal or not, in
-    full) and bilinear sampling (grid_sample, four multiply-adds a value). Not counted: element by
-    element work, norms, softmax, lookups, resizing.
-    """
+    """Adds up FLOPs by part, a multiply-add as 2; an instance is an ``Around``."""
 
     def __init__(self) -> None:
         """Start with nothing counted."""
@@ -178,26 +200,276 @@ class FlopCount:
             yield
         self.parts[part] = self.parts.get(part, 0) + count.get_total_flops()
 
-    @property
-    def total(self) -> int:
-        """Of all parts."""
-        return sum(self.parts.values())
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients, and attention that the counter can see.
+
+    PyTorch runs multi-head attention in evaluation as one operator without a formula; and its
+    counter loses its place at parameters that want a gradient where none is recorded.
+    """
+    model.eval().requires_grad_(False)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def counter() -> FlopCounterMode:
-    """PyTorch's counter with rules for the operators that it would take for free."""
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-            aten.grid_sampler_2d: _grid_sample,
-        },
+def count_flops(model: nn.Module, cfg: Any, load: Workload) -> dict[str, Any]:
+    """FLOPs of one image, a multiply-add as 2; the model's tensors become fake.
+
+    Returns:
+        ``parts``: ``{part: FLOPs}`` of grounding given nouns, one parallel pass over question and
+        answer; ``language``: :func:`count_language`; ``table_12``: rows in the columns of the
+        paper's, in FLOPs; ``implied_tokens``: the length of the pass that costs Table 12's LLM
+        figure, should that one count a multiply-add as 1 or as 2.
+    """
+    image = count_image_tokens(cfg)
+    with FakeTensorMode(), counting(model):
+        make_fake(model)
+        count = FlopCount()
+        output, grid = run_vision(model, cfg, load.entities, 1, count)
+        _, nouns = run_language(model, grid, load.length(image), load.answer, load.nouns, count)
+        with count("association"):
+            model.association(nouns, output.query_embeddings)
+        parts = count.parts
+        language = count_language(model, grid, image, load, sum(parts[x] for x in COLUMNS["LLM"]))
+        llm = TABLE_12["GELLA (Table 12)"][0]
+        implied = {str(n): implied_tokens(model, grid, image, llm * 2e9 / n) for n in (1, 2)}
+    vision = [sum(parts[part] for part in COLUMNS[column]) for column in ("IME", "MMD")]
+    table = {
+        f"ours, {way}": [flops, *vision, flops + sum(vision)]
+        for way, flops in (
+            ("nouns given", language["given"]["flops"]),
+            ("answer generated", language["generated"]["flops"]),
+            ("a pass per noun", language["one_noun"]["flops"]),
+            ("a pass per noun without caption", language["noun_alone"]["flops"]),
+        )
+    }
+    return {"parts": parts, "language": language, "table_12": table, "implied_tokens": implied}
+
+
+def count_language(
+    model: nn.Module, grid: Tensor, image: int, load: Workload, given: int
+) -> dict[str, dict[str, int]]:
+    """The language decoder's ways to ground ``load.nouns`` nouns.
+
+    Args:
+        model: fake.
+        grid: fake, CLIP's.
+        image: image tokens.
+        load: the workload.
+        given: FLOPs of one pass over all nouns.
+
+    Returns:
+        per way ``passes`` over the prompt, ``tokens`` of one of them, and ``flops`` of all:
+        ``given``: the nouns are known, one pass; ``generated``: the answer is generated with a
+        key-value cache, and one pass over it follows; ``one_noun``: a pass per noun, each with the
+        whole caption in its question, as methods with one mask per answer need; ``noun_alone``: a
+        pass per noun with the noun in place of the caption.
+    """
+    length = load.length(image)
+    generated = given + generation_flops(model, grid, length - load.answer, load.answer)
+    ways = {
+        "given": {"passes": 1, "tokens": length, "flops": given},
+        "generated": {"passes": 2, "tokens": length, "flops": generated},
+    }
+    single = replace(load, nouns=1)
+    for way, one in (
+        ("one_noun", single),
+        ("noun_alone", replace(single, caption_tokens=load.noun_tokens)),
+    ):
+        flops = load.nouns * pass_flops(model, grid, one.length(image), one.answer)
+        ways[way] = {"passes": load.nouns, "tokens": one.length(image), "flops": flops}
+    return ways
+
+
+def pass_flops(model: nn.Module, grid: Tensor, length: int, answer: int) -> int:
+    """FLOPs of one parallel pass with ``answer`` logits, the projector included."""
+    count = FlopCount()
+    run_language(model, grid, length, answer, 0, count)
+    return sum(count.parts.values())
+
+
+def generation_flops(model: nn.Module, grid: Tensor, prompt: int, answer: int) -> int:
+    """FLOPs of generating ``answer`` tokens one by one behind a prompt, with a key-value cache.
+
+    The first token comes from the pass over the prompt; each later one from a pass over the token
+    before it, whose cost grows by the same amount with each token in the cache.
+    """
+    llama, past, projector = model.language_decoder.llama, None, FlopCount()
+    embeds = embed_prompt(model, grid, prompt, projector)
+    steps = []
+    for tokens in (embeds, embeds[:, :1], embeds[:, :1]):
+        with counter() as count:
+            out = llama.base_model(inputs_embeds=tokens, use_cache=True, past_key_values=past)
+            llama.get_output_embeddings()(out.last_hidden_state[:, -1:])
+        past = out.past_key_values
+        steps.append(count.get_total_flops())
+    later, growth = answer - 1, steps[2] - steps[1]
+    first = sum(projector.parts.values()) + steps[0]
+    return first + later * steps[1] + growth * later * (later - 1) // 2
+
+
+def implied_tokens(model: nn.Module, grid: Tensor, image: int, flops: float) -> int:
+    """The length L of a pass without logits that takes ``flops``.
+
+    It takes c + a L + b L^2 FLOPs, c the projector's; two passes give the three.
+    """
+    count = FlopCount()
+    run_language(model, grid, image, 0, 0, count)
+    fixed, first = count.parts["projector"], count.parts["language decoder"]
+    second = pass_flops(model, grid, 2 * image, 0) - fixed
+    square = (second - 2 * first) / (2 * image**2)
+    linear, rest = first / image - square * image, max(0.0, flops - fixed)
+    if not square:
+        return round(rest / linear)
+    return round((math.sqrt(linear**2 + 4 * square * rest) - linear) / (2 * square))
+
+
+# -- activations -----------------------------------------------------------------------------------
+
+
+class SavedBytes:
+    """Adds up what autograd saves by part; an instance is an ``Around``.
+
+    The storages of all tensors saved for backward count, each once, for the part that saves it
+    first, whole even where a view is saved.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        """Nothing saved yet; parameters and buffers of ``modules`` will not count."""
+        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        # Weak references keep an address from being used again, so that they compare safely.
+        self._seen = {StorageWeakRef(t.untyped_storage()) for t in tensors}
+        self.parts: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """What is saved inside counts for ``part``."""
+        self.parts.setdefault(part, 0)
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            reference = StorageWeakRef(storage)
+            if reference not in self._seen:
+                self._seen.add(reference)
+                self.parts[part] += storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+
+def saved_bytes(
+    model: nn.Module, cfg: Any, load: Workload, batch: int, half: bool
+) -> dict[str, Any]:
+    """Bytes saved for backward in one training step; the model's tensors become fake.
+
+    Autocast is the CPU's, which runs norms in bfloat16; CUDA's keeps them in float32, so that the
+    vision side takes more there. Copies of parameters in bfloat16 that autocast makes count.
+
+    Args:
+        model: built from ``cfg``.
+        cfg: the config.
+        load: of each image; all prompts of the batch are as long.
+        batch: images.
+        half: the language branch in bfloat16, as ZeRO keeps it, and autocast for the rest; float32
+            without.
+
+    Returns:
+        ``parts``: ``{part: bytes}``, losses last; ``sums``: bytes of all parts, ``plain`` as they
+        are and ``checkpointed``, when each block of the language decoder keeps its input only and
+        is computed again in the backward pass: all inputs, and one whole block at a time.
+    """
+    model.train()
+    # In training these layers look whether a value is infinite, which no fake tensor can tell;
+    # without dropout that is all evaluation changes.
+    model.mask_decoder.pixel_decoder.encoder.eval()
+    dtype = torch.bfloat16 if half else torch.float32
+    length = load.length(count_image_tokens(cfg))
+    with FakeTensorMode():
+        for name, child in model.named_children():
+            make_fake(child, dtype if name == "language_decoder" else torch.float32)
+        saved = SavedBytes(model)
+        blocks = _watched_blocks(model, saved)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            output, grid = run_vision(model, cfg, load.entities, batch, saved)
+            logits, nouns = run_language(model, grid, length, load.answer, load.nouns, saved)
+            with saved("association"):
+                scores = model.association(nouns, output.query_embeddings)
+        targets = torch.empty(len(logits), dtype=torch.int64)
+        with saved("losses"):
+            F.cross_entropy(logits.float(), targets, reduction="sum")
+        outputs = (*output.entity_logits, *output.mask_logits, *scores)
+        shapes = [(x.shape, x.dtype) for x in outputs]
+    saved.parts["losses"] += criterion_bytes(cfg, load.entities, shapes, output.query_valid.shape)
+    inputs = len(blocks) * batch * length * model.language_decoder.hidden_size * dtype.itemsize
+    plain = sum(saved.parts.values())
+    spared = max(0, sum(blocks[:-1]) - inputs)
+    return {"parts": saved.parts, "sums": {"plain": plain, "checkpointed": plain - spared}}
+
+
+def criterion_bytes(
+    cfg: Any, entities: int, outputs: list[tuple[Any, torch.dtype]], valid: torch.Size
+) -> int:
+    """Bytes that the losses of masks, entities and association save.
+
+    Their work depends on values: they run for real, on random logits of the same shapes.
+
+    Args:
+        cfg: the config.
+        entities: of each image.
+        outputs: shape and dtype of the entity logits of every layer, of the mask logits, and of the
+            association logits per image.
+        valid: (B, Q).
+    """
+    side = cfg.INPUT.GELLA.COLORMAP_SIZE
+    masks = torch.zeros(entities, side, side, dtype=torch.bool)
+    masks[:, 0, 0] = True  # an entity without a pixel would be left out
+    generator = torch.Generator().manual_seed(0)
+    filled = [
+        torch.randn(shape, generator=generator).to(kind).requires_grad_() for shape, kind in outputs
+    ]
+    layers = (len(outputs) - valid[0]) // 2
+    scores = filled[2 * layers :]
+    output = MaskDecoderOutput(
+        query_embeddings=torch.empty(valid),  # only its device is looked at
+        entity_logits=filled[:layers],
+        mask_logits=filled[layers : 2 * layers],
+        query_valid=torch.ones(valid, dtype=torch.bool),
     )
+    criterion = GellaCriterion(cfg)
+    saved = SavedBytes(criterion)
+    with torch.random.fork_rng(devices=[]), saved("losses"):
+        criterion(
+            output,
+            target_masks=[masks] * valid[0],
+            association_logits=scores,
+            association_targets=[torch.zeros(len(score), entities) for score in scores],
+        )
+    return saved.parts["losses"]
 
 
-def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+def _watched_blocks(model: nn.Module, saved: SavedBytes) -> list[int]:
+    """Bytes that each transformer block of the language decoder will have saved, in order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
+    sizes: list[int] = []
 
-def _grid_sample(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 8 * torch.Size(out_shape).numel()
+    def before(*_: Any) -> None:
+        sizes.append(-saved.parts["language decoder"])
+
+    def after(*_: Any) -> None:
+        sizes[-1] += saved.parts["language decoder"]
+
+    for module in model.language_decoder.llama.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False  # whatever the config says, both ways are told
+        if isinstance(module, GradientCheckpointingLayer):
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after)
+    return sizes

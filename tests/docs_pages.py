@@ -13,24 +13,25 @@ INLINE = re.compile(r"(?:(?:\.venv/bin/)?python )?((?:tools|datasets)/\w+\.py)((
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 # What makes a line of a block without a language a command all the same.
 COMMAND = re.compile(r"^\s*(?:\$ )?(?:\.venv/bin/)?(?:python3?|make|pytest|torchrun|srun|bash) \S")
+RUN = ("bash", "python")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: page (path from the root), line of its fence, language, text."""
+    """A fenced block: line of its fence, language, text, and what stands right below as output."""
 
-    page: str
     line: int
     language: str
     text: str
+    shown: list[str]
 
 
 def pages() -> list[str]:
     """Every page for people, as paths from the root."""
-    found = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    found += [ROOT / name / "README.md" for name in ("configs", "datasets", "tools")]
-    found += sorted(ROOT.glob("weights/*/README.md")) + sorted(ROOT.glob("examples/**/README.md"))
-    return [path.relative_to(ROOT).as_posix() for path in found if path.is_file()]
+    patterns = ("README.md", "docs/*.md", "configs/README.md", "datasets/README.md")
+    patterns += ("tools/README.md", "weights/*/README.md", "examples/**/README.md")
+    paths = (path for pattern in patterns for path in sorted(ROOT.glob(pattern)))
+    return [path.relative_to(ROOT).as_posix() for path in paths]
 
 
 def read(page: str) -> str:
@@ -39,64 +40,51 @@ def read(page: str) -> str:
 
 
 def blocks(page: str) -> list[Block]:
-    """The fenced blocks of a page in order."""
-    text = read(page)
-    return [
-        Block(page, text.count("\n", 0, found.start()) + 1, found[2], found[3])
-        for found in FENCE.finditer(text)
-    ]
+    """The fenced blocks of a page in order; output is ```text, below Python also ```."""
+    text, made = read(page), []
+    for fence in FENCE.finditer(text):
+        below = FENCE.match(text, fence.end() + 2) or FENCE.match(text, fence.end() + 1)
+        languages = ("", "text") if fence[2] == "python" else ("text",)
+        shown = below[3].splitlines() if below and below[2] in languages else []
+        made.append(Block(text.count("\n", 0, fence.start()) + 1, fence[2], fence[3], shown))
+    return made
 
 
-def without_blocks(page: str) -> str:
-    """A page's prose: fenced blocks are left out."""
-    return FENCE.sub("", read(page))
+def to_run(page: str) -> list[Block]:
+    """What a test has to run of a page."""
+    return [block for block in blocks(page) if block.language in RUN]
 
 
 def stray_commands(page: str) -> list[str]:
     """Lines that look like commands but stand in no block that says it is bash."""
-    lines = [
-        line
-        for block in blocks(page)
-        if block.language not in ("bash", "python")
-        for line in block.text.splitlines()
-    ]
+    others = (block for block in blocks(page) if block.language not in RUN)
+    lines = [line for block in others for line in block.text.splitlines()]
     # four spaces make a block too, except inside a list
-    prose = without_blocks(page).splitlines()
-    lines += [line for line in prose if line.startswith("    ")]
+    lines += [line for line in prose(page).splitlines() if line.startswith("    ")]
     return [line for line in lines if COMMAND.match(line)]
+
+
+def prose(page: str) -> str:
+    """A page without its fenced blocks."""
+    return FENCE.sub("", read(page))
 
 
 def inline_commands(page: str) -> list[tuple[str, list[str]]]:
     """The scripts that a page's sentences and tables call, each with its arguments."""
-    spans = re.findall(r"`([^`]+)`", without_blocks(page))
-    found = [INLINE.fullmatch(span) for span in spans]
-    return [(match[1], match[2].split()) for match in found if match]
-
-
-def shown_after(block: Block) -> list[str]:
-    """The lines of output that stand right below a block: ```text, below Python also ```."""
-    last = block.line + block.text.count("\n") + 1
-    languages = ("", "text") if block.language == "python" else ("text",)
-    for other in blocks(block.page):
-        if other.language in languages and last < other.line <= last + 2:
-            return other.text.splitlines()
-    return []
+    spans = (INLINE.fullmatch(span) for span in re.findall(r"`([^`]+)`", prose(page)))
+    return [(match[1], match[2].split()) for match in spans if match]
 
 
 def links(page: str) -> list[str]:
     """Targets of the links and pictures of a page that lead to no other server."""
-    found = [a or b for a, b in LINK.findall(without_blocks(page))]
-    return [target for target in found if not re.match(r"[a-z]+:", target)]
+    targets = (a or b for a, b in LINK.findall(prose(page)))
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
 
 
 def anchors(page: str) -> set[str]:
     """The anchors that GitHub makes of a page's headings."""
-    made: set[str] = set()
-    counts: dict[str, int] = {}
-    for title in re.findall(r"^#{1,6} +(.+?)\s*#*$", without_blocks(page), re.MULTILINE):
+    made: list[str] = []
+    for title in re.findall(r"^#{1,6} +(.+?)\s*#*$", prose(page), re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title)
-        slug = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
-        number = counts.get(slug, 0)
-        counts[slug] = number + 1
-        made.add(f"{slug}-{number}" if number else slug)
-    return made
+        made.append(re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-"))
+    return {f"{s}-{n}" if (n := made[:i].count(s)) else s for i, s in enumerate(made)}

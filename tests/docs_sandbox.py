@@ -1,8 +1,9 @@
-"""The folder in which the documentation's commands run: the repository, and small files for large.
+"""Where the documentation's commands run: the repository, and small files for large ones.
 
 Whatever a page names and no test can have stands here under the same name and in the same format:
 COCO with its narratives, RefCOCO and EntitySeg are a few synthetic scenes, LLaVA-1.5, Mask2Former
-and SAM are random models of some thousand weights, `configs/gella_swin_t.yaml` fits them.
+and SAM are random models of some thousand weights, `configs/gella_swin_t.yaml` fits them. Commands
+run as a page has them, but for `CHANGES`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from docs_replacements import replace
-
 ROOT = Path(__file__).resolve().parents[1]
-LINKED = ("docs", "examples", "projects", "tests", "tools", "weights", "README.md", "setup.py")
-LINKED += ("constraints.txt", "pyproject.toml")
+LINKED = ("docs", "examples", "projects", "tests", "tools", "weights", "benchmarks", "README.md")
+LINKED += ("constraints.txt", "pyproject.toml", "setup.py")
 TOKENIZER = "datasets/tokenizers/llava-v1.5-7b"
 # The paper's config at the size of the tiny one, in what its public weights must fit.
 PAPER_CONFIG = f"""
@@ -42,21 +41,135 @@ DATASETS:
 OUTPUT_DIR: output/gella_swin_t
 """
 SHORT = "SOLVER: {IMS_PER_BATCH: 2, MAX_ITER: 2, WARMUP_ITERS: 1}\nDATALOADER: {NUM_WORKERS: 0}\n"
+VISIT = "python tests/docs_warm.py visit tools/app.py"  # nobody else would stop it
+M2F, TOY = (
+    "transformers:facebook/mask2former-swin-large-coco",
+    "setup=tiny_segmenters:add_toy_config",
+)
+SURE = "pred_iou_thresh=-100 {0} stability_score_thresh=0 {0} points_per_side=4"  # a random SAM
+TINY = "configs/gella_tiny_shapes.yaml"
+WEIGHTS = "output/gella_swin_t/model_final.pth"
+# page, or "*" for all of them -> what stands in its commands: what is run in its place. Each stands
+# for what a test has not: GPUs (tests/test_launching.py starts several processes in every way), the
+# network (a random model of the same kind), a key or a server, the reader's own files, and hours.
+CHANGES: dict[str, dict[str, str]] = {
+    "*": {
+        " --num-gpus 8": "",
+        "sam:facebook/sam-vit-huge": "sam:models/sam",
+        f"{M2F}-panoptic": "transformers:models/mask2former",
+        f"{M2F}-instance": "transformers:models/mask2former",
+        "https://host/v1": "@CHAT@",
+        "GELLA_API_KEY=...": "GELLA_API_KEY=none",
+        "python tools/app.py": VISIT,
+    },
+    "Makefile": {
+        "python tools/app.py": VISIT,
+        "--train 0\n": "--train 0 --val 4\n",
+        "prepare_shapes.py\n": "prepare_shapes.py --train 6 --val 4\n",
+        "-n 2 tests": "tests/test_prompts.py",
+    },
+    "README.md": {
+        "prepare_shapes.py\n": "prepare_shapes.py --train 6 --val 4\n",
+        "SOLVER.MAX_ITER 3000": "SOLVER.MAX_ITER 3",
+    },
+    "docs/ANALYSIS.md": {
+        "benchmark.py eval": "benchmark.py eval --images 2 --size 96x64 --recall-nouns 100 --grid 4"
+        " --layers 1 --width 64 --vocabulary 640 --repeat 1",
+    },
+    "docs/CAPTIONS.md": {  # random weights describe nothing
+        "--device cuda --dtype float16 \\\n    --input images --output captions.jsonl": (
+            "--max-tokens 4 --answer-attempts 1 --limit 1 --input images --output none.jsonl"
+            " || test $? -eq 1"
+        ),
+    },
+    "docs/APP.md": {
+        "--weights model_final.pth --device cuda": f"--weights {WEIGHTS} --device cpu",
+        "sam:facebook/sam-vit-base": "sam:models/sam",
+    },
+    "docs/DEMO.md": {
+        "--min-area 100": "--min-area 1 --segmenter-option " + SURE.format("--segmenter-option"),
+    },
+    "docs/ENTITY_MASKS.md": {  # a Detectron2 model that finds red and blue
+        "setup=mask2former:add_maskformer2_config"
+        " --option MODEL.MASK_FORMER.TEST.INSTANCE_ON=True": TOY,
+        "--min-area 100": "--min-area 1 --option " + SURE.format("--option"),
+        '"A man leads two dogs."': '"A man leads two dogs." --nouns "A man,two dogs"',
+        "CONFIG": "configs/gella_swin_t.yaml",
+        "PTH": WEIGHTS,
+        'device="cuda"': 'device="cpu"',
+    },
+    "docs/EVALUATION.md": {
+        "CONFIG": TINY,
+        "FILE": "output/gella_tiny_shapes/model_final.pth",
+        "OUTPUT_DIR": "output/gella_tiny_shapes",
+        "NAME": "gella_shapes_png_train",
+    },
+    "docs/OPTIONS.md": {"SOLVER.MAX_ITER 400": "SOLVER.MAX_ITER 2"},
+    "docs/RESULTS.md": {
+        "--moved 7": "--moved 1 --iterations 2",
+        " MODEL.DEVICE cuda": " MODEL.DEVICE cpu",
+        # DeepSpeed compiles an op for a minute; tests/test_zero.py trains under it
+        " SOLVER.ZERO.CONFIG configs/zero/stage2.json": "",
+        "AMP.ENABLED True": "AMP.ENABLED False",
+        "SOLVER.MAX_ITER 200": "SOLVER.MAX_ITER 2",
+        "HIDDEN_SIZE 2048": "HIDDEN_SIZE 128",
+        "INTERMEDIATE_SIZE 5504": "INTERMEDIATE_SIZE 160",
+        "NUM_LAYERS 20": "NUM_LAYERS 1",
+    },
+    "docs/TRAINING.md": {
+        " --num-machines 2 --machine-rank 0": "",
+        " --num-machines 2 --machine-rank 1": "",
+        "tcp://10.0.0.1:29500": "tcp://127.0.0.1:@PORT@",
+        "--nnodes 2 --nproc-per-node 8": "--nproc-per-node 2",
+        "10.0.0.1:29500": "127.0.0.1:@PORT@",
+        "TEST.EVAL_PERIOD 2000": "TEST.EVAL_PERIOD 1",
+    },
+    "docs/WEIGHTS.md": {  # the tiny model's colormap encoder is no Swin and has a file of its own
+        "--mask2former model_final_9fd0ae.pkl": "--mask2former model_final_9fd0ae.pkl"
+        " --colormap-encoder lcnet.pth",
+        "iter_0008391": "iter_0000001",
+    },
+    "configs/README.md": {
+        "CONFIG.yaml": "models/toy/toy.yaml",
+        "WEIGHTS.pth": "models/toy/toy.pth",
+        "setup=PROJECT:ADD_CONFIG": TOY,
+        "INITIAL.pth": WEIGHTS,
+    },
+    "datasets/README.md": {
+        "datasets/prepare_shapes.py ": "datasets/prepare_shapes.py --train 4 --val 2 "
+    },
+}
+
+
+def changed(text: str, page: str) -> str:
+    """The commands of a page, or the Makefile, after `CHANGES`."""
+    everywhere = {} if page == "Makefile" else CHANGES["*"]
+    for old, new in {**everywhere, **CHANGES.get(page, {})}.items():
+        text = text.replace(old, new)
+    return text
 
 
 def build_sandbox(folder: Path) -> None:
     """Write everything that does not depend on a page; `folder` is made."""
     folder.mkdir(parents=True)
     for name in LINKED:
-        if (ROOT / name).exists():
-            (folder / name).symlink_to(ROOT / name)
-    (folder / "Makefile").write_text(replace(ROOT.joinpath("Makefile").read_text(), "Makefile"))
-    _write_configs(folder)
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "Makefile").write_text(changed(ROOT.joinpath("Makefile").read_text(), "Makefile"))
+    configs = folder / "configs"
+    shutil.copytree(ROOT / "configs", configs)
+    (configs / "gella_swin_t.yaml").write_text(PAPER_CONFIG)
+    tiny = configs / "gella_tiny_shapes.yaml"
+    tiny.rename(configs / "tiny_in_full.yaml")
+    tiny.write_text(f"_BASE_: tiny_in_full.yaml\n{SHORT}")
+    # Configs of the paper's model that count epochs would train for thousands of steps.
+    for path in configs.rglob("*.yaml"):
+        assert "  EPOCHS:" not in path.read_text() or path.name == "gella_swin_t.yaml", path
     _write_datasets(folder)
+    _write_own_files(folder)
     previous = os.getcwd()
     os.chdir(folder)  # paths of configs count from the current folder
     try:
-        _write_weights(Path())
+        _write_weights()
         _write_models(Path("models"))
     finally:
         os.chdir(previous)
@@ -70,46 +183,32 @@ def copy_sandbox(base: Path, folder: Path, socket: Path) -> dict[str, str]:
         folder: the copy, which must not exist.
         socket: of the warm Python (docs_warm.py) that is `python` in the sandbox.
 
-    Returns:
-        The environment for `bash`, in which PATH leads to that Python first.
+    Returns the environment for `bash`, in which PATH leads to that Python first.
     """
     shutil.copytree(base, folder, symlinks=True)
     binaries = folder / ".venv" / "bin"
     binaries.mkdir(parents=True)
-    warm = f'#!/bin/sh\nexec "{sys.executable}" -S -E "{ROOT}/tests/docs_warm.py" run "{socket}"'
-    scripts = {
-        "python": f'{warm} "$@"\n',
-        "torchrun": f'{warm} -m torch.distributed.run "$@"\n',
-        "srun": f'{warm} "{ROOT}/tests/docs_srun.py" "$@"\n',
-    }
-    for name, text in scripts.items():
-        (binaries / name).write_text(text)
+    helper = f'"{sys.executable}" -S -E "{ROOT}/tests/docs_warm.py"'
+    warm = f'exec {helper} run "{socket}"'
+    for name, text in {
+        "python": warm,
+        "torchrun": f"{warm} -m torch.distributed.run",
+        "srun": f"exec {helper} srun",
+    }.items():
+        (binaries / name).write_text(f'#!/bin/sh\n{text} "$@"\n')
         (binaries / name).chmod(0o755)
     (folder / ".venv" / ".installed").touch()
     unwanted = ("DETECTRON2_DATASETS", "GELLA_API_URL", "GELLA_API_MODEL", "GELLA_API_KEY")
     kept = {k: v for k, v in os.environ.items() if k not in unwanted and not k.startswith("PYTEST")}
-    paths = os.pathsep.join([str(ROOT / "projects"), str(ROOT / "tests")])
     return {
         **kept,
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": paths,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "projects"), str(ROOT / "tests")]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "MPLBACKEND": "Agg",
     }
-
-
-def _write_configs(folder: Path) -> None:
-    configs = folder / "configs"
-    shutil.copytree(ROOT / "configs", configs)
-    (configs / "gella_swin_t.yaml").write_text(PAPER_CONFIG)
-    tiny = configs / "gella_tiny_shapes.yaml"
-    tiny.rename(configs / "tiny_in_full.yaml")
-    tiny.write_text(f"_BASE_: tiny_in_full.yaml\n{SHORT}")
-    # Configs of the paper's model that count epochs would train for thousands of steps.
-    for path in configs.rglob("*.yaml"):
-        assert "  EPOCHS:" not in path.read_text() or path.name == "gella_swin_t.yaml", path
 
 
 def _write_datasets(folder: Path) -> None:
@@ -125,31 +224,39 @@ def _write_datasets(folder: Path) -> None:
     shutil.copytree(shapes / "tokenizer", folder / TOKENIZER)
     for split in ("train", "val"):
         _write_coco(shapes, data / "coco", split)
-    _write_refcoco(shapes, data)
-    _write_entityseg(shapes, data / "entityseg")
+    # RefCOCO's files over the scenes that stand for COCO train2017
+    refs = pickle.loads((shapes / "refcoco" / "refs(unc).p").read_bytes())
+    train = {int(path.stem) for path in (data / "coco" / "train2017").iterdir()}
+    instances = json.loads((shapes / "refcoco" / "instances.json").read_text())
+    instances["images"] = [i for i in instances["images"] if i["id"] in train]
+    instances["annotations"] = [a for a in instances["annotations"] if a["image_id"] in train]
+    for name, maker in (("refcoco", "unc"), ("refcoco+", "unc"), ("refcocog", "umd")):
+        (data / name).mkdir()
+        (data / name / "instances.json").write_text(json.dumps(instances))
+        kept = [ref for ref in refs if ref["image_id"] in train]
+        (data / name / f"refs({maker}).p").write_bytes(pickle.dumps(kept, protocol=2))
+    entityseg = data / "entityseg" / "annotations" / "entity_segmentation"
+    entityseg.mkdir(parents=True)
+    shutil.copytree(shapes / "train", data / "entityseg" / "images" / "one")
+    name = "entityv2_010203_entity_train.json"
+    shutil.copy(shapes / "refcoco" / "instances.json", entityseg / name)
+    shutil.copy(shapes / "annotations" / "captions_train.jsonl", entityseg.parent)
+    (data / "entities").mkdir()
     masks = data / "entities" / "coco_entity_swin_l_val2017.json"
-    masks.parent.mkdir()
     shutil.copy(shapes / "annotations" / "predicted_val.json", masks)
-    _write_own_files(folder)
 
 
 def _write_coco(shapes: Path, coco: Path, split: str) -> None:
     """The scenes as COCO panoptic and PNG of 2017, with COCO's own categories."""
     from gella.data.coco_categories import coco_panoptic_categories
 
-    notes = coco / "annotations"
-    year = f"{split}2017"
+    notes, year = coco / "annotations", f"{split}2017"
     shutil.copytree(shapes / split, coco / year)
     shutil.copytree(shapes / "annotations" / f"panoptic_{split}", notes / f"panoptic_{year}")
     content = json.loads((shapes / "annotations" / f"panoptic_{split}.json").read_text())
     categories = coco_panoptic_categories()
-    places: dict[bool, list[int]] = {True: [], False: []}
-    for category in categories:
-        places[bool(category["isthing"])].append(category["id"])
-    new = {
-        category["id"]: places[bool(category["isthing"])][place]
-        for place, category in enumerate(content["categories"])
-    }
+    ids = {kind: [c["id"] for c in categories if c["isthing"] == kind] for kind in (0, 1)}
+    new = {c["id"]: ids[c["isthing"]][i] for i, c in enumerate(content["categories"])}
     for annotation in content["annotations"]:
         for segment in annotation["segments_info"]:
             segment["category_id"] = new[segment["category_id"]]
@@ -159,35 +266,7 @@ def _write_coco(shapes: Path, coco: Path, split: str) -> None:
     shutil.copy(narratives, notes / f"png_coco_{year}.json")
 
 
-def _write_refcoco(shapes: Path, data: Path) -> None:
-    """RefCOCO's files over the scenes that stand for COCO train2017."""
-    with open(shapes / "refcoco" / "refs(unc).p", "rb") as stream:
-        refs = pickle.load(stream)
-    known = {int(path.stem) for path in (data / "coco" / "train2017").iterdir()}
-    refs = [ref for ref in refs if ref["image_id"] in known]
-    for folder, makers in {"refcoco": ("unc",), "refcoco+": ("unc",), "refcocog": ("umd",)}.items():
-        (data / folder).mkdir()
-        instances = json.loads((shapes / "refcoco" / "instances.json").read_text())
-        instances["images"] = [i for i in instances["images"] if i["id"] in known]
-        instances["annotations"] = [a for a in instances["annotations"] if a["image_id"] in known]
-        (data / folder / "instances.json").write_text(json.dumps(instances))
-        for maker in makers:
-            with open(data / folder / f"refs({maker}).p", "wb") as stream:
-                pickle.dump(refs, stream, protocol=2)
-
-
-def _write_entityseg(shapes: Path, folder: Path) -> None:
-    notes = folder / "annotations"
-    (notes / "entity_segmentation").mkdir(parents=True)
-    shutil.copytree(shapes / "train", folder / "images" / "one")
-    shutil.copy(
-        shapes / "refcoco" / "instances.json",
-        notes / "entity_segmentation" / "entityv2_010203_entity_train.json",
-    )
-    shutil.copy(shapes / "annotations" / "captions_train.jsonl", notes)
-
-
-def _write_weights(folder: Path) -> None:
+def _write_weights() -> None:
     """Random weights where a page takes those of a training, of LLaVA-1.5 and of Mask2Former."""
     import torch
     from detectron2.modeling import build_model
@@ -198,30 +277,23 @@ def _write_weights(folder: Path) -> None:
         torch.manual_seed(0)
         cfg = load_config(f"configs/{name}.yaml")
         model = build_model(cfg)
-        output = folder / "output" / name
-        output.mkdir(parents=True)
-        torch.save({"model": model.state_dict()}, output / "model_final.pth")
-        if name == "gella_swin_t":
-            _write_public(folder, cfg, model)
+        Path("output", name).mkdir(parents=True)
+        torch.save({"model": model.state_dict()}, f"output/{name}/model_final.pth")
+    _write_public(cfg, model)
 
 
-def _write_public(folder: Path, cfg: Any, model: Any) -> None:
+def _write_public(cfg: Any, model: Any) -> None:
     """Public models whose parts have the sizes of `model`."""
     import numpy as np
     import timm
     import torch
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
+    import transformers
 
     from gella.weights.mask2former import Mask2FormerUpstream
 
     language, clip = cfg.MODEL.LANGUAGE, cfg.MODEL.IMAGE_ENCODER
     words = language.VOCAB_SIZE - 1
-    vision = CLIPVisionConfig(
+    vision = transformers.CLIPVisionConfig(
         hidden_size=clip.WIDTH,
         intermediate_size=int(clip.WIDTH * clip.MLP_RATIO),
         num_hidden_layers=clip.LAYERS,
@@ -229,7 +301,7 @@ def _write_public(folder: Path, cfg: Any, model: Any) -> None:
         image_size=clip.IMAGE_SIZE,
         patch_size=clip.PATCH_SIZE,
     )
-    text = LlamaConfig(
+    text = transformers.LlamaConfig(
         vocab_size=words + 8,
         hidden_size=language.HIDDEN_SIZE,
         intermediate_size=language.INTERMEDIATE_SIZE,
@@ -238,18 +310,17 @@ def _write_public(folder: Path, cfg: Any, model: Any) -> None:
         num_key_value_heads=language.NUM_KEY_VALUE_HEADS,
         rms_norm_eps=language.RMS_NORM_EPS,
     )
-    both = LlavaConfig(
+    both = transformers.LlavaConfig(
         vision_config=vision.to_dict(),
         text_config=text.to_dict(),
         image_token_index=words,
         vision_feature_layer=-2,
     )
-    LlavaForConditionalGeneration(both).save_pretrained(folder / "llava-1.5-7b-hf")
-    encoder = timm.create_model(cfg.MODEL.COLORMAP_ENCODER.ARCH)
-    torch.save(encoder.state_dict(), folder / "lcnet.pth")
+    transformers.LlavaForConditionalGeneration(both).save_pretrained("llava-1.5-7b-hf")
+    torch.save(timm.create_model(cfg.MODEL.COLORMAP_ENCODER.ARCH).state_dict(), "lcnet.pth")
     m2f = Mask2FormerUpstream.from_config(cfg).from_gella(model.state_dict())
     arrays = {key: np.asarray(tensor) for key, tensor in m2f.items()}
-    (folder / "model_final_9fd0ae.pkl").write_bytes(pickle.dumps({"model": arrays}))
+    Path("model_final_9fd0ae.pkl").write_bytes(pickle.dumps({"model": arrays}))
 
 
 def _write_models(folder: Path) -> None:
@@ -260,13 +331,13 @@ def _write_models(folder: Path) -> None:
     save_sam(folder / "sam")
     save_mask2former(folder / "mask2former")
     save_toy(folder / "toy")
+    shutil.copy(folder / "toy" / "toy.yaml", "configs/entity_swin_l.yaml")
+    shutil.copy(folder / "toy" / "toy.pth", "entity_swin_l.pth")
     save_tiny_llava(folder / "llava-1.5-7b-hf", Path("datasets/shapes/tokenizer"))
 
 
 def _write_own_files(folder: Path) -> None:
     """Pictures and annotations under the names that pages give to the reader's own."""
-    from tiny_segmenters import save_toy
-
     coco = folder / "datasets" / "coco"
     shutil.copytree(coco / "val2017", folder / "images")
     shutil.copytree(coco / "annotations" / "panoptic_val2017", folder / "panoptic_png")
@@ -279,6 +350,3 @@ def _write_own_files(folder: Path) -> None:
         "from gella.data.register import register_panoptic\n"
         'register_panoptic("my_pictures", "images", "panoptic_png", "panoptic.json")\n'
     )
-    save_toy(folder / "toy")
-    (folder / "toy" / "toy.yaml").rename(folder / "configs" / "entity_swin_l.yaml")
-    (folder / "toy" / "toy.pth").rename(folder / "entity_swin_l.pth")

@@ -1,10 +1,11 @@
-"""A Python that is warm: one process imports the libraries once and is forked for each command.
+"""The `python` of the documentation's commands: a fork of one process that is warm.
 
-    python docs_warm.py serve SOCKET          listens, until it is killed
-    python docs_warm.py run SOCKET [-c CODE | -m MODULE | SCRIPT] [ARGUMENTS]
-                                              is `python ...` in a fork of the server
+    docs_warm.py serve SOCKET                 imports the libraries once, listens until it is killed
+    docs_warm.py run SOCKET [-c CODE | -m MODULE | SCRIPT] [ARGUMENTS]
+    docs_warm.py srun COMMAND                 two tasks with SLURM's variables, as `srun` starts
+    docs_warm.py visit SCRIPT [ARGUMENTS]     asks a server for its page and stops it with Ctrl-C
 
-The second has the current folder, the environment, the streams and the exit status of an ordinary
+``run`` has the current folder, the environment, the streams and the exit status of an ordinary
 Python; only the seconds in which torch and transformers are imported are saved.
 """
 
@@ -13,17 +14,20 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import runpy
 import signal
 import socket
+import subprocess
 import sys
+import urllib.request
 from typing import Any
 
 IMPORTS = ("torch", "transformers", "timm", "detectron2.modeling", "gella", "PIL.Image")
 
 
 def serve(address: str) -> None:
-    """Import the libraries, then fork a supervisor for each connection."""
+    """Import the libraries, then fork a supervisor for each connection, and it a worker."""
     for name in IMPORTS:
         __import__(name)
     gc.freeze()  # what is there now stays shared: no fork writes to it by looking for garbage
@@ -33,53 +37,43 @@ def serve(address: str) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors are nobody's to wait for
     while True:
         connection, _ = server.accept()
-        if os.fork() == 0:
-            server.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            job = _supervised(connection)
-            if job is not None:
-                _become(job)
-                return
+        if os.fork():
+            connection.close()
+            continue
+        server.close()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        data, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+        if worker := os.fork():
+            for stream in streams:
+                os.close(stream)
+            connection.sendall(f"{worker}\n".encode())
+            code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+            connection.sendall(f"{code}\n".encode())
+            os._exit(0)
         connection.close()
-
-
-def _supervised(connection: socket.socket) -> dict[str, Any] | None:
-    """Fork once more: the child gets its job, the supervisor waits and tells the exit status."""
-    data, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-    child = os.fork()
-    if child:
-        for stream in streams:
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
             os.close(stream)
-        connection.sendall(f"{child}\n".encode())
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        connection.sendall(f"{code}\n".encode())
-        os._exit(0)
-    connection.close()
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
-    return json.loads(data)
+        return become(**json.loads(data))
 
 
-def _become(job: dict[str, Any]) -> None:
-    """Run the job as the interpreter would; what it raises ends the process."""
-    os.chdir(job["folder"])
+def become(folder: str, environment: dict[str, str], arguments: list[str]) -> None:
+    """Run a command line as the interpreter would; what it raises ends the process."""
+    os.chdir(folder)
     os.environ.clear()
-    os.environ.update(job["environment"])
+    os.environ.update(environment)
     # PYTHONPATH of the server is in sys.path already; its first entry is this file's folder.
-    first, *arguments = job["arguments"]
-    if first in ("-c", "-m"):
-        target, *arguments = arguments
-        sys.path[0] = job["folder"] if first == "-m" else ""
-        sys.argv = [first, *arguments]
-        if first == "-m":
-            runpy.run_module(target, run_name="__main__", alter_sys=True)
-        else:
-            exec(compile(target, "<string>", "exec"), {"__name__": "__main__"})
-        return
-    sys.argv = [first, *arguments]
-    sys.path[0] = os.path.dirname(os.path.realpath(first))
-    runpy.run_path(first, run_name="__main__")
+    first, *rest = arguments
+    sys.argv = arguments
+    if first == "-c":
+        sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif first == "-m":
+        sys.argv, sys.path[0] = ["-m", *rest[1:]], folder
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(os.path.realpath(first))
+        runpy.run_path(first, run_name="__main__")
 
 
 def run(address: str, arguments: list[str]) -> int:
@@ -89,15 +83,54 @@ def run(address: str, arguments: list[str]) -> int:
     job = {"folder": os.getcwd(), "environment": dict(os.environ), "arguments": arguments}
     socket.send_fds(connection, [json.dumps(job).encode()], [0, 1, 2])
     answers = connection.makefile()
-    child = int(answers.readline())
+    worker = int(answers.readline())
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: os.kill(child, received))
+        signal.signal(number, lambda received, _: os.kill(worker, received))
     code = int(answers.readline() or 1)
     return code if code >= 0 else 128 - code
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def srun(arguments: list[str]) -> int:
+    """Run a command twice at once; the first exit status that is not 0, else 0."""
+    while arguments[0].startswith("--"):
+        arguments = arguments[1:]
+    step = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_NODELIST": "localhost"}
+    step |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    tasks: list[Any] = []
+    for task in ("0", "1"):
+        own = {"SLURM_PROCID": task, "SLURM_LOCALID": task}
+        tasks.append(subprocess.Popen(arguments, env={**os.environ, **step, **own}))
+    codes = [task.wait() for task in tasks]
+    return next((code for code in codes if code), 0)
+
+
+def visit(arguments: list[str]) -> int:
+    """Run a server until it has printed its address and given its page; its exit status."""
+    server = subprocess.Popen(["python", *arguments], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    for line in server.stdout:
+        print(line, end="", flush=True)
+        if address := re.search(r"http://127\.0\.0\.1:\d+\S*", line):
+            with urllib.request.urlopen(address[0], timeout=600) as answer:
+                assert answer.status == 200 and answer.read()
+            server.send_signal(signal.SIGINT)
+            print(server.stdout.read(), end="")
+            return server.wait()
+    return 1  # no address
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        serve(sys.argv[2])
+    mode, *words = sys.argv[1:]
+    if mode == "serve":
+        serve(words[0])
     else:
-        sys.exit(run(sys.argv[2], sys.argv[3:]))
+        sys.exit(
+            run(words[0], words[1:]) if mode == "run" else {"srun": srun}.get(mode, visit)(words)
+        )

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from cost_passes import TextPass, Workload
-from cost_zero import GIB, Branch
+from cost import GIB, Branch
 from detectron2.modeling import build_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -49,7 +49,7 @@ HOMES = {
     "safetensors": {"weights.files"},
     "huggingface_hub": {"weights.files"},
     "mask2former": {"modeling.upstream_mask_decoder"},
-    "gradio": {"commands.app"},
+    "gradio": {"commands.app_page"},
     "openai": {"captions.endpoint"},
     "pandas": {"commands.analyze", "commands.analyze_cases"},
 }

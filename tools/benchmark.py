@@ -20,29 +20,24 @@ itself: ``python tools/benchmark.py cost --help``.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gella.commands.console import exit_status
+
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT / "benchmarks"), str(_ROOT / "datasets")]
-
-import cost as benchmark_cost  # noqa: E402
-import crash as benchmark_crash  # noqa: E402
-import curves as benchmark_curves  # noqa: E402
-import data as benchmark_data  # noqa: E402
-import evaluation as benchmark_eval  # noqa: E402
-import generation as benchmark_generation  # noqa: E402
-import predict as benchmark_predict  # noqa: E402
-
+# mode -> its file in benchmarks/, and what it does
 MODES = {
-    "cost": (benchmark_cost, "parameters, FLOPs and memory of each part, counted"),
-    "crash": (benchmark_crash, "kills a training and compares what its resumed runs end at"),
-    "curves": (benchmark_curves, "losses under ZeRO in several processes over those of one"),
-    "data": (benchmark_data, "images per second of mapper and loader"),
-    "generation": (benchmark_generation, "calls of the language model for an answer"),
-    "eval": (benchmark_eval, "time of panoptic quality, average recall and given nouns"),
-    "predict": (benchmark_predict, "captions on one picture, and pictures in one batch"),
+    "cost": ("cost", "parameters, FLOPs and memory of each part, counted"),
+    "crash": ("crash", "kills a training and compares what its resumed runs end at"),
+    "curves": ("curves", "losses under ZeRO in several processes over those of one"),
+    "data": ("data", "images per second of mapper and loader"),
+    "generation": ("generation", "calls of the language model for an answer"),
+    "eval": ("evaluation", "time of panoptic quality, average recall and given nouns"),
+    "predict": ("predict", "captions on one picture, and pictures in one batch"),
 }
 
 
@@ -52,16 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (mode, text) in MODES.items():
-        mode.add_arguments(commands.add_parser(name, help=text))
+    modules = {name: importlib.import_module(file) for name, (file, _) in MODES.items()}
+    for name, (_, text) in MODES.items():
+        modules[name].add_arguments(commands.add_parser(name, help=text))
     args = parser.parse_args(arguments)
-    try:
-        MODES[args.command][0].run(args)
-    except (KeyError, OSError, ValueError) as error:
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
-        return 2
-    return 0
+
+    def work() -> None:
+        modules[args.command].run(args)
+
+    return exit_status(work, errors=(KeyError, OSError, ValueError), interrupted="stopped")
 
 
 if __name__ == "__main__":

@@ -21,25 +21,43 @@ import importlib.util
 import ipaddress
 import logging
 import os
-import signal
 import socket
 import sys
+import tempfile
 import threading
-import traceback
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
-from gella.commands.app_server import SLACK, Guard, Workspace
-from gella.commands.app_sessions import Janitor, Sessions
-from gella.commands.app_uploads import Limits
+from gella.commands.console import exit_status
+from gella.commands.demo_captions import Entry, read_captions
+from gella.utils.stopping import StopRequest
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = "weights/gella_tiny_shapes/config.yaml"
 EXAMPLES = ROOT / "examples" / "shapes"
 FIRST_PORT = 7860
-MAX_AGE = 6 * 3600.0  # seconds that an upload stays
 MAX_UPLOADS = 100  # of the largest size that the folder may hold
+# Scripts, styles and pictures of this server only; Gradio's page has inline ones, and names hosts
+# that are not asked then.
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "connect-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
+    "form-action 'self'"
+)
+_HEADERS = {
+    b"content-security-policy": _POLICY.encode(),
+    b"referrer-policy": b"no-referrer",
+    b"x-content-type-options": b"nosniff",
+}
+_SLACK = 100_000  # bytes of a request besides the file or the texts in it
+_DRAINED = 10  # times the allowed size: so much of a refused request is read, to tell why
+_ABANDONED = 3600.0  # seconds after which a file that is still being uploaded is given up
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,87 +99,121 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_desk(args: argparse.Namespace) -> Any:
-    """Load the model, the segmenter and the captioner; return the `Desk` over them.
+def read_examples(folder: Path) -> list[Entry]:
+    """The examples of ``captions.jsonl`` in a folder, with absolute paths; none without that file.
 
-    Raises FileNotFoundError, ValueError: what they raise for wrong names and files.
+    Raises ValueError for a line of another form, FileNotFoundError for a file that is not there.
     """
-    from gella.commands.app_tasks import Desk
-    from gella.predictor import GellaPredictor
-
-    limits = Limits(int(args.max_upload_mb * 1e6), args.max_pixels, args.max_caption)
-    predictor = GellaPredictor.from_config(
-        args.config_file, args.weights, args.device, opts=args.opts
-    )
-    finder = None
-    if args.segmenter:
-        from gella.segmenters.segmenter import load_segmenter
-
-        finder = load_segmenter(args.segmenter, args.device)
-    sessions = Sessions(args.sessions)
-    return Desk(predictor, limits, sessions, finder=finder, captioner=make_captioner(args))
+    listed = folder.resolve() / "captions.jsonl"
+    entries = read_captions(listed) if listed.is_file() else []
+    for entry in entries:
+        if not entry.image or not entry.masks:
+            raise ValueError(f'{entry.where}: expected {{"image", "masks", "caption"}}')
+        for path in (listed.parent / entry.image, entry.masks):
+            if not path.is_file():
+                raise FileNotFoundError(f"example {path} does not exist; correct captions.jsonl")
+    return [replace(entry, image=str(listed.parent / str(entry.image))) for entry in entries]
 
 
-def make_captioner(args: argparse.Namespace) -> Any:
-    """The captioner that the arguments name; None if they name none."""
-    if not args.captioner:
-        return None
-    from gella.captions.ask import open_captioner
-    from gella.captions.endpoint import EndpointSettings
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """Gradio's temporary folder, of this server alone; it goes when the server ends.
 
-    # Somebody waits at the page: better told soon than served late.
-    patience = EndpointSettings(timeout=60.0, retries=1, max_wait=10.0, rate_limit_retries=2)
-    device = args.device or "cpu"
-    return open_captioner(args.captioner, args.captioner_model, device=device, settings=patience)
-
-
-def launch(desk: Any, args: argparse.Namespace, workspace: Workspace) -> tuple[Any, str]:
-    """Open the page; return Gradio's blocks, to be closed, and the address.
-
-    Raises OSError: the port is in use, or the host is none of this machine's.
+    Must be entered before gradio is imported, which reads its settings from the environment then.
+    They also switch off what asks other hosts.
     """
-    import gradio as gr
-    from starlette.middleware import Middleware
-
-    from gella.commands.app_examples import copied, read_examples
-    from gella.commands.app_page import HEAD, build
-
-    untrained = not desk.predictor.cfg.MODEL.WEIGHTS
-    examples = copied(read_examples(Path(args.examples)), workspace.folder)
-    blocks = build(desk, workspace.downloads(), examples, untrained)
-    workspace.keep_all()
-    blocks.queue(max_size=args.queue, default_concurrency_limit=1)
-    limit = desk.limits.max_upload
-    guard = Middleware(
-        Guard,
-        max_upload=2 * limit + SLACK,  # a picture's masks may be two files
-        max_body=SLACK + 12 * desk.limits.max_caption,  # a character may be written as \uXXXX twice
-        full=workspace.is_full,
-    )
-    plain = gr.themes.Default(
-        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
-    try:
-        _, address, _ = blocks.launch(
-            server_name=args.host,
-            server_port=args.port,
-            share=False,
-            prevent_thread_lock=True,
-            quiet=True,
-            show_error=False,
-            allowed_paths=[],
-            max_file_size=limit,
-            enable_monitoring=False,
-            ssr_mode=False,
-            mcp_server=False,
-            footer_links=[],
-            theme=plain,
-            head=HEAD,
-            app_kwargs={"middleware": [guard]},
+    with tempfile.TemporaryDirectory(prefix="gella_app_", ignore_cleanup_errors=True) as name:
+        folder = Path(name).resolve()
+        os.environ.update(
+            GRADIO_TEMP_DIR=str(folder),
+            GRADIO_EXAMPLES_CACHE=str(folder / "examples"),
+            GRADIO_ANALYTICS_ENABLED="False",
+            GRADIO_SHARE="False",
+            GRADIO_SSR_MODE="False",
+            HF_HUB_DISABLE_TELEMETRY="1",
         )
-    except OSError as error:
-        raise OSError(f"{error}; choose another address by --host and --port") from error
-    return blocks, address
+        yield folder
+
+
+def is_full(folder: Path, max_bytes: float) -> bool:
+    """Whether a folder holds more; files that visitors gave up uploading are deleted first.
+
+    Gradio leaves those behind, directly in the folder; the others are its `delete_cache`'s.
+    """
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            status = path.lstat()
+            if path.parent == folder and path.is_file():
+                if time.time() - status.st_mtime > _ABANDONED:
+                    path.unlink()
+                    continue
+            total += status.st_size * path.is_file()
+    return total > max_bytes
+
+
+class Guard:
+    """ASGI middleware before Gradio: what it refuses is never parsed.
+
+    Gradio bounds each uploaded file, but neither a whole request nor all uploads together, and it
+    fetches addresses for its visitors.
+
+    Args:
+        app: the application behind it.
+        max_upload: bytes of a request that uploads files.
+        max_body: bytes of any other request.
+        full: says that there is no room for another upload.
+    """
+
+    def __init__(self, app: Any, max_upload: int, max_body: int, full: Callable[[], bool]) -> None:
+        self._app, self._full = app, full
+        self._max_upload, self._max_body = max_upload, max_body
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one request."""
+        from starlette.responses import JSONResponse
+
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path, refused = unquote(scope["path"]).lower(), None
+        upload = path.rstrip("/").endswith("/upload")
+        left = limit = self._max_upload if upload else self._max_body
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if "/proxy=" in path or "file=http" in path or "file=//" in path:
+            refused = 403, "This server fetches nothing from other addresses."
+        elif not length.isdigit() or int(length) > limit:
+            await _drain(receive, _DRAINED * limit)
+            refused = 413, f"The request is too large; at most {limit:,} bytes go."
+        elif upload and self._full():
+            refused = 503, "There is no room for uploads now; try again in a while."
+        if refused:
+            await JSONResponse({"detail": refused[1]}, refused[0])(scope, receive, send)
+            return
+
+        async def counted() -> Any:
+            """A body that is longer than allowed ends as if the client had gone."""
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            return message if left >= 0 else {"type": "http.disconnect"}
+
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                given = [pair for pair in message.get("headers", []) if pair[0] not in _HEADERS]
+                message = {**message, "headers": [*given, *_HEADERS.items()]}
+            await send(message)
+
+        await self._app(scope, counted, with_headers)
+
+
+async def _drain(receive: Any, limit: int) -> None:
+    """Read a body and drop it: a browser looks at the answer only when it has sent all."""
+    while limit > 0:
+        message = await receive()
+        limit -= len(message.get("body", b""))
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return
 
 
 def is_loopback(host: str) -> bool:
@@ -180,27 +232,65 @@ def check_address(host: str, port: int | None) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port or 0))
     except OSError as error:
-        where = f"{host}, port {port}" if port else host
+        address = f"{host}, port {port}" if port else host
         raise OSError(
-            f"the page cannot answer at {where} ({error.strerror or error}); choose another "
+            f"the page cannot answer at {address} ({error.strerror or error}); choose another "
             "address by --host and --port"
         ) from None
 
 
-def run(args: argparse.Namespace, stop: threading.Event | None = None) -> None:
-    """Build the model, open the page and serve until a signal, or ``stop``, says so."""
-    stop = stop or threading.Event()
+def make_desk(args: argparse.Namespace, folder: Path) -> Any:
+    """Load the model, the segmenter and the captioner; return the `Desk` over them.
+
+    Raises FileNotFoundError, ValueError: what they raise for wrong names and files.
+    """
+    from gella.captions.ask import open_captioner
+    from gella.captions.endpoint import EndpointSettings
+    from gella.commands.app_page import Desk, Limits
+    from gella.predictor import GellaPredictor
+    from gella.segmenters.segmenter import load_segmenter
+
+    limits = Limits(int(args.max_upload_mb * 1e6), args.max_pixels, args.max_caption)
+    predictor = GellaPredictor.from_config(
+        args.config_file, args.weights, args.device, opts=args.opts
+    )
+    finder = load_segmenter(args.segmenter, args.device) if args.segmenter else None
+    captioner = None
+    if args.captioner:
+        # Somebody waits at the page: better told soon than served late.
+        patience = EndpointSettings(timeout=60.0, retries=1, max_wait=10.0, rate_limit_retries=2)
+        captioner = open_captioner(
+            args.captioner, args.captioner_model, device=args.device or "cpu", settings=patience
+        )
+    return Desk(predictor, limits, folder / "results", finder, captioner)
+
+
+def open_page(desk: Any, args: argparse.Namespace, folder: Path) -> tuple[Any, str]:
+    """Serve a `Desk` behind a `Guard`; return what is to be closed, and the address."""
+    from starlette.middleware import Middleware
+
+    from gella.commands.app_page import launch
+
+    guard = Middleware(
+        Guard,
+        max_upload=2 * desk.limits.max_upload + _SLACK,  # a picture's masks may be two files
+        max_body=_SLACK + 12 * desk.limits.max_caption,  # a character may be \uXXXX twice
+        full=lambda: is_full(folder, MAX_UPLOADS * desk.limits.max_upload),
+    )
+    return launch(desk, args, read_examples(Path(args.examples)), guard)
+
+
+def run(args: argparse.Namespace, stop: threading.Event) -> None:
+    """Build the model, open the page and serve until ``stop`` says so."""
     if importlib.util.find_spec("gradio") is None:
         raise ImportError('the web page needs gradio; install it: pip install -e ".[app]"')
     check_address(args.host, args.port)
-    uploads = int(MAX_UPLOADS * args.max_upload_mb * 1e6)
-    with Workspace(uploads, MAX_AGE) as workspace:
+    with own_folder() as folder:
         print("loading the model ...", flush=True)
-        desk = make_desk(args)
+        desk = make_desk(args, folder)
         if not desk.predictor.cfg.MODEL.WEIGHTS:
             print("no weights: the model is untrained, and the page says so")
-        blocks, address = launch(desk, args, workspace)
-        janitor = Janitor([desk.sessions.sweep, workspace.clean])
+        blocks, address = open_page(desk, args, folder)
         try:
             if not is_loopback(args.host):
                 print(
@@ -210,8 +300,8 @@ def run(args: argparse.Namespace, stop: threading.Event | None = None) -> None:
             sys.stdout.flush()
             stop.wait()
         finally:
-            janitor.stop()
             blocks.close(verbose=False)
+    print("stopped; its temporary files are gone")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,14 +309,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     args = parse_args(argv)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    try:
-        run(args, stop)
-    except (ValueError, OSError, ImportError) as error:
-        if os.getenv("GELLA_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print("stopped; its temporary files are gone")
-    return 0
+    with StopRequest(first=lambda number: stop.set()):
+        return exit_status(lambda: run(args, stop), errors=(ValueError, OSError, ImportError))

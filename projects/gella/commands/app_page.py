@@ -1,24 +1,50 @@
-"""The page itself: Gradio's components and which function answers which button.
+"""The page: what a visitor sends, asks and sees.
 
-`build` only lays it out; the functions are in `app_answers`, what is let in in `app_uploads`.
+Gradio keeps what is a visitor's (`State`), queues the questions and deletes old files. Files are
+strangers': the library reads them, within `Limits`. Every message says in one line what is wrong
+and what is allowed, and none of them names a folder of the server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import hashlib
+import html
+import itertools
+import json
+import logging
+import queue
+import re
+import secrets
+import shutil
+import threading
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.data_classes import ImageData
+import numpy as np
 
-from gella.commands.app_answers import Page, guarded, note
-from gella.commands.app_examples import Example
-from gella.commands.app_tasks import Desk
-from gella.commands.app_uploads import MASK_SUFFIXES, PICTURE_FORMATS
-from gella.pictures.html import SCRIPT, STYLE
+from gella.captions.ask import caption_picture
+from gella.captions.captioner import AnswerError, EndpointError, RequestError
+from gella.commands.demo_captions import Entry
+from gella.entities.entity_map import EntityMap
+from gella.entities.json_files import entries_by_image, forget_files, json_format
+from gella.entities.sources import load_entities
+from gella.entities.view import read_image
+from gella.pictures.grounding import Grounding, PanopticResult
+from gella.pictures.html import SCRIPT, STYLE, grounding_html, panoptic_html
+from gella.predictor.scene import image_id_of
+from gella.utils.io import write_atomically
 
+MASK_SUFFIXES = (".png", ".npz", ".json")
+BYTES_PER_PIXEL = 32  # that an .npz may unpack to, for each pixel that a picture may have
+IDLE = 1800.0  # seconds after its last question that a visitor's encoded picture stays
+MAX_AGE = 6 * 3600  # seconds that an upload stays
 TITLE = "GELLA: ground a caption in a picture"
+BUSY = "Something went wrong; the server's log says what. It still runs: try again."
 _OWN_STYLE = """
 .gella-note { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 .gella-warn { border-left: 3px solid #b45309; padding-left: .6em; }
@@ -26,202 +52,641 @@ footer { display: none !important; }
 """
 HEAD = f"<style>{STYLE}{_OWN_STYLE}</style><script>{SCRIPT}</script>"
 # All questions share one queue and are answered one after the other, in order.
-MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+_LAST = {**_MODEL, "trigger_mode": "always_last"}  # a click meanwhile is not lost
+_OUTSIDE: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+_FOLDERS = re.compile(r"(?<![\w.:/<])(?:~|\.{0,2})/(?:[^\s/'\"<>|:]+/)*(?=[^\s/'\"<>|:])")
+_logger = logging.getLogger(__name__)
+_numbers = itertools.count(1)  # figures of all visitors: their keys never meet on a page
 
 
-def build(desk: Desk, folder: Path, examples: Sequence[Example], untrained: bool) -> gr.Blocks:
+@dataclass(frozen=True)
+class Limits:
+    """What a visitor may send.
+
+    Attributes:
+        max_upload: bytes of one file.
+        max_pixels: of a picture, width times height.
+        max_caption: characters of a caption, an expression or a list of nouns or categories.
+        max_entities: masks of one picture.
+        max_phrases: nouns of one caption, and categories.
+    """
+
+    max_upload: int = 20_000_000
+    max_pixels: int = 16_000_000
+    max_caption: int = 2000
+    max_entities: int = 1000
+    max_phrases: int = 200
+
+    def check_text(self, what: str, text: str | None) -> str:
+        """The text without blanks around it; ValueError for an empty or too long one."""
+        text = (text or "").strip()
+        if not text:
+            raise ValueError(f"The {what} is empty: write one that names what to find.")
+        if len(text) > self.max_caption:
+            raise ValueError(
+                f"The {what} has {len(text):,} characters; at most {self.max_caption:,} are "
+                "allowed."
+            )
+        return text
+
+    def split(self, what: str, text: str | None) -> list[str]:
+        """The parts of a list, separated by commas, semicolons or lines; empty for no text.
+
+        Raises ValueError for a text or a list that is too long.
+        """
+        if not (text or "").strip():
+            return []
+        text = self.check_text(f"list of {what}", text)
+        parts = [part.strip() for part in re.split(r"[,;\n]", text) if part.strip()]
+        if len(parts) > self.max_phrases:
+            raise ValueError(
+                f"There are {len(parts)} {what}; at most {self.max_phrases} are allowed."
+            )
+        return parts
+
+
+def read_masks(
+    paths: Sequence[Path], size: tuple[int, int], image_id: int | str, limits: Limits
+) -> EntityMap:
+    """Read the entities of a picture from one file, or from a COCO panoptic PNG and its JSON.
+
+    Args:
+        paths: the file, or the two.
+        size: (height, width) of the picture.
+        image_id: finds the picture in a JSON of many.
+        limits: of what is read; checked by what the files declare, before anything is decoded.
+
+    Raises ValueError: another suffix, files that do not go together, an archive that unpacks to
+    too much; and what `load_entities` raises.
+    """
+    suffixes = sorted(path.suffix.lower() for path in paths)
+    segments, chosen = None, paths[0]
+    if not {*suffixes} <= {*MASK_SUFFIXES}:
+        raise ValueError(f"masks are {', '.join(MASK_SUFFIXES)} files, not {', '.join(suffixes)}.")
+    if len(paths) > 1:
+        if suffixes != [".json", ".png"]:
+            raise ValueError(
+                f"There are {len(paths)} mask files ({', '.join(p.name for p in paths)}); give one "
+                "file, or a COCO panoptic PNG together with its JSON."
+            )
+        listed, chosen = sorted(paths, key=lambda path: path.suffix.lower())
+        segments = _segments_of(listed, chosen.name)
+    elif suffixes == [".json"] and json_format(chosen) == "coco_panoptic":
+        # Its PNGs are named by the file itself: a stranger's JSON must not choose what is read.
+        raise ValueError(
+            f"{chosen.name} is a COCO panoptic JSON, whose masks are in PNG files: upload this "
+            "picture's PNG together with it, or alone."
+        )
+    elif suffixes == [".npz"]:
+        _check_archive(chosen, BYTES_PER_PIXEL * limits.max_pixels)
+    bounds = {"max_pixels": limits.max_pixels, "max_entities": limits.max_entities}
+    try:
+        return load_entities(
+            chosen,
+            *size,
+            segments_info=segments,
+            image_id=image_id,
+            max_bytes=limits.max_upload,
+            **bounds,
+        )
+    finally:
+        forget_files()
+
+
+def _check_archive(path: Path, allowed: int) -> None:
+    # The library allows an archive gigabytes; here strangers send one after the other.
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        raise ValueError(
+            f"{path.name} is truncated or no npz archive; write it again with numpy.savez."
+        ) from None
+    if unpacked > allowed:
+        raise ValueError(
+            f"{path.name} holds arrays that unpack to {unpacked:,} bytes; at most {allowed:,} are "
+            "allowed."
+        )
+
+
+def _segments_of(panoptic_json: Path, png: str) -> list[dict[str, Any]]:
+    """``segments_info`` of the annotation whose PNG has this name."""
+    if json_format(panoptic_json) != "coco_panoptic":
+        raise ValueError(f"{panoptic_json.name} is no COCO panoptic JSON; upload one mask file.")
+    for entries in entries_by_image(panoptic_json, "coco_panoptic").values():
+        for entry in entries:
+            name = str(entry.get("file_name"))
+            if Path(name).name == png and isinstance(entry.get("segments_info"), list):
+                return entry["segments_info"]
+    raise ValueError(f"{panoptic_json.name} has no segments of a picture named {png}.")
+
+
+def message_of(error: BaseException) -> str | None:
+    """What the visitor is told of an error; None for one that only the server's log should hold."""
+    if isinstance(error, MemoryError):
+        return "There is not enough memory for this; try a smaller picture or fewer masks."
+    if isinstance(error, RecursionError):
+        return "The file is nested too deeply to be read; write it again."
+    if isinstance(error, ValueError | FileNotFoundError):
+        # Without folders, and without advice to the caller of a function.
+        text = re.sub(r",? or raise max_\w+", "", _FOLDERS.sub("", str(error)))
+        return " ".join(text.split()) or None
+    return None
+
+
+def _told(error: Exception) -> str:
+    message = message_of(error)
+    if message is None:
+        _logger.error("a question failed", exc_info=error)
+    return message or BUSY
+
+
+@dataclass
+class Visitor:
+    """What is kept for one visitor: a picture, encoded once.
+
+    Attributes:
+        paths: of picture and masks. Gradio's hold the content's hash, so another path is another
+            file, and the same file uploaded again is the same.
+        scene: the predictor's ``Scene``.
+        shown: whether the page has shown it.
+        extracted: a caption and the list of its nouns that a model made.
+        folder: of the last result's files.
+    """
+
+    paths: tuple[str, ...] = ()
+    scene: Any = None
+    shown: bool = False
+    extracted: tuple[str, str] = ("", "")
+    folder: Path = Path()
+
+    @property
+    def summary(self) -> str:
+        """The picture in a line."""
+        height, width = self.scene.image.shape[:2]
+        count, name = self.scene.entities.num_entities, Path(self.paths[0]).stem
+        return note(f"{name}: {width} x {height} pixels, {count} entities; encoded.")
+
+    def keep_nouns(self, caption: str, nouns: Sequence[str]) -> str:
+        """Remember nouns that a model found in a caption; return them as a list to be typed."""
+        self.extracted = (caption.strip(), ", ".join(nouns))
+        return self.extracted[1]
+
+    def nouns_for(self, caption: str, typed: str) -> str:
+        """The typed list of nouns; "" if a model found them in a caption that was edited since."""
+        of, nouns = self.extracted
+        return "" if typed == nouns and (caption or "").strip() != of else typed
+
+    def draw(self, result: Grounding | PanopticResult) -> str:
+        """The figure of a result."""
+        self.shown = True
+        draw: Any = grounding_html if isinstance(result, Grounding) else panoptic_html
+        return draw(result, key=f"r{next(_numbers)}")
+
+    def show(self, result: Grounding | PanopticResult) -> Iterator[tuple[Any, ...]]:
+        """Visitor, figure, note, picture, JSON: the figure comes first, the downloads follow."""
+        shown, waiting = (self, self.draw(result), self.summary), gr.update(interactive=False)
+        yield *shown, waiting, waiting
+        shutil.rmtree(self.folder, ignore_errors=True)  # no button leads to the last result now
+        folder = self.folder / secrets.token_hex(16)
+        folder.mkdir(parents=True)
+        stem = f"{Path(self.paths[0]).stem}_{getattr(result, 'task', 'panoptic')}"
+        png, listed = folder / f"{stem}.png", folder / f"{stem}.json"
+        content = dict(result.to_json())
+        for name in ("config", "weights"):
+            content[name] = content.get(name) and Path(content[name]).name
+        picture, text = result.plot(), json.dumps(content, ensure_ascii=False).encode("utf-8")
+        write_atomically(str(png), lambda stream: picture.save(stream, format="PNG"))
+        write_atomically(str(listed), lambda stream: stream.write(text))
+        yield *shown, *(gr.update(value=str(path), interactive=True) for path in (png, listed))
+
+
+class Desk:
+    """Answers the page's questions about the picture that a visitor has.
+
+    Questions are generators: they get the visitor and texts as typed, and yield what is shown, the
+    visitor first, so that Gradio counts the time from the last question.
+
+    Args:
+        predictor: a ``GellaPredictor``.
+        limits: what a visitor may send.
+        folder: where downloads are written; in Gradio's own, which serves no other.
+        finder: has ``segment(image)``, makes masks where none were uploaded; None: they are needed.
+        captioner: writes captions besides the model; None: there is none.
+    """
+
+    def __init__(
+        self,
+        predictor: Any,
+        limits: Limits,
+        folder: Path,
+        finder: Any = None,
+        captioner: Any = None,
+    ) -> None:
+        self.predictor, self.limits, self.folder = predictor, limits, folder
+        self.finder, self.captioner = finder, captioner
+
+    def look(
+        self, visitor: Visitor, picture: str | None, masks: Sequence[str] | None, blind: bool
+    ) -> None:
+        """Encode the picture with its masks, if they are not what the visitor's scene is of.
+
+        Without masks they are found; ``blind``: if that cannot be, the whole picture is one entity.
+        """
+        if not picture:
+            raise ValueError("There is no picture yet: upload one or click an example.")
+        if not masks and self.finder is None and not blind:
+            raise ValueError("There are no masks yet: upload the picture's entity masks.")
+        paths = (picture, *(masks or ()))
+        if visitor.paths == paths:
+            return
+        for path in map(Path, paths):
+            if not path.is_file():
+                raise ValueError(f"{path.name} is no longer here; upload it again.")
+        image = read_image(picture, upright=True, max_pixels=self.limits.max_pixels)
+        image_id, size = image_id_of(picture), image.shape[:2]
+        if masks:
+            entities = read_masks([Path(path) for path in masks], size, image_id, self.limits)
+        elif self.finder is None:
+            entities = EntityMap(np.ones(size, np.int32))
+        else:
+            entities = self.finder.segment(image)
+            if not 0 < entities.num_entities <= self.limits.max_entities:
+                raise ValueError(
+                    f"The segmenter found {entities.num_entities or 'no'} entities in this picture;"
+                    f" at most {self.limits.max_entities:,} are allowed. Upload masks."
+                )
+        visitor.scene = self.predictor.encode(image, entities, image_id=image_id)
+        visitor.paths, visitor.shown, visitor.extracted = paths, False, ("", "")
+
+    def event(
+        self, question: Callable[..., Iterator[Any]], blind: bool = False
+    ) -> Callable[..., Iterator[Any]]:
+        """What Gradio calls: the scene is made sure of, errors become messages of the page."""
+
+        def answer(
+            visitor: Visitor, picture: Any, masks: Any, request: gr.Request, *texts: str
+        ) -> Iterator[Any]:
+            try:
+                self.look(visitor, picture, masks, blind)
+                visitor.folder = self.folder_of(request)
+                yield from question(visitor, *texts)
+            except Exception as error:
+                # Gradio shows messages as HTML, and they repeat what the visitor wrote.
+                message = html.escape(_told(error))
+                raise gr.Error(message, duration=20, print_exception=False) from None
+
+        return answer
+
+    def folder_of(self, request: gr.Request) -> Path:
+        """Where a visitor's downloads lie; a call that names no session is a visitor of its own."""
+        session = request.session_hash or secrets.token_hex(16)
+        # The session's name comes from the visitor's browser: it must not become a path.
+        return self.folder / hashlib.sha256(session.encode()).hexdigest()[:32]
+
+    def prepare(
+        self, visitor: Visitor, picture: str | None, masks: list[str] | None
+    ) -> tuple[Any, ...]:
+        """Encode as soon as there are a picture and masks; show them, or say what is wrong.
+
+        A picture and its masks come one after the other, so what does not go together yet is said
+        quietly; a question says it aloud.
+        """
+        if not picture or not masks:
+            text = "Still to come: " + ("the picture's masks." if picture else "a picture.")
+            if picture and self.finder is not None:
+                text = "No masks: they are found at the first question."
+            return visitor, gr.skip(), note(text)
+        try:
+            self.look(visitor, picture, masks, blind=False)
+        except Exception as error:
+            return visitor, "", note(_told(error), "gella-note gella-warn")
+        scene = visitor.scene
+        if visitor.shown:
+            return visitor, gr.skip(), visitor.summary
+        # Weights, whatever they are called, keep the figure from warning of an untrained model.
+        unasked = Grounding(scene.image, "", scene.entities, [], scene.colormap, weights="none yet")
+        return visitor, visitor.draw(unasked), visitor.summary
+
+    def ground(self, visitor: Visitor, caption: str, nouns: str) -> Iterator[tuple[Any, ...]]:
+        """Ground the caption.
+
+        Nouns that the model extracted from the caption before it was edited count no more.
+        """
+        nouns = visitor.nouns_for(caption, nouns)
+        text, typed = self.limits.check_text("caption", caption), self.limits.split("nouns", nouns)
+        result = self.predictor.ground(text, typed or None, scene=visitor.scene)
+        if result.cut_nouns:
+            left = ", ".join(result.cut_nouns)
+            gr.Warning(html.escape(f"The caption is too long for the model; left out: {left}"))
+        for shown in visitor.show(result):
+            yield *shown, nouns
+
+    def refer(self, visitor: Visitor, expression: str) -> Iterator[tuple[Any, ...]]:
+        """Find what the expression names."""
+        text = self.limits.check_text("expression", expression)
+        yield from visitor.show(self.predictor.refer(text, scene=visitor.scene))
+
+    def panoptic(self, visitor: Visitor, categories: str) -> Iterator[tuple[Any, ...]]:
+        """Give every entity a category."""
+        names = list(dict.fromkeys(self.limits.split("categories", categories)))
+        if not names:
+            raise ValueError("There are no categories: write some, separated by commas.")
+        yield from visitor.show(self.predictor.panoptic(names, scene=visitor.scene))
+
+    def describe(self, visitor: Visitor) -> Iterator[tuple[Visitor, str, str]]:
+        """The model's description, while it is written; nouns of a former caption go."""
+        describe = functools.partial(self.predictor.describe, scene=visitor.scene)
+        for text in streamed(lambda on_text: describe(on_text=on_text)):
+            yield visitor, text, ""
+
+    def ask(self, visitor: Visitor) -> Iterator[tuple[Visitor, str, str]]:
+        """The captioner's description with its nouns.
+
+        What it says when it fails is in the server's log only, for it may name an address.
+        """
+        failure = "does not answer now; write a caption."
+        try:
+            answer = caption_picture(self.captioner, visitor.scene.image)
+        except (AnswerError, RequestError, EndpointError) as error:
+            _logger.warning("captioner: %s", error)
+            if isinstance(error, AnswerError):
+                failure = "gave no answer that can be used; again?"
+            raise ValueError(f"The caption model {failure}") from None
+        caption = answer.description[: self.limits.max_caption]
+        yield visitor, caption, visitor.keep_nouns(caption, answer.nouns)
+
+    def extract(self, visitor: Visitor, caption: str) -> Iterator[tuple[Visitor, str]]:
+        """The caption's nouns as the model finds them."""
+        text = self.limits.check_text("caption", caption)
+        nouns = self.predictor.extract_nouns(text, scene=visitor.scene)
+        if not nouns:
+            gr.Info("The model finds no noun in this caption.")
+        yield visitor, visitor.keep_nouns(caption, nouns)
+
+
+def note(text: str, classes: str = "gella-note") -> str:
+    """A line of the page that says how things are; the text is escaped."""
+    return f'<p class="{classes}" role="status">{html.escape(text)}</p>'
+
+
+class _StopError(Exception):
+    """Nobody waits for the text any more."""
+
+
+def streamed(generate: Callable[[Callable[[str], None]], str]) -> Iterator[str]:
+    """Run ``generate(on_text)`` in a thread; yield what ``on_text`` gets, and its result last.
+
+    Text that comes faster than it is taken is skipped: only the newest counts. A consumer that
+    stops early ends the generation at its next text. Raises what ``generate`` raises.
+    """
+    texts: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def on_text(text: str) -> None:
+        if stop.is_set():
+            raise _StopError
+        texts.put(("text", text))
+
+    def work() -> None:
+        try:
+            texts.put(("end", generate(on_text)))
+        except BaseException as error:
+            texts.put(("error", error))
+
+    thread = threading.Thread(target=work, name="describe", daemon=True)
+    thread.start()
+    last = None
+    try:
+        while True:
+            kind, value = texts.get()
+            while kind == "text" and not texts.empty():
+                kind, value = texts.get()
+            if kind == "error":
+                raise value
+            if value != last:
+                yield value
+                last = value
+            if kind == "end":
+                return
+    finally:
+        stop.set()
+        thread.join()
+
+
+def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
     """Lay out the page.
 
     Args:
         desk: answers.
-        folder: for files on their way to a download; in Gradio's temporary folder.
-        examples: pictures to click.
+        examples: pictures to click, with absolute paths; `launch` allows them.
         untrained: say that the answers mean nothing.
     """
-    page, limits = Page(desk, folder), desk.limits
-    # Made before their places, since the buttons refer to them.
-    caption = gr.Textbox(
-        label="Caption",
-        lines=4,
-        max_length=limits.max_caption,
-        placeholder="Two zebras graze beside a tall tree.",
-        elem_id="caption",
-        render=False,
-    )
-    outputs = _outputs()
+    warning = "<strong>Untrained weights: the answers mean nothing.</strong>"
+    # delete_cache: seconds between two looks for uploads that are too old.
     with gr.Blocks(
-        title=TITLE, analytics_enabled=False, delete_cache=(600, 6 * 3600), fill_width=True
+        title=TITLE, analytics_enabled=False, delete_cache=(600, MAX_AGE), fill_width=True
     ) as blocks:
-        gr.HTML(_intro(untrained))
+        gr.HTML(
+            "<h1>GELLA</h1><p>Give a picture, its entity masks and a caption: every noun is joined "
+            "to the masks that it names. Point at a noun or a mask to see what belongs together, "
+            "click to keep it.</p>" + f'<p class="gella-warn">{warning}</p>' * untrained
+        )
+        visitor = gr.State(Visitor(), time_to_live=IDLE)
+        # Made before their places, since the buttons refer to them.
+        caption = gr.Textbox(
+            label="Caption",
+            lines=4,
+            max_length=desk.limits.max_caption,
+            placeholder="Two zebras graze beside a tall tree.",
+            elem_id="caption",
+            render=False,
+        )
+        figure = gr.HTML(elem_id="figure", render=False)
+        hidden: dict[str, Any] = {"interactive": False, "size": "sm", "render": False}
+        png = gr.DownloadButton("Picture (PNG)", elem_id="get-png", **hidden)
+        listed = gr.DownloadButton("Masks (JSON)", elem_id="get-json", **hidden)
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
-                given = _inputs(page, caption, examples, outputs)
+                picture, masks, line = _inputs(desk, visitor, figure)
+                if examples:
+                    _gallery(examples, [picture, masks, caption])
             with gr.Column(scale=3, min_width=300):
+                given, shown = [visitor, picture, masks], [visitor, figure, line, png, listed]
                 with gr.Tab("Caption"):
-                    _caption_tab(page, given, caption, outputs)
+                    _caption_tab(desk, given, caption, shown)
                 with gr.Tab("Referring"):
-                    _line_tab(page.refer, given, outputs, "Expression", "the zebra on the left")
+                    _line_tab(desk, given, shown, "Expression", "the zebra on the left")
                 with gr.Tab("Panoptic"):
-                    _line_tab(page.panoptic, given, outputs, "Categories", "zebra, tree, grass")
-                outputs[0].render()
+                    _line_tab(desk, given, shown, "Categories", "zebra, tree, grass")
+                figure.render()
                 with gr.Row():
-                    for part in outputs[2:]:
-                        part.render()
-        blocks.unload(page.forget)
+                    png.render()
+                    listed.render()
+
+        def forget(request: gr.Request) -> None:
+            # Gradio itself keeps the state of a closed tab for an hour.
+            blocks.state_holder.session_data.pop(request.session_hash, None)
+            shutil.rmtree(desk.folder_of(request), ignore_errors=True)
+
+        blocks.unload(forget)
     return blocks
 
 
-def _path_of(payload: ImageData | None) -> str | None:
-    return None if payload is None else payload.path
-
-
-def _intro(untrained: bool) -> str:
-    warning = (
-        '<p class="gella-warn"><strong>Untrained weights: the answers mean nothing.</strong></p>'
-        if untrained
-        else ""
-    )
-    return (
-        "<h1>GELLA</h1><p>Give a picture, its entity masks and a caption: every noun is joined to "
-        "the masks that it names. Point at a noun or a mask to see what belongs together, click to "
-        f"keep it.</p>{warning}"
-    )
-
-
-def _outputs() -> tuple[Any, ...]:
-    """Figure, note, picture and JSON, to be rendered later."""
-    return (
-        gr.HTML(elem_id="figure", render=False),
-        gr.HTML(note("Still to come: a picture."), elem_id="note", render=False),
-        gr.DownloadButton(
-            "Picture (PNG)", interactive=False, size="sm", elem_id="get-png", render=False
-        ),
-        gr.DownloadButton(
-            "Masks (JSON)", interactive=False, size="sm", elem_id="get-json", render=False
-        ),
-    )
-
-
-def _inputs(page: Page, caption: Any, examples: Sequence[Example], outputs: Any) -> tuple[Any, Any]:
-    """Picture and masks, with the examples below them."""
-    limits = page.desk.limits
+def _inputs(desk: Desk, visitor: Any, figure: Any) -> tuple[Any, Any, Any]:
+    """Picture, masks, and the line that says how things are."""
+    limits = desk.limits
+    sources: Any = ["upload", "clipboard"]
     picture = gr.Image(
-        label="Picture",
-        type="filepath",
-        sources=["upload", "clipboard"],
-        height=320,
-        buttons=[],
-        elem_id="picture",
+        label="Picture", type="filepath", sources=sources, height=320, buttons=[], elem_id="picture"
     )
     # Gradio would open the file, whatever it is, before anything here could look at its size. (A
     # subclass would make it write a .pyi file beside this one.)
-    picture.preprocess = _path_of
-    found = "" if page.desk.finder is None else " (none: they are found)"
+    picture.preprocess = lambda payload: payload and payload.path
+    label = "Entity masks" + " (none: they are found)" * (desk.finder is not None)
     masks = gr.File(
-        label=f"Entity masks{found}",
+        label=label,
         file_count="multiple",
         file_types=list(MASK_SUFFIXES),
         height=110,
         elem_id="masks",
     )
-    outputs[1].render()
+    line = gr.HTML(note("Still to come: a picture."), elem_id="note")
     gr.HTML(
         note(
-            f"Pictures: {', '.join(PICTURE_FORMATS)}, at most {limits.max_upload / 1e6:g} MB and "
-            f"{limits.max_pixels / 1e6:g} megapixels. Masks of the same size: PNG of ids (grey, "
-            "palette or COCO panoptic, its JSON beside it if there is one), .npz, COCO results or "
-            "instances."
+            "Pictures: PNG, JPEG, WEBP, BMP, TIFF, GIF, at most "
+            f"{limits.max_upload / 1e6:g} MB and {limits.max_pixels / 1e6:g} megapixels. Masks of "
+            "the same size: PNG of ids (grey, palette or COCO panoptic, its JSON beside it if "
+            "there is one), .npz, COCO results or instances."
         )
     )
     gr.on(
         [picture.change, masks.change],
-        guarded(page.prepare),
-        [picture, masks],
-        outputs[:2],
+        desk.prepare,
+        [visitor, picture, masks],
+        [visitor, figure, line],
         show_progress="hidden",
         trigger_mode="always_last",
         api_name="prepare",
-        **MODEL,
+        **_MODEL,
     )
-    if examples:
-        shown = gr.Dataset(
-            label="Examples: click one, then Ground",
-            components=[gr.Image(render=False)],
-            samples=[[str(example.picture)] for example in examples],
-            type="index",
-            layout="gallery",
-            samples_per_page=24,
-            elem_id="examples",
-        )
-        shown.click(
-            lambda place: _filled(examples[place]),
-            shown,
-            [picture, masks, caption],
-            queue=False,
-            api_visibility="private",
-            show_progress="hidden",
-        )
-    return picture, masks
+    return picture, masks, line
 
 
-def _filled(example: Example) -> tuple[str, list[str], str]:
-    return str(example.picture), [str(example.masks)], example.caption
+def _gallery(examples: Sequence[Entry], filled: list[Any]) -> None:
+    gallery = gr.Dataset(
+        label="Examples: click one, then Ground",
+        components=[gr.Image(render=False)],
+        samples=[[example.image] for example in examples],
+        type="index",
+        layout="gallery",
+        samples_per_page=24,
+        elem_id="examples",
+    )
+    gallery.click(
+        lambda i: (examples[i].image, [str(examples[i].masks)], examples[i].text),
+        gallery,
+        filled,
+        show_progress="hidden",
+        **_OUTSIDE,
+    )
 
 
-def _caption_tab(page: Page, given: tuple[Any, Any], caption: Any, outputs: Any) -> None:
+def _caption_tab(desk: Desk, given: list[Any], caption: Any, shown: list[Any]) -> None:
     """The three tasks of the paper's Figure 3: describe, extract nouns, ground."""
     caption.render()
+    ask = None
     with gr.Row():
         describe = gr.Button("Describe the picture", size="sm", elem_id="describe")
-        ask = _ask_button(page.desk)
+        if desk.captioner is not None:  # its name says that the picture leaves this server
+            ask = gr.Button(f"Ask {Path(desk.captioner.model).name}", size="sm", elem_id="ask")
         stop = gr.Button("Stop", size="sm", elem_id="stop")
     nouns = gr.Textbox(
         label="Nouns, separated by commas",
         lines=1,
-        max_length=page.desk.limits.max_caption,
+        max_length=desk.limits.max_caption,
         placeholder="empty: the model finds them",
         elem_id="nouns",
     )
     extract = gr.Button("Extract nouns", size="sm", elem_id="extract")
     ground = gr.Button("Ground", variant="primary", elem_id="ground")
-    texts = [caption, nouns]
-    running = describe.click(guarded(page.describe), [*given], texts, api_name="describe", **MODEL)
-    stop.click(None, cancels=[running], queue=False, api_visibility="private")
+    texts = [given[0], caption, nouns]
+    describing = desk.event(desk.describe, blind=True)
+    running = describe.click(describing, given, texts, api_name="describe", **_MODEL)
+    stop.click(None, cancels=[running], **_OUTSIDE)
     if ask is not None:
-        ask.click(guarded(page.ask), [*given], texts, api_name="ask", **MODEL)
-    extract.click(guarded(page.extract), [*given, caption], nouns, api_name="extract", **MODEL)
+        ask.click(desk.event(desk.ask, blind=True), given, texts, api_name="ask", **_MODEL)
+    extract.click(
+        desk.event(desk.extract, blind=True),
+        [*given, caption],
+        [given[0], nouns],
+        api_name="extract",
+        **_MODEL,
+    )
     ground.click(
-        guarded(page.ground),
+        desk.event(desk.ground),
         [*given, caption, nouns],
-        [*outputs, nouns],
-        show_progress_on=outputs[0],
-        trigger_mode="always_last",  # a click meanwhile is not lost
+        [*shown, nouns],
         api_name="ground",
-        **MODEL,
+        show_progress_on=shown[1],
+        **_LAST,
     )
 
 
-def _ask_button(desk: Desk) -> Any:
-    """A button that says that the picture leaves this server, if it does."""
-    if desk.captioner is None:
-        return None
-    return gr.Button(f"Ask {Path(desk.captioner.model).name}", size="sm", elem_id="ask")
-
-
-def _line_tab(
-    answer: Callable[..., Any], given: tuple[Any, Any], outputs: Any, label: str, example: str
-) -> None:
+def _line_tab(desk: Desk, given: list[Any], shown: list[Any], label: str, example: str) -> None:
     """A line of text and a button."""
     name = label.lower()
+    question = {"expression": desk.refer, "categories": desk.panoptic}[name]
     line = gr.Textbox(label=label, placeholder=example, elem_id=name)
     button = gr.Button("Find", variant="primary", elem_id=f"find-{name}")
     for trigger in (button.click, line.submit):
         trigger(
-            guarded(answer),
+            desk.event(question),
             [*given, line],
-            [*outputs],
-            show_progress_on=outputs[0],
-            trigger_mode="always_last",
-            api_name=answer.__name__ if trigger == button.click else None,
-            **MODEL,
+            shown,
+            api_name=question.__name__ if trigger == button.click else None,
+            show_progress_on=shown[1],
+            **_LAST,
         )
+
+
+def launch(desk: Desk, args: Any, examples: Sequence[Entry], guard: Any) -> tuple[gr.Blocks, str]:
+    """Open the page; return Gradio's blocks, to be closed, and the address.
+
+    Args:
+        desk: answers.
+        args: ``host``, ``port``, ``queue`` and ``sessions`` of the command line.
+        examples: pictures to click, with absolute paths.
+        guard: Starlette's ``Middleware`` before Gradio.
+
+    Raises OSError: the port is in use, or the host is none of this machine's.
+    """
+    blocks = build(desk, examples, untrained=not desk.predictor.cfg.MODEL.WEIGHTS)
+    blocks.queue(max_size=args.queue, default_concurrency_limit=1)
+    plain = gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    try:
+        _, address, _ = blocks.launch(
+            server_name=args.host,
+            server_port=args.port,
+            share=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=False,
+            # What a visitor may read by its path, besides uploads and results.
+            allowed_paths=[str(path) for e in examples for path in (e.image, e.masks)],
+            max_file_size=desk.limits.max_upload,
+            state_session_capacity=args.sessions,
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            footer_links=[],
+            theme=plain,
+            head=HEAD,
+            app_kwargs={"middleware": [guard]},
+        )
+    except OSError as error:
+        raise OSError(f"{error}; choose another address by --host and --port") from error
+    return blocks, address
