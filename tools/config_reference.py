@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import io
 import re
 import sys
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 
 from gella import config
+from gella.commands.console import exit_status
 from gella.utils.io import write_atomically
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "CONFIG.md"
@@ -85,90 +88,65 @@ class Key:
 
 
 def read_keys(source: str) -> list[Key]:
-    """The keys that a file with `add_gella_config` sets, in its order.
-
-    Args:
-        source: text of the file. It may assign to attributes of ``cfg``, of names that it gave to
-            nodes, and hand either to functions of its own.
-    """
+    """The keys that a file's `add_gella_config` sets, in its order; ``source`` is its text."""
     comments = {
         token.start[0]: (token.string.lstrip("# ").rstrip(), token.line.lstrip().startswith("#"))
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    functions = {f.name: f for f in ast.parse(source).body if isinstance(f, ast.FunctionDef)}
-    return list(_keys_of("add_gella_config", {"cfg": ""}, functions, comments))
-
-
-def _keys_of(
-    function: str, names: dict[str, str], functions: dict[str, Any], comments: dict[int, Any]
-) -> Iterator[Key]:
-    """Keys of one function; `names` are its local names for nodes, with their sections."""
+    statements = (s for s in ast.walk(ast.parse(source)) if isinstance(s, ast.Assign))
+    ends = {s.lineno: s.end_lineno or s.lineno for s in statements}
+    keys, prefixes = [], {}
     above, first, previous, node = "", "", -1, ""
-    for statement in functions[function].body:
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
-            call = statement.value
-            inner = functions.get(getattr(call.func, "id", ""))
-            if inner is not None:
-                parameters = [argument.arg for argument in inner.args.args]
-                given = {p: _path(a, names) for p, a in zip(parameters, call.args)}
-                known = {p: path for p, path in given.items() if path is not None}
-                yield from _keys_of(inner.name, known, functions, comments)
+    for owner, name, line in _assigned(source, prefixes):
+        over, start = [node] if node else [], line
+        while comments.get(start - 1, ("", False))[1]:
+            start -= 1
+        over += [comments[n][0] for n in range(start, line)]
+        if isinstance(owner[name], CfgNode):  # told by the node's first key
+            node = " ".join(over)
             continue
-        if not isinstance(statement, ast.Assign):
-            continue
-        paths = [_path(target, names) for target in statement.targets]
-        if isinstance(statement.value, ast.Call):  # a node, perhaps with a local name
-            found = next((path for path in paths if path), None)
-            for target in statement.targets:
-                if isinstance(target, ast.Name) and found is not None:
-                    names = {**names, target.id: found}
-            node = _above(statement.lineno, comments)  # told by the node's first key
-            continue
-        (path,) = paths
-        if path is None:
-            continue
-        own = _behind(statement, comments)
-        over = " ".join(part for part in (node, _above(statement.lineno, comments)) if part)
-        node = ""
-        if over or own or statement.lineno != previous + 1:
-            above, first = over, path
-        previous = statement.end_lineno or statement.lineno
-        meaning = " ".join(part for part in (over, own) if part)
-        if meaning:
-            yield Key(path, meaning)
+        behind = [comments[n] for n in range(line, ends[line] + 1) if n in comments]
+        own = [text for text, alone in behind if not alone]
+        path, node = prefixes[id(owner)] + name, ""
+        if over or own or line != previous + 1:
+            above, first = " ".join(over), path
+        previous = ends[line]
+        if over or own:
+            keys.append(Key(path, " ".join([*over, *own])))
         else:
-            yield Key(path, above, first if above else "")
+            keys.append(Key(path, above, first if above else ""))
+    return keys
 
 
-def _path(node: ast.expr, names: dict[str, str]) -> str | None:
-    """Sections of an attribute of a known name; None for anything else."""
-    if isinstance(node, ast.Name):
-        return names.get(node.id)
-    if isinstance(node, ast.Attribute):
-        start = _path(node.value, names)
-        return None if start is None else f"{start}.{node.attr}".lstrip(".")
-    return None
+def _assigned(source: str, prefixes: dict[int, str]) -> list[tuple[CfgNode, str, int]]:
+    """Runs a file's `add_gella_config`: every assignment with its node, name and line.
 
+    Args:
+        source: text of the file.
+        prefixes: gets the sections of each node by its id, with a dot behind.
+    """
+    made, plain = [], CfgNode.__setattr__
 
-def _behind(statement: ast.Assign, comments: dict[int, Any]) -> str:
-    lines = range(statement.lineno, (statement.end_lineno or statement.lineno) + 1)
-    return " ".join(comments[n][0] for n in lines if n in comments and not comments[n][1])
+    def noted(self: CfgNode, name: str, value: Any) -> None:
+        plain(self, name, value)
+        caller = sys._getframe(1)
+        if caller.f_code.co_filename == "<config>":
+            made.append((self, name, caller.f_lineno))
 
+    def walk(node: CfgNode, prefix: str) -> None:
+        prefixes[id(node)] = prefix
+        for name, value in node.items():
+            if isinstance(value, CfgNode):
+                walk(value, f"{prefix}{name}.")
 
-def _above(line: int, comments: dict[int, Any]) -> str:
-    found: list[str] = []
-    while comments.get(line - 1, ("", False))[1]:
-        line -= 1
-        found.insert(0, comments[line][0])
-    return " ".join(found)
-
-
-def value_of(cfg: Any, name: str) -> Any:
-    """A config's value of a key with all its sections."""
-    for part in name.split("."):
-        cfg = cfg[part]
-    return cfg
+    content: dict[str, Any] = {"__name__": "config"}
+    exec(compile(source, "<config>", "exec"), content)
+    cfg = get_cfg()
+    with mock.patch.object(CfgNode, "__setattr__", noted):
+        content["add_gella_config"](cfg)
+    walk(cfg, "")
+    return made
 
 
 def render(keys: Sequence[Key], cfg: Any) -> str:
@@ -176,32 +154,28 @@ def render(keys: Sequence[Key], cfg: Any) -> str:
     missing = [key.name for key in keys if not key.meaning]
     if missing:
         raise ValueError(f"{config.__file__} has no comment on {', '.join(missing)}; add one")
-    parts = [HEAD]
-    sections = dict.fromkeys(key.name.rpartition(".")[0] for key in keys)
-    for section in sections:
-        parts.append(f"\n## {section}\n\n| key | type | default | meaning |\n|---|---|---|---|\n")
-        for key in keys:
-            if key.name.rpartition(".")[0] == section:
-                meaning = key.meaning
-                if key.shared:
-                    meaning = f"as `{key.shared.rpartition('.')[2]}`"
-                parts.append(_row(key.name, meaning, cfg))
-    parts.append("\n## Detectron2's own, most used\n\n")
-    parts.append("| key | type | default | meaning |\n|---|---|---|---|\n")
-    parts += [_row(name, meaning, cfg, True) for name, meaning in DETECTRON2.items()]
-    return "".join(parts)
+    tables: dict[str, list[str]] = {}
+    for key in keys:
+        section, _, name = key.name.rpartition(".")
+        meaning = f"as `{key.shared.rpartition('.')[2]}`" if key.shared else key.meaning
+        tables.setdefault(section, []).append(_row(name, key.name, meaning, cfg))
+    tables["Detectron2's own, most used"] = [
+        _row(name, name, meaning, cfg) for name, meaning in DETECTRON2.items()
+    ]
+    head = "| key | type | default | meaning |\n|---|---|---|---|\n"
+    return HEAD + "".join(
+        f"\n## {section}\n\n{head}{''.join(rows)}" for section, rows in tables.items()
+    )
 
 
-def _row(name: str, meaning: str, cfg: Any, full: bool = False) -> str:
-    value = value_of(cfg, name)
+def _row(label: str, name: str, meaning: str, cfg: Any) -> str:
+    value = functools.reduce(lambda node, part: node[part], name.split("."), cfg)
     shown = repr(list(value) if isinstance(value, (list, tuple)) else value)
     if isinstance(value, str):
         shown = f'"{value}"'
     meaning = re.sub(r"<\w+>", r"`\g<0>`", re.sub(r"[|*]", r"\\\g<0>", meaning))
-    meaning = (
-        meaning[:1].upper() + meaning[1:] if not meaning.startswith(("as `", "`")) else meaning
-    )
-    label = name if full else name.rpartition(".")[2]
+    if not meaning.startswith(("as `", "`")):
+        meaning = meaning[:1].upper() + meaning[1:]
     return f"| `{label}` | {type(value).__name__} | `{shown}` | {meaning} |\n"
 
 
@@ -220,19 +194,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--output", type=Path, default=PAGE, metavar="FILE", help="another page")
     args = parser.parse_args(argv)
-    try:
-        text = page()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not args.check:
-        write_atomically(str(args.output), lambda file: file.write(text.encode()))
-        print(f"wrote {args.output}\nnext: python tools/config_reference.py --check")
+    return exit_status(lambda: write(args.output, args.check))
+
+
+def write(output: Path, check: bool) -> int:
+    """Write the page, or check that it is up to date; the exit status."""
+    text = page()
+    if not check:
+        write_atomically(str(output), lambda file: file.write(text.encode()))
+        print(f"wrote {output}\nnext: python tools/config_reference.py --check")
         return 0
-    if args.output.is_file() and args.output.read_text(encoding="utf-8") == text:
-        print(f"{args.output} is up to date")
+    if output.is_file() and output.read_text(encoding="utf-8") == text:
+        print(f"{output} is up to date")
         return 0
-    print(f"error: {args.output} is not up to date; run tools/config_reference.py", file=sys.stderr)
+    print(f"error: {output} is not up to date; run tools/config_reference.py", file=sys.stderr)
     return 1
 
 
