@@ -28,13 +28,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import unquote
 
-from gella.commands.console import exit_status
-from gella.commands.demo_captions import Entry, read_captions
+from gella.commands.console import Parser, exit_status
+from gella.commands.demo_inputs import Entry, read_captions
 from gella.utils.stopping import StopRequest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -60,14 +59,9 @@ _DRAINED = 10  # times the allowed size: so much of a refused request is read, t
 _ABANDONED = 3600.0  # seconds after which a file that is still being uploaded is given up
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; --help shows an example\n")
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong one ends the process with code 2 and one line."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--config-file", default=str(ROOT / CONFIG), metavar="YAML", help=f"default: {CONFIG}")
     add("--weights", metavar="FILE", help='default: MODEL.WEIGHTS of the config; "": untrained')
@@ -112,7 +106,7 @@ def read_examples(folder: Path) -> list[Entry]:
         for path in (listed.parent / entry.image, entry.masks):
             if not path.is_file():
                 raise FileNotFoundError(f"example {path} does not exist; correct captions.jsonl")
-    return [replace(entry, image=str(listed.parent / str(entry.image))) for entry in entries]
+    return [entry._replace(image=str(listed.parent / str(entry.image))) for entry in entries]
 
 
 @contextmanager

@@ -29,7 +29,7 @@ import numpy as np
 
 from gella.captions.ask import caption_picture
 from gella.captions.captioner import AnswerError, EndpointError, RequestError
-from gella.commands.demo_captions import Entry
+from gella.commands.demo_inputs import Entry
 from gella.entities.entity_map import EntityMap
 from gella.entities.json_files import entries_by_image, forget_files, json_format
 from gella.entities.sources import load_entities
