@@ -825,7 +825,7 @@ def test_wrong_arguments_are_one_line(capsys: Any) -> None:
         (["--max-upload-mb", "nan"], "--max-upload-mb is nan"),
         (["--port", "70000"], "--port is 70000"),
         (["--captioner-model", "m"], "--captioner-model needs --captioner"),
-        (["--nonsense"], "--nonsense"),
+        (["--nonsense"], "not known"),
     ):
         with pytest.raises(SystemExit) as stop:
             app.parse_args(argv)

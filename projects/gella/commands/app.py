@@ -61,7 +61,7 @@ _ABANDONED = 3600.0  # seconds after which a file that is still being uploaded i
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong one ends the process with code 2 and one line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("model").add_argument
     add("--config-file", default=str(ROOT / CONFIG), metavar="YAML", help=f"default: {CONFIG}")
     add("--weights", metavar="FILE", help='default: MODEL.WEIGHTS of the config; "": untrained')

@@ -140,15 +140,15 @@ def read_masks(
         )
     elif suffixes == [".npz"]:
         _check_archive(chosen, BYTES_PER_PIXEL * limits.max_pixels)
-    bounds = {"max_pixels": limits.max_pixels, "max_entities": limits.max_entities}
     try:
         return load_entities(
             chosen,
             *size,
             segments_info=segments,
             image_id=image_id,
+            max_pixels=limits.max_pixels,
+            max_entities=limits.max_entities,
             max_bytes=limits.max_upload,
-            **bounds,
         )
     finally:
         forget_files()
@@ -543,7 +543,7 @@ def _inputs(desk: Desk, visitor: Any, figure: Any) -> tuple[Any, Any, Any]:
     )
     # Gradio would open the file, whatever it is, before anything here could look at its size. (A
     # subclass would make it write a .pyi file beside this one.)
-    picture.preprocess = lambda payload: payload and payload.path
+    picture.preprocess = lambda payload: None if payload is None else payload.path
     label = "Entity masks" + " (none: they are found)" * (desk.finder is not None)
     masks = gr.File(
         label=label,
