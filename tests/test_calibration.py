@@ -30,6 +30,7 @@ from gella.modeling.postprocessing import (
     gather_candidates,
     ground_phrases,
     panoptic_from_scores,
+    snap_to_entities,
 )
 from gella.text.words import names_several
 from gella.utils.io import file_hash
@@ -157,7 +158,9 @@ def test_candidates_come_back_from_an_answer_that_takes_all(
         drawn[1] = ~drawn[1]  # meets no entity
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     ids = sample["entities_full"].segment_ids
-    made = gather_candidates(logits, drawn, own, ids, queries=queries, snap=snap, snap_iou=0.5)
+    met = snap_to_entities(drawn, own, 0.5)
+    known = own if snap else None
+    made = gather_candidates(logits, drawn, ids, queries=queries, entity_masks=known, snapped=met)
     answer = {
         "grounding": ground_phrases(sample["phrases"], made, -1.0),
         "instances": SimpleNamespace(pred_masks=drawn),

@@ -237,15 +237,15 @@ def test_60_nouns_take_one_language_pass_and_little_memory(cfg, model, predictor
     head = model.language_decoder.llama.get_output_embeddings()
     rows: list[int] = []
     counter = head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    associate, largest = type(model).associate, []
+    read_answers, largest = type(model).read_answers, []
 
     def measured(self: Any, *args: Any) -> Any:
         with LargestTensor() as mode:
-            result = associate(self, *args)
+            result = read_answers(self, *args)
         largest.append(mode.elements)
         return result
 
-    monkeypatch.setattr(type(model), "associate", measured)
+    monkeypatch.setattr(type(model), "read_answers", measured)
     for nouns in (MANY[:1], MANY):
         check(predictor.ground(make_caption(MANY)[0], nouns), entities, nouns)
     handle.remove()

@@ -63,10 +63,12 @@ def test_every_tensor_of_a_batch_is_that_of_the_image_alone(records, tokenizer_d
     batch = batch_of(cfg, records, "ground")
     assert len({len(x["input_ids"]) for x in batch}) == len(SCENES)
     joint, grid = model.encode(batch)
-    joint_language, joint_logits = model.associate(batch, joint.query_embeddings, grid)
+    joint_language = model.read_answers(batch, grid)
+    joint_logits = model.association(joint_language.seg_embeddings, joint.query_embeddings)
     for i, inputs in enumerate(batch):
         alone, own_grid = model.encode([inputs])
-        language, (logits,) = model.associate([inputs], alone.query_embeddings, own_grid)
+        language = model.read_answers([inputs], own_grid)
+        (logits,) = model.association(language.seg_embeddings, alone.query_embeddings)
         valid = joint.query_valid[i]
         assert int(valid.sum()) == (inputs["entities"].num_entities if queries == "entity" else 8)
         assert alone.query_valid.all()
@@ -84,7 +86,7 @@ def test_a_seg_embedding_is_the_state_right_at_its_token(records, tokenizer_dir)
     model = make_model(cfg := make_cfg(tokenizer_dir))
     batch = batch_of(cfg, records, "ground")
     grid = model.encode(batch)[1]
-    given = model._answer(batch, grid).seg_embeddings
+    given = model.read_answers(batch, grid).seg_embeddings
     states: list[torch.Tensor] = []
     handle = model.language_decoder.llama.base_model.register_forward_hook(
         lambda module, args, output: states.append(output.last_hidden_state)
@@ -93,7 +95,7 @@ def test_a_seg_embedding_is_the_state_right_at_its_token(records, tokenizer_dir)
         for k, place in enumerate(inputs["seg_positions"].tolist()):
             assert inputs["input_ids"][place] == model.tokenizer.convert_tokens_to_ids("<SEG>")
             short = {key: inputs[key][: place + 1] for key in ("input_ids", "labels")}
-            model._answer(
+            model.read_answers(
                 [{**short, "seg_positions": torch.tensor([], dtype=torch.int64)}], grid[i : i + 1]
             )
             assert farthest(states[-1][0, -1], given[i][k]) < TOLERANCE
@@ -167,14 +169,19 @@ def test_training_and_inference_see_the_same(records, tokenizer_dir, queries, ar
     model = make_model(cfg)
     batch = batch_of(cfg, records, "ground")
     seen_by: list[tuple] = []
-    associate = type(model).associate
+    encode, association = type(model).encode, model.association.forward
 
-    def spy(self: Any, inputs: Any, output: Any, grid: Any) -> Any:
-        found = associate(self, inputs, output, grid)
-        seen_by.append((output, *found))
-        return found
+    def seen(self: Any, inputs: Any) -> Any:
+        output, grid = encode(self, inputs)
+        seen_by.append((output, model.read_answers(inputs, grid)))
+        return output, grid
 
-    monkeypatch.setattr(type(model), "associate", spy)
+    def associated(nouns: Any, entities: Any) -> Any:
+        seen_by[-1] += (association(nouns, entities),)
+        return seen_by[-1][-1]
+
+    monkeypatch.setattr(type(model), "encode", seen)
+    monkeypatch.setattr(model.association, "forward", associated)
     model.train()
     if arch == "lcnet_050":
         model.colormap_encoder.eval()  # batch norm uses the batch in training, by its nature
@@ -213,7 +220,7 @@ def fluent(records, tokenizer_dir) -> tuple[Any, Any]:
     with torch.no_grad():
         grid = model.encode(batch)[1]
     for _ in range(150):
-        loss = model._answer(batch, grid).loss_answer
+        loss = model.read_answers(batch, grid).loss_answer
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.language_decoder.parameters(), 1.0)
@@ -281,7 +288,8 @@ def test_the_order_of_entities_does_not_matter(records, tokenizer_dir, snap):
             logits = []
             for views in (batch, moved):
                 output, grid = model.encode(views)
-                logits.append(model.associate(views, output.query_embeddings, grid)[1])
+                nouns = model.read_answers(views, grid).seg_embeddings
+                logits.append(model.association(nouns, output.query_embeddings))
         for i, (before, after) in enumerate(zip(model(batch), model(moved))):
             count = len(orders[i])
             assert farthest(logits[0][i][:, orders[i]], logits[1][i][:, :count]) < TOLERANCE
@@ -362,7 +370,9 @@ def test_bfloat16_grounds_like_float32(records, tokenizer_dir, queries):
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             output, grid = model.encode(batch)
-            runs.append((output, *model.associate(batch, output.query_embeddings, grid)))
+            language = model.read_answers(batch, grid)
+            nouns = language.seg_embeddings
+            runs.append((output, language, model.association(nouns, output.query_embeddings)))
             results = model(batch)
         for inputs, result in zip(batch, results):
             assert len(result["grounding"]) == len(inputs["phrases"])

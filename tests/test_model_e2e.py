@@ -165,9 +165,8 @@ def test_generated_and_given_answers_give_the_same_embeddings(shapes):
     cfg = make_cfg(shapes)
     model = make_model(cfg).eval()
     batch = batch_of(cfg, shapes, "ground", is_train=False, count=2)
-    output, grid = model.encode(batch)
-    queries = output.query_embeddings
-    given, _ = model.associate(batch, queries, grid)
+    grid = model.encode(batch)[1]
+    given = model.read_answers(batch, grid)
     for i, inputs in enumerate(batch):
         # Cut the answer off and put it back as if it had been generated.
         start = int((inputs["labels"] != prompts.IGNORE_INDEX).nonzero()[0])
@@ -176,7 +175,7 @@ def test_generated_and_given_answers_give_the_same_embeddings(shapes):
         rebuilt = with_answer(model.tokenizer, prompt, answer)
         assert [p["text"] for p in rebuilt["phrases"]] == [p["text"] for p in inputs["phrases"]]
         assert rebuilt["text"].count(prompts.SEG_TOKEN) == len(inputs["phrases"])
-        single, _ = model.associate([rebuilt], queries[i : i + 1], grid[i : i + 1])
+        single = model.read_answers([rebuilt], grid[i : i + 1])
         assert torch.allclose(single.seg_embeddings[0], given.seg_embeddings[i], atol=1e-5)
 
 

@@ -11,9 +11,7 @@ from gella.modeling.postprocessing import (
     gather_candidates,
     ground_phrases,
     masks_in_original_frame,
-    merge_snapped,
     panoptic_from_scores,
-    select_entities,
     snap_to_entities,
 )
 from gella.text.words import names_several
@@ -41,6 +39,12 @@ def strips(count: int, size: int = 12) -> torch.Tensor:
     return masks
 
 
+def gathered(logits, masks, entities, ids, queries, snap):
+    known = entities if snap else None
+    met = snap_to_entities(masks, entities, 0.5)
+    return gather_candidates(logits, masks, ids, queries=queries, entity_masks=known, snapped=met)
+
+
 def test_snapping_takes_the_best_entity_above_the_threshold():
     entities = strips(3)
     predicted = entities[[2, 0]].clone()
@@ -54,9 +58,17 @@ def test_snapping_takes_the_best_entity_above_the_threshold():
 
 def test_queries_of_one_entity_merge_to_the_highest_logit():
     logits = torch.tensor([[1.0, 5.0, -1.0, 3.0], [0.0, -2.0, 4.0, 2.0]])
-    merged, sources = merge_snapped(logits, torch.tensor([1, -1, 1, 0]))
-    by_source = {int(s): merged[:, k].tolist() for k, s in enumerate(sources)}
-    assert by_source == {-2: [5.0, -2.0], 0: [3.0, 2.0], 1: [1.0, 4.0]}
+    found = gather_candidates(
+        logits,
+        strips(4),
+        [70, 80],
+        queries="learned",
+        entity_masks=strips(2),
+        snapped=torch.tensor([1, -1, 1, 0]),
+    )
+    assert found.entity_ids == [-2, 70, 80]
+    assert torch.allclose(found.scores.logit(), torch.tensor([[5.0, 3.0, 1.0], [-2.0, 2.0, 4.0]]))
+    assert torch.equal(found.masks, torch.stack([strips(4)[1], *strips(2)]))
 
 
 @pytest.mark.parametrize(
@@ -75,9 +87,7 @@ def test_candidates_are_the_inputs_own_masks_or_the_predicted_ones(queries, snap
     if queries == "learned":
         predicted[2] = True  # meets no entity
     logits = torch.tensor([[4.0, -4.0, 0.0]])
-    found = gather_candidates(
-        logits, predicted, entities, [70, 80, 90], queries=queries, snap=snap, snap_iou=0.5
-    )
+    found = gathered(logits, predicted, entities, [70, 80, 90], queries, snap)
     assert found.entity_ids == ids
     first = ids.index(1 if 1 in ids else 70)
     expected = entities[0] if snap else predicted[0]
@@ -95,38 +105,34 @@ def test_snapped_segments_of_ragged_predictions_are_the_entities_to_the_pixel(qu
     logits = torch.where(torch.eye(3, dtype=torch.bool)[:, order], 4.0, -4.0)
     categories = [{"category_id": c, "isthing": True} for c in (5, 6, 7)]
     for snap in (True, False):
-        found = gather_candidates(
-            logits, ragged[order], entities, [7, 8, 9], queries=queries, snap=snap, snap_iou=0.5
-        )
+        found = gathered(logits, ragged[order], entities, [7, 8, 9], queries, snap)
         ids, segments = panoptic_from_scores(found.scores, found.masks, categories, 0.0)
         painted = {s["category_id"]: ids == s["id"] for s in segments}
         for entity, category in zip(entities, (5, 6, 7)):
             assert torch.equal(painted[category], entity) == snap
 
 
-def test_a_noun_takes_all_above_the_threshold_and_always_the_best():
-    scores = torch.tensor([[0.6, 0.2, 0.9], [0.1, 0.3, 0.2]])
-    assert select_entities(scores, 0.5) == [[2, 0], [1]]
-    assert select_entities(scores[:, :0], 0.5) == [[], []]
-
-
-def test_a_singular_noun_takes_its_best_entity_and_a_low_best_none():
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({}, [[9, 7], [8, 7], [7]]),  # all above the threshold, always the best
+        ({"best_only": [True, False, True]}, [[9], [8, 7], [7]]),
+        ({"none_threshold": 0.35}, [[9, 7], [8, 7], []]),
+        ({"none_threshold": 0.3}, [[9, 7], [8, 7], [7]]),  # not lower
+        ({"none_threshold": 0.35, "best_only": [True, False, True]}, [[9], [8, 7], []]),
+    ],
+)
+def test_which_entities_a_noun_takes(options, taken):
     scores = torch.tensor([[0.6, 0.2, 0.9], [0.6, 0.7, 0.2], [0.3, 0.1, 0.2]])
-    best_only = [True, False, True]
-    assert select_entities(scores, 0.5, best_only=best_only) == [[2], [1, 0], [0]]
-    assert select_entities(scores, 0.5, none_threshold=0.35) == [[2, 0], [1, 0], []]
-    assert select_entities(scores, 0.5, none_threshold=0.3) == [[2, 0], [1, 0], [0]]  # not lower
-    masks = strips(3)
     phrases = [{"text": t, "start": 0, "end": 1} for t in ("a dog", "two dogs", "a cat")]
-    found = ground_phrases(
-        phrases,
-        Candidates(masks, [7, 8, 9], scores),
-        0.5,
-        best_only=best_only,
-        none_threshold=0.35,
-    )
-    assert [unit["entity_ids"] for unit in found] == [[9], [8, 7], []]
-    assert not found[2]["mask"].any() and found[2]["mask"].shape == (12, 12)
+    masks = strips(3)
+    found = ground_phrases(phrases, Candidates(masks, [7, 8, 9], scores), 0.5, **options)
+    assert [unit["entity_ids"] for unit in found] == taken
+    for unit in found:
+        expected = masks[[k - 7 for k in unit["entity_ids"]]].any(0).numpy()
+        assert (unit["mask"] == expected).all() and unit["mask"].shape == (12, 12)
+    nothing = Candidates(masks[:0], [], scores[:, :0])
+    assert [unit["entity_ids"] for unit in ground_phrases(phrases, nothing, 0.5)] == [[], [], []]
 
 
 @pytest.mark.parametrize(

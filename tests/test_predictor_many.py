@@ -85,7 +85,7 @@ class Passes:
         self.images: list[int] = []
         self.prompts: list[int] = []
         decoder = model.language_decoder
-        encode, generate, associate = model.encode, decoder.generate, model.associate
+        encode, generate, read_answers = model.encode, decoder.generate, model.read_answers
 
         def encoding(views: list) -> Any:
             self.images.append(len(views))
@@ -95,13 +95,13 @@ class Passes:
             self.prompts.append(len(inputs))
             return generate(grid, inputs, **options)
 
-        def associating(inputs: list, *args: Any) -> Any:
+        def reading(inputs: list, *args: Any) -> Any:
             self.prompts.append(len(inputs))
-            return associate(inputs, *args)
+            return read_answers(inputs, *args)
 
         monkeypatch.setattr(model, "encode", encoding)
         monkeypatch.setattr(decoder, "generate", generating)
-        monkeypatch.setattr(model, "associate", associating)
+        monkeypatch.setattr(model, "read_answers", reading)
 
 
 def test_a_picture_is_encoded_once_and_passes_are_shared(

@@ -25,7 +25,6 @@ from tiny_gella import (
     same_result,
 )
 
-from gella.modeling import inference, postprocessing
 from gella.predictor import GellaPredictor, Scene
 from gella.predictor.questions import TASKS, caption_question, prefix_ids
 from gella.text import prompts
@@ -89,24 +88,6 @@ def test_every_answer_is_that_of_evaluation(
             else:
                 assert found == prompts.parse_nouns(evaluated["text"])
     assert len(set(texts)) > 1
-
-
-def test_which_entity_a_query_met_is_known_before_the_nouns(
-    records: list, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg = make_cfg(tokenizer_dir, "learned", "MODEL.GELLA.SNAP_IOU", 0.1)
-    predictor = GellaPredictor(cfg, model=make_model(cfg))
-    scenes = [encode(predictor, record) for record in records]
-    found = [answer(predictor, "ground", *pair) for pair in zip(records, scenes, strict=True)]
-    met = torch.cat([scene.encoded.snapped for scene in scenes])
-    assert len(set(met.tolist())) > 2
-
-    def anew(*args: Any, snapped: Any, **options: Any) -> Any:
-        return postprocessing.gather_candidates(*args, **options)
-
-    monkeypatch.setattr(inference, "gather_candidates", anew)
-    for record, scene, before in zip(records, scenes, found, strict=True):
-        same_answers(before, answer(predictor, "ground", record, scene))
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +172,7 @@ def fluent(records: list, tokenizer_dir: Path) -> GellaPredictor:
         grid = model.encode(batch)[1]
     optimizer = torch.optim.AdamW(model.language_decoder.parameters(), 4e-3)
     for _ in range(150):
-        loss = model._answer(batch, grid).loss_answer
+        loss = model.read_answers(batch, grid).loss_answer
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.language_decoder.parameters(), 1.0)

@@ -167,7 +167,7 @@ class _Prefixes:
         self._ious = np.where(self.unions == 0, nothing, inters / np.maximum(self.unions, 1))
 
     def mean_iou(self, threshold: float, argmax: bool, none: float) -> float:
-        """Mean IoU of the rule of ``postprocessing.select_entities``."""
+        """Mean IoU of the rule of ``postprocessing.ground_phrases``."""
         sizes = np.maximum((self.scores > threshold).sum(axis=1), 1)
         if argmax:
             sizes = np.where(self.several, sizes, 1)

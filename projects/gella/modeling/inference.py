@@ -29,27 +29,17 @@ from gella.text.words import names_several
 
 
 class Model(Protocol):
-    """What the path asks of the meta-architecture.
+    """What the path asks of the meta-architecture, which composes its parts."""
 
-    Attributes:
-        mask_decoder: of which it reads ``queries``.
-        language_decoder: a ``LanguageDecoder``.
-        encode, associate: of :class:`gella.modeling.meta_arch.GELLA`; training shares them.
-        tokenizer: of the language decoder, with <SEG>.
-        noun_snippets: token ids of pieces of extracted nouns, for drafts.
-        max_new_tokens: the longest answer.
-        inference_options: the node ``MODEL.GELLA``.
-        device: where the parts live.
-    """
-
-    mask_decoder: Any
+    mask_decoder: Any  # of which it reads `queries`
     language_decoder: Any
+    association: Any
     encode: Callable[[list[dict[str, Any]]], tuple[MaskDecoderOutput, Tensor]]
-    associate: Callable[..., tuple[Any, list[Tensor]]]
-    tokenizer: Any
-    noun_snippets: list[list[int]]
+    read_answers: Callable[..., Any]
+    tokenizer: Any  # of the language decoder, with <SEG>
+    noun_snippets: list[list[int]]  # for drafts, as token ids
     max_new_tokens: int
-    inference_options: Any
+    inference_options: Any  # the node MODEL.GELLA
     device: torch.device
 
 
@@ -212,7 +202,8 @@ def find_entities(
         {**x, "labels": torch.full_like(x["input_ids"], prompts.IGNORE_INDEX)}
         for x in batched_inputs
     ]
-    _, logits = model.associate(inputs, queries, grids, prefixes)  # P_i Q each
+    language = model.read_answers(inputs, grids, prefixes)
+    logits = model.association(language.seg_embeddings, queries)  # P_i Q each
     options = model.inference_options
     results: list[dict[str, Any]] = []
     for x, image, scores in zip(inputs, encoded, logits):
@@ -220,11 +211,9 @@ def find_entities(
         candidates = gather_candidates(
             scores[:, : len(image.query_embeddings)],
             image.masks,
-            entity_masks(entities, model.device) if options.SNAP else image.masks,
             entities.segment_ids,
             queries=model.mask_decoder.queries,
-            snap=options.SNAP,
-            snap_iou=options.SNAP_IOU,
+            entity_masks=entity_masks(entities, model.device) if options.SNAP else None,
             snapped=image.snapped,
         )
         if x["task"] == "panoptic":

@@ -11,12 +11,13 @@ import torch
 from detectron2.config import configurable
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_backbone
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from gella.modeling import inference as inference_path
+from gella.modeling import inference
 from gella.modeling.association import Association
 from gella.modeling.criterion import GellaCriterion, LossCounts, count_terms
 from gella.modeling.generation import Prefix
-from gella.modeling.language_decoder import LanguageDecoder
+from gella.modeling.language_decoder import LanguageDecoder, LanguageOutput
 from gella.modeling.mask_decoder import MaskDecoderOutput
 from gella.modeling.resoblend import ResoBlend
 from gella.modeling.upstream_mask_decoder import build_mask_decoder
@@ -29,9 +30,9 @@ _logger = logging.getLogger(__name__)
 class GELLA(nn.Module):
     """Ground the nouns of a caption in given entity masks (arXiv 2402.02555, Figure 2).
 
-    Training and inference share one path up to the heads. The module knows nothing of
-    parallelism: every parameter takes part in the losses of every training step, with weight 0 in
-    what a task does not train.
+    Training and inference share one path up to the heads: :meth:`encode` and :meth:`read_answers`.
+    The module knows nothing of parallelism: every parameter takes part in the losses of every
+    training step, with weight 0 in what a task does not train.
     """
 
     pixel_mean: Tensor
@@ -39,9 +40,9 @@ class GELLA(nn.Module):
     image_mean: Tensor
     image_std: Tensor
 
-    encode_images = inference_path.encode_images
-    write_answers = inference_path.write_answers
-    find_entities = inference_path.find_entities
+    encode_images = inference.encode_images
+    write_answers = inference.write_answers
+    find_entities = inference.find_entities
 
     @configurable
     def __init__(
@@ -54,12 +55,11 @@ class GELLA(nn.Module):
         language_decoder: nn.Module,
         association: nn.Module,
         criterion: nn.Module,
-        pixel_statistics: tuple[list[float], list[float]],
-        image_statistics: tuple[list[float], list[float]],
+        statistics: dict[str, list[float]],
         answer_weight: float,
         tokenizer_path: str,
         max_new_tokens: int,
-        inference: Any,
+        inference_options: Any,
     ) -> None:
         """Compose the model from its parts.
 
@@ -67,12 +67,12 @@ class GELLA(nn.Module):
             colormap_encoder: f_Upsilon, eq. 1. image_encoder: f_Omega, eq. 2.
             resoblend: eq. 7 and 8. mask_decoder: Mask2Former's head. language_decoder: eq. 3 to 5.
             association: eq. 9. criterion: the losses of eq. 6 and 9.
-            pixel_statistics: mean and std of the colormap, RGB in 0..255.
-            image_statistics: mean and std of CLIP's image, RGB in 0..255.
+            statistics: ``pixel_mean`` and ``pixel_std`` of the colormap, ``image_mean`` and
+                ``image_std`` of CLIP's image: RGB in 0..255.
             answer_weight: of L_ans in eq. 10.
             tokenizer_path: read at the first question only.
             max_new_tokens: the longest generated answer.
-            inference: the node ``MODEL.GELLA``.
+            inference_options: the node ``MODEL.GELLA``.
         """
         super().__init__()
         self.colormap_encoder = colormap_encoder
@@ -85,12 +85,10 @@ class GELLA(nn.Module):
         self.answer_weight = answer_weight
         self.tokenizer_path = tokenizer_path
         self.max_new_tokens = max_new_tokens
-        self.inference_options = inference
+        self.inference_options = inference_options
         self._most_entities = 0  # that a warning has told of
-        for prefix, statistics in (("pixel", pixel_statistics), ("image", image_statistics)):
-            for name, values in zip(("mean", "std"), statistics):
-                buffer = torch.tensor(values).view(3, 1, 1)
-                self.register_buffer(f"{prefix}_{name}", buffer, persistent=False)
+        for name, values in statistics.items():
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
@@ -111,15 +109,16 @@ class GELLA(nn.Module):
                 cfg, language_decoder.hidden_size, cfg.MODEL.MASK_DECODER.HIDDEN_DIM
             ),
             criterion=GellaCriterion(cfg),
-            pixel_statistics=(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD),
-            image_statistics=(
-                cfg.MODEL.IMAGE_ENCODER.PIXEL_MEAN,
-                cfg.MODEL.IMAGE_ENCODER.PIXEL_STD,
-            ),
+            statistics={
+                "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+                "pixel_std": cfg.MODEL.PIXEL_STD,
+                "image_mean": cfg.MODEL.IMAGE_ENCODER.PIXEL_MEAN,
+                "image_std": cfg.MODEL.IMAGE_ENCODER.PIXEL_STD,
+            },
             answer_weight=cfg.MODEL.LANGUAGE.ANSWER_WEIGHT,
             tokenizer_path=cfg.MODEL.LANGUAGE.TOKENIZER,
             max_new_tokens=cfg.MODEL.LANGUAGE.MAX_NEW_TOKENS,
-            inference=cfg.MODEL.GELLA,
+            inference_options=cfg.MODEL.GELLA,
         )
 
     @property
@@ -154,52 +153,42 @@ class GELLA(nn.Module):
             ``grounding``, ``instances``, ``panoptic_seg`` (panoptic), ``text`` (describe, extract).
         """
         if not self.training:
-            return inference_path.answer_batch(self, batched_inputs)
+            return inference.answer_batch(self, batched_inputs)
         counts = self.loss_counts(batched_inputs) if counts is None else counts
         if batched_inputs[0]["task"] == "describe":
-            losses, loss_answer = self._describe(batched_inputs, counts)
-        else:
-            decoder_output, image_grid = self.encode(batched_inputs)
-            queries = decoder_output.query_embeddings
-            language, logits = self.associate(
-                batched_inputs, queries, image_grid, answer_count=counts.answer
+            # Describing trains the language part only (section 3.4). The other losses are 0 and
+            # depend on every parameter outside it, so that all steps have the same losses and all
+            # ranks the same gradients to exchange, without the cost of the parts that are not
+            # needed. The language part, billions of parameters, is trained by its own loss.
+            idle = sum(
+                p.sum() * 0.0
+                for name, p in self.named_parameters()
+                if p.requires_grad and not name.startswith("language_decoder.")
             )
+            losses = {n: idle for n in self.criterion.loss_names(self.mask_decoder.num_outputs)}
+            grid = self.image_encoder(self._pixels(batched_inputs, "image"))["penultimate"]
+            language = self.read_answers(batched_inputs, grid, answer_count=counts.answer)
+        else:
+            output, grid = self.encode(batched_inputs)
+            language = self.read_answers(batched_inputs, grid, answer_count=counts.answer)
             targets, known = zip(*(self._association_targets(x) for x in batched_inputs))
             losses = self.criterion(
-                decoder_output,
-                target_masks=[
-                    inference_path.entity_masks(x["entities"], self.device) for x in batched_inputs
-                ],
+                output,
+                target_masks=self._entity_masks(batched_inputs),
                 counts=counts,
-                association_logits=logits,
-                association_targets=list(targets),
-                association_valid=list(known),
+                association_logits=self.association(
+                    language.seg_embeddings, output.query_embeddings
+                ),
+                association_targets=targets,
+                association_valid=known,
             )
-            loss_answer = language.loss_answer
-        losses["loss_answer"] = loss_answer * self.answer_weight
+        losses["loss_answer"] = language.loss_answer * self.answer_weight
         return losses
 
     def loss_counts(self, batched_inputs: list[dict[str, Any]]) -> LossCounts:
         """What the losses of this batch divide by; see :func:`count_terms`."""
         no_object = float(self.criterion.terms.empty_weight[1])
         return count_terms(batched_inputs, self.mask_decoder.num_queries, no_object)
-
-    def _describe(
-        self, batched_inputs: list[dict[str, Any]], counts: LossCounts
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        # Describing trains the language part only (section 3.4). The other losses are 0 and depend
-        # on every parameter outside it, so that all steps have the same losses and all ranks the
-        # same gradients to exchange, without the cost of the parts that are not needed. The
-        # language part, billions of parameters, is trained by its own loss.
-        idle = sum(
-            p.sum() * 0.0
-            for name, p in self.named_parameters()
-            if p.requires_grad and not name.startswith("language_decoder.")
-        )
-        losses = {n: idle for n in self.criterion.loss_names(self.mask_decoder.num_outputs)}
-        grids = self.image_encoder(self._pixels(batched_inputs, "image"))
-        language = self._answer(batched_inputs, grids["penultimate"], None, counts.answer)
-        return losses, language.loss_answer
 
     def encode(self, batched_inputs: list[dict[str, Any]]) -> tuple[MaskDecoderOutput, Tensor]:
         """Run the vision side.
@@ -213,70 +202,52 @@ class GELLA(nn.Module):
         fused = self.resoblend(grids["last"], pyramid)  # Z_vc
         if self.mask_decoder.queries == "learned":
             output = self.mask_decoder(fused)
-            self._warn_of_few_queries(batched_inputs, output.query_embeddings.shape[1])
-            return output, grids["penultimate"]
-        masks = [inference_path.entity_masks(x["entities"], self.device) for x in batched_inputs]
-        valid = nn.utils.rnn.pad_sequence(
-            [m.new_ones(len(m)) for m in masks], batch_first=True
-        ).bool()  # B E
-        padded = nn.utils.rnn.pad_sequence(masks, batch_first=True)  # B E H W
-        output = self.mask_decoder(fused, entity_masks=padded, entity_valid=valid)
+            num_queries = output.query_embeddings.shape[1]
+            most = max(x["entities"].num_entities for x in batched_inputs)
+            if most > max(num_queries, self._most_entities):
+                self._most_entities = most
+                _logger.warning(
+                    "an image has %d entities, but MODEL.MASK_DECODER.NUM_QUERIES is %d: at most "
+                    "so many can be found in it; raise it, or set MODEL.MASK_DECODER.QUERIES to "
+                    "entity",
+                    *(most, num_queries),
+                )
+        else:
+            masks = self._entity_masks(batched_inputs)
+            valid = pad_sequence([m.new_ones(len(m)) for m in masks], batch_first=True)  # B E
+            padded = pad_sequence(masks, batch_first=True)  # B E H W
+            output = self.mask_decoder(fused, entity_masks=padded, entity_valid=valid.bool())
         return output, grids["penultimate"]
 
-    def _warn_of_few_queries(self, batched_inputs: list[dict[str, Any]], num_queries: int) -> None:
-        most = max(x["entities"].num_entities for x in batched_inputs)
-        if most > max(num_queries, self._most_entities):
-            self._most_entities = most
-            _logger.warning(
-                "an image has %d entities, but MODEL.MASK_DECODER.NUM_QUERIES is %d: at most so "
-                "many can be found in it; raise it, or set MODEL.MASK_DECODER.QUERIES to entity",
-                *(most, num_queries),
-            )
-
-    def associate(
+    def read_answers(
         self,
         batched_inputs: list[dict[str, Any]],
-        query_embeddings: Tensor,
         image_grid: Tensor,
         prefixes: Sequence[Prefix] | None = None,
         answer_count: float | None = None,
-    ) -> tuple[Any, list[Tensor]]:
-        """Run the language side and join it with the entities.
+    ) -> LanguageOutput:
+        """Run the language side over prompts with their answers; see ``LanguageDecoder.forward``.
 
         Args:
             batched_inputs: mapped dicts.
-            query_embeddings: (B, Q, D), ``E_vc`` of the same images.
             image_grid: (B, C, g, g), their penultimate grids.
-            prefixes, answer_count: see :meth:`LanguageDecoder.forward`.
-
-        Returns:
-            the language decoder's output, and per image (P_i, Q) association logits.
+            prefixes: what was read of each image already.
+            answer_count: what the loss divides by.
         """
-        language = self._answer(batched_inputs, image_grid, prefixes, answer_count)
-        logits = self.association(language.seg_embeddings, query_embeddings)
-        return language, logits
-
-    def _answer(
-        self,
-        batched_inputs: list[dict[str, Any]],
-        image_grid: Tensor,
-        prefixes: Sequence[Prefix] | None = None,
-        answer_count: float | None = None,
-    ) -> Any:
-        return self.language_decoder(
-            image_grid,
-            [x["input_ids"].to(self.device) for x in batched_inputs],
-            [x["labels"].to(self.device) for x in batched_inputs],
-            [x["seg_positions"].to(self.device) for x in batched_inputs],
-            prefixes,
-            answer_count,
+        ids, labels, positions = (
+            [x[key].to(self.device) for x in batched_inputs]
+            for key in ("input_ids", "labels", "seg_positions")
         )
+        return self.language_decoder(image_grid, ids, labels, positions, prefixes, answer_count)
 
     def _pixels(self, batched_inputs: list[dict[str, Any]], key: str) -> Tensor:
         pixels = torch.stack([x[key] for x in batched_inputs]).to(self.device)  # B 3 H W, uint8
         if key == "image":
             return (pixels - self.image_mean) / self.image_std
         return (pixels - self.pixel_mean) / self.pixel_std
+
+    def _entity_masks(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
+        return [inference.entity_masks(x["entities"], self.device) for x in batched_inputs]
 
     def _association_targets(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         # G^A of eq. 9, and whether a noun's entities are known at all: captions made by a

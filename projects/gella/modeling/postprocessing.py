@@ -40,8 +40,7 @@ def masks_in_original_frame(
         mask_logits: (K, h, w) float logits over the padded square.
         colormap_size: (H, W) of the padded colormap, in pixels.
         valid_size: (h', w') of its top-left part that is not padding.
-        height: of the original image, in pixels.
-        width: of the original image, in pixels.
+        height, width: of the original image, in pixels.
 
     Returns:
         (K, height, width) bool.
@@ -75,88 +74,43 @@ def snap_to_entities(masks: Tensor, entity_masks: Tensor, iou_threshold: float) 
     return torch.where(best >= iou_threshold, index, -1)
 
 
-def merge_snapped(logits: Tensor, snapped: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge queries that snapped to the same entity, keeping the highest logit per noun.
-
-    Args:
-        logits: (P, K) association logits.
-        snapped: (K,) int64 entity index of each query, -1 for none.
-
-    Returns:
-        ``(merged, sources)``: (P, K') logits and (K',) int64. A source >= 0 is an entity index, a
-        negative one -(k + 1) stands for query k that met no entity.
-    """
-    queries = torch.arange(len(snapped), device=snapped.device)
-    sources = torch.where(snapped >= 0, snapped, -(queries + 1))
-    unique, inverse = sources.unique(return_inverse=True)
-    merged = logits.new_full((logits.shape[0], len(unique)), -torch.inf)
-    merged.scatter_reduce_(1, inverse.expand_as(logits), logits, reduce="amax")
-    return merged, unique
-
-
 def gather_candidates(
     logits: Tensor,
     masks: Tensor,
-    entity_masks: Tensor,
     segment_ids: list[int],
     *,
     queries: str,
-    snap: bool,
-    snap_iou: float,
+    entity_masks: Tensor | None = None,
     snapped: Tensor | None = None,
 ) -> Candidates:
     """Decide which masks the nouns choose from: predicted ones, or the input's own.
 
     Args:
         logits: (P, K) association logits of the K kept queries.
-        masks: (K, H, W) bool predicted masks.
-        entity_masks: (E, H, W) bool input entities; with entity queries K = E, in the same order.
+        masks: (K, H, W) bool predicted masks; not looked at where entity queries give the input's.
         segment_ids: E ids of the input entities.
         queries: ``entity`` or ``learned`` (``MODEL.MASK_DECODER.QUERIES``).
-        snap: return the input's own masks (``MODEL.GELLA.SNAP``).
-        snap_iou: least IoU at which a learned query is an input entity.
-        snapped: what :func:`snap_to_entities` found for these masks, where it is known already.
+        entity_masks: (E, H, W) bool input entities, for ``MODEL.GELLA.SNAP``; None: predicted masks
+            only. With entity queries K = E, in the same order.
+        snapped: of learned queries, see :func:`snap_to_entities`.
     """
     if queries == "entity":
         # Query i belongs to entity i, even where the decoder reproduced its mask badly.
-        chosen = entity_masks if snap else masks
+        chosen = masks if entity_masks is None else entity_masks
         return Candidates(chosen, list(segment_ids), logits.sigmoid())
-    if not snap:
+    if entity_masks is None or snapped is None:
         return Candidates(masks, list(range(1, len(masks) + 1)), logits.sigmoid())
-    if snapped is None:
-        snapped = snap_to_entities(masks, entity_masks, snap_iou)
-    merged, sources = merge_snapped(logits, snapped)
+    # Queries of one entity become one, with the highest logit per noun; -(k + 1) stands for query
+    # k, which met no entity.
+    numbers = torch.arange(len(snapped), device=snapped.device)
+    sources, inverse = torch.where(snapped >= 0, snapped, -(numbers + 1)).unique(
+        return_inverse=True
+    )
+    merged = logits.new_full((logits.shape[0], len(sources)), -torch.inf)
+    merged.scatter_reduce_(1, inverse.expand_as(logits), logits, reduce="amax")
     own = [entity_masks[s] if s >= 0 else masks[-s - 1] for s in sources.tolist()]
     ids = [segment_ids[s] if s >= 0 else s for s in sources.tolist()]
     return Candidates(torch.stack(own) if own else masks[:0], ids, merged.sigmoid())
-
-
-def select_entities(
-    scores: Tensor,
-    threshold: float,
-    *,
-    best_only: Sequence[bool] = (),
-    none_threshold: float = 0.0,
-) -> list[list[int]]:
-    """Choose each noun's entities: all above the threshold, and always the best one.
-
-    Args:
-        scores: (P, K) association probabilities.
-        threshold: in 0..1.
-        best_only: per noun, whether it takes its best entity only; () is no noun.
-        none_threshold: in 0..1; a noun whose best entity scores lower takes none.
-
-    Returns:
-        per noun the indices of its entities, best first; empty when K is 0 or the best is too low.
-    """
-    chosen = []
-    for number, row in enumerate(scores):
-        order = row.argsort(descending=True, stable=True).tolist()
-        keep = [k for k in order if row[k] > threshold] or order[:1]
-        if best_only and best_only[number]:
-            keep = order[:1]
-        chosen.append([] if order and row[order[0]] < none_threshold else keep)
-    return chosen
 
 
 def ground_phrases(
@@ -169,30 +123,34 @@ def ground_phrases(
 ) -> list[dict[str, Any]]:
     """Give every phrase the entities it names and the union of their masks.
 
+    A phrase takes all entities above the threshold, and always the best one.
+
     Args:
         phrases: P dicts with ``text``, ``start`` and ``end``.
         candidates: of the same image.
         threshold: association probability above which an entity is taken.
         best_only: per phrase whether it takes its best entity only; (): no phrase does.
-        none_threshold: a noun whose best entity scores lower takes none.
+        none_threshold: a phrase whose best entity scores lower takes none.
 
     Returns:
         per phrase ``phrase``, ``start``, ``end``, ``entity_ids`` and ``scores`` (best first), and
         ``mask``, bool ndarray (H, W).
     """
-    selected = select_entities(
-        candidates.scores, threshold, best_only=best_only, none_threshold=none_threshold
-    )
     grounding = []
-    for row, chosen in enumerate(selected):
-        phrase = phrases[row]
+    for number, (phrase, scores) in enumerate(zip(phrases, candidates.scores)):
+        order = scores.argsort(descending=True, stable=True).tolist()
+        chosen = [k for k in order if scores[k] > threshold] or order[:1]
+        if best_only and best_only[number]:
+            chosen = order[:1]
+        if order and scores[order[0]] < none_threshold:
+            chosen = []
         grounding.append(
             {
                 "phrase": phrase["text"],
                 "start": phrase["start"],
                 "end": phrase["end"],
                 "entity_ids": [candidates.entity_ids[k] for k in chosen],
-                "scores": [float(candidates.scores[row, k]) for k in chosen],
+                "scores": [float(scores[k]) for k in chosen],
                 "mask": candidates.masks[chosen].any(dim=0).cpu().numpy(),
             }
         )
