@@ -75,8 +75,7 @@ from gella.entities.entity_map import EntityMap
 from gella.entities.view import read_image
 from gella.pictures.grounding import Grounding, PanopticResult
 from gella.pictures.html import grounding_html, page, panoptic_html
-from gella.predictor import GellaPredictor, Request
-from gella.predictor.questions import TASKS
+from gella.predictor import TASKS, GellaPredictor, Request
 from gella.segmenters.segmenter import SPECS, MaskLimits
 from gella.text.spans import locate_phrases
 from gella.utils.io import file_hash, write_atomically

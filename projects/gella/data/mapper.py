@@ -73,7 +73,7 @@ class InputMaker:
         """
         self.tokenizer = tokenizer
         self.image_size, self.colormap_size, self.colors = image_size, colormap_size, colors
-        self.limits = {
+        self.limits: dict[str, Any] = {
             "num_image_tokens": num_image_tokens,
             "system": system,
             "max_length": max_length,

@@ -1,9 +1,10 @@
 """Use a model from Python: give it a picture and its entities once, then ask.
 
-``scene.py`` reads the input, ``questions.py`` says what is asked, ``engine.py`` runs the model and
-``many.py`` batches, ``answers.py`` makes results; ``predictor.py`` composes them.
+``scene.py`` reads the input, ``predictor.py`` asks the model, ``many.py`` batches requests.
 """
 
-from gella.predictor.predictor import DTYPES, GellaPredictor, Grounding, Request, Scene, image_id_of
+from gella.predictor.many import Request
+from gella.predictor.predictor import DTYPES, TASKS, GellaPredictor, Grounding
+from gella.predictor.scene import Scene, image_id_of
 
-__all__ = ["DTYPES", "GellaPredictor", "Grounding", "Request", "Scene", "image_id_of"]
+__all__ = ["DTYPES", "TASKS", "GellaPredictor", "Grounding", "Request", "Scene", "image_id_of"]

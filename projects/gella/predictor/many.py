@@ -1,47 +1,68 @@
-"""Many requests at once: one scene per picture, several pictures and questions per pass."""
+"""Many requests at once: one scene per picture, several pictures and questions per pass.
+
+The workings of :meth:`gella.predictor.GellaPredictor.predict_many`.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gella.predictor.answers import Result
-from gella.predictor.engine import Asked, Engine
-from gella.predictor.questions import (
-    TASKS,
-    Question,
-    Request,
-    caption_question,
-    named_in,
-    panoptic_question,
-    referring_question,
-    text_question,
-)
-from gella.predictor.scene import Scene
+import numpy as np
+
+from gella.pictures.grounding import Grounding, PanopticResult
+from gella.predictor.scene import EntitiesLike, Scene
 from gella.text import prompts
 
-Outcome = Result | Exception
+Result = Grounding | PanopticResult | str | list[str]
+"""Of "ground" and "refer", "panoptic", "describe", "extract"."""
+
+
+@dataclass
+class Request:
+    """One question about one picture, for :meth:`GellaPredictor.predict_many`.
+
+    Attributes:
+        task: "ground", "refer", "panoptic", "describe" or "extract".
+        image, entities, image_id, masks_format, segments_info: see
+            :meth:`GellaPredictor.set_image`. Requests with the same image and entities (the same
+            objects, or equal names) share one scene.
+        text: the caption ("ground", "extract") or the expression ("refer").
+        nouns: for "ground"; None: the model extracts them.
+        categories: for "panoptic".
+    """
+
+    task: str
+    image: np.ndarray | str | Path
+    entities: EntitiesLike
+    text: str = ""
+    nouns: Sequence[str] | None = None
+    categories: Sequence[dict[str, Any] | str] | None = None
+    image_id: int | str | None = None
+    masks_format: str = "auto"
+    segments_info: list[dict[str, Any]] | None = None
 
 
 def answer_requests(
-    engine: Engine,
+    predictor: Any,
     requests: Sequence[Request],
     batch_size: int,
     progress: Callable[[int, int], None] | None,
-) -> list[Outcome]:
+) -> list[Result | Exception]:
     """Answer requests; see :meth:`gella.predictor.GellaPredictor.predict_many`."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1")
-    outcomes: list[Outcome] = []
+    outcomes: list[Result | Exception] = []
     scenes: dict[tuple, Scene | Exception] = {}
     to_come = Counter(map(_key, requests))
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
         keys = [_key(request) for request in batch]
-        _add_scenes(engine, batch, scenes)
-        outcomes += _answer_batch(engine, batch, [scenes[key] for key in keys])
+        _add_scenes(predictor, {k: r for k, r in zip(keys, batch) if k not in scenes}, scenes)
+        outcomes += _answer_batch(predictor, batch, [scenes[key] for key in keys])
         to_come.subtract(keys)
         scenes = {key: scene for key, scene in scenes.items() if to_come[key]}
         if progress is not None:
@@ -62,16 +83,13 @@ def _key(request: Request) -> tuple:
 
 
 def _add_scenes(
-    engine: Engine, batch: Sequence[Request], scenes: dict[tuple, Scene | Exception]
+    predictor: Any, new: dict[tuple, Request], scenes: dict[tuple, Scene | Exception]
 ) -> None:
-    """Encode the pictures of a batch that are new, together; failures are kept in their place."""
+    """Encode new pictures together; failures are kept in their place."""
     read: dict[tuple, Scene] = {}
-    for request in batch:
-        key = _key(request)
-        if key in scenes or key in read:
-            continue
+    for key, request in new.items():
         try:
-            read[key] = engine.read(
+            read[key] = predictor._read(
                 request.image,
                 request.entities,
                 masks_format=request.masks_format,
@@ -80,56 +98,38 @@ def _add_scenes(
             )
         except Exception as error:
             scenes[key] = error
-    scenes.update(zip(read, _together(engine.encode, list(read.values()))))
+    scenes.update(zip(read, _together(predictor._encode, list(read.values()))))
 
 
 def _answer_batch(
-    engine: Engine, batch: Sequence[Request], scenes: Sequence[Scene | Exception]
-) -> list[Outcome]:
+    predictor: Any, batch: Sequence[Request], scenes: Sequence[Scene | Exception]
+) -> list[Result | Exception]:
     outcomes: dict[int, Any] = {}
-    asked: dict[int, Asked] = {}
+    asked: dict[int, Any] = {}
 
-    def ask(place: int, make: Callable[..., Question], *args: Any) -> None:
+    def ask(place: int, nouns: Sequence[str] | None = None) -> None:
         scene = scenes[place]
         try:
             if isinstance(scene, Exception):
                 raise scene
-            asked[place] = engine.ask(make(batch[place], *args), scene)
+            asked[place] = predictor._ask_for(batch[place], scene, nouns)
         except Exception as error:
             outcomes[place] = error
 
     for place in range(len(batch)):
-        ask(place, _first_question)
+        ask(place)
     for task in ("describe", "extract"):
         places = [place for place, one in asked.items() if one.question.task == task]
-        texts = _together(engine.write, [asked.pop(place) for place in places])
+        texts = _together(predictor._write, [asked.pop(place) for place in places])
         for place, text in zip(places, texts):
             if isinstance(text, Exception) or batch[place].task == "describe":
                 outcomes[place] = text
             elif batch[place].task == "extract":
                 outcomes[place] = prompts.parse_nouns(text)
             else:
-                ask(place, _question_with_nouns, prompts.parse_nouns(text))
-    outcomes.update(zip(asked, _together(engine.find, list(asked.values()))))
+                ask(place, prompts.parse_nouns(text))
+    outcomes.update(zip(asked, _together(predictor._find, list(asked.values()))))
     return [outcomes[place] for place in range(len(batch))]
-
-
-def _first_question(request: Request) -> Question:
-    if request.task == "ground" and request.nouns is None:
-        return text_question("extract", request.text)
-    if request.task == "ground":
-        return caption_question(request.text, request.nouns or ())
-    if request.task == "refer":
-        return referring_question(request.text)
-    if request.task == "panoptic":
-        return panoptic_question(request.categories or ())
-    if request.task in ("describe", "extract"):
-        return text_question(request.task, request.text)
-    raise ValueError(f"unknown task {request.task!r}; known: {', '.join(TASKS)}")
-
-
-def _question_with_nouns(request: Request, found: list[str]) -> Question:
-    return caption_question(request.text, named_in(request.text, found))
 
 
 def _together(function: Callable[[list], list], items: list) -> list:

@@ -11,37 +11,32 @@ Several threads may ask one predictor at once. Each has its own current picture;
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from detectron2.modeling import build_model
 
 from gella.config import load_config
+from gella.data.mapper import InputMaker, mapped_input
 from gella.pictures.grounding import Grounding, PanopticResult
-from gella.predictor.answers import Result
-from gella.predictor.engine import Engine
-from gella.predictor.many import answer_requests
-from gella.predictor.questions import (
-    Question,
-    Request,
-    caption_question,
-    named_in,
-    panoptic_question,
-    phrases_question,
-    referring_question,
-    text_question,
-)
-from gella.predictor.scene import EntitiesLike, Scene, image_id_of
+from gella.predictor.many import Request, Result, answer_requests
+from gella.predictor.scene import EntitiesLike, Scene, read_scene
+from gella.segmenters.segmenter import Segmenter, load_segmenter
 from gella.text import prompts
+from gella.text.spans import locate_phrases
 from gella.weights.checkpoint import load_weights
 
-__all__ = ["DTYPES", "GellaPredictor", "Grounding", "Request", "Scene", "image_id_of"]
-
+TASKS = ("ground", "refer", "panoptic", "describe", "extract")
 DTYPES = ("float32", "bfloat16")
+
+_logger = logging.getLogger(__name__)
 
 
 class GellaPredictor:
@@ -71,7 +66,13 @@ class GellaPredictor:
             if cfg.MODEL.WEIGHTS:
                 load_weights(model, cfg.MODEL.WEIGHTS, cfg)
         self.cfg, self.model, self.config_file = cfg, model.eval(), config_file
-        self._engine = Engine(cfg, self.model, config_file, autocast)
+        self._autocast = autocast
+        self._maker: InputMaker | None = None
+        self._prefix: torch.Tensor | None = None
+        self._segmenters: dict[str, Segmenter] = {}
+        # A model's vision side keeps notes while it computes, and so do segmenters and the readers
+        # of mask files; a tokenizer may not be set up twice at once.
+        self._vision, self._words = threading.Lock(), threading.RLock()
         self._current = threading.local()  # .scene, of each thread
 
     @classmethod
@@ -134,14 +135,8 @@ class GellaPredictor:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, the sizes differ, or there is no entity at all.
         """
-        scene = self._engine.read(
-            image,
-            entities,
-            masks_format=masks_format,
-            segments_info=segments_info,
-            image_id=image_id,
-        )
-        return self._engine.encode([scene])[0]
+        options = {"masks_format": masks_format, "segments_info": segments_info}
+        return self._encode([self._read(image, entities, image_id=image_id, **options)])[0]
 
     def set_image(self, image: Any, entities: Any, **options: Any) -> Scene:
         """Choose the picture that this thread's next questions are about, and return its scene.
@@ -172,8 +167,8 @@ class GellaPredictor:
         """
         if nouns is None:
             # An answer may name what the caption does not: such nouns would be invented.
-            nouns = named_in(caption, self.extract_nouns(caption, scene=scene))
-        return self._find(caption_question(caption, nouns), scene)
+            nouns = _named_in(caption, self.extract_nouns(caption, scene=scene))
+        return self._find_one(_caption_question(caption, nouns), scene)
 
     def ground_phrases(
         self, caption: str, phrases: Sequence[dict[str, Any]], *, scene: Scene | None = None
@@ -189,7 +184,8 @@ class GellaPredictor:
             ValueError: the caption is empty, there is no noun, or the text is too long.
             RuntimeError: no image was set.
         """
-        return self._find(phrases_question(caption, phrases), scene)
+        spans = [(phrase["text"], phrase["start"], phrase["end"]) for phrase in phrases]
+        return self._find_one(_spans_question(caption, spans), scene)
 
     def refer(self, expression: str, *, scene: Scene | None = None) -> Grounding:
         """Find what a referring expression names; the result has one phrase, the expression.
@@ -198,7 +194,7 @@ class GellaPredictor:
             ValueError: the expression is empty or too long.
             RuntimeError: no image was set.
         """
-        return self._find(referring_question(expression), scene)
+        return self._find_one(_referring_question(expression), scene)
 
     def panoptic(
         self, categories: Sequence[dict[str, Any] | str], *, scene: Scene | None = None
@@ -214,7 +210,7 @@ class GellaPredictor:
             ValueError: there is no category, or the list is too long for the model.
             RuntimeError: no image was set.
         """
-        return self._find(panoptic_question(categories), scene)
+        return self._find_one(_panoptic_question(categories), scene)
 
     def describe(
         self, *, scene: Scene | None = None, on_text: Callable[[str], None] | None = None
@@ -228,7 +224,7 @@ class GellaPredictor:
         Raises:
             RuntimeError: no image was set.
         """
-        return self._text(text_question("describe"), scene, on_text)
+        return self._write_one(Question("describe"), scene, on_text)
 
     def extract_nouns(
         self,
@@ -248,7 +244,8 @@ class GellaPredictor:
             ValueError: the caption is empty or too long.
             RuntimeError: no image was set.
         """
-        return prompts.parse_nouns(self._text(text_question("extract", caption), scene, on_text))
+        question = Question("extract", _told("caption", caption))
+        return prompts.parse_nouns(self._write_one(question, scene, on_text))
 
     def predict_many(
         self,
@@ -271,12 +268,122 @@ class GellaPredictor:
         Raises:
             ValueError: the batch size is below 1.
         """
-        return answer_requests(self._engine, requests, batch_size, progress)
+        return answer_requests(self, requests, batch_size, progress)
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of ``MODEL.LANGUAGE.TOKENIZER`` with <SEG>, loaded at first use."""
-        return self._engine.tokenizer
+        return self._inputs().tokenizer
+
+    # -- the workings, for several scenes and questions per pass -----------------------------------
+
+    def _inputs(self) -> InputMaker:
+        with self._words:
+            if self._maker is None:
+                self._maker = InputMaker(self.cfg)
+            return self._maker
+
+    def _read(self, image: Any, entities: Any, **options: Any) -> Scene:
+        """A scene that is not encoded yet."""
+        maker = self._inputs()
+        with self._vision:
+            return read_scene(image, entities, maker=maker, segmenter=self._segmenter, **options)
+
+    def _segmenter(self, spec: str) -> Segmenter:
+        if spec not in self._segmenters:
+            self._segmenters[spec] = load_segmenter(spec, self.cfg.MODEL.DEVICE)
+        return self._segmenters[spec]
+
+    def _encode(self, scenes: Sequence[Scene]) -> list[Scene]:
+        """The scenes with what the model computes of them once, in one pass."""
+        maker = self._inputs()
+        with self._words:
+            if self._prefix is None:
+                self._prefix = prefix_ids(maker)
+        with self._vision, self._computing():
+            encoded = self.model.encode_images([scene.view for scene in scenes], self._prefix)
+        return [replace(scene, encoded=one) for scene, one in zip(scenes, encoded)]
+
+    def _ask(self, question: Question, scene: Scene) -> Asked:
+        """A question about an encoded scene; ValueError if it is too long for the model."""
+        task, caption, phrases = question.task, question.caption, question.phrases
+        maker = self._inputs()
+        with self._words:
+            fitted = maker.fit(task, caption, phrases, answered=task not in ("describe", "extract"))
+        if len(fitted.caption) < len(caption):
+            _logger.warning(
+                "the caption was cut to %d of %d characters, %d nouns left out: at most %d tokens "
+                "fit (MODEL.LANGUAGE.MAX_POSITIONS)",
+                *(len(fitted.caption), len(caption), fitted.num_cut),
+                self.cfg.MODEL.LANGUAGE.MAX_POSITIONS,
+            )
+        phrases = phrases[: fitted.num_nouns]
+        return Asked(question, scene, mapped_input(scene.view, task, fitted, caption, phrases))
+
+    def _ask_for(self, request: Request, scene: Scene, nouns: Sequence[str] | None = None) -> Asked:
+        """The first question of a request; with extracted ``nouns`` the one that follows."""
+        text = request.text
+        nouns = request.nouns if nouns is None else _named_in(text, nouns)
+        if request.task == "ground" and nouns is not None:
+            question = _caption_question(text, nouns)
+        elif request.task in ("ground", "extract"):
+            question = Question("extract", _told("caption", text))
+        elif request.task == "refer":
+            question = _referring_question(text)
+        elif request.task == "panoptic":
+            question = _panoptic_question(request.categories or ())
+        elif request.task == "describe":
+            question = Question("describe", text)
+        else:
+            raise ValueError(f"unknown task {request.task!r}; known: {', '.join(TASKS)}")
+        return self._ask(question, scene)
+
+    def _write(
+        self, asked: Sequence[Asked], on_text: Callable[[str], None] | None = None
+    ) -> list[str]:
+        """The texts of questions of one task, "describe" or "extract"; some may share a scene."""
+        encoded = [one.scene.encoded for one in asked]
+        with self._computing():
+            written = self.model.write_answers([one.inputs for one in asked], encoded, on_text)
+        return [answer["text"] for answer in written]
+
+    def _find(self, asked: Sequence[Asked]) -> list[Grounding | PanopticResult]:
+        """The answers to questions of the other tasks, which may be mixed."""
+        encoded = [one.scene.encoded for one in asked]
+        with self._computing():
+            found = self.model.find_entities([one.inputs for one in asked], encoded)
+        model = self.cfg.MODEL
+        source = {"config": self.config_file, "weights": model.WEIGHTS}
+        results: list[Grounding | PanopticResult] = []
+        for (question, scene, inputs), result in zip(asked, found):
+            if question.task == "panoptic":
+                ids, segments = result["panoptic_seg"]
+                ids = np.asarray(ids.cpu(), dtype=np.int32)
+                categories = question.categories
+                results.append(PanopticResult(scene.image, ids, segments, categories, **source))
+                continue
+            results.append(
+                Grounding(
+                    image=scene.image,
+                    caption=question.caption,
+                    entities=scene.entities,
+                    phrases=result["grounding"],
+                    colormap=scene.colormap,
+                    task=question.task,
+                    own_masks=model.MASK_DECODER.QUERIES == "learned" and not model.GELLA.SNAP,
+                    cut_nouns=[item["text"] for item in question.phrases[len(inputs["phrases"]) :]],
+                    **source,
+                )
+            )
+        return results
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if self._autocast:  # else the caller's own autocast holds
+                device = torch.device(self.cfg.MODEL.DEVICE).type
+                stack.enter_context(torch.autocast(device, torch.bfloat16))
+            yield
 
     def _scene(self, scene: Scene | None) -> Scene:
         current = getattr(self._current, "scene", None) if scene is None else scene
@@ -284,10 +391,111 @@ class GellaPredictor:
             raise RuntimeError("no image yet: call set_image(image, entities) first")
         return current
 
-    def _text(
+    def _write_one(
         self, question: Question, scene: Scene | None, on_text: Callable[[str], None] | None
     ) -> str:
-        return self._engine.write([self._engine.ask(question, self._scene(scene))], on_text)[0]
+        return self._write([self._ask(question, self._scene(scene))], on_text)[0]
 
-    def _find(self, question: Question, scene: Scene | None) -> Any:
-        return self._engine.find([self._engine.ask(question, self._scene(scene))])[0]
+    def _find_one(self, question: Question, scene: Scene | None) -> Any:
+        return self._find([self._ask(question, self._scene(scene))])[0]
+
+
+class Question(NamedTuple):
+    """What is asked about a scene.
+
+    Attributes:
+        task: one of ``TASKS``.
+        caption: the sentence that is asked about; "" for "describe".
+        phrases: what its answer names, in the dataset mapper's form.
+        categories: of "panoptic", with ``id``, ``name`` and ``isthing``.
+    """
+
+    task: str
+    caption: str = ""
+    phrases: Sequence[dict[str, Any]] = ()
+    categories: Sequence[dict[str, Any]] = ()
+
+
+class Asked(NamedTuple):
+    """A question about an encoded scene, and the model's input of both."""
+
+    question: Question
+    scene: Scene
+    inputs: dict[str, Any]
+
+
+def _caption_question(caption: str, nouns: Sequence[str]) -> Question:
+    """Where the given nouns of a caption are; one that is not in it has the span -1."""
+    return _spans_question(caption, [(n, *s) for n, s in zip(nouns, _spans(caption, nouns))])
+
+
+def _spans_question(caption: str, nouns: Sequence[tuple[str, int, int]]) -> Question:
+    """Where nouns of known spans are."""
+    _told("caption", caption)
+    if not nouns or not all(noun.strip() for noun, _, _ in nouns):
+        raise ValueError(
+            f'caption without nouns: "{caption}"; write one that names something, or give nouns'
+        )
+    return Question("ground", caption, [_phrase(*noun) for noun in nouns])
+
+
+def _referring_question(expression: str) -> Question:
+    """What an expression names; it is its own only phrase."""
+    _told("expression", expression)
+    return Question("refer", expression, [_phrase(expression, 0, len(expression))])
+
+
+def _panoptic_question(categories: Sequence[dict[str, Any] | str]) -> Question:
+    """Which category each entity has; names without more are things with the ids 1, 2, ..."""
+    if not categories:
+        raise ValueError("panoptic: no category was given; give at least one name")
+    full: list[dict[str, Any]] = [
+        {"id": number, "name": item, "isthing": 1} if isinstance(item, str) else dict(item)
+        for number, item in enumerate(categories, start=1)
+    ]
+    names = [prompts.spoken_name(category["name"]) for category in full]
+    sentence = prompts.panoptic_sentence(names)
+    phrases = [
+        {**_phrase(name, *span), "category_id": item["id"], "isthing": item["isthing"]}
+        for name, span, item in zip(names, _spans(sentence, names), full, strict=True)
+    ]
+    return Question("panoptic", sentence, phrases, full)
+
+
+def _named_in(caption: str, extracted: Sequence[str]) -> list[str]:
+    """Those of the extracted nouns that the caption holds, in order; the others are invented."""
+    nouns = [noun for noun in extracted if noun]
+    starts = [start for start, _ in _spans(caption, nouns)]
+    invented = [noun for noun, start in zip(nouns, starts) if start < 0]
+    if invented:
+        _logger.warning("extracted nouns that are not in the caption: %s", invented)
+    return [noun for noun, start in zip(nouns, starts) if start >= 0]
+
+
+def _phrase(text: str, start: int, end: int) -> dict[str, Any]:
+    known = {"text": text, "start": start, "end": end, "is_plural": False, "is_thing": True}
+    return {**known, "segment_ids": None, "entity_indices": None}
+
+
+def _spans(caption: str, nouns: Sequence[str]) -> list[tuple[int, int]]:
+    """Spans of nouns in order; a noun out of order is sought everywhere; (-1, -1) if absent."""
+    return [
+        span or locate_phrases(caption, [noun])[0] or (-1, -1)
+        for noun, span in zip(nouns, locate_phrases(caption, nouns), strict=True)
+    ]
+
+
+def _told(what: str, text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"{what} is empty; write a sentence that names what to find")
+    return text
+
+
+def prefix_ids(maker: InputMaker) -> torch.Tensor:
+    """What every question about an image begins with, up to its last image token: int64 (N,).
+
+    It is cut from a whole prompt, so that its tokens are those of every other one.
+    """
+    ids = prompts.build_prompt(maker.tokenizer, "", None, **maker.limits).input_ids
+    last = int((ids == prompts.IMAGE_TOKEN_ID).nonzero()[-1])
+    return ids[: last + 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from gella.data.mapper import InputMaker
 from gella.entities.entity_map import EntityMap
 from gella.entities.sources import load_entities
-from gella.entities.view import make_view, read_image
+from gella.entities.view import read_image
 from gella.segmenters.segmenter import KINDS, Segmenter
 
 EntitiesLike = EntityMap | np.ndarray | str | Path | Segmenter
@@ -30,7 +30,7 @@ class Scene:
         image: uint8 (H, W, 3) RGB; read-only.
         entities: in the frame of ``image``; at least one.
         image_id: chose the colours of the colormap.
-        view: the model's view, see :func:`gella.entities.view.make_view`; for the predictor.
+        view: what mapped dicts say of the picture; for the predictor.
         encoded: what the model computed once; for the predictor.
     """
 
@@ -65,8 +65,7 @@ def read_scene(
     image: np.ndarray | str | Path,
     entities: EntitiesLike,
     *,
-    inputs: Any,
-    image_size: int,
+    maker: InputMaker,
     segmenter: Callable[[str], Segmenter],
     masks_format: str = "auto",
     segments_info: list[dict[str, Any]] | None = None,
@@ -77,8 +76,7 @@ def read_scene(
     Args:
         image: uint8 (H, W, 3) RGB, or a file (turned upright by its EXIF orientation).
         entities: see :func:`read_entities`.
-        inputs: the config node ``INPUT.GELLA``.
-        image_size: side of the image encoder's input, pixels.
+        maker: brings both to the model's size.
         segmenter: loads the segmenter that a spec names.
         masks_format: format of a mask file.
         segments_info: of a COCO panoptic file: which segments are crowd.
@@ -108,16 +106,7 @@ def read_scene(
         segments_info=segments_info,
         image_id=image_id,
     )
-    view = make_view(
-        picture,
-        found,
-        image_size=image_size,
-        colormap_size=inputs.COLORMAP_SIZE,
-        assignment=inputs.COLORS,
-        # The dataset mapper's rule at test time: results repeat, and agree with evaluation.
-        rng=np.random.default_rng(zlib.crc32(str(image_id).encode())),
-    )
-    view.update(image_id=image_id, file_name="")
+    view = {**maker.picture(picture, found, image_id=image_id), "entities_full": found}
     picture.flags.writeable = False
     return Scene(picture, found, image_id, view)
 
