@@ -36,6 +36,7 @@ def make_sample(folder: Path, image_id: int) -> dict[str, Any]:
         for i, (c, crowd) in kinds.items()
     ]
     entities = EntityMap.from_id_image(ids, [i for i, (_, crowd) in kinds.items() if not crowd])
+    named = {"circles": [300, 301], "a star": [302], "stars": [302, 303], "sand": [70_000]}
     return {
         "image_id": image_id,
         "height": 20,
@@ -43,10 +44,7 @@ def make_sample(folder: Path, image_id: int) -> dict[str, Any]:
         "file_name": f"{image_id}.jpg",
         "caption": "the circles and a star beside stars on sand in a picture",
         "phrases": [
-            phrase("circles", [300, 301], thing=True),
-            phrase("a star", [302], thing=True),
-            phrase("stars", [302, 303], thing=True),
-            phrase("sand", [70_000], thing=False),
+            *(phrase(text, segment_ids, text != "sand") for text, segment_ids in named.items()),
             phrase("picture", [], thing=False),
         ],
         "entities_full": entities,
@@ -55,14 +53,9 @@ def make_sample(folder: Path, image_id: int) -> dict[str, Any]:
 
 
 def phrase(text: str, segment_ids: list[int], thing: bool) -> dict[str, Any]:
-    return {
-        "text": text,
-        "start": 0,
-        "end": len(text),
-        "segment_ids": segment_ids,
-        "is_thing": thing,
-        "is_plural": len(segment_ids) > 1,
-    }
+    """A phrase of a mapped dict, at the beginning of the caption."""
+    span = {"text": text, "start": 0, "end": len(text), "segment_ids": segment_ids}
+    return {**span, "is_thing": thing, "is_plural": len(segment_ids) > 1}
 
 
 def answer(sample: dict[str, Any], *, empty: bool = False, shift: int = 0) -> dict[str, Any]:
@@ -70,14 +63,13 @@ def answer(sample: dict[str, Any], *, empty: bool = False, shift: int = 0) -> di
     truth = TruthReader()(sample)
     grounding = []
     for p in sample["phrases"]:
-        mask = truth.mask([] if empty else p["segment_ids"])
-        mask = np.roll(mask, shift, axis=1)
+        mask = np.roll(truth.mask([] if empty else p["segment_ids"]), shift, axis=1)
         entry = {"phrase": p["text"], "start": p["start"], "end": p["end"], "mask": mask}
         grounding.append({**entry, "entity_ids": p["segment_ids"], "scores": [0.9] * 3})
     solid = [s for s in truth.segments if not s["iscrowd"]]
     pan = np.where(np.isin(truth.ids, [0 if empty else s["id"] for s in solid]), truth.ids, 0)
     infos = [] if empty else [{"id": s["id"], "category_id": s["category_id"]} for s in solid]
-    masks = np.zeros((0, 20, 30), bool) if empty else sample["entities_full"].bitmasks()
+    masks = sample["entities_full"].bitmasks()[: 0 if empty else None]
     masks = np.roll(masks, shift, axis=2)
     return {
         "grounding": grounding,
@@ -89,7 +81,19 @@ def answer(sample: dict[str, Any], *, empty: bool = False, shift: int = 0) -> di
     }
 
 
+def referring(samples: list[dict[str, Any]], shift: int = 0) -> tuple[list[dict], list[dict]]:
+    """One expression per sample; the last has no target, and none is found for it."""
+    inputs, outputs = [], []
+    for k, sample in enumerate(samples):
+        ids = [302] if k < len(samples) - 1 else []
+        one = {**sample, "phrases": [{**phrase("the star", ids, thing=True), "sent_id": k}]}
+        inputs.append(one)
+        outputs.append(answer(one, shift=shift * (k + 1)))
+    return inputs, outputs
+
+
 def run(evaluator: Any, inputs: list[dict], outputs: list[dict], batch: int = 1) -> dict[str, Any]:
+    """Reset, process in batches, evaluate."""
     evaluator.reset()
     for k in range(0, len(inputs), batch):
         evaluator.process(inputs[k : k + batch], outputs[k : k + batch])
@@ -97,6 +101,7 @@ def run(evaluator: Any, inputs: list[dict], outputs: list[dict], batch: int = 1)
 
 
 def all_evaluators(folder: Path | None = None) -> list[Any]:
+    """Those that take the answers of `answer`."""
     return [
         evaluation.PNGEvaluator(folder),
         evaluation.PanopticEvaluator(CATEGORIES, folder),
@@ -106,23 +111,8 @@ def all_evaluators(folder: Path | None = None) -> list[Any]:
 
 
 def run_all(inputs: list[dict], outputs: list[dict], batch: int = 1) -> dict[str, Any]:
+    """Results of all of them."""
     results: dict[str, Any] = {}
     for evaluator in all_evaluators():
         results.update(run(evaluator, inputs, outputs, batch))
     return results
-
-
-def told(sample: dict[str, Any]) -> dict[str, Any]:
-    """The output of a model that was told the truth of each phrase."""
-    truth = TruthReader()(sample)
-    return {
-        "grounding": [
-            {
-                "phrase": p["text"],
-                "mask": truth.mask(p["segment_ids"]),
-                "entity_ids": p["segment_ids"],
-                "scores": [1.0] * len(p["segment_ids"]),
-            }
-            for p in sample["phrases"]
-        ]
-    }

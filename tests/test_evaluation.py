@@ -1,29 +1,42 @@
-"""Evaluators on small annotated images: known scores, invariances, files and errors."""
+"""Evaluators on annotated images: known scores, rules written out, invariances, files, errors."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
-from evaluation_scenes import CATEGORIES, all_evaluators, answer, make_sample, phrase, run, run_all
+from evaluation_scenes import (
+    CATEGORIES,
+    all_evaluators,
+    answer,
+    make_sample,
+    phrase,
+    referring,
+    run,
+    run_all,
+)
 from PIL import Image
 
 import gella.evaluation.evaluators
-from gella import add_gella_config, evaluation
+from gella import evaluation
 from gella.entities.entity_map import EntityMap, rgb_to_id
+from gella.evaluation import metrics
+from gella.evaluation.offline import SavedPredictions
 from gella.evaluation.truth import TruthReader
 
 
 @pytest.fixture
 def samples(tmp_path: Path) -> list[dict[str, Any]]:
-    return [make_sample(tmp_path, image_id) for image_id in (3, 11, 2)]
+    return [make_sample(tmp_path, image_id) for image_id in (3, 11, 2, 27)]
 
 
 # --------------------------------------------------------------------------- scores
@@ -33,50 +46,60 @@ def test_perfect_answers_score_100(samples: list[dict]) -> None:
     results = run_all(samples, [answer(s) for s in samples])
     png, panoptic = results["png"], results["panoptic_seg"]
     assert {png[k] for k in png if k.startswith("AR") or k.startswith("acc")} == {100.0}
-    assert (png["n"], png["n_thing"], png["n_stuff"]) == (12, 9, 3)
-    assert (png["n_singular"], png["n_plural"], png["n_ungrounded"]) == (6, 6, 3)
-    assert png["protocol_hard"] == 1.0 and png["n_captions"] == 3
-    assert panoptic["PQ"] == panoptic["SQ"] == panoptic["RQ"] == panoptic["PQ-sand"] == 100.0
+    assert (png["n"], png["n_thing"], png["n_stuff"]) == (16, 12, 4)
+    assert (png["n_singular"], png["n_plural"], png["n_ungrounded"]) == (8, 8, 4)
+    assert png["protocol_hard"] == 1.0 and png["n_captions"] == 4
+    assert {panoptic[k] for k in ("PQ", "SQ", "RQ", "SQ_th", "SQ_st", "PQ-sand")} == {100.0}
     assert (panoptic["n"], panoptic["n_th"], panoptic["n_st"]) == (3, 2, 1)
-    assert results["entity"]["AP"] == pytest.approx(100.0) and results["entity"]["n"] == 12
+    assert results["entity"]["AP"] == pytest.approx(100.0) and results["entity"]["n"] == 16
     assert results["nouns"]["recall"] == results["nouns"]["precision"] == 100.0
-    flat = [value for metrics in results.values() for value in metrics.values()]
+    flat = [value for scores in results.values() for value in scores.values()]
     assert all(isinstance(value, float) for value in flat)
+    inputs, outputs = referring(samples)
+    refer = run(evaluation.ReferringEvaluator(), inputs, outputs)["refer"]
+    shares = {k: v for k, v in refer.items() if k.split("_")[0] != "n"}
+    assert set(shares.values()) == {100.0} and len(shares) == 9
+    assert refer["n"] == 4 and refer["n_no_target"] == 1
 
 
 def test_empty_answers_score_0(samples: list[dict]) -> None:
     outputs = [{**answer(s, empty=True), "grounding": []} for s in samples]
     results = run_all(samples, outputs)
     assert results["png"]["AR"] == results["png"]["AR_plural"] == results["png"]["acc@0.5"] == 0.0
-    assert results["png"]["n_without_prediction"] == results["png"]["n"] == 12
+    assert results["png"]["n_without_prediction"] == results["png"]["n"] == 16
     assert results["panoptic_seg"]["PQ"] == results["entity"]["AP"] == 0.0
     assert results["nouns"]["recall"] == results["nouns"]["precision"] == 0.0
+    refer = run(evaluation.ReferringEvaluator(), referring(samples)[0][:3], outputs[:3])["refer"]
+    assert {refer[k] for k in ("cIoU", "gIoU", "P@0.5", "T_acc")} == {0.0}
 
 
-@pytest.mark.parametrize("protocol", ["hard", "official", "flmm"])
+def test_a_mask_where_nothing_was_meant_counts(samples: list[dict]) -> None:
+    inputs, outputs = referring(samples)
+    outputs[-1] = answer({**inputs[-1], "phrases": [phrase("the star", [302], thing=True)]})
+    refer = run(evaluation.ReferringEvaluator(), inputs, outputs)["refer"]
+    assert refer["gIoU"] == 75.0 and refer["N_acc"] == 0.0 and refer["T_acc"] == 100.0
+    assert refer["cIoU"] < 100.0, "the mask that nobody asked for enlarges the union"
+
+
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
 def test_png_baselines_and_oracle(samples: list[dict], protocol: str) -> None:
     sample = samples[0]
-    evaluator = evaluation.PNGEvaluator(protocol=protocol)
-    png = run(evaluator, [sample], [answer(sample)])["png"]
+    png = run(evaluation.PNGEvaluator(protocol=protocol), [sample], [answer(sample)])["png"]
     truth, entities = TruthReader()(sample), sample["entities_full"]
-    scored = [p for p in sample["phrases"] if p["segment_ids"]]
+    targets = [truth.mask(p["segment_ids"]) for p in sample["phrases"] if p["segment_ids"]]
 
-    def mean(chosen: list[list[int]]) -> float:
-        pairs = zip(scored, chosen, strict=True)
-        ious = [
-            evaluation.metrics.noun_iou(
-                entities.union(c), truth.mask(p["segment_ids"]), evaluator._protocol
-            )
-            for p, c in pairs
-        ]
-        return 100 * float(np.mean(ious))
+    def mean(chosen: list) -> float:
+        pairs = zip(chosen, targets, strict=True)
+        return 100 * float(
+            np.mean([metrics.noun_iou(entities.union(c), t, protocol) for c, t in pairs])
+        )
 
     assert png["oracle_AR"] == pytest.approx(mean([[0, 1], [2], [2], [3]]), abs=2e-3)
     assert png["oracle_AR"] < 100, "no union of entities covers the crowd"
     assert png["largest_AR"] == pytest.approx(mean([[3]] * 4), abs=2e-3)
     assert png["all_AR"] == pytest.approx(mean([[0, 1, 2, 3]] * 4), abs=2e-3)
     areas, image_id = entities.areas(), sample["image_id"]
-    picks = [evaluation.metrics.blind_choices(areas, image_id, k)["random"] for k in range(4)]
+    picks = [metrics.blind_choices(areas, image_id, k)["random"] for k in range(4)]
     assert png["random_AR"] == pytest.approx(mean(picks), abs=2e-3)
     # A perfect mask with soft borders meets itself with less than 1: sum(pp) < sum(2p - pp).
     assert png["AR"] == 100.0 if protocol != "official" else 90 < png["AR"] < 100
@@ -88,12 +111,11 @@ def test_official_leaves_out_captions_that_do_not_align(samples: list[dict]) -> 
     outputs = [answer(s) for s in samples]
     hard = run(evaluation.PNGEvaluator(), samples, outputs)["png"]
     official = run(evaluation.PNGEvaluator(protocol="official"), samples, outputs)["png"]
-    assert (hard["n"], official["n"], official["n_captions_left_out"]) == (12, 8, 1)
+    assert (hard["n"], official["n"], official["n_captions_left_out"]) == (16, 12, 1)
 
 
 def test_extracted_nouns_are_matched_by_text(samples: list[dict]) -> None:
-    sample = samples[0]
-    output = answer(sample)
+    sample, output = samples[0], answer(samples[0])
     output["grounding"] = [output["grounding"][k] for k in (3, 1)]
     output["grounding"].append({**output["grounding"][0], "phrase": "grass"})
     png = run(evaluation.PNGEvaluator(), [sample], [output])["png"]
@@ -106,43 +128,128 @@ def test_extracted_nouns_are_matched_by_text(samples: list[dict]) -> None:
 def test_entity_ap_counts_an_image_once_and_ignores_crowd(samples: list[dict]) -> None:
     outputs = [answer(s) for s in samples]
     once = run(evaluation.EntityAPEvaluator(), samples, outputs)
-    twice = run(evaluation.EntityAPEvaluator(), samples * 2, outputs * 2)
-    assert once == twice
-    crowd = TruthReader()(samples[0]).mask([303])
-    for field, value in (("pred_masks", torch.from_numpy(crowd)[None]), ("scores", torch.ones(1))):
-        old = getattr(outputs[0]["instances"], field)
-        setattr(outputs[0]["instances"], field, torch.cat([old, value]))
+    assert run(evaluation.EntityAPEvaluator(), samples * 2, outputs * 2) == once
+    instances = outputs[0]["instances"]
+    crowd = torch.from_numpy(TruthReader()(samples[0]).mask([303]))[None]
+    instances.pred_masks = torch.cat([instances.pred_masks, crowd])
+    instances.scores = torch.cat([instances.scores, torch.ones(1)])
     assert run(evaluation.EntityAPEvaluator(), samples, outputs) == once
 
 
-def test_referring_scores(samples: list[dict]) -> None:
-    inputs, outputs, inter, union, ious = [], [], 0, 0, []
+# --------------------------------------------------------------------------- literal rules
+
+
+def through_256(mask: np.ndarray) -> np.ndarray:
+    """A mask as the benchmark's baseline compares it."""
+    soft = torch.from_numpy(mask).double()[None, None]
+    for size in ((256, 256), mask.shape):
+        soft = torch.nn.functional.interpolate(soft, size, mode="bilinear")
+    return soft[0, 0].numpy()
+
+
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
+def test_average_recall_is_the_literal_sum_and_subsets_add_up(
+    samples: list[dict], protocol: str, tmp_path: Path
+) -> None:
     for k, sample in enumerate(samples):
-        one = {**sample, "phrases": [phrase("the star", [302], thing=True)]}
-        inputs.append(one)
-        outputs.append(answer(one, shift=2 * k))
-        target, mask = TruthReader()(one).mask([302]), outputs[-1]["grounding"][0]["mask"]
-        inter, union = inter + (target & mask).sum(), union + (target | mask).sum()
-        ious.append((target & mask).sum() / (target | mask).sum())
+        sample["phrases"][2]["is_plural"] = bool(k % 2)
+        sample["phrases"][3]["is_plural"] = k == 1  # stuff, which F-LMM then calls a thing
+    outputs = [answer(s, shift=k) for k, s in enumerate(samples)]
+    evaluator = evaluation.PNGEvaluator(tmp_path / "out", protocol=protocol)
+    png = run(evaluator, samples, outputs)["png"]
+    units = []
+    for sample, output in zip(samples, outputs, strict=True):
+        truth = TruthReader()(sample)
+        for p, entry in zip(sample["phrases"], output["grounding"], strict=True):
+            if p["segment_ids"]:
+                target, mask = truth.mask(p["segment_ids"]), entry["mask"]
+                if protocol == "official":
+                    target, mask = through_256(target), through_256(mask)
+                both = (mask * target).sum()
+                iou = both / ((mask + target * 1.0).sum() - both)
+                many = p["is_plural"] if protocol == "flmm" else len(p["segment_ids"]) > 1
+                thing = p["is_thing"] or (protocol == "flmm" and many)
+                units.append((float(iou), thing, many))
+    ious = np.array([unit[0] for unit in units])
+    thing, plural = (np.array([unit[k] for unit in units], bool) for k in (1, 2))
+    subsets = {"": thing | True, "_thing": thing, "_stuff": ~thing}
+    subsets |= {"_singular": ~plural, "_plural": plural}
+    thresholds = np.arange(100_000) / 100_000
+    for name, chosen in subsets.items():
+        literal = np.mean(ious[chosen] >= thresholds[:, None])
+        assert png[f"AR{name}"] / 100 == pytest.approx(literal, abs=1e-5), name
+        assert png[f"n{name}"] == chosen.sum() > 0
+    for pair in (("thing", "stuff"), ("singular", "plural")):
+        mean = sum(png[f"n_{x}"] * png[f"AR_{x}"] for x in pair) / png["n"]
+        assert mean == pytest.approx(png["AR"], abs=1e-9)
+
+
+def test_referring_equals_plain_pixels_with_overlaps_and_empty_targets() -> None:
+    """Rectangles with whole corners, whose pixels plain loops can count."""
+    rng = np.random.default_rng(8)
+    height, width = 20, 30
+    inputs, outputs, pairs = [], [], []
+    for k in range(60):
+        boxes = [(*rng.integers(0, (20, 12)), *rng.integers(1, 9, 2)) for _ in range(k % 4)]
+        truth = {
+            (y, x)
+            for left, top, w, h in boxes
+            for y in range(top, min(top + h, height))
+            for x in range(left, min(left + w, width))
+        }
+        polygons = [
+            [float(v) for v in (x, y, x + w, y, x + w, y + h, x, y + h)] for x, y, w, h in boxes
+        ]
+        top, left = rng.integers(0, (10, 20))
+        guess = set() if k % 5 == 0 else {(top + i, left + j) for i in range(8) for j in range(9)}
+        mask = np.zeros((height, width), bool)
+        for pixel in guess:
+            mask[pixel] = True
+        one = phrase("it", [5] if boxes else [], thing=True)
+        annotation = {"segments_info": [{"id": 5, "segmentation": polygons}]}
+        size = {"image_id": k, "height": height, "width": width}
+        inputs.append({**size, "caption": "it", "phrases": [one], "annotation": annotation})
+        outputs.append({"grounding": [{"mask": mask}]})
+        pairs.append((len(truth & guess), len(truth | guess)))
     refer = run(evaluation.ReferringEvaluator(), inputs, outputs)["refer"]
-    assert refer["cIoU"] == pytest.approx(100 * inter / union)
-    assert refer["gIoU"] == pytest.approx(100 * np.mean(ious)) and refer["n"] == 3
-    empty = [{**inputs[0], "phrases": [phrase("a dog", [], thing=True)]}]
-    no_target = run(evaluation.ReferringEvaluator(), empty, [{"grounding": []}])["refer"]
-    assert no_target["gIoU"] == 100.0
-    with pytest.raises(ValueError, match="5 phrases"):
-        run(evaluation.ReferringEvaluator(), samples, outputs)
+    ious = [1.0 if union == 0 else inter / union for inter, union in pairs]
+    inters, unions = zip(*pairs, strict=True)
+    assert unions.count(0) > 1 and 0.05 < np.mean(ious) < 0.95
+    assert refer["cIoU"] == pytest.approx(100 * sum(inters) / sum(unions), abs=1e-9)
+    assert refer["gIoU"] == pytest.approx(100 * math.fsum(ious) / 60, abs=1e-9)
+    for t in (0.5, 0.6, 0.7, 0.8, 0.9):
+        share = 100 * sum(v > t for v in ious) / 60
+        assert refer[f"P@{t}"] == pytest.approx(share, abs=1e-9)
 
 
-def test_referring_truth_from_overlapping_polygons(samples: list[dict]) -> None:
-    square, shifted = [2, 2, 12, 2, 12, 12, 2, 12], [7, 2, 17, 2, 17, 12, 7, 12]
-    expected = np.zeros((20, 30), bool)
-    expected[2:12, 2:17] = True
-    sample = {**samples[0], "phrases": [phrase("the thing", [5], thing=True)]}
-    sample["annotation"] = {"segments_info": [{"id": 5, "segmentation": [square, shifted]}]}
-    output = {"grounding": [{"mask": expected}]}
-    refer = run(evaluation.ReferringEvaluator(), [sample], [output])["refer"]
-    assert refer["cIoU"] == 100.0
+def test_entity_ap_is_what_pycocotools_prints_for_the_written_file(
+    samples: list[dict], tmp_path: Path
+) -> None:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    outputs = [answer(s, shift=1 + k) for k, s in enumerate(samples)]
+    entity = run(evaluation.EntityAPEvaluator(tmp_path), samples, outputs)["entity"]
+    annotations: list[dict] = []
+    for sample in samples:
+        truth = TruthReader()(sample)
+        for segment, rle in zip(truth.segments, truth.regions.to_rle(), strict=True):
+            entry = {"id": len(annotations) + 1, "image_id": sample["image_id"], "category_id": 1}
+            entry |= {"segmentation": rle, "iscrowd": segment["iscrowd"], "area": segment["area"]}
+            annotations.append({**entry, "bbox": [0, 0, 1, 1]})
+    images = [{"id": s["image_id"], "height": 20, "width": 30} for s in samples]
+    categories = [{"id": 1, "name": "entity"}]
+    content = {"images": images, "annotations": annotations, "categories": categories, "info": {}}
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(tmp_path / "truth.json"))
+        reference = COCOeval(coco, coco.loadRes(str(tmp_path / "entity_predictions.json")), "segm")
+        reference.evaluate()
+        reference.accumulate()
+        reference.summarize()
+    assert 5 < entity["AP"] < 95
+    for name, value in zip(("AP", "AP50", "AP75"), reference.stats[:3], strict=True):
+        assert entity[name] == pytest.approx(100 * value, abs=1e-9)
 
 
 # --------------------------------------------------------------------------- invariances
@@ -156,26 +263,67 @@ def test_batches_and_order_change_nothing(samples: list[dict]) -> None:
     assert run_all(samples[::-1], outputs[::-1], batch=3) == single
 
 
-def test_two_processes_equal_one(samples: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
-    outputs = [answer(s, shift=k) for k, s in enumerate(samples)]
-    single = run_all(samples, outputs)
+def test_permuted_entity_ids_change_nothing(samples: list[dict]) -> None:
+    outputs = [answer(s, shift=1) for s in samples]
+    expected = run_all(samples, outputs)
+    inputs, renamed = [], []
+    for sample, output in zip(samples, outputs, strict=True):
+        old = sample["entities_full"]
+        order = np.random.default_rng(5).permutation(old.num_entities)
+        places = np.zeros(old.num_entities + 1, np.int32)
+        places[1 + order] = np.arange(1, old.num_entities + 1)
+        ids = [9000 - old.segment_ids[k] % 1000 for k in order]
+        inputs.append({**sample, "entities_full": EntityMap(places[old.ids], ids)})
+        numbers, infos = output["panoptic_seg"]
+        table = {0: 0, **{info["id"]: 50 + k for k, info in enumerate(reversed(infos))}}
+        changed = np.vectorize(table.get)(numbers.numpy()).astype(np.int32)
+        infos = [{**info, "id": table[info["id"]]} for info in infos[::-1]]
+        instances = {k: v.flip(0) for k, v in vars(output["instances"]).items()}
+        renamed.append(
+            {
+                **output,
+                "panoptic_seg": (torch.from_numpy(changed), infos),
+                "instances": SimpleNamespace(**instances),
+                "grounding": [{**g, "entity_ids": [1, 2, 3]} for g in output["grounding"]],
+            }
+        )
+    actual = run_all(inputs, renamed)
+    for scores in (expected["png"], actual["png"]):
+        for key in [k for k in scores if k.startswith("random_")]:
+            del scores[key]  # a blind draw among the entities goes by their order
+    assert actual == expected
+
+
+def test_two_processes_write_what_one_writes_byte_for_byte(
+    samples: list[dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two evaluators with a share each stand for two processes."""
+    plain = samples, [answer(s, shift=k) for k, s in enumerate(samples)]
     comm = gella.evaluation.evaluators.comm
-    for name, (first, second) in zip(
-        single, zip(all_evaluators(), all_evaluators(), strict=True), strict=True
-    ):
-        first.process(samples[:2], outputs[:2])
-        second.process(samples[2:], outputs[2:])
+
+    def made(folder: Path) -> list[tuple]:
+        refer = evaluation.ReferringEvaluator(folder), *referring(samples, shift=1)
+        return [*((evaluator, *plain) for evaluator in all_evaluators(folder)), refer]
+
+    for alone, first, second in zip(*(made(tmp_path / name) for name in "abb"), strict=True):
+        expected = run(*alone)
+        for k, (evaluator, inputs, outputs) in enumerate((first, second)):
+            evaluator.process(inputs[k::2], outputs[k::2])
         with monkeypatch.context() as patch:
             patch.setattr(comm, "is_main_process", lambda: False)
             patch.setattr(comm, "gather", lambda rows, dst=0: [])
-            assert second.evaluate() == {}
-        with monkeypatch.context() as patch:
-            others = second._rows
-            patch.setattr(comm, "gather", lambda rows, dst=0, others=others: [rows, others])
-            assert first.evaluate() == {name: single[name]}
+            assert second[0].evaluate() == {}
+            patch.setattr(comm, "is_main_process", lambda: True)
+            patch.setattr(comm, "gather", lambda rows, dst=0, e=second[0]: [rows, e._rows])
+            assert first[0].evaluate() == expected
+    one, two = (
+        {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        for folder in (tmp_path / "a", tmp_path / "b")
+    )
+    assert len(one) >= 10 and one == two
 
 
-# --------------------------------------------------------------------------- files and plumbing
+# --------------------------------------------------------------------------- files
 
 
 def test_predictions_are_written_and_can_be_read_back(samples: list[dict], tmp_path: Path) -> None:
@@ -187,7 +335,7 @@ def test_predictions_are_written_and_can_be_read_back(samples: list[dict], tmp_p
         run(evaluator, samples, outputs)
     png = json.loads((folder / "png_predictions.json").read_text())
     first = png["predictions"][0]  # image 11 sorts before 2 and 3 as text
-    assert first["image_id"] == 11 and png["results"]["png"]["n"] == 12
+    assert first["image_id"] == 11 and png["results"]["png"]["n"] == 16
     decoded = mask_api.decode(first["nouns"][0]["segmentation"]).astype(bool)
     np.testing.assert_array_equal(decoded, outputs[1]["grounding"][0]["mask"])
     panoptic = json.loads((folder / "panoptic_predictions.json").read_text())["annotations"]
@@ -195,68 +343,54 @@ def test_predictions_are_written_and_can_be_read_back(samples: list[dict], tmp_p
         ids = rgb_to_id(np.array(picture))
     np.testing.assert_array_equal(ids, outputs[1]["panoptic_seg"][0].numpy())
     entity = json.loads((folder / "entity_predictions.json").read_text())
-    assert len(entity) == 12 and set(entity[0]) >= {"image_id", "segmentation", "score"}
+    assert len(entity) == 16 and set(entity[0]) >= {"image_id", "segmentation", "score"}
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_save_results_is_json_with_null_for_undefined(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "results.json"
-    evaluation.save_results({"png": {"AR": 70.5, "AR_stuff": math.nan}}, path)
-    assert json.loads(path.read_text()) == {"png": {"AR": 70.5, "AR_stuff": None}}
-    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+def test_predictions_stand_in_the_benchmarks_form_too(samples: list[dict], tmp_path: Path) -> None:
+    sample = samples[0]
+    words = ["circles", "a star", "stars", "sand", "picture"]
+    starts = [sample["caption"].index(w) for w in words]
+    starts[2] = sample["caption"].index("stars", starts[1] + 4)
+    for p, word, start in zip(sample["phrases"], words, starts, strict=True):
+        p.update(text=word, start=start, end=start + len(word))
+    run(evaluation.PNGEvaluator(tmp_path), [sample], [answer(sample)])
+    (narrative,) = json.loads((tmp_path / "png_form.json").read_text())
+    assert narrative["image_id"] == "3" and narrative["caption"] == sample["caption"]
+    assert " ".join(s["utterance"] for s in narrative["segments"]) == sample["caption"]
+    nouns = {s["utterance"]: s["segment_ids"] for s in narrative["segments"] if s["noun"]}
+    assert nouns["circles"] == ["300", "301"] and nouns["sand"] == ["70000"]
+    sample["phrases"][0].update(start=-1, end=-1)  # not in the caption as written: comes last
+    sample["phrases"][3].update(start=starts[2] + 2)  # overlaps the noun before it, too
+    run(evaluation.PNGEvaluator(tmp_path), [sample], [answer(sample)])
+    (narrative,) = json.loads((tmp_path / "png_form.json").read_text())
+    assert [s["utterance"] for s in narrative["segments"][-2:]] == ["circles", "sand"]
 
 
-def test_format_results_shows_every_score_with_its_count(samples: list[dict]) -> None:
-    results = run_all(samples, [answer(s) for s in samples])
-    results["refer"] = {"cIoU": 61.25, "gIoU": math.nan, "P@0.5": 70.0, "P@0.9": 5.0, "n": 40.0}
-    table = evaluation.format_results(results)
-    lines = {line.strip().split("  ")[0]: line.split() for line in table.splitlines()}
-    assert "protocol hard" in table
-    counts = [line.split()[2:] for line in table.splitlines() if "nouns (n)" in line]
-    assert counts == [["12", "9", "3", "6", "6"], ["15"]], "of narratives and of extraction"
-    assert lines["GELLA AR"][-5:] == ["100.0"] * 5
-    assert lines["PQ"][1:] == ["100.0"] * 3 and lines["cIoU"][1] in ("61.2", "61.3")
-    assert lines["gIoU"][1] == "-", "an undefined score is no number"
-    for words in ("blind: a random entity", "blind: the largest", "blind: all", "oracle"):
-        assert words in table
-    nested = evaluation.format_results({"gella_x_val": {"custom": {"score": 1.0}}})
-    assert "custom on gella_x_val" in nested and "1.0" in nested
-
-
-def make_cfg() -> Any:
-    cfg = get_cfg()
-    add_gella_config(cfg)
-    return cfg
-
-
-def test_build_evaluator_by_type(samples: list[dict], tmp_path: Path) -> None:
-    name = "evaluation_test_panoptic"
-    MetadataCatalog.get(name).set(evaluator_type="coco_panoptic_seg", categories=CATEGORIES)
-    try:
-        evaluators = evaluation.build_evaluator(make_cfg(), name, str(tmp_path / "out"))
-        results = run(evaluators, samples, [answer(s) for s in samples])
-        assert set(results) == {"panoptic_seg", "entity"}
-    finally:
-        MetadataCatalog.remove(name)
-
-
-def test_build_evaluator_takes_the_protocol_and_plug_ins(
-    samples: list[dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    cfg = make_cfg()
-    cfg.TEST.PNG_PROTOCOL = "flmm"
-    name = "evaluation_test_plug_in"
-    MetadataCatalog.get(name).evaluator_type = "my_rule"
-    try:
-        with pytest.raises(KeyError, match="my_rule.*noun_extraction"):
-            evaluation.build_evaluator(cfg, name, str(tmp_path))
-        factories = evaluation.EVALUATORS["png"]
-        monkeypatch.setitem(evaluation.EVALUATORS, "my_rule", factories)
-        evaluators = evaluation.build_evaluator(cfg, name, str(tmp_path / "out"))
-        results = run(evaluators, samples, [answer(s) for s in samples])
-        assert results["png"]["protocol_flmm"] == 1.0
-    finally:
-        MetadataCatalog.remove(name)
+def test_saved_predictions_give_every_score_again(samples: list[dict], tmp_path: Path) -> None:
+    outputs = [answer(s, shift=k) for k, s in enumerate(samples)]
+    # Extracted answers: in another order, and one noun twice, where the order says which is which.
+    samples[1]["phrases"][0]["text"] = samples[1]["phrases"][3]["text"] = "stars"
+    outputs[1] = answer(samples[1], shift=1)
+    outputs[1]["grounding"].pop()
+    outputs[0]["grounding"] = outputs[0]["grounding"][::-1]
+    for index, evaluator in enumerate(all_evaluators(tmp_path)):
+        expected = run(evaluator, samples, outputs)
+        saved = SavedPredictions(tmp_path)
+        again = run(all_evaluators()[index], samples, [saved(s) for s in samples])
+        assert again == expected
+    inputs, outputs = referring(samples, shift=2)
+    expected = run(evaluation.ReferringEvaluator(tmp_path / "refer"), inputs, outputs)
+    saved = SavedPredictions(tmp_path / "refer")
+    backwards = [saved(s) for s in inputs[::-1]]
+    assert run(evaluation.ReferringEvaluator(), inputs[::-1], backwards) == expected
+    with pytest.raises(KeyError, match="no prediction of image 3"):
+        saved(inputs[0])  # each was answered once
+    with pytest.raises(FileNotFoundError, match="holds no predictions"):
+        SavedPredictions(tmp_path / "none")
+    (tmp_path / "refer" / "referring_predictions.json").write_text("[1]")
+    with pytest.raises(ValueError, match="referring_predictions.json is no file of predictions"):
+        SavedPredictions(tmp_path / "refer")
 
 
 # --------------------------------------------------------------------------- errors
@@ -264,25 +398,145 @@ def test_build_evaluator_takes_the_protocol_and_plug_ins(
 
 def test_errors_name_the_image(samples: list[dict], tmp_path: Path) -> None:
     sample, output = samples[0], answer(samples[0])
-
-    def fails(match: str, kind: type = ValueError, out: dict | None = None, **changes: Any) -> None:
-        for evaluator in (evaluation.PNGEvaluator(),):
-            with pytest.raises(kind, match=match):
-                evaluator.process([{**sample, **changes}], [out or output])
-
-    fails(r"image 3: segment ids \[5\]", phrases=[phrase("sand", [5], thing=False)])
-    fails("image 3: no 'annotation'", KeyError, annotation=None)
-    missing = {**sample["annotation"], "file_name": str(tmp_path / "none.png")}
-    fails("image 3: annotation .*none.png does not exist", FileNotFoundError, annotation=missing)
-    listed = {**sample["annotation"], "segments_info": sample["annotation"]["segments_info"][:-1]}
-    fails(r"image 3: the truth has ids \[70000\] in its pixels", annotation=listed)
-    fails(r"image 3: annotation .*: masks are 30x20 pixels but the image is 30x10", height=10)
-    small = EntityMap(np.ones((5, 6), np.int32))
-    fails(r"image 3: entities of size \(5, 6\)", entities_full=small)
-    cut = answer(sample)
-    cut["grounding"][1]["mask"] = cut["grounding"][1]["mask"][:4]
-    fails(r"image 3: predicted mask of size \(4, 30\)", out=cut)
     broken = tmp_path / "broken.png"
     broken.write_bytes(Path(sample["annotation"]["file_name"]).read_bytes()[:60])
-    damaged = {**sample["annotation"], "file_name": str(broken)}
-    fails("image 3: annotation .*broken.png: .*damaged", annotation=damaged)
+    missing = str(tmp_path / "none.png")
+    unlisted = sample["annotation"]["segments_info"][:-1]
+    entities = EntityMap(np.ones((5, 6), np.int32))
+    cut = answer(sample)
+    cut["grounding"][1]["mask"] = cut["grounding"][1]["mask"][:4]
+    unknown = [phrase("sand", [5], thing=False)]
+    for kind, message, changes in (
+        (ValueError, r"segment ids \[5\]", {"phrases": unknown}),
+        (KeyError, "no 'annotation'", {"annotation": None}),
+        (FileNotFoundError, "annotation .*none.png does not exist", {"file_name": missing}),
+        (ValueError, r"the truth has ids \[70000\] in its pixels", {"segments_info": unlisted}),
+        (ValueError, "annotation .*masks are 30x20 pixels but the image is 30x10", {"height": 10}),
+        (ValueError, "annotation .*broken.png: .*damaged", {"file_name": str(broken)}),
+        (ValueError, r"entities of size \(5, 6\)", {"entities_full": entities}),
+        (ValueError, r"predicted mask of size \(4, 30\)", {"output": cut}),
+    ):
+        one = {**sample, **changes}
+        if changes.keys() & {"file_name", "segments_info"}:
+            one = {**sample, "annotation": {**sample["annotation"], **changes}}
+        with pytest.raises(kind, match=f"image 3: {message}"):
+            evaluation.PNGEvaluator().process([one], [changes.get("output", output)])
+    with pytest.raises(ValueError, match="5 phrases"):
+        run(evaluation.ReferringEvaluator(), samples, [output] * 4)
+
+
+# --------------------------------------------------------------------------- real annotations
+
+
+@pytest.fixture(scope="module")
+def coco(coco_sample: Path) -> list[dict[str, Any]]:
+    """The four narratives of the sample images as mapped dicts, read by plain code."""
+    root = coco_sample / "annotations"
+    panoptic = json.loads((root / "panoptic_val2017.json").read_text())
+    thing = {c["id"]: bool(c["isthing"]) for c in panoptic["categories"]}
+    by_image = {a["image_id"]: a for a in panoptic["annotations"]}
+    narratives = []
+    for record in json.loads((root / "png_coco_val2017.json").read_text()):
+        entry = by_image[int(record["image_id"])]
+        path = root / "panoptic_val2017" / entry["file_name"]
+        ids = rgb_to_id(np.array(Image.open(path).convert("RGB")))
+        kind = {s["id"]: thing[s["category_id"]] for s in entry["segments_info"]}
+        phrases = []
+        for noun in (s for s in record["segments"] if s["noun"]):
+            named = [int(i) for i in noun["segment_ids"]]
+            phrases.append(phrase(noun["utterance"], named, bool(named) and kind[named[-1]]))
+        solid = [s["id"] for s in entry["segments_info"] if not s["iscrowd"]]
+        narratives.append(
+            {
+                "image_id": entry["image_id"],
+                "height": ids.shape[0],
+                "width": ids.shape[1],
+                "caption": record["caption"],
+                "phrases": phrases,
+                "entities_full": EntityMap.from_id_image(ids, solid),
+                "annotation": {"file_name": str(path), "segments_info": entry["segments_info"]},
+                "categories": panoptic["categories"],
+            }
+        )
+    return narratives
+
+
+def test_real_narratives_with_crowd_and_void(coco: list[dict]) -> None:
+    png = run(evaluation.PNGEvaluator(), coco, [answer(s) for s in coco])["png"]
+    assert png["AR"] == png["oracle_AR"] == 100.0 and png["n_captions"] == 4
+    assert png["all_AR"] < 60 and png["n_thing"] + png["n_stuff"] == png["n"] > 10
+    # The people of the first image's crowd join "a few people": they count, though the crowd is
+    # not among the entities.
+    first = coco[0]["phrases"][0]
+    joined = {**first, "segment_ids": [*first["segment_ids"], 3153362]}
+    crowded = [{**coco[0], "phrases": [joined, *coco[0]["phrases"][1:]]}, *coco[1:]]
+    png = run(evaluation.PNGEvaluator(), crowded, [answer(s) for s in crowded])["png"]
+    assert png["AR"] == 100.0 and 90 < png["oracle_AR"] < 100
+
+
+def test_real_panoptic_equals_panopticapi(coco: list[dict], tmp_path: Path) -> None:
+    reference = pytest.importorskip("panopticapi.evaluation")
+    inputs = list({s["image_id"]: s for s in coco}.values())
+    categories = inputs[0]["categories"]
+    outputs, pairs = [], []
+    for sample in inputs:
+        truth = TruthReader()(sample)
+        solid = [s for s in truth.segments if not s["iscrowd"]]
+        ids = np.where(np.isin(truth.ids, [s["id"] for s in solid[1:]]), truth.ids, 0)
+        ids[100:160, 100:300] = solid[1]["id"]  # one segment grows over others and over void
+        ids = np.roll(ids, 3, axis=1)
+        left = [s for s in solid if (ids == s["id"]).any()]
+        infos = [{"id": s["id"], "category_id": s["category_id"]} for s in left]
+        outputs.append({"panoptic_seg": (torch.from_numpy(ids), infos)})
+        file_name = Path(sample["annotation"]["file_name"]).name
+        entry = {"image_id": sample["image_id"], "file_name": file_name}
+        gt = [dict(s) for s in sample["annotation"]["segments_info"]]
+        pairs.append(({**entry, "segments_info": gt}, {**entry, "segments_info": infos}))
+    ours = run(evaluation.PanopticEvaluator(categories, tmp_path), inputs, outputs)["panoptic_seg"]
+    table = {category["id"]: category for category in categories}
+    gt_folder = str(Path(inputs[0]["annotation"]["file_name"]).parent)
+    pred_folder = str(tmp_path / "panoptic_predictions")
+    stat = reference.pq_compute_single_core(0, pairs, gt_folder, pred_folder, table)
+    for suffix, isthing in (("", None), ("_th", True), ("_st", False)):
+        expected = stat.pq_average(table, isthing=isthing)[0]
+        for name in ("pq", "sq", "rq"):
+            assert ours[name.upper() + suffix] == pytest.approx(100 * expected[name], abs=1e-9)
+    assert 20 < ours["PQ"] < 99
+
+
+def test_detectron2s_panoptic_evaluator_scores_the_same_outputs(tmp_path: Path) -> None:
+    pytest.importorskip("panopticapi", reason="panopticapi is not importable")
+    if not hasattr(pytest.importorskip("detectron2.evaluation"), "COCOPanopticEvaluator"):
+        pytest.skip("this Detectron2 is the core, without COCOPanopticEvaluator")
+    from gella.data.panoptic import category_metadata
+
+    samples = [make_sample(tmp_path, image_id) for image_id in (3, 11)]
+    outputs = [answer(s, shift=1) for s in samples]
+    for output in outputs:  # as the model gives them
+        for info in output["panoptic_seg"][1]:
+            info.update(isthing=info["category_id"] != 9, score=0.5)
+    before = [dict(info) for info in outputs[0]["panoptic_seg"][1]]
+    entries = [
+        {
+            "image_id": s["image_id"],
+            "file_name": f"{s['image_id']}.png",
+            "segments_info": s["annotation"]["segments_info"],
+        }
+        for s in samples
+    ]
+    images = [{"id": s["image_id"], "file_name": s["file_name"]} for s in samples]
+    content = {"images": images, "annotations": entries, "categories": CATEGORIES}
+    (tmp_path / "panoptic.json").write_text(json.dumps(content))
+    name = "evaluation_test_detectron2_panoptic"
+    paths = {"panoptic_json": str(tmp_path / "panoptic.json"), "panoptic_root": str(tmp_path)}
+    MetadataCatalog.get(name).set(**category_metadata(CATEGORIES), **paths)
+    try:
+        evaluator = evaluation.Detectron2PanopticEvaluator(name, tmp_path / "out")
+        theirs = run(evaluator, samples, outputs)
+    finally:
+        MetadataCatalog.remove(name)
+    assert outputs[0]["panoptic_seg"][1] == before
+    ours = run(evaluation.PanopticEvaluator(CATEGORIES), samples, outputs)["panoptic_seg"]
+    assert 10 < ours["PQ"] < 95
+    for key, value in theirs["panoptic_seg_detectron2"].items():
+        assert ours[key] == pytest.approx(value, abs=1e-9), key
