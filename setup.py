@@ -25,7 +25,6 @@ REQUIREMENTS = [
     "scipy>=1.15.3",  # Hungarian matching of learned queries; permutation test of loss curves
     # -- data, metrics, pictures
     "numpy>=2.2.6",  # masks and metrics
-    "numba>=0.68",  # the colormap's loop: byte shuffles that NumPy does not offer
     "pandas>=2.3",  # groups of the error analysis
     "pillow>=12.3",  # reading images, drawing scenes and results
     "pycocotools>=2.0.11",  # RLE masks and COCO average precision

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gella.entities.entity_map import EntityMap, entity_colors, paint_colormap
+from gella.entities.colormap import entity_colors, paint_colormap
+from gella.entities.entity_map import EntityMap
 from gella.entities.view import fitted_size
 
 KEPT = 16  # results held while measuring, as a batch is: the allocator cannot reuse a warm page

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from gella.data.mapper import GroundingMapper
 from gella.data.sampling import build_train_loader
 from gella.data.targets import EntityMatcher
-from gella.entities.entity_map import entity_colors, paint_colormap
+from gella.entities.colormap import entity_colors, paint_colormap
 from gella.entities.sources import load_from_record
 from gella.entities.view import fit_image, fitted_size, read_image
 

@@ -15,13 +15,13 @@ from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
+from pycocotools import mask as coco_mask
 
 from gella import add_gella_config
 from gella.data.mapper import GroundingMapper, mirrored_words
 from gella.data.sampling import build_train_loader
 from gella.data.targets import EntityMatcher, category_phrases, segment_iou
 from gella.entities.entity_map import EntityMap, id_to_rgb
-from gella.entities.masks import mask_iou
 from gella.entities.sources import LiveSource, load_from_record
 from gella.text.prompts import (
     IGNORE_INDEX,
@@ -452,10 +452,11 @@ def test_targets_by_iou_for_entities_of_a_segmenter(
     assert [p["entity_indices"] for p in high["phrases"]] == [[0], [], [], []]
 
 
-def test_segment_iou_equals_mask_iou() -> None:
+def test_segment_iou_equals_pycocotools() -> None:
     rng = np.random.default_rng(0)
     a, b = (EntityMap(rng.integers(0, 5, size=(9, 9)), [1, 2, 3, 4, 5]) for _ in range(2))
-    np.testing.assert_allclose(segment_iou(a, b), mask_iou(a.bitmasks(), b.bitmasks()), atol=1e-12)
+    expected = coco_mask.iou(a.to_rle(), b.to_rle(), [False] * b.num_entities)
+    np.testing.assert_allclose(segment_iou(a, b), expected, atol=1e-12)
 
 
 def test_matcher_without_segments_info_knows_the_ids_of_its_map() -> None:

@@ -1,51 +1,55 @@
-"""Entity maps against plain loops and pycocotools; colours; id images."""
+"""Entity maps, their runs and colours, and the view, against plain loops and pycocotools."""
 
 from __future__ import annotations
 
+import copy
 import itertools
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import pickle
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from pycocotools import mask as coco_mask
 
-from gella.entities import colormap_kernel
-from gella.entities.entity_map import (
-    ASSIGNMENTS,
-    EntityMap,
-    entity_colors,
-    id_to_rgb,
-    paint_colormap,
-    rgb_to_id,
+from gella.entities.colormap import ASSIGNMENTS, entity_colors, paint_colormap
+from gella.entities.entity_map import EntityMap, Runs, id_to_rgb, rgb_to_id
+from gella.entities.view import (
+    fit_image,
+    fitted_size,
+    image_token_count,
+    make_view,
+    read_image,
+    received,
+    to_send,
 )
-from gella.entities.masks import mask_iou
 
 
-def random_masks(rng: np.random.Generator, count: int, side: int = 24) -> np.ndarray:
-    masks = np.zeros((count, side, side), dtype=bool)
-    for mask in masks:
-        top, left = rng.integers(0, side - 4, size=2)
-        height, width = rng.integers(2, 12, size=2)
-        mask[top : top + height, left : left + width] = True
-    return masks
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
-def blobs(rng: np.random.Generator, count: int, height: int = 30, width: int = 47) -> EntityMap:
+def blobs(seed: int, count: int, height: int = 30, width: int = 47) -> EntityMap:
     """A Voronoi map: every pixel belongs to the nearest of `count` points."""
-    points = np.stack([rng.integers(0, height, count), rng.integers(0, width, count)], axis=1)
+    draw = rng(seed)
+    points = np.stack([draw.integers(0, height, count), draw.integers(0, width, count)], axis=1)
     grid = np.stack(np.indices((height, width)), axis=-1)
     gaps = ((grid[:, :, None] - points) ** 2).sum(-1)
     return EntityMap(gaps.argmin(-1).astype(np.int32), list(range(100, 99 + count)))
 
 
+# -- how maps are made -----------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("seed", range(8))
-def test_from_masks_paints_ascending_score_and_smaller_on_top(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    masks = random_masks(rng, 12)
-    scores = rng.choice([0.2, 0.5, 0.9], size=12).astype(np.float32)
+def test_masks_are_painted_in_ascending_score_the_smaller_on_top(seed: int) -> None:
+    draw = rng(seed)
+    masks = np.zeros((12, 24, 24), dtype=bool)
+    for mask in masks:
+        (top, left), (height, width) = draw.integers(0, 20, 2), draw.integers(2, 12, 2)
+        mask[top : top + height, left : left + width] = True
+    scores = draw.choice([0.2, 0.5, 0.9], size=12).astype(np.float32)
     result = EntityMap.from_masks(masks, scores, segment_ids=range(50, 62))
     expected = np.zeros((24, 24), dtype=int)
     for row, column in itertools.product(range(24), range(24)):
@@ -58,74 +62,24 @@ def test_from_masks_paints_ascending_score_and_smaller_on_top(seed: int) -> None
     np.testing.assert_array_equal(result.scores, scores[np.array(result.segment_ids) - 50])
 
 
-def test_hidden_mask_is_dropped_and_the_others_keep_their_place_as_id() -> None:
+def test_a_hidden_mask_is_dropped_and_the_others_keep_their_place_as_id() -> None:
     masks = np.zeros((3, 6, 6), dtype=bool)
     masks[0, :2], masks[1, :2], masks[2, 3:] = True, True, True
     result = EntityMap.from_masks(masks, [0.1, 0.9, 0.5])
     assert result.segment_ids == [2, 3]
     np.testing.assert_allclose(result.scores, [0.9, 0.5])
+    with pytest.raises(ValueError, match="3 masks but 2 segment_ids"):
+        EntityMap.from_masks(masks, segment_ids=[1, 2])
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_from_id_image_equals_comparison_per_id(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    image = rng.choice([0, 7, 300, 70000, 12], size=(9, 14)).repeat(3, axis=1)
+def test_an_id_image_is_compared_with_every_id(seed: int) -> None:
+    image = rng(seed).choice([0, 7, 300, 70000, 12], size=(9, 14)).repeat(3, axis=1)
     result = EntityMap.from_id_image(image, [300, 5, 7])
     assert result.segment_ids == [300, 5, 7] and result.num_entities == 3
     for mask, segment_id in zip(result.bitmasks(), [300, 5, 7]):
         np.testing.assert_array_equal(mask, image == segment_id)
-    every = EntityMap.from_id_image(image)
-    assert every.segment_ids == sorted(set(np.unique(image)) - {0})
-
-
-def test_rle_decodes_to_the_masks_and_areas_and_unions_agree() -> None:
-    entities = blobs(np.random.default_rng(0), 9)
-    masks = entities.bitmasks()
-    for code, mask in zip(entities.to_rle(), masks):
-        assert isinstance(code["counts"], str)
-        np.testing.assert_array_equal(coco_mask.decode(code).astype(bool), mask)
-    np.testing.assert_array_equal(entities.areas(), masks.sum(axis=(1, 2)))
-    np.testing.assert_array_equal(entities.union([1, 4, 4]), masks[1] | masks[4])
-    assert not entities.union([]).any()
-    with pytest.raises(IndexError, match="-1"):
-        entities.union([-1])
-
-
-def test_frames_keep_order_ids_and_scores() -> None:
-    entities = EntityMap(np.array([[1, 0], [0, 2]]), [9, 4, 7], np.array([0.5, 0.25, 1.0]))
-    up = entities.resize(4, 6)
-    np.testing.assert_array_equal(up.ids, entities.ids.repeat(2, axis=0).repeat(3, axis=1))
-    np.testing.assert_array_equal(up.resize(2, 2).ids, entities.ids)
-    np.testing.assert_array_equal(entities.flip().ids, [[0, 1], [2, 0]])
-    padded = entities.pad(3, 5)
-    np.testing.assert_array_equal(padded.ids[:2, :2], entities.ids)
-    assert padded.size == (3, 5) and padded.areas().tolist() == entities.areas().tolist()
-    for other in (up, entities.flip(), padded):
-        assert other.segment_ids == [9, 4, 7] and other.num_entities == 3
-        np.testing.assert_array_equal(other.scores, entities.scores)
-    assert entities.index_of(4) == 1
-    with pytest.raises(KeyError, match="77"):
-        entities.index_of(77)
-    with pytest.raises(ValueError, match="pad"):
-        padded.pad(2, 5)
-
-
-def test_resize_is_nearest_at_pixel_centres() -> None:
-    ids = np.arange(1, 8)[None].repeat(3, axis=0)
-    small = EntityMap(ids).resize(1, 3).ids[0]
-    expected = [ids[0, int((i + 0.5) * 7 / 3)] for i in range(3)]
-    assert small.tolist() == expected
-
-
-def test_centroids_equal_means_and_are_finite_for_empty_entities() -> None:
-    entities = blobs(np.random.default_rng(3), 6)
-    for k, mask in enumerate(entities.bitmasks()):
-        rows, columns = np.nonzero(mask)
-        np.testing.assert_allclose(
-            entities.centroids()[k], (columns.mean(), rows.mean()), rtol=1e-6
-        )
-    empty = EntityMap(np.zeros((3, 5), np.int32), [8])
-    np.testing.assert_array_equal(empty.centroids(), [[2, 1]])
+    assert EntityMap.from_id_image(image).segment_ids == sorted(set(np.unique(image)) - {0})
 
 
 def test_no_entity_is_a_valid_map() -> None:
@@ -134,11 +88,9 @@ def test_no_entity_is_a_valid_map() -> None:
     assert empty.bitmasks().shape == (0, 4, 3) and empty.to_rle() == []
     assert empty.areas().shape == (0,) and empty.centroids().shape == (0, 2)
     for assignment in ASSIGNMENTS:
-        colors = entity_colors(empty, assignment, np.random.default_rng(0))
-        assert colors.shape == (0, 3)
-        assert not paint_colormap(empty, colors).any()
+        colors = entity_colors(empty, assignment, rng())
+        assert colors.shape == (0, 3) and not paint_colormap(empty, colors).any()
     assert EntityMap.from_masks(np.zeros((0, 4, 3), bool)).num_entities == 0
-    assert mask_iou(empty.bitmasks(), np.ones((2, 4, 3), bool)).shape == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -157,31 +109,175 @@ def test_bad_maps_are_refused(arguments: tuple, message: str) -> None:
         EntityMap(*arguments)
 
 
-def test_rgb_ids_round_trip_and_follow_the_panoptic_rule() -> None:
-    rng = np.random.default_rng(0)
-    rgb = rng.integers(0, 256, size=(5, 7, 3), dtype=np.uint8)
-    ids = rgb_to_id(rgb)
-    assert ids.dtype == np.int32
-    assert ids[2, 3] == rgb[2, 3] @ np.array([1, 256, 65536])
-    np.testing.assert_array_equal(id_to_rgb(ids), rgb)
+# -- what maps say ---------------------------------------------------------------------------------
+
+
+def test_codes_areas_and_unions_are_those_of_the_masks() -> None:
+    entities = blobs(0, 9)
+    masks = entities.bitmasks()
+    for code, mask in zip(entities.to_rle(), masks, strict=True):
+        assert isinstance(code["counts"], str)
+        np.testing.assert_array_equal(coco_mask.decode(code).astype(bool), mask)
+    np.testing.assert_array_equal(entities.areas(), masks.sum(axis=(1, 2)))
+    np.testing.assert_array_equal(entities.union([1, 4, 4]), masks[1] | masks[4])
+    assert not entities.union([]).any()
+    with pytest.raises(IndexError, match="-1"):
+        entities.union([-1])
+    assert entities.index_of(101) == 1
+    with pytest.raises(KeyError, match="77"):
+        entities.index_of(77)
+
+
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 300])
+def test_masks_of_any_number_of_entities(count: int) -> None:
+    ids = np.arange(-44, 316).clip(0, count).reshape(12, 30)
+    masks = EntityMap(ids, list(range(1, count + 1))).bitmasks()
+    assert masks.shape == (count, 12, 30) and masks.dtype == bool
+    for number in range(1, count + 1):
+        np.testing.assert_array_equal(masks[number - 1], ids == number)
+
+
+def test_centroids_equal_means_and_are_finite_for_empty_entities() -> None:
+    entities = blobs(3, 6)
+    for k, mask in enumerate(entities.bitmasks()):
+        rows, columns = np.nonzero(mask)
+        expected = columns.mean(), rows.mean()
+        np.testing.assert_allclose(entities.centroids()[k], expected, rtol=1e-6)
+    empty = EntityMap(np.zeros((3, 5), np.int32), [8])
+    np.testing.assert_array_equal(empty.centroids(), [[2, 1]])
+
+
+def test_frames_keep_order_ids_and_scores() -> None:
+    entities = EntityMap(np.array([[1, 0], [0, 2]]), [9, 4, 7], np.array([0.5, 0.25, 1.0]))
+    up = entities.resize(4, 6)
+    np.testing.assert_array_equal(up.ids, entities.ids.repeat(2, axis=0).repeat(3, axis=1))
+    np.testing.assert_array_equal(up.resize(2, 2).ids, entities.ids)
+    np.testing.assert_array_equal(entities.flip().ids, [[0, 1], [2, 0]])
+    padded = entities.pad(3, 5)
+    np.testing.assert_array_equal(padded.ids[:2, :2], entities.ids)
+    assert padded.size == (3, 5) and padded.areas().tolist() == entities.areas().tolist()
+    for other in (up, entities.flip(), padded):
+        assert other.segment_ids == [9, 4, 7] and other.num_entities == 3
+        np.testing.assert_array_equal(other.scores, entities.scores)
+    with pytest.raises(ValueError, match="pad"):
+        padded.pad(2, 5)
+    ids = np.arange(1, 8)[None].repeat(3, axis=0)  # nearest at pixel centres
+    expected = [ids[0, int((i + 0.5) * 7 / 3)] for i in range(3)]
+    assert EntityMap(ids).resize(1, 3).ids[0].tolist() == expected
+
+
+def blocks(shape: tuple[int, int], seed: int) -> np.ndarray:
+    """Blocks and single pixels of few values, some of them running over row ends."""
+    draw = rng(seed)
+    flat = np.repeat(draw.integers(0, 4, shape[0] * shape[1]), draw.integers(1, 9))
+    return flat[: shape[0] * shape[1]].reshape(shape).astype(np.int32)
+
+
+def pixels(runs: Runs) -> np.ndarray:
+    """The image of runs, after checking that they are sound."""
+    assert (runs.lengths > 0).all() and runs.offsets[0] == 0
+    assert runs.offsets[-1] == len(runs.values) == len(runs.lengths)
+    assert (np.add.reduceat(runs.lengths, runs.offsets[:-1]) == runs.width).all()
+    return runs.paint(runs.values)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (7, 1), (13, 22), (40, 31)])
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_are_the_pixels(shape: tuple[int, int], seed: int) -> None:
+    draw, ids = rng(seed), blocks(shape, seed)
+    runs = Runs.of(ids)
+    np.testing.assert_array_equal(pixels(runs), ids)
+    first = np.ones(shape, bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    for own, grid in zip((runs.rows(), runs.columns()), np.indices(shape)):
+        np.testing.assert_array_equal(own, grid[first])
+    np.testing.assert_array_equal(pixels(runs.flip()), ids[:, ::-1])
+    padded = np.pad(ids, ((0, 3), (0, 2)))
+    np.testing.assert_array_equal(pixels(runs.pad(*padded.shape)), padded)
+    np.testing.assert_array_equal(pixels(runs.pad(*shape)), ids)
+    rows = draw.integers(0, shape[0], 11)
+    for count in (1, 6, 50):
+        columns = np.sort(draw.integers(0, shape[1], count))
+        picked = runs.pick(rows, columns)
+        np.testing.assert_array_equal(pixels(picked), ids[rows][:, columns])
+        expected = np.pad(ids[rows][:, columns][:, ::-1], ((0, 1), (0, 1)))
+        np.testing.assert_array_equal(pixels(picked.flip().pad(12, count + 1)), expected)
+    both = np.stack([runs.values, runs.values + 1])
+    np.testing.assert_array_equal(runs.paint(both), np.stack([ids, ids + 1]))
+
+
+def test_derived_maps_agree_with_maps_made_of_their_pixels() -> None:
+    entities = EntityMap(blocks((24, 37), 5), [4, 9, 2, 7], np.array([0.1, 0.2, 0.3, 0.4]))
+    entities.areas()  # the runs are known before
+    for derived in (entities.resize(50, 71), entities.flip(), entities.resize(9, 8).pad(12, 20)):
+        fresh = EntityMap(derived.ids.copy(), derived.segment_ids)
+        for own, other in zip(derived.runs()[:3], fresh.runs()[:3]):
+            assert own.dtype == other.dtype
+        colors = entity_colors(fresh, "separated", rng())
+        for ask in (
+            EntityMap.areas,
+            EntityMap.centroids,
+            lambda map: map.union([0, 2]),
+            lambda map: paint_colormap(map, colors),  # noqa: B023
+        ):
+            np.testing.assert_array_equal(ask(derived), ask(fresh))
+
+
+@pytest.mark.parametrize("count", [3, 300])
+def test_pickles_and_copies_are_equal_and_small(count: int) -> None:
+    smooth = np.arange(1, count + 1).repeat(800)[: count * 800].reshape(-1, 400)
+    noise = rng().integers(0, count + 1, (20, 30))
+    for ids in (smooth, noise):
+        entities = EntityMap(ids, list(range(1000, 1000 + count)), np.linspace(0, 1, count))
+        for other in (pickle.loads(pickle.dumps(entities)), copy.deepcopy(entities)):
+            np.testing.assert_array_equal(other.ids, entities.ids)
+            assert other.ids.dtype == np.int32 and other.segment_ids == entities.segment_ids
+            np.testing.assert_array_equal(other.scores, entities.scores)
+            np.testing.assert_array_equal(other.areas(), entities.areas())
+            np.testing.assert_array_equal(other.resize(9, 7).ids, entities.resize(9, 7).ids)
+    assert len(pickle.dumps(EntityMap(smooth))) < 0.1 * smooth.size * 4 + 400
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (5, 7), (0, 3)])
+def test_ids_as_rgb(shape: tuple[int, int]) -> None:
+    rgb = rng().integers(0, 256, (*shape, 3), dtype=np.uint8)
+    expected = rgb.astype(np.int64) @ np.array([1, 256, 65536])
+    assert rgb_to_id(rgb).dtype == np.int32
+    np.testing.assert_array_equal(rgb_to_id(rgb), expected)
+    np.testing.assert_array_equal(rgb_to_id(rgb[:, ::-1]), expected[:, ::-1])
+    np.testing.assert_array_equal(id_to_rgb(rgb_to_id(rgb)), rgb)
+    rgb.flags.writeable = False
+    np.testing.assert_array_equal(rgb_to_id(rgb), expected)
     with pytest.raises(ValueError, match="16777216"):
         id_to_rgb(np.array([[1 << 24]]))
     with pytest.raises(ValueError, match="uint8"):
         rgb_to_id(rgb.astype(np.int32))
 
 
+# -- colours ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("assignment", ASSIGNMENTS)
 @pytest.mark.parametrize("count", [1, 9, 100, 700])
 def test_colors_are_distinct_not_black_and_repeatable(assignment: str, count: int) -> None:
-    entities = blobs(np.random.default_rng(count), count + 1)
-    colors = entity_colors(entities, assignment, np.random.default_rng(5))
+    entities = blobs(count, count + 1)
+    colors = entity_colors(entities, assignment, rng(5))
     assert colors.dtype == np.uint8 and colors.shape == (count, 3)
-    assert len(np.unique(colors, axis=0)) == count
-    assert colors.any(axis=1).all()
-    again = entity_colors(entities, assignment, np.random.default_rng(5))
-    np.testing.assert_array_equal(colors, again)
-    other = entity_colors(entities, assignment, np.random.default_rng(6))
+    assert len(np.unique(colors, axis=0)) == count and colors.any(axis=1).all()
+    np.testing.assert_array_equal(colors, entity_colors(entities, assignment, rng(5)))
+    other = entity_colors(entities, assignment, rng(6))
     assert np.array_equal(colors, other) == (assignment == "location")
+
+
+def test_colors_of_a_seed_never_change() -> None:
+    entities = EntityMap(np.arange(1, 4)[None])
+    expected = {
+        "random": [[130, 194, 217], [236, 15, 163], [215, 217, 130]],
+        "location": [[162, 224, 162], [162, 193, 193], [162, 162, 255]],
+        "separated": [[208, 166, 233], [99, 224, 34], [224, 20, 14]],
+    }
+    drawn = {name: entity_colors(entities, name, rng()).tolist() for name in ASSIGNMENTS}
+    assert drawn == expected
 
 
 def test_random_colors_stay_distinct_when_draws_collide() -> None:
@@ -206,131 +302,143 @@ def test_separated_colors_lie_farther_apart_than_random_ones() -> None:
         return gaps[~np.eye(len(points), dtype=bool)].min()
 
     entities = EntityMap(np.arange(1, 10)[None])
-    gap = {
-        name: np.median(
-            [
-                smallest_gap(entity_colors(entities, name, np.random.default_rng(seed)))
-                for seed in range(60)
-            ]
-        )
+    random, separated = (
+        np.median([smallest_gap(entity_colors(entities, name, rng(s))) for s in range(60)])
         for name in ("random", "separated")
-    }
-    assert gap["separated"] > 2 * gap["random"] and gap["separated"] > 90
+    )
+    assert separated > 2 * random and separated > 90
 
 
 def test_location_colors_depend_on_the_place_only() -> None:
     ids = np.zeros((60, 60), np.int32)
     ids[5:15, 5:15], ids[40:50, 30:40] = 1, 2
-    swapped = np.where(ids == 1, 2, np.where(ids == 2, 1, 0))
-    rng = np.random.default_rng(0)
-    first = entity_colors(EntityMap(ids), "location", rng)
-    second = entity_colors(EntityMap(swapped), "location", rng)
-    np.testing.assert_array_equal(first, second[::-1])
-    scaled = entity_colors(EntityMap(ids).resize(180, 180), "location", rng)
+    swapped = EntityMap(np.where(ids > 0, 3 - ids, 0))
+    first = entity_colors(EntityMap(ids), "location", rng())
+    np.testing.assert_array_equal(first, entity_colors(swapped, "location", rng())[::-1])
+    scaled = entity_colors(EntityMap(ids).resize(180, 180), "location", rng())
     np.testing.assert_array_equal(first, scaled)
     with pytest.raises(ValueError, match="rainbow"):
-        entity_colors(EntityMap(ids), "rainbow", rng)
+        entity_colors(EntityMap(ids), "rainbow", rng())
 
 
-def test_colormap_shows_each_entity_in_its_color_and_black_elsewhere() -> None:
-    entities = blobs(np.random.default_rng(1), 8)
-    colors = entity_colors(entities, "separated", np.random.default_rng(2))
-    colormap = paint_colormap(entities, colors)
-    assert colormap.dtype == np.uint8
-    for mask, color in zip(entities.bitmasks(), colors):
-        np.testing.assert_array_equal((colormap == color).all(-1), mask)
-    assert not colormap[entities.ids == 0].any()
+@pytest.mark.parametrize("size", [(1, 1), (1, 31), (33, 1), (257, 256)])
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 700])
+def test_the_colormap_is_a_table_look_up(size: tuple[int, int], count: int) -> None:
+    draw, names = rng(count), list(range(1, count + 1))
+    ids = draw.integers(0, count + 1, size)
+    colors = draw.integers(0, 256, (count, 3), dtype=np.uint8)
+    table = np.concatenate((np.zeros((1, 3), np.uint8), colors))
+    for view in (ids, ids[::-1, ::-1], ids.T, ids.astype(">i4")):
+        result = paint_colormap(EntityMap(view, names), colors)
+        assert result.dtype == np.uint8 and result.transpose(2, 0, 1).flags.c_contiguous
+        np.testing.assert_array_equal(result, table[view])
     with pytest.raises(ValueError, match="colours"):
-        paint_colormap(entities, colors[:-1])
+        paint_colormap(EntityMap(ids, names), np.zeros((count + 1, 3)))
 
 
-# One table serves 31 colours; pictures are made in pieces of 65,536 pixels, 32 at once.
-SIZES = [(1, 1), (1, 31), (33, 1), (7, 13), (1, 65536), (257, 256), (65537, 2)]
+# -- the view --------------------------------------------------------------------------------------
 
 
-def indexed(ids: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """The colormap by plain indexing."""
-    return np.concatenate((np.zeros((1, 3), np.uint8), colors))[ids]
+def scene(height: int, width: int) -> tuple[np.ndarray, EntityMap]:
+    """A white box in the lower right quarter of a black picture, and its entity."""
+    ids = np.zeros((height, width), dtype=np.int32)
+    ids[height // 2 :, width // 2 :] = 1
+    image = np.repeat((ids[..., None] * 255).astype(np.uint8), 3, axis=2)
+    return image, EntityMap.from_id_image(ids)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("count", [0, 1, 30, 31, 32, 62, 63, 255, 256, 700])
-def test_colormap_is_a_table_look_up(size: tuple[int, int], count: int) -> None:
-    rng = np.random.default_rng(count)
-    ids = rng.integers(0, count + 1, size)
-    colors = rng.integers(0, 256, (count, 3), dtype=np.uint8)
-    result = paint_colormap(EntityMap(ids, list(range(1, count + 1))), colors)
-    assert result.shape == (*size, 3) and result.dtype == np.uint8
-    assert result.transpose(2, 0, 1).flags.c_contiguous  # as the page promises
-    np.testing.assert_array_equal(result, indexed(ids, colors))
+def view_of(image: np.ndarray, entities: EntityMap, side: int = 8, seed: int = 0) -> dict[str, Any]:
+    sizes = {"image_size": side, "colormap_size": side}
+    return make_view(image, entities, assignment="separated", rng=rng(seed), **sizes)
 
 
-def test_colormap_of_any_memory_layout() -> None:
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, 41, (60, 94)).astype(np.int32)
-    colors = rng.integers(0, 256, (40, 3), dtype=np.uint8)
-    fixed = ids.copy()
-    fixed.setflags(write=False)
-    shifted = np.frombuffer(b"." + ids.tobytes(), np.int32, offset=1).reshape(ids.shape)
-    for view in (ids[::2, ::3], ids[::-1, ::-1], np.asfortranarray(ids), ids.T, fixed, shifted):
-        for other in (view, view.astype(">i4"), view.astype(np.uint8)):
-            before = other.copy()
-            expected = indexed(other.astype(int), colors)
-            planes = colormap_kernel.paint_planes(other, colors)
-            np.testing.assert_array_equal(planes.transpose(1, 2, 0), expected)
-            names = list(range(1, 41))
-            np.testing.assert_array_equal(paint_colormap(EntityMap(other, names), colors), expected)
-            np.testing.assert_array_equal(other, before)
-    strided = np.repeat(colors, 2, axis=0)[::2]
-    expected = indexed(ids, colors)
-    np.testing.assert_array_equal(paint_colormap(EntityMap(ids, names), strided), expected)
+@pytest.mark.parametrize(("height", "width"), [(40, 80), (80, 40), (64, 64), (97, 31)])
+def test_an_entity_lies_where_the_image_shows_it(height: int, width: int) -> None:
+    view = view_of(*scene(height, width), side=64)
+    bright = view["image"].numpy()[0] > 127
+    mask = view["entities"].bitmasks()[0]
+    assert (view["colormap"].numpy().any(axis=0) == mask).all()
+    # Nearest and bilinear differ at the border only.
+    assert (bright & mask).sum() / (bright | mask).sum() > 0.9
+    valid_height, valid_width = view["valid_size"]
+    assert max(view["valid_size"]) == 64
+    assert not view["image"][:, valid_height:].any() and not view["image"][:, :, valid_width:].any()
+    assert mask[valid_height - 1, valid_width - 1]  # nothing is cropped
 
 
-def test_a_number_without_a_color_is_black_and_reads_no_foreign_memory() -> None:
-    ids = np.array([[-(2**31), -1, 0, 1, 2, 3, 31, 32, 33, 64, 256, 257, 65537, 2**31 - 1]])
-    for count in (2, 32):
-        colors = np.full((count, 3), 9, np.uint8)
-        expected = np.where((ids > 0) & (ids <= count), 9, 0)
-        for plane in colormap_kernel.paint_planes(ids, colors):
-            np.testing.assert_array_equal(plane, expected)
+def test_a_view_keeps_entities_that_vanish_and_repeats_with_the_seed() -> None:
+    ids = np.ones((200, 200), dtype=np.int32)
+    ids[0, 1] = 2
+    entities, image = EntityMap.from_id_image(ids), np.zeros((200, 200, 3), dtype=np.uint8)
+    first, again, other = (view_of(image, entities, seed=seed) for seed in (3, 3, 4))
+    assert first["entities"].num_entities == 2
+    assert (first["colormap"] == again["colormap"]).all()
+    assert (first["colormap"] != other["colormap"]).any()
 
 
-def test_threads_paint_at_once() -> None:
-    rng = np.random.default_rng(3)
-    jobs = [
-        (rng.integers(0, 21, (300, 301)), rng.integers(0, 256, (20, 3), dtype=np.uint8))
-        for _ in range(24)
-    ]
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda job: colormap_kernel.paint_planes(*job), jobs))
-    for planes, job in zip(results, jobs):
-        np.testing.assert_array_equal(planes.transpose(1, 2, 0), indexed(*job))
+def test_sizes_and_pixels_of_the_fitted_image() -> None:
+    assert fitted_size(427, 640, 96) == (64, 96)
+    assert fitted_size(1, 5000, 96) == (1, 96)
+    assert fitted_size(48, 24, 96) == (96, 48)
+    assert image_token_count(336, 14, 1) == 576
+    assert image_token_count(96, 8, 2) == 36
+    picture = rng().integers(0, 256, (41, 60, 3), dtype=np.uint8)
+    square = fit_image(picture, 60)
+    assert (square[:41] == picture).all() and not square[41:].any()  # nothing is scaled
+    for side in (30, 60, 100):
+        mirrored = fit_image(picture[:, ::-1], side)
+        np.testing.assert_array_equal(mirrored, fit_image(picture[:, ::-1].copy(), side))
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255  # without antialiasing a quarter would be all black or all white
+    assert abs(float(fit_image(stripes, 16).mean()) - 127.5) < 10
 
 
-def test_other_processors_paint_the_same_and_numba_waits_for_the_first_colormap() -> None:
-    code = """
-import sys, numpy as np, gella
-from gella.entities.entity_map import EntityMap, paint_colormap
-assert "numba" not in sys.modules and "llvmlite" not in sys.modules
-rng = np.random.default_rng(0)
-ids, colors = rng.integers(0, 41, (150, 501)), rng.integers(0, 256, (40, 3), dtype=np.uint8)
-result = paint_colormap(EntityMap(ids, list(range(1, 41))), colors)
-assert (result == np.concatenate((np.zeros((1, 3), np.uint8), colors))[ids]).all()
-"""
-    plain = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
-    subprocess.run([sys.executable, "-c", code], env=plain, check=True, timeout=120)
+def test_a_view_of_another_size_or_type_is_refused() -> None:
+    image, entities = scene(40, 80)
+    with pytest.raises(ValueError, match="80x40.*50x40"):
+        view_of(image[:, :50], entities)
+    with pytest.raises(ValueError, match="uint8"):
+        view_of(image / 255.0, entities)
 
 
-def test_mask_iou_equals_pycocotools() -> None:
-    rng = np.random.default_rng(4)
-    a, b = random_masks(rng, 5), random_masks(rng, 7)
-    encode = lambda masks: [  # noqa: E731
-        coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks
-    ]
-    expected = coco_mask.iou(encode(a), encode(b), [0] * 7)
-    result = mask_iou(a, b)
-    assert result.dtype == np.float64
-    np.testing.assert_allclose(result, expected, atol=1e-12)
-    assert mask_iou(np.zeros((1, 3, 3), bool), np.zeros((1, 3, 3), bool))[0, 0] == 0
-    with pytest.raises(ValueError, match="one size"):
-        mask_iou(a, b[:, :-1])
+def test_what_a_worker_sends_comes_back_whole() -> None:
+    entities = EntityMap(np.arange(1, 5).repeat(300).reshape(30, 40))
+    picture = rng().integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    view = {**view_of(picture, entities, side=200), "input_ids": torch.arange(5), "task": "x"}
+    sent = to_send(view)
+    assert not any(isinstance(value, torch.Tensor) for value in sent.values())
+    data = pickle.dumps({**sent, "image": None})
+    assert len(data) < view["colormap"].numel() // 10
+    back = received(pickle.loads(pickle.dumps(sent)))
+    assert set(back) == set(view)
+    for key in ("image", "colormap", "input_ids"):
+        assert torch.equal(back[key], view[key]) and back[key].dtype == view[key].dtype
+        assert back[key].is_contiguous()
+    assert isinstance(back["colors"], np.ndarray)
+    np.testing.assert_array_equal(back["colors"], view["colors"])
+    np.testing.assert_array_equal(back["entities"].ids, view["entities"].ids)
+    # Whatever else a mapper gives passes through.
+    assert received(to_send({"a": 1, "colormap": torch.ones(2)}))["colormap"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_pictures_are_read_as_rgb_or_refused_by_name(tmp_path, suffix: str) -> None:
+    pixels = rng().integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    file, cut = tmp_path / f"a{suffix}", tmp_path / f"cut{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(pixels).save(file, exif=exif, quality=100)
+    stored = read_image(file)
+    assert suffix == ".jpg" or (stored == pixels).all()
+    assert (read_image(file, upright=True) == np.rot90(stored, -1)).all()
+    cut.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"cut{suffix} is truncated"):
+        read_image(cut)
+    cut.write_text("no picture")
+    with pytest.raises(ValueError, match=f"cut{suffix} is no picture"):
+        read_image(cut)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_image(tmp_path / f"nowhere{suffix}")
+    Image.fromarray(pixels[..., 0]).save(file)
+    grey = read_image(file)
+    assert grey.shape == pixels.shape and (grey == grey[..., :1]).all()

@@ -477,7 +477,7 @@ def test_two_images_never_share_a_mask_file(tmp_path: Path) -> None:
         ("panoptic", "coco_results", "folder.*coco_results"),
         ("found.json", "npz", "file.*npz"),
         ("found.json", "tiff", "tiff.*known: auto, panoptic_png"),
-        ("cut.json", "auto", "cut.json.*no valid JSON"),
+        ("cut.json", "auto", "cut.json.*not a JSON file"),
         ("found.json", "coco_panoptic", "found.json.*list of annotations"),
     ],
 )

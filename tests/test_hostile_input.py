@@ -21,10 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gella.entities.entity_map import EntityMap, id_to_rgb
-from gella.entities.limits import MAX_ENTITIES, MAX_PIXELS
-from gella.entities.masks import binary_masks
-from gella.entities.npz import MAX_MEMBERS
+from gella.entities.entity_map import MAX_ENTITIES, MAX_PIXELS, EntityMap, binary_masks, id_to_rgb
+from gella.entities.files import MAX_MEMBERS
 from gella.entities.rle import MAX_OUTLINE
 from gella.entities.sources import FileSource, load_entities
 from gella.entities.view import read_image
@@ -285,7 +283,11 @@ MASK_FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: archive({"../../masks.npy": b"x", "/etc/ids.npy": b"x"}),
         "neither 'masks'",
     ),
-    "no header": ("m.npz", lambda: archive({"masks.npy": b"MZ" * 99}), "no array of numpy"),
+    "no header": (
+        "m.npz",
+        lambda: archive({"masks.npy": b"MZ" * 99}),
+        "truncated or damaged .the magic string",
+    ),
     "NaN": ("m.npz", lambda: npz(masks=np.full((2, *SIZE), np.nan)), "must be bool .*float64"),
     "NaN scores": (
         "m.npz",
@@ -326,7 +328,11 @@ MASK_FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: results(score=10**400),
         "score is 1000.* not a finite",
     ),
-    "a score over float32": ("m.json", lambda: results(score=1e300), "score 1e.300 is too large"),
+    "a score over float32": (
+        "m.json",
+        lambda: results(score=1e300),
+        "score is 1e.300, not a finite",
+    ),
     "a score that is NaN": ("m.json", lambda: results(score=float("nan")), "score is nan"),
     "a corner without end": ("m.json", lambda: polygon(0, 0, 10**400, 0, 5, 5), "is not finite"),
     "a corner at infinity": ("m.json", lambda: polygon(0, 0, float("inf"), 0, 5, 5), "not finite"),
@@ -347,7 +353,7 @@ MASK_FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: results(segmentation={"size": "x" * 10**6, "counts": [1]}),
         r"size 'xxx.*\.\.\..*', not",
     ),
-    "a zip archive in JSON's name": ("m.json", lambda: npz(masks=MASKS), "no valid JSON"),
+    "a zip archive in JSON's name": ("m.json", lambda: npz(masks=MASKS), "not a JSON file"),
     "a picture that lies elsewhere": (
         "m.json",
         lambda: json.dumps(
@@ -424,7 +430,10 @@ def test_noise_is_no_map_of_entities(tmp_path: Path) -> None:
     ("ids", "told"),
     [
         (np.array([[0.0, np.nan]]), "ids must be integers .*float64"),
-        (np.array([[2**32 + 1]]), "ids holds 4294967297"),  # would be entity 1 in 32 bits
+        (
+            np.array([[2**32 + 1]]),
+            "ids holds entity number 4294967297",
+        ),  # would be entity 1 in 32 bits
         (np.array([[-(2**32) + 1]]), "ids holds -4294967295"),
     ],
 )

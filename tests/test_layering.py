@@ -185,7 +185,6 @@ def undocumented(node: ast.Module | ast.ClassDef, name: str) -> Iterator[str]:
 OPEN = (
     "commands.app_",
     "engine.zero_branch",
-    "entities.color_choice",
 )
 
 

@@ -291,7 +291,7 @@ REFUSED: list[Case] = [
         (PNG, "image 42", "no entity"),
     ),
     # -- COCO results
-    ("cut", "results", cut(RESULTS), (RESULTS, "image 42", "no valid JSON")),
+    ("cut", "results", cut(RESULTS), (RESULTS, "image 42", "not a JSON file")),
     ("a dict", "results", whole(RESULTS, {"annotations": []}), (RESULTS, "image 42", "list")),
     ("an empty list", "results", whole(RESULTS, []), (RESULTS, "image 42", "0 others")),
     (

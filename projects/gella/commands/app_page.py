@@ -31,7 +31,7 @@ from gella.captions.ask import caption_picture
 from gella.captions.captioner import AnswerError, EndpointError, RequestError
 from gella.commands.demo_inputs import Entry
 from gella.entities.entity_map import EntityMap
-from gella.entities.json_files import entries_by_image, forget_files, json_format
+from gella.entities.files import entries_by_image, forget_files, json_format
 from gella.entities.sources import load_entities
 from gella.entities.view import read_image
 from gella.pictures.grounding import Grounding, PanopticResult

@@ -65,7 +65,7 @@ class InputMaker:
         tokenizer: from `prompts.load_tokenizer`.
         image_size: side of CLIP's input, pixels.
         colormap_size: side of the colormap, pixels.
-        colors: assignment, see `entities.entity_colors`.
+        colors: assignment, see `colormap.entity_colors`.
         num_image_tokens: image tokens of the prompt.
         system: the prompt's system line.
         max_length: most tokens of a prompt.
@@ -240,8 +240,6 @@ class GroundingMapper(InputMaker):
         self.target_iou, self.panoptic_negatives = target_iou, panoptic_negatives
         self.categories = list(categories)
         self._captions_cut, self._nouns_cut = 0, 0  # so far, in this process
-        # Compiles here: forked workers would each do it again and keep 160 MiB of their own.
-        import gella.entities.colormap_kernel  # noqa: F401
 
     @classmethod
     def from_config(  # type: ignore[override]  # configurable passes what it takes

@@ -1,26 +1,137 @@
-"""Entities: which pixels belong to which entity, and the colormap that shows it to the model.
+"""Entities: which pixels of an image belong to which of them.
 
 An entity is a class-agnostic segment of an image. `EntityMap` holds all entities of one image as
 one integer per pixel, so two entities never share a pixel; files of overlapping masks are flattened
 on the way in. Entities are addressed by *index* (0..E-1) inside the program and by *segment id* in
 files and results.
+
+Id images are long stretches of one value, so what is asked of them is answered per stretch
+(`Runs`) instead of per pixel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gella.entities.color_choice import location_colors, random_colors, separated_colors
-from gella.entities.limits import MAX_ENTITIES, MAX_SEGMENT_ID
-from gella.entities.masks import binary_masks, flatten
 from gella.entities.rle import encode_mask
-from gella.entities.runs import Runs, find_runs, flip_runs, pad_runs, pick_runs
 
-ASSIGNMENTS = ("random", "location", "separated")
+# How large what a stranger's file declares may be, checked before anything of that size is decoded.
+
+MAX_PIXELS = 120_000_000
+"""Of a picture, height x width: those of most telephones have up to 108 million. Decoding one takes
+about 12 bytes per pixel, its entities up to 50."""
+
+MAX_ENTITIES = 10_000
+"""Of one image. Segmenters find up to about 1,000, and annotations hold fewer."""
+
+MAX_SEGMENT_ID = (1 << 24) - 1
+"""Largest id of a pixel: a panoptic PNG has three bytes for it."""
+
+
+def check_pixels(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
+    """ValueError with both numbers if an image has no pixel, or more than `max_pixels`."""
+    if height < 1 or width < 1:
+        raise ValueError(f"{width}x{height} pixels (width x height): an image has at least one")
+    if height * width > max_pixels:
+        raise ValueError(
+            f"{width}x{height} = {height * width} pixels are more than the {max_pixels} that are "
+            "read; scale it down, or raise max_pixels"
+        )
+
+
+def check_count(count: int, max_entities: int = MAX_ENTITIES) -> None:
+    """ValueError with both numbers if an image has more entities than are read."""
+    if count > max_entities:
+        raise ValueError(f"holds {count} entities, more than the {max_entities} that are read")
+
+
+class Runs(NamedTuple):
+    """An (H, W) image row by row: R stretches of equal pixels, none longer than its row.
+
+    Attributes:
+        values: (R,), the image's own dtype. Neighbours may be equal.
+        lengths: intp (R,), pixels of each, at least 1.
+        offsets: intp (H + 1,), the place of each row's first run; the last entry is R.
+        width: W.
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray
+    offsets: np.ndarray
+    width: int
+
+    @classmethod
+    def of(cls, image: np.ndarray) -> Runs:
+        """Runs of an (H, W) image with at least one pixel."""
+        flat, width = image.reshape(-1), image.shape[1]
+        first = np.empty(flat.size, dtype=bool)  # does a run begin here?
+        np.not_equal(flat[1:], flat[:-1], out=first[1:])
+        first[::width] = True
+        starts = np.flatnonzero(first)
+        offsets = np.searchsorted(starts, np.arange(len(image) + 1) * width)
+        return cls(flat[starts], np.diff(starts, append=flat.size), offsets, width)
+
+    @property
+    def height(self) -> int:
+        """H."""
+        return len(self.offsets) - 1
+
+    def paint(self, values: np.ndarray) -> np.ndarray:
+        """Pixels from one value per run: (R,) -> (H, W), or (C, R) -> (C, H, W); any dtype."""
+        pixels = np.repeat(values, self.lengths, axis=-1)
+        return pixels.reshape(*values.shape[:-1], self.height, self.width)
+
+    def rows(self) -> np.ndarray:
+        """Row of each run: intp (R,)."""
+        return np.repeat(np.arange(self.height), np.diff(self.offsets))
+
+    def columns(self) -> np.ndarray:
+        """Column in which each run begins: intp (R,)."""
+        ends = np.cumsum(self.lengths)
+        return ends - self.lengths - self.rows() * self.width
+
+    def pick(self, rows: np.ndarray, columns: np.ndarray) -> Runs:
+        """Runs of `image[rows][:, columns]`.
+
+        Args:
+            rows: integers (h,) in 0..H - 1, any order, repeated or not.
+            columns: integers (w,) in 0..W - 1, ascending, repeated or not.
+        """
+        # edges[c]: the new column in which old column c begins, or would begin if it were picked.
+        edges = np.searchsorted(columns, np.arange(self.width + 1))
+        begin = self.columns()
+        lengths = edges[begin + self.lengths] - edges[begin]
+        kept = np.flatnonzero(lengths)
+        offsets = np.searchsorted(kept, self.offsets)
+        counts = np.diff(offsets)[rows]
+        picked = np.zeros(len(rows) + 1, dtype=np.intp)
+        np.cumsum(counts, out=picked[1:])
+        # Each new row is a range of the old runs.
+        places = kept[np.arange(picked[-1]) + np.repeat(offsets[rows] - picked[:-1], counts)]
+        return Runs(self.values[places], lengths[places], picked, len(columns))
+
+    def pad(self, height: int, width: int) -> Runs:
+        """Runs of the image with zeros added below and right, to height x width pixels."""
+        values, lengths, offsets, old_width = self
+        if width > old_width:
+            values = np.insert(values, offsets[1:], 0)
+            lengths = np.insert(lengths, offsets[1:], width - old_width)
+            offsets = offsets + np.arange(len(offsets))
+        added = height - self.height
+        values = np.concatenate((values, np.zeros(added, dtype=values.dtype)))
+        lengths = np.concatenate((lengths, np.full(added, width, dtype=np.intp)))
+        offsets = np.concatenate((offsets, offsets[-1] + np.arange(1, added + 1)))
+        return Runs(values, lengths, offsets, width)
+
+    def flip(self) -> Runs:
+        """Runs of the image mirrored left to right."""
+        ends = np.repeat(self.offsets[:-1] + self.offsets[1:] - 1, np.diff(self.offsets))
+        places = ends - np.arange(len(self.values))
+        return self._replace(values=self.values[places], lengths=self.lengths[places])
 
 
 @dataclass
@@ -45,17 +156,14 @@ class EntityMap:
 
     def __post_init__(self) -> None:
         given = np.asarray(self.ids)
-        if given.dtype.kind not in "iu":
-            raise ValueError(f"ids must be integers (H, W), got {given.dtype} {given.shape}")
-        for end in (given.min(), given.max()) if given.dtype.itemsize > 4 and given.size else ():
-            if not 0 <= end < 1 << 31:
-                raise ValueError(f"ids holds {end}; entity numbers are 0 to 2147483647")
-        self.ids = np.ascontiguousarray(given, dtype=np.int32)
-        if self.ids.ndim != 2 or 0 in self.ids.shape:
-            raise ValueError(f"ids must be (H, W) with at least a pixel, got {self.ids.shape}")
-        highest = int(self.ids.view(np.uint32).max())  # a negative number is 2^31 or more here
-        if highest >= 1 << 31:
-            raise ValueError(f"ids holds {int(self.ids.min())}; entity numbers start at 0")
+        if given.dtype.kind not in "iu" or given.ndim != 2 or not given.size:
+            raise ValueError(
+                "ids must be integers (H, W) with at least a pixel, got "
+                f"{given.dtype} {given.shape}"
+            )
+        lowest, highest = int(given.min()), int(given.max())
+        if lowest < 0:
+            raise ValueError(f"ids holds {lowest}; entity numbers start at 0")
         if highest > MAX_ENTITIES and not len(self.segment_ids):
             raise ValueError(
                 f"ids holds entity number {highest}, more than {MAX_ENTITIES}; numbers count the "
@@ -68,6 +176,7 @@ class EntityMap:
         if len(set(self.segment_ids)) != count:
             repeated = sorted(i for i in set(self.segment_ids) if self.segment_ids.count(i) > 1)
             raise ValueError(f"segment_ids repeats {repeated[:5]}; every entity needs its own id")
+        self.ids = np.ascontiguousarray(given, dtype=np.int32)
         self.scores = _checked_scores(self.scores, count)
 
     @classmethod
@@ -94,17 +203,13 @@ class EntityMap:
         image = np.asarray(id_image)
         if image.ndim != 2 or image.size == 0 or image.dtype.kind not in "iu":
             raise ValueError(f"id image must be integer (H, W), got {image.dtype} {image.shape}")
-        runs = find_runs(image)
+        runs = Runs.of(image)
         values, inverse = np.unique(runs.values, return_inverse=True)
         for end in (int(values[0]), int(values[-1])):
             if not 0 <= end <= MAX_SEGMENT_ID:
                 raise ValueError(f"the id image holds {end}; ids are 0 (void) to {MAX_SEGMENT_ID}")
-        count = np.count_nonzero(values) if segment_ids is None else len(segment_ids)
-        if count > max_entities:
-            raise ValueError(f"holds {count} entities, more than the {max_entities} that are read")
-        if segment_ids is None:
-            segment_ids = [int(v) for v in values if v != 0]
-        wanted = [int(i) for i in segment_ids]
+        wanted = [int(i) for i in (values[values > 0] if segment_ids is None else segment_ids)]
+        check_count(len(wanted), max_entities)
         number = {segment_id: k for k, segment_id in enumerate(wanted, start=1)}
         numbers = np.array([number.get(int(v), 0) for v in values], dtype=np.int32)
         runs = runs._replace(values=numbers[inverse])
@@ -119,22 +224,46 @@ class EntityMap:
         scores: Sequence[float] | np.ndarray | None = None,
         segment_ids: Sequence[int] | None = None,
     ) -> EntityMap:
-        """Flatten masks (E, H, W) that may overlap; see `binary_masks` for what may be in them.
+        """Flatten masks (E, H, W) that may overlap; see `binary_masks` and `from_areas`."""
+        masks = binary_masks(masks)
+        areas = masks.sum(axis=(1, 2), dtype=np.int64)
+        return cls.from_areas(masks.shape[1:], areas, masks.__getitem__, scores, segment_ids)
+
+    @classmethod
+    def from_areas(
+        cls,
+        size: tuple[int, ...],
+        areas: np.ndarray,
+        mask_of: Callable[[int], np.ndarray],
+        scores: Sequence[float] | np.ndarray | None = None,
+        segment_ids: Sequence[int] | None = None,
+    ) -> EntityMap:
+        """Flatten masks that may overlap, of which only one is held at a time.
 
         They are painted in ascending score, so the best lies on top; among equal scores the smaller
         one does, and among equal sizes the later one. Entities that end without a visible pixel are
-        dropped; the others keep their order and their ids (by default place + 1 in `masks`).
+        dropped; the others keep their order and their ids.
+
+        Args:
+            size: (H, W) of the masks.
+            areas: int64 (E,), pixels of each.
+            mask_of: gives the bool (H, W) mask of an index, once each.
+            scores: (E,), finite; default 1.
+            segment_ids: (E,); default each one's place from 1.
         """
-        masks = binary_masks(masks)
-        count = masks.shape[0]
+        count = len(areas)
         ranks = _checked_scores(scores, count)
         names = list(range(1, count + 1)) if segment_ids is None else [int(i) for i in segment_ids]
         if len(names) != count:
             raise ValueError(f"{count} masks but {len(names)} segment_ids; give one id per mask")
-        areas = masks.sum(axis=(1, 2), dtype=np.int64)
-        size = (masks.shape[1], masks.shape[2])
-        ids, visible = flatten(size, areas, ranks, masks.__getitem__)
-        return cls(ids, [name for name, seen in zip(names, visible) if seen], ranks[visible])
+        canvas = np.zeros(size, dtype=np.int32)
+        for k in np.lexsort((-areas, ranks)):
+            canvas[mask_of(int(k))] = k + 1
+        visible = np.unique(Runs.of(canvas).values)
+        visible = visible[visible > 0]
+        numbers = np.zeros(count + 1, dtype=np.int32)
+        numbers[visible] = np.arange(1, len(visible) + 1)
+        return cls(numbers[canvas], [names[k - 1] for k in visible], ranks[visible - 1])
 
     @property
     def num_entities(self) -> int:
@@ -186,20 +315,23 @@ class EntityMap:
         """Nearest-neighbour copy of height x width pixels, sampled at pixel centres."""
         if height < 1 or width < 1:
             raise ValueError(f"cannot resize to {height} x {width}; both sides must be positive")
-        rows = _nearest_indices(self.ids.shape[0], height)
-        columns = _nearest_indices(self.ids.shape[1], width)
-        return self._with_runs(pick_runs(self.runs(), rows, columns))
+        # Integer arithmetic of floor((i + 0.5) * old / new): no rounding at exact ratios.
+        rows, columns = (
+            ((2 * np.arange(new, dtype=np.int64) + 1) * old) // (2 * new)
+            for old, new in zip(self.size, (height, width))
+        )
+        return self._with_runs(self.runs().pick(rows, columns))
 
     def pad(self, height: int, width: int) -> EntityMap:
         """Copy of height x width pixels, with no entity in the pixels added below and right."""
         old_height, old_width = self.size
         if height < old_height or width < old_width:
             raise ValueError(f"cannot pad {old_height} x {old_width} to {height} x {width}")
-        return self._with_runs(pad_runs(self.runs(), height, width))
+        return self._with_runs(self.runs().pad(height, width))
 
     def flip(self) -> EntityMap:
         """Copy mirrored left to right."""
-        return self._with_runs(flip_runs(self.runs()))
+        return self._with_runs(self.runs().flip())
 
     def centroids(self) -> np.ndarray:
         """Mean (x, y) pixel index per entity: float32 (E, 2).
@@ -218,7 +350,7 @@ class EntityMap:
     def runs(self) -> Runs:
         """Runs of `ids`, found at the first call."""
         if self._runs is None:
-            self._runs = find_runs(self.ids)
+            self._runs = Runs.of(self.ids)
         return self._runs
 
     def _sums(self, weights: np.ndarray) -> np.ndarray:
@@ -236,20 +368,51 @@ class EntityMap:
     def __getstate__(self) -> dict[str, Any]:
         """What a loader's worker sends: the runs, which are a hundredth of the pixels."""
         runs = self.runs()
-        if not _few(runs):
-            return {**self.__dict__, "_runs": None}
-        largest = max(len(runs.values), runs.width)
-        kinds = np.min_scalar_type(self.num_entities), np.min_scalar_type(largest)
-        state = {**self.__dict__, "_runs": runs.astype(*kinds)}
-        del state["ids"]
-        return state
+        counts = np.min_scalar_type(max(len(runs.values), runs.width))
+        small = (
+            runs.values.astype(np.min_scalar_type(self.num_entities)),
+            runs.lengths.astype(counts),
+            runs.offsets.astype(counts),
+            runs.width,
+        )
+        return {"runs": small, "segment_ids": self.segment_ids, "scores": self.scores}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Paint the pixels again."""
-        self.__dict__.update(state)
-        if self._runs is not None:
-            self._runs = self._runs.astype(np.int32, np.intp)
-            self.ids = self._runs.paint(self._runs.values)
+        values, lengths, offsets, width = state["runs"]
+        counts = lengths.astype(np.intp), offsets.astype(np.intp)
+        self._runs = Runs(values.astype(np.int32), *counts, width)
+        self.ids = self._runs.paint(self._runs.values)
+        self.segment_ids, self.scores = state["segment_ids"], state["scores"]
+
+
+def binary_masks(masks: Any) -> np.ndarray:
+    """Masks as bool (E, H, W): 0 is outside, and one other value per mask is inside.
+
+    Raises ValueError for another shape or type, and naming mask and value for one that is not
+    finite, negative, or beside a second value: soft masks have to be thresholded by their owner.
+    """
+    masks = np.asarray(masks)
+    if masks.ndim != 3 or 0 in masks.shape[1:]:
+        raise ValueError(f"masks must be (E, H, W) with at least a pixel, got shape {masks.shape}")
+    if masks.dtype.kind not in "buif":
+        raise ValueError(f"masks must be bool (E, H, W), got {masks.dtype}")
+    if masks.dtype.kind == "b":
+        return masks
+    result = np.empty(masks.shape, dtype=bool)
+    for place, mask in enumerate(masks):
+        highest = mask.max()  # NaN if one is among them
+        if not np.isfinite(highest) or mask.min() < 0:
+            wrong = highest if not np.isfinite(highest) else mask.min()
+            raise ValueError(f"mask {place} holds {wrong}; masks are 0 outside and 1 inside")
+        np.not_equal(mask, 0, out=result[place])
+        others = result[place] & (mask != highest)
+        if others.any():
+            raise ValueError(
+                f"mask {place} holds {mask[others][0]} beside {highest}; masks are 0 outside and "
+                "one value inside: threshold them first"
+            )
+    return result
 
 
 def rgb_to_id(rgb: np.ndarray) -> np.ndarray:
@@ -277,45 +440,6 @@ def id_to_rgb(ids: np.ndarray) -> np.ndarray:
     return np.stack([(ids >> shift) & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
 
 
-def entity_colors(entities: EntityMap, assignment: str, rng: np.random.Generator) -> np.ndarray:
-    """Draw one colour per entity for the colormap (paper, section 3.2): uint8 RGB (E, 3).
-
-    Colours are distinct and never black, which stands for background and padding.
-
-    Args:
-        entities: `location` reads their centroids, the others only their number.
-        assignment: "random" (uniform), "location" (from the cell of a fixed grid in which the
-            centroid lies, as Painter does; Table 5b) or "separated" (each the farthest of several
-            candidates from black and the colours before it).
-        rng: the source of chance; `location` does not use it.
-    """
-    count = entities.num_entities
-    if assignment == "random":
-        return id_to_rgb(random_colors(count, rng)[None])[0]
-    if assignment == "location":
-        return location_colors(entities.centroids(), entities.size)
-    if assignment == "separated":
-        return separated_colors(count, rng)
-    raise ValueError(f"colour assignment {assignment!r} is none of {', '.join(ASSIGNMENTS)}")
-
-
-def paint_colormap(entities: EntityMap, colors: np.ndarray) -> np.ndarray:
-    """The colormap (paper, section 3.2): uint8 (H, W, 3), black where no entity is.
-
-    In memory each channel is a plane of its own: `transpose(2, 0, 1)` is contiguous, as models
-    want it. A process's first call compiles the loop, which takes a second.
-
-    Args:
-        colors: uint8 RGB (E, 3), one per entity.
-    """
-    colors = np.asarray(colors, dtype=np.uint8)
-    if colors.shape != (entities.num_entities, 3):
-        raise ValueError(f"{entities.num_entities} entities but colours of shape {colors.shape}")
-    from gella.entities.colormap_kernel import paint_planes  # imports numba and compiles
-
-    return paint_planes(entities.ids, colors).transpose(1, 2, 0)
-
-
 def _checked_scores(scores: Any, count: int) -> np.ndarray:
     if scores is None:
         return np.ones(count, dtype=np.float32)
@@ -325,13 +449,3 @@ def _checked_scores(scores: Any, count: int) -> np.ndarray:
     if not np.isfinite(result).all():
         raise ValueError(f"score {int(np.flatnonzero(~np.isfinite(result))[0])} is not finite")
     return result
-
-
-def _few(runs: Runs) -> bool:
-    # Where runs are shorter than this, pixels are the cheaper way.
-    return len(runs.values) * 8 <= runs.height * runs.width
-
-
-def _nearest_indices(old: int, new: int) -> np.ndarray:
-    # Integer arithmetic of floor((i + 0.5) * old / new): no rounding at exact ratios.
-    return ((2 * np.arange(new, dtype=np.int64) + 1) * old) // (2 * new)

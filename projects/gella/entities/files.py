@@ -1,11 +1,16 @@
 """Entity masks of one image from a file: every format of docs/FORMATS.md 5 becomes an `EntityMap`.
 
-Whatever is wrong with a file is said in one line that names the file and the image.
+A file may come from anybody: what it declares is checked before anything is decoded, nothing in it
+is run, no name in it leads out of its folder, and whatever is wrong with it is said in one line
+that names the file and the image.
 """
 
 from __future__ import annotations
 
 import io
+import math
+import struct
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -16,26 +21,44 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from pycocotools import mask as coco_mask
 from torchvision.io import ImageReadMode, decode_png
 
-from gella.entities.entity_map import EntityMap, id_to_rgb, rgb_to_id
-from gella.entities.json_files import (
-    JSON_FORMATS,
-    checked_segments,
-    entries_of,
-    from_results,
-    from_segments,
-    json_format,
+from gella.entities.entity_map import (
+    MAX_ENTITIES,
+    MAX_PIXELS,
+    EntityMap,
+    check_count,
+    check_pixels,
+    id_to_rgb,
+    rgb_to_id,
 )
-from gella.entities.limits import MAX_BYTES, MAX_ENTITIES, MAX_PIXELS, check_pixels
-from gella.entities.npz import load_npz
-from gella.entities.rle import check_size
-from gella.utils.io import write_atomically
+from gella.entities.rle import check_size, encode_segmentation, is_finite
+from gella.utils.io import read_json, write_atomically
 
 PICTURE_FORMATS = ("panoptic_png", "gray_png", "npz")  # one file per image
+JSON_FORMATS = ("coco_results", "coco_panoptic", "coco_instances")  # many images in one
 FORMATS = (*PICTURE_FORMATS, *JSON_FORMATS)
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_LISTS = dict(zip(JSON_FORMATS, ("results", "annotations", "annotations")))
+
+MAX_BYTES = 1 << 30
+"""Of a mask file on disk: COCO's largest annotation file has half of that. Reading a JSON file may
+take 20 times its size."""
+
+MAX_MEMBERS = 64
+"""Arrays in one .npz archive; more than three are never needed."""
+
+MAX_ARRAY_BYTES = 4 << 30
+"""Of one array, decompressed: 1,000 masks of 4 megapixels."""
+
 _GRAY_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+# Arrays of an .npz: number of axes, kinds of numbers, what is expected.
+_ARRAYS = {
+    "masks": (3, "bui", "bool (E, H, W)"),
+    "ids": (2, "ui", "int32 (H, W)"),
+    "scores": (1, "fiu", "numbers (E,)"),
+}
 
 
 def load_entities(
@@ -51,9 +74,6 @@ def load_entities(
     max_bytes: int = MAX_BYTES,
 ) -> EntityMap:
     """Read the entities of one image of height x width pixels.
-
-    The file may come from anybody: what it declares is checked before anything is decoded, nothing
-    in it is run, and no name in it leads out of its folder.
 
     Args:
         file_name: the mask file.
@@ -73,24 +93,41 @@ def load_entities(
         max_bytes: larger files are refused before they are read.
 
     Returns an EntityMap in the image's frame whose ids are those of the file (for masks without
-    ids: their place from 1). Masks that overlap are flattened, see `EntityMap.from_masks`.
+    ids: their place from 1). Masks that overlap are flattened, see `EntityMap.from_areas`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, of another mode or size, lists other ids than `segments_info`,
             says nothing of the image, holds no entity at all, or more than is allowed.
     """
-    path = Path(file_name)
+    path, size = Path(file_name), (int(height), int(width))
     name = path.stem if image_id is None else str(image_id)
     if not path.is_file():
         raise FileNotFoundError(f"image {name}: entity file {path} does not exist; check the path")
-    size = (int(height), int(width))
     try:
         check_pixels(*size, max_pixels)
-        listed = segments_info is not None and format in ("coco_results", "coco_instances")
-        if not listed:
-            _check_length(path, max_bytes)
-        entities = _load(path, size, format, segments_info, image_id, max_entities)
+        kind, length = format, path.stat().st_size
+        read_here = segments_info is None or format not in ("coco_results", "coco_instances")
+        if read_here and length > max_bytes:
+            raise ValueError(f"{length} bytes, more than the {max_bytes} that are read")
+        if kind == "auto":
+            kind = _detect(path, size)
+        if kind in ("panoptic_png", "gray_png"):
+            entities = _from_png(path, size, segments_info, max_entities, kind)
+        elif kind == "npz":
+            entities = _from_npz(path, size, max_entities)
+        elif kind == "coco_panoptic":
+            picture, segments = panoptic_annotation(path, _entries_of(path, format, image_id)[0])
+            if not picture.is_file():
+                raise ValueError(f"its picture {picture} does not exist; unpack it beside the JSON")
+            entities = _from_png(picture, size, segments, max_entities, "panoptic_png")
+        elif kind in JSON_FORMATS:
+            if segments_info is None:
+                segments_info = _entries_of(path, format, image_id)
+            read = _from_results if kind == "coco_results" else _from_segments
+            entities = read(segments_info, size, max_entities)
+        else:
+            raise ValueError(f"unknown format {format!r}; known: auto, {', '.join(FORMATS)}")
     except ValueError as error:
         raise ValueError(f"image {name}, entity file {path}: {error}") from error
     if entities.num_entities == 0:
@@ -98,53 +135,6 @@ def load_entities(
             f"image {name}, entity file {path}: no entity at all; give masks with at least one"
         )
     return entities
-
-
-def _check_length(path: Path, max_bytes: int) -> None:
-    length = path.stat().st_size
-    if length > max_bytes:
-        raise ValueError(f"{length} bytes, more than the {max_bytes} that are read")
-
-
-def _load(
-    path: Path,
-    size: tuple[int, int],
-    format: str,
-    segments_info: Sequence[dict[str, Any]] | None,
-    image_id: int | str | None,
-    max_entities: int,
-) -> EntityMap:
-    kind = _detect(path, size) if format == "auto" else format
-    if kind in ("panoptic_png", "gray_png"):
-        rgb = kind == "panoptic_png"
-        return _from_png(path, size, segments_info, max_entities, rgb=rgb)
-    if kind == "npz":
-        return load_npz(path, size, max_entities)
-    if kind == "coco_panoptic":
-        annotation = entries_of(path, kind, image_id)[0]
-        for key in ("file_name", "segments_info"):
-            if key not in annotation:
-                raise ValueError(f"the image's annotation has no '{key}'")
-        picture = panoptic_picture(path, annotation["file_name"])
-        if not picture.is_file():
-            raise ValueError(f"its picture {picture} does not exist; unpack it beside the JSON")
-        return _from_png(picture, size, annotation["segments_info"], max_entities, rgb=True)
-    if kind in JSON_FORMATS:
-        read = from_results if kind == "coco_results" else from_segments
-        given = entries_of(path, kind, image_id) if segments_info is None else segments_info
-        return read(given, size, max_entities)
-    raise ValueError(f"unknown format {format!r}; known: auto, {', '.join(FORMATS)}")
-
-
-def panoptic_picture(panoptic_json: Path, file_name: Any) -> Path:
-    """The PNG that an annotation of a panoptic JSON names: in the folder of the JSON's name.
-
-    Raises ValueError for a name that is no text, or leads out of that folder.
-    """
-    parts = Path(file_name).parts if isinstance(file_name, str) else ()
-    if not parts or Path(file_name).is_absolute() or ".." in parts or "\0" in file_name:
-        raise ValueError(f"file_name {short(file_name)} is no name in the folder beside the JSON")
-    return panoptic_json.with_suffix("") / file_name
 
 
 def _detect(path: Path, size: tuple[int, int]) -> str:
@@ -158,15 +148,18 @@ def _detect(path: Path, size: tuple[int, int]) -> str:
     raise ValueError(f"the suffix {short(suffix)} names no known format; use .png, .npz or .json")
 
 
+# -- PNGs of ids -----------------------------------------------------------------------------------
+
+
 def read_id_png(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Ids of a PNG: int32 (H, W), read-only. The one reader of them.
+    """Ids of a PNG: int32 (H, W), read-only.
 
     Of a grey (1, 8 or 16 bits) or palette file the values are the ids, and others hold
     ``R + 256 G + 65536 B`` (docs/FORMATS.md 1); transparency is passed over.
 
     Args:
         path: the file. One that is asked for twice in a row is decoded once.
-        size: (H, W) that it has to have; checked, like all that it declares, before it is decoded.
+        size: (H, W) that it has to have.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -176,10 +169,7 @@ def read_id_png(path: str | Path, size: tuple[int, int] | None = None) -> np.nda
 
 
 def write_id_png(path: str | Path, ids: np.ndarray) -> None:
-    """Write ids, integers (H, W) in 0..2^24 - 1, as the RGB of a panoptic PNG, whole or not at all.
-
-    The folder is made.
-    """
+    """Write ids, integers (H, W) in 0..2^24 - 1, as a panoptic PNG, whole; makes the folder."""
     picture = Image.fromarray(id_to_rgb(ids))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda stream: picture.save(stream, format="PNG"))
@@ -229,7 +219,8 @@ def _decoded(
 
 @contextmanager
 def _damage_told() -> Iterator[None]:
-    # Pillow reports damaged data by errors of many types, and torchvision by RuntimeError.
+    # Pillow reports damaged data by errors of many types, zipfile too, and torchvision by
+    # RuntimeError.
     try:
         yield
     except UnidentifiedImageError as error:
@@ -237,21 +228,20 @@ def _damage_told() -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise ValueError(f"too large to open safely ({error})") from error
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"truncated or damaged ({reason}); copy it again") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+        raise ValueError(f"truncated or damaged ({reason}); write or copy it again") from error
 
 
 def _from_png(
-    path: Path, size: tuple[int, int], segments_info: Any, max_entities: int, *, rgb: bool
+    path: Path, size: tuple[int, int], segments_info: Any, max_entities: int, kind: str
 ) -> EntityMap:
     ids, mode = _open_png(path, size)
-    wanted = ("RGB",) if rgb else _GRAY_MODES
-    if mode not in wanted:
-        kind = "RGB" if rgb else "grey (8 or 16 bits) or palette"
-        raise ValueError(f"picture mode is {mode}, expected {kind}")
+    if mode not in (("RGB",) if kind == "panoptic_png" else _GRAY_MODES):
+        wanted = "RGB" if kind == "panoptic_png" else "grey (8 or 16 bits) or palette"
+        raise ValueError(f"picture mode is {mode}, expected {wanted}")
     if segments_info is None:
         return EntityMap.from_id_image(ids, max_entities=max_entities)
-    segments = checked_segments(segments_info)
+    segments = _checked_segments(segments_info)
     listed = [number for number, _, _ in segments]
     if any(number <= 0 for number in listed):
         raise ValueError(f"segments_info lists id {min(listed)}; ids start at 1, and 0 is void")
@@ -265,3 +255,235 @@ def _from_png(
         raise ValueError(f"pixels have ids {extra[:5]} that segments_info does not list")
     own = [number for number, crowd, _ in segments if not crowd]
     return entities if own == listed else EntityMap.from_id_image(ids, own)
+
+
+# -- archives of numpy -----------------------------------------------------------------------------
+
+
+def _from_npz(path: Path, size: tuple[int, int], max_entities: int) -> EntityMap:
+    """From `masks` (E, H, W) or `ids` (H, W), with `scores`; other arrays are not touched."""
+    _check_directory(path)
+    with _damage_told():
+        archive = zipfile.ZipFile(path)
+    with archive:
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        arrays = {
+            name: _array(archive, name, size, max_entities)
+            for name in ("scores", "masks" if "masks" in names else "ids")
+            if name in names
+        }
+    scores = arrays.get("scores")
+    if "masks" in arrays:
+        return EntityMap.from_masks(arrays["masks"], scores)
+    if "ids" in arrays:
+        if arrays["ids"].min() < 0:
+            raise ValueError(f"ids holds {arrays['ids'].min()}; ids start at 1, and 0 is void")
+        return EntityMap.from_id_image(arrays["ids"], scores=scores, max_entities=max_entities)
+    raise ValueError(f"holds {short(sorted(names))} but neither 'masks' (E, H, W) nor 'ids' (H, W)")
+
+
+def _check_directory(path: Path) -> None:
+    # zipfile makes an object of each entry of the directory before it tells how many there are.
+    with open(path, "rb") as stream:
+        stream.seek(max(0, path.stat().st_size - (22 + 65535 + 20)))  # record, comment, locator
+        tail = stream.read()
+    place = tail.rfind(b"PK\x05\x06")
+    if place < 0 or len(tail) < place + 22:
+        raise ValueError("truncated or no npz archive; write it again with numpy.savez")
+    count, room = struct.unpack_from("<HI", tail, place + 10)
+    if b"PK\x06\x07" in tail[max(0, place - 20) : place]:
+        raise ValueError(f"a 64-bit zip directory; at most {MAX_MEMBERS} arrays are read")
+    if count > MAX_MEMBERS or room > MAX_MEMBERS * (46 + 3 * 65535):  # the longest entries
+        raise ValueError(f"holds {count} arrays, more than the {MAX_MEMBERS} that are read")
+
+
+def _array(
+    archive: zipfile.ZipFile, name: str, size: tuple[int, int], max_entities: int
+) -> np.ndarray:
+    """An array, read only if type and shape that it declares are expected, and so are its bytes."""
+    member = archive.getinfo(f"{name}.npy")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # Of the others zipfile cannot bound what one piece expands to.
+        raise ValueError(f"{name} is compressed in way {member.compress_type}; numpy's are 0 and 8")
+    with _damage_told(), archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        header = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
+        shape, _, kind = header(stream)
+        room = member.file_size - stream.tell()
+    if kind.hasobject:
+        raise ValueError(
+            f"{name} holds Python objects (a pickle), which are not read; save numbers"
+        )
+    axes, kinds, expected = _ARRAYS[name]
+    if len(shape) != axes or kind.kind not in kinds:
+        raise ValueError(f"{name} must be {expected}, got {kind} {shape}")
+    if axes > 1:
+        check_size(shape[-2:], size)
+    if axes != 2:
+        check_count(shape[0], max_entities)
+    count = math.prod(shape) * kind.itemsize
+    if count > MAX_ARRAY_BYTES:
+        raise ValueError(f"{name} {shape} has {count} bytes, more than {MAX_ARRAY_BYTES}")
+    if count != room:
+        raise ValueError(
+            f"{name} {shape} needs {count} bytes but the archive holds {room}; it is truncated or "
+            "damaged"
+        )
+    with _damage_told(), archive.open(member) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+# -- JSON files of many images ---------------------------------------------------------------------
+
+
+def json_format(path: Path) -> str:
+    """Which of `JSON_FORMATS` a file has, by its content; errors of `entries_by_image`."""
+    return _entries(*_stamp(path), "auto")[0]
+
+
+def entries_by_image(path: Path, kind: str = "auto") -> dict[str, list[dict[str, Any]]]:
+    """Results or annotations of a file by image id; `kind` is one of `JSON_FORMATS`, or "auto".
+
+    Ids become text, since files use both forms. Do not change what is returned: it is kept, and
+    read again only after the file has changed.
+
+    Raises ValueError for a file that is cut off, of another form, or without image ids.
+    """
+    return _entries(*_stamp(path), kind)[1]
+
+
+def forget_files() -> None:
+    """Let go of the JSON files that were read last, for they may be large."""
+    _entries.cache_clear()
+
+
+def panoptic_annotation(panoptic_json: Path, annotation: dict[str, Any]) -> tuple[Path, Any]:
+    """The PNG, in the folder of the JSON's name, and the segments of an annotation.
+
+    Raises ValueError where it has neither, or names a file that leads out of that folder.
+    """
+    for key in ("file_name", "segments_info"):
+        if key not in annotation:
+            raise ValueError(f"the image's annotation has no '{key}'")
+    name = annotation["file_name"]
+    parts = Path(name).parts if isinstance(name, str) else ()
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+        raise ValueError(f"file_name {short(name)} is no name in the folder beside the JSON")
+    return panoptic_json.with_suffix("") / name, annotation["segments_info"]
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    # With time and size as parts of the key, a rewritten file is read again.
+    status = path.stat()
+    return str(path), status.st_mtime_ns, status.st_size
+
+
+@lru_cache(maxsize=2)
+def _entries(
+    path: str, changed: int, length: int, kind: str
+) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    content = read_json(path, advice="it may be cut off")
+    listed = content.get("annotations") if isinstance(content, dict) else None
+    if kind == "auto":
+        first = listed[0] if isinstance(listed, list) and listed else {}
+        outlines = isinstance(first, dict) and "segmentation" in first
+        kind = "coco_instances" if outlines else "coco_panoptic"
+        kind = "coco_results" if isinstance(content, list) else kind
+    key = _LISTS[kind]
+    entries = content if kind == "coco_results" else listed
+    if not isinstance(entries, list):
+        raise ValueError(f"expected a list of {key}, found {type(content).__name__}")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for place, entry in enumerate(entries):
+        if not isinstance(entry, dict) or type(entry.get("image_id")) not in (int, str):
+            raise ValueError(f"entry {place} of {key} has no image_id that is a number or text")
+        groups.setdefault(str(entry["image_id"]), []).append(entry)
+    if kind == "coco_panoptic":
+        twice = next((i for i, group in groups.items() if len(group) > 1), None)
+        if twice is not None:
+            raise ValueError(f"image {twice} has {len(groups[twice])} annotations; keep one")
+    return kind, groups
+
+
+def _entries_of(path: Path, kind: str, image_id: int | str | None) -> list[dict[str, Any]]:
+    if image_id is None:
+        raise ValueError("a file of many images needs image_id; give the image's id")
+    kind, groups = _entries(*_stamp(path), kind)
+    if str(image_id) not in groups:
+        raise ValueError(
+            f"no {_LISTS[kind]} for this image (the file covers {len(groups)} others); make its "
+            "masks or choose the file of this dataset"
+        )
+    return groups[str(image_id)]
+
+
+def _checked_segments(segments_info: Any) -> list[tuple[int, bool, dict[str, Any]]]:
+    """(id, is crowd, segment) of each entry; ValueError names the entry that is malformed."""
+    if not isinstance(segments_info, (list, tuple)):
+        raise ValueError(f"segments_info is a {type(segments_info).__name__}, not a list")
+    checked = []
+    for place, segment in enumerate(segments_info):
+        if not isinstance(segment, dict) or "id" not in segment:
+            raise ValueError(f"entry {place} of segments_info has no 'id'")
+        number = segment["id"]
+        whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+        text = isinstance(number, str) and number.isascii() and number.isdigit()
+        if not (whole or (text and len(number) < 20)) or not -(1 << 63) <= int(number) < 1 << 63:
+            raise ValueError(
+                f"id of entry {place} of segments_info is {short(number)}; ids are whole numbers "
+                "of at most 63 bits"
+            )
+        crowd = segment.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            raise ValueError(f"segment {int(number)}: iscrowd is {short(crowd)}, not 0 or 1")
+        checked.append((int(number), bool(crowd), segment))
+    return checked
+
+
+def _from_results(
+    entries: Sequence[dict[str, Any]], size: tuple[int, int], max_entities: int
+) -> EntityMap:
+    """Entities of one image from its entries in a results file; overlaps are flattened."""
+    scores = []
+    for place, entry in enumerate(entries):
+        score = entry.get("score", 1.0)
+        # In float32, which holds no more than 3.4e38.
+        if type(score) not in (int, float) or not is_finite(score) or abs(score) > 3.4e38:
+            raise ValueError(
+                f"result {place} of the image: score is {short(score)}, not a finite number"
+            )
+        scores.append(float(score))
+    named = [(f"result {place} of the image", entry) for place, entry in enumerate(entries)]
+    return _from_segmentations(named, size, max_entities, scores, None)
+
+
+def _from_segments(segments_info: Any, size: tuple[int, int], max_entities: int) -> EntityMap:
+    """Entities from segments with a COCO `segmentation` each; crowd is left out."""
+    own = [(i, segment) for i, crowd, segment in _checked_segments(segments_info) if not crowd]
+    named = [(f"segment {number}", segment) for number, segment in own]
+    return _from_segmentations(named, size, max_entities, None, [number for number, _ in own])
+
+
+def _from_segmentations(
+    named: Sequence[tuple[str, dict[str, Any]]],
+    size: tuple[int, int],
+    max_entities: int,
+    scores: list[float] | None,
+    ids: list[int] | None,
+) -> EntityMap:
+    check_count(len(named), max_entities)
+    codes = []
+    for name, entry in named:
+        try:
+            if "segmentation" not in entry:
+                raise ValueError("'segmentation' is missing")
+            codes.append(encode_segmentation(entry["segmentation"], size))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    # One by one: of more than 255 at once pycocotools 2.0.11 raises OverflowError.
+    areas = np.array([int(coco_mask.area(code)) for code in codes], dtype=np.int64)
+
+    def mask_of(k: int) -> np.ndarray:
+        return coco_mask.decode(codes[k]).astype(bool, copy=False)
+
+    return EntityMap.from_areas(size, areas, mask_of, scores, ids)

@@ -49,7 +49,8 @@ def encode_segmentation(segmentation: Any, size: tuple[int, int]) -> dict[str, A
             codes.append(_checked_code(part, size))
             continue
         points = _polygon(part, size)
-        outline += _outline(points)
+        corners = np.array([*points, *points[:2]]).reshape(-1, 2)  # closed
+        outline += float(np.abs(np.diff(corners, axis=0)).max(axis=1, initial=0).sum())
         if outline > MAX_OUTLINE:
             raise ValueError(f"polygons are {outline:.0f} pixels long, more than {MAX_OUTLINE}")
         if len(points) >= 6:
@@ -123,22 +124,22 @@ def _covered(counts: Any) -> int:
         data = counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
     except (UnicodeEncodeError, TypeError, ValueError) as error:
         raise ValueError("counts of run lengths are neither COCO's text nor a list") from error
+    damaged = ValueError("counts of run lengths are damaged; copy the file again")
     digits = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
+    if not digits.size or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        raise damaged
     ends = np.flatnonzero((digits & 32) == 0)
-    whole = digits.size and digits.min() >= 0 and digits.max() < 64
-    if not whole or not ends.size or ends[-1] != digits.size - 1:
-        raise ValueError("counts of run lengths are damaged; copy the file again")
     starts = np.concatenate(([0], ends[:-1] + 1))
     lengths = ends - starts + 1
     if lengths.max() > 7:  # 35 bits: more than any image has pixels
-        raise ValueError("counts of run lengths are damaged; copy the file again")
+        raise damaged
     place = np.arange(digits.size) - np.repeat(starts, lengths)
     values = np.add.reduceat((digits & 31) << (5 * place), starts)
     values -= np.where(digits[ends] & 16, np.int64(1) << (5 * lengths), 0)
     for first in (1, 2):
         values[first::2] = np.cumsum(values[first::2])
     if values.min() < 0:
-        raise ValueError("counts of run lengths are damaged; copy the file again")
+        raise damaged
     return int(values.sum())
 
 
@@ -148,8 +149,3 @@ def is_finite(value: float) -> bool:
         return math.isfinite(value)
     except OverflowError:  # JSON's whole numbers have any length
         return False
-
-
-def _outline(points: Sequence[float]) -> float:
-    xy = np.array(points).reshape(-1, 2)
-    return float(np.abs(xy - np.roll(xy, 1, axis=0)).max(axis=1).sum()) if len(xy) else 0.0

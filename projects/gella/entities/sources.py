@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import pickle
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
@@ -21,29 +20,14 @@ import numpy as np
 from gella.entities.entity_map import EntityMap
 from gella.entities.files import (
     FORMATS,
-    PICTURE_FORMATS,
-    load_entities,
-    panoptic_picture,
-)
-from gella.entities.json_files import (
     JSON_FORMATS,
+    PICTURE_FORMATS,
     entries_by_image,
     forget_files,
     json_format,
+    load_entities,
+    panoptic_annotation,
 )
-
-__all__ = [
-    "FORMATS",
-    "SOURCE_KINDS",
-    "AnnotationSource",
-    "EntitySource",
-    "FileSource",
-    "LiveSource",
-    "annotation_of",
-    "load_entities",
-    "load_from_record",
-    "source_for",
-]
 
 
 class EntitySource(ABC):
@@ -111,21 +95,37 @@ class FileSource(EntitySource):
             raise FileNotFoundError(
                 f"entity masks {path} do not exist; make them first, or check the path"
             )
-        folder = self.path.is_dir()
-        if not folder and self.path.suffix.lower() != ".json":
+        self._folder = self.path.is_dir()
+        if not self._folder and self.path.suffix.lower() != ".json":
             raise ValueError(
                 f"entity masks {path}: masks of a dataset are one .json file, or a folder with one "
                 "file per image; give the folder"
             )
-        fitting = PICTURE_FORMATS if folder else JSON_FORMATS
+        fitting = PICTURE_FORMATS if self._folder else JSON_FORMATS
         if format not in ("auto", *fitting):
-            kind = "folder" if folder else "file"
+            kind = "folder" if self._folder else "file"
             raise ValueError(
                 f"entity masks {path} are a {kind}, but format {format} is not of a {kind}; "
                 f"use auto, {', '.join(fitting)}"
             )
-        self._names = frozenset(os.listdir(self.path)) if folder else frozenset()
-        self._entries = None if folder else _Entries(self.path, format)
+        if self._folder:
+            self._names = frozenset(os.listdir(self.path))
+        else:
+            self._read_entries()
+
+    def _read_entries(self) -> None:
+        # As bytes per image: forked processes share them, and would copy what they only look at
+        # of objects, whose counts of references they change.
+        try:
+            groups = entries_by_image(self.path, self.format)
+            if self.format == "auto":
+                self.format = json_format(self.path)
+        except ValueError as error:
+            raise ValueError(f"entity file {self.path}: {error}") from error
+        parts = [pickle.dumps(entries, pickle.HIGHEST_PROTOCOL) for entries in groups.values()]
+        self._bytes, self._ends = b"".join(parts), np.cumsum([0, *map(len, parts)])
+        self._numbers = {image_id: k for k, image_id in enumerate(groups)}
+        forget_files()
 
     def __str__(self) -> str:
         return str(self.path)
@@ -142,15 +142,15 @@ class FileSource(EntitySource):
         absent: dict[Any, None] = {}
         owners: dict[str, str] = {}
         for record in records:
-            place = self._place(record)
-            if place is None:
+            masks = self._masks_of(record)
+            if masks is None:
                 absent[record["image_id"]] = None
-            elif self._entries is None:
-                owner = owners.setdefault(place["file_name"], record["file_name"])
+            elif self._folder:
+                owner = owners.setdefault(masks["file_name"], record["file_name"])
                 if owner != record["file_name"]:
                     raise ValueError(
                         f"images {owner} and {record['file_name']} would share the entity file "
-                        f"{place['file_name']}; use a .json file, which goes by image id"
+                        f"{masks['file_name']}; use a .json file, which goes by image id"
                     )
         return list(absent)
 
@@ -161,21 +161,34 @@ class FileSource(EntitySource):
 
         Raises ValueError for an image that has none, naming it and the file.
         """
-        place = self._place(record)
-        if place is None:
+        masks = self._masks_of(record)
+        if masks is None:
             raise ValueError(f"image {record['image_id']}: no masks in {self.path}")
-        return {**record, "entities": {**place, "targets": annotation_of(record)}}
+        return {**record, "entities": {**masks, "targets": annotation_of(record)}}
 
-    def _place(self, record: dict[str, Any]) -> dict[str, Any] | None:
-        if self._entries is not None:
-            return self._entries.place(record["image_id"])
-        kind = self.format
-        suffixes = (".npz", ".png") if kind == "auto" else (f".{kind.split('_')[-1]}",)
-        for stem in (Path(record["file_name"]).stem, str(record["image_id"])):
-            for suffix in suffixes:
-                if stem + suffix in self._names:
-                    return {"format": kind, "file_name": str(self.path / (stem + suffix))}
-        return None
+    def _masks_of(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        """What a record's `entities` say of its image; None if there is nothing of it."""
+        image_id = str(record["image_id"])
+        if self._folder:
+            auto = self.format == "auto"
+            suffixes = (".npz", ".png") if auto else (f".{self.format.split('_')[-1]}",)
+            stems = (Path(record["file_name"]).stem, image_id)
+            names = [stem + suffix for stem in stems for suffix in suffixes]
+            name = next((name for name in names if name in self._names), None)
+            if name is None:
+                return None
+            return {"format": self.format, "file_name": str(self.path / name)}
+        if image_id not in self._numbers:
+            return None
+        start, end = self._ends[self._numbers[image_id] :][:2]
+        entries = pickle.loads(memoryview(self._bytes)[start:end])
+        if self.format != "coco_panoptic":
+            return {"format": self.format, "file_name": str(self.path), "segments_info": entries}
+        try:
+            picture, segments = panoptic_annotation(self.path, entries[0])
+        except ValueError as error:
+            raise ValueError(f"image {image_id}, entity file {self.path}: {error}") from error
+        return {"format": "panoptic_png", "file_name": str(picture), "segments_info": segments}
 
 
 class LiveSource(EntitySource):
@@ -203,46 +216,6 @@ class LiveSource(EntitySource):
                 "entity; lower its thresholds or leave the image out"
             )
         return entities
-
-
-class _Entries:
-    """A JSON file of many images, as bytes per image that forked processes share."""
-
-    def __init__(self, path: Path, format: str) -> None:
-        self._path = path
-        try:
-            self._kind = json_format(path) if format == "auto" else format
-            groups = entries_by_image(path, self._kind)
-        except ValueError as error:
-            raise ValueError(f"entity file {path}: {error}") from error
-        self._places = {image_id: place for place, image_id in enumerate(groups)}
-        self._bytes, self._ends = bytearray(), array("q", [0])
-        for entries in groups.values():
-            self._bytes += pickle.dumps(entries, pickle.HIGHEST_PROTOCOL)
-            self._ends.append(len(self._bytes))
-        forget_files()
-
-    def place(self, image_id: Any) -> dict[str, Any] | None:
-        """What a record's `entities` say of an image; None if the file has no entry of it."""
-        number = self._places.get(str(image_id))
-        if number is None:
-            return None
-        with memoryview(self._bytes) as view:
-            entries = pickle.loads(view[self._ends[number] : self._ends[number + 1]])
-        if self._kind != "coco_panoptic":
-            return {"format": self._kind, "file_name": str(self._path), "segments_info": entries}
-        for key in ("file_name", "segments_info"):
-            if key not in entries[0]:
-                raise ValueError(
-                    f"image {image_id}, entity file {self._path}: the annotation has no '{key}'"
-                )
-        picture = panoptic_picture(self._path, str(entries[0]["file_name"]))
-        segments = entries[0]["segments_info"]
-        return {
-            "format": "panoptic_png",
-            "file_name": str(picture),
-            "segments_info": segments,
-        }
 
 
 # By the second part of an entry of INPUT.GELLA.ENTITY_SOURCES: what makes a source of the third.
@@ -298,20 +271,20 @@ def load_from_record(record: dict[str, Any], image: np.ndarray | None = None) ->
 
     Raises what `load_entities` raises, and KeyError when the record has no `entities`.
     """
-    place = record.get("entities")
-    if place and "source" in place:
-        return place["source"].load(record, image)
-    if not place or "file_name" not in place:
+    masks = record.get("entities") or {}
+    if "source" in masks:
+        return masks["source"].load(record, image)
+    if "file_name" not in masks:
         raise KeyError(
             f"image {record.get('image_id')}: the record has no entities with a file_name; every "
             "image needs masks"
         )
     return load_entities(
-        place["file_name"],
+        masks["file_name"],
         record["height"],
         record["width"],
-        format=place.get("format", "auto"),
-        segments_info=place.get("segments_info"),
+        format=masks.get("format", "auto"),
+        segments_info=masks.get("segments_info"),
         image_id=record.get("image_id"),
     )
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from gella.entities.entity_map import EntityMap, entity_colors, paint_colormap
-from gella.entities.limits import MAX_PIXELS, check_pixels
+from gella.entities.colormap import entity_colors, paint_colormap
+from gella.entities.entity_map import MAX_PIXELS, EntityMap, check_pixels
 
 # Formats of photographs. Pillow knows more, of which one (EPS) runs a program on the file.
 PHOTO_FORMATS = (
