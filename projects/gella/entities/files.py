@@ -106,46 +106,52 @@ def load_entities(
         raise FileNotFoundError(f"image {name}: entity file {path} does not exist; check the path")
     try:
         check_pixels(*size, max_pixels)
-        kind, length = format, path.stat().st_size
+        length = path.stat().st_size
         read_here = segments_info is None or format not in ("coco_results", "coco_instances")
         if read_here and length > max_bytes:
             raise ValueError(f"{length} bytes, more than the {max_bytes} that are read")
-        if kind == "auto":
-            kind = _detect(path, size)
-        if kind in ("panoptic_png", "gray_png"):
-            entities = _from_png(path, size, segments_info, max_entities, kind)
-        elif kind == "npz":
-            entities = _from_npz(path, size, max_entities)
-        elif kind == "coco_panoptic":
-            picture, segments = panoptic_annotation(path, _entries_of(path, format, image_id)[0])
-            if not picture.is_file():
-                raise ValueError(f"its picture {picture} does not exist; unpack it beside the JSON")
-            entities = _from_png(picture, size, segments, max_entities, "panoptic_png")
-        elif kind in JSON_FORMATS:
-            if segments_info is None:
-                segments_info = _entries_of(path, format, image_id)
-            read = _from_results if kind == "coco_results" else _from_segments
-            entities = read(segments_info, size, max_entities)
-        else:
-            raise ValueError(f"unknown format {format!r}; known: auto, {', '.join(FORMATS)}")
+        entities = _load(path, size, format, segments_info, image_id, max_entities)
+        if entities.num_entities == 0:
+            raise ValueError("no entity at all; give masks with at least one")
     except ValueError as error:
         raise ValueError(f"image {name}, entity file {path}: {error}") from error
-    if entities.num_entities == 0:
-        raise ValueError(
-            f"image {name}, entity file {path}: no entity at all; give masks with at least one"
-        )
     return entities
 
 
-def _detect(path: Path, size: tuple[int, int]) -> str:
-    suffix = path.suffix.lower()
-    if suffix == ".npz":
-        return "npz"
-    if suffix == ".json":
-        return json_format(path)
-    if suffix == ".png":
-        return "gray_png" if _open_png(path, size)[1] in _GRAY_MODES else "panoptic_png"
-    raise ValueError(f"the suffix {short(suffix)} names no known format; use .png, .npz or .json")
+def _load(
+    path: Path,
+    size: tuple[int, int],
+    format: str,
+    segments_info: Sequence[dict[str, Any]] | None,
+    image_id: int | str | None,
+    max_entities: int,
+) -> EntityMap:
+    kind, suffix = format, path.suffix.lower()
+    if kind == "auto" and suffix == ".npz":
+        kind = "npz"
+    elif kind == "auto" and suffix == ".json":
+        kind = json_format(path)
+    elif kind == "auto" and suffix == ".png":
+        kind = "gray_png" if _open_png(path, size)[1] in _GRAY_MODES else "panoptic_png"
+    elif kind == "auto":
+        raise ValueError(
+            f"the suffix {short(suffix)} names no known format; use .png, .npz or .json"
+        )
+    if kind in ("panoptic_png", "gray_png"):
+        return _from_png(path, size, segments_info, max_entities, kind)
+    if kind == "npz":
+        return _from_npz(path, size, max_entities)
+    if kind == "coco_panoptic":
+        picture, segments = panoptic_annotation(path, _entries_of(path, format, image_id)[0])
+        if not picture.is_file():
+            raise ValueError(f"its picture {picture} does not exist; unpack it beside the JSON")
+        return _from_png(picture, size, segments, max_entities, "panoptic_png")
+    if kind in JSON_FORMATS:
+        if segments_info is None:
+            segments_info = _entries_of(path, format, image_id)
+        read = _from_results if kind == "coco_results" else _from_segments
+        return read(segments_info, size, max_entities)
+    raise ValueError(f"unknown format {format!r}; known: auto, {', '.join(FORMATS)}")
 
 
 # -- PNGs of ids -----------------------------------------------------------------------------------
