@@ -49,13 +49,15 @@ EXTRAS = {
         "accelerate>=1.15",
     ],
     "app": ["gradio>=6.31"],  # tools/app.py: the web page
+    "captions": ["openai>=3.57"],  # tools/describe_images.py, --captioner URL: chat endpoints
     "dev": [
         "pytest>=9",  # make test
         "pytest-xdist>=3.8",  # two test processes
         "ruff>=0.17",  # make lint: style and format
         "mypy>=2.4",  # make lint: types
-        # the optional parts under test: the web page, ZeRO, adapters, quantisation
+        # the optional parts under test: the web page, captions, ZeRO, adapters, quantisation
         "gradio>=6.31",
+        "openai>=3.57",
         "playwright>=1.60",  # drives the page in Debian's Chromium; brings no browser of its own
         "deepspeed>=0.19.8",
         "peft>=0.21",

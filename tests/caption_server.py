@@ -86,7 +86,7 @@ class ChatServer:
 
 def send(handler: Any, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
     """A whole response."""
-    handler.send_response(status)
+    handler.send_response_only(status)  # without a Date of its own
     for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
         handler.send_header(name, value)
     handler.end_headers()
@@ -171,7 +171,8 @@ def chat_server(tls: ssl.SSLContext | None = None) -> Iterator[ChatServer]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with state.lock:
-                state.requests.append((time.monotonic(), dict(self.headers), body))
+                headers = {name.title(): value for name, value in self.headers.items()}
+                state.requests.append((time.monotonic(), headers, body))
                 behave = state.script.pop(0) if state.script else state.default
                 state.at_once += 1
                 state.most_at_once = max(state.most_at_once, state.at_once)

@@ -334,7 +334,7 @@ def test_the_captions_are_read_by_the_loader(server, run, tmp_path):
         (("--input", "images", "--local", "m", "--key", "k"), "exclude each other"),
         (("--input", "images", "--local", "./none"), "no model folder"),
         (("--input", "empty"), "there is no image"),
-        (("--input", "images", "twins"), "have one id, 1"),
+        (("--input", "images", "twins"), "have one image id, 1"),
     ],
 )
 def test_wrong_input_is_one_line(server, run, tmp_path, monkeypatch, arguments, reason):

@@ -7,49 +7,28 @@ their ``ask`` works::
     captioner = EndpointCaptioner.from_environment()
     caption = describe(captioner, load_picture("street.jpg"), PROMPTS["overview"])
     print(caption.description, caption.nouns)
+
+Models fence their JSON, cut it, and name nouns in other words than the description's. What can be
+repaired without guessing is repaired; everything else is counted, and asked for again.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import re
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from gella.captions.text import (
-    AnswerError,
-    clean_description,
-    match_nouns,
-    parse_json_answer,
-    parse_noun_list,
-)
 from gella.entities.view import read_image
-from gella.utils.io import read_json
-
-__all__ = [
-    "MODES",
-    "PROMPTS",
-    "AnswerError",
-    "Caption",
-    "Captioner",
-    "EndpointError",
-    "Picture",
-    "Reply",
-    "RequestError",
-    "StoppedError",
-    "Tally",
-    "count_usage",
-    "describe",
-    "load_picture",
-    "read_prompts",
-    "redact",
-    "token_cost",
-]
+from gella.text.words import ARTICLES, bare_noun, other_numbers
 
 # Two descriptions per image, as in the paper: one prompt each, known by its id in the files.
 PROMPTS = {
@@ -78,6 +57,15 @@ _NOUNS_QUESTION = (
     'copied letter for letter, without "a", "an" or "the", separated by commas, and nothing else.'
     "\n\n{description}"
 )
+# Tokens of the training prompts; a caption that held one could not be trained on.
+_RESERVED = ("<SEG>", "<image>", "<s>", "</s>", "<unk>")
+_MAX_STARTS = 50  # braces from which a JSON object is looked for
+_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "`": "'", "\u201c": '"', "\u201d": '"'})
+_EDGES = " \t\n.,;:!?\"'()[]{}*_#"
+
+
+class AnswerError(Exception):
+    """An answer that cannot be used; asking again may give a better one."""
 
 
 class RequestError(Exception):
@@ -152,6 +140,13 @@ class Tally:
         with self._lock:
             self._counts.update(counts)
 
+    def add_tokens(self, reply: Reply) -> None:
+        """Add what an answer cost, or note that it is not known."""
+        asked, answered = reply.prompt_tokens, reply.completion_tokens
+        if asked is None or answered is None:
+            self.add(answers_without_usage=1)
+        self.add(prompt_tokens=asked or 0, completion_tokens=answered or 0)
+
     def __getitem__(self, name: str) -> int:
         """One count; 0 if nothing was added under this name."""
         with self._lock:
@@ -187,22 +182,6 @@ def load_picture(
     return Picture(stream.getvalue())
 
 
-def read_prompts(path: str | Path) -> dict[str, str]:
-    """Read prompts from a JSON file ``{prompt_id: text}``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no such JSON, or a text is empty; the message names the prompt.
-    """
-    prompts = read_json(path, "prompt file")
-    if not isinstance(prompts, dict) or not prompts:
-        raise ValueError(f'{path}: expected {{"id": "text", ...}} with at least one prompt')
-    for prompt_id, text in prompts.items():
-        if not isinstance(text, str) or not text.strip() or not prompt_id.strip():
-            raise ValueError(f"{path}: prompt {prompt_id!r} has no text; write one or remove it")
-    return prompts
-
-
 def describe(
     captioner: Captioner,
     picture: Picture,
@@ -225,7 +204,7 @@ def describe(
         min_found: least share (0..1) of an answer's nouns that must stand in its description, after
             repairs; the others are left out. With less the answer is rejected.
         tally: gets ``answers``, ``rejected``, ``nouns``, ``nouns_repaired``, ``nouns_merged``,
-            ``nouns_dropped``.
+            ``nouns_dropped``, and ``nouns_missing`` of rejected answers.
 
     Raises:
         AnswerError: no answer could be used; says why of the last.
@@ -235,36 +214,31 @@ def describe(
         raise ValueError(f"unknown mode {mode!r}; there are: {', '.join(MODES)}")
     tally = Tally() if tally is None else tally
     reason = "no attempt was made"
-    for attempt in range(attempts):
-        try:
-            return _describe_once(captioner, picture, prompt, mode, attempt, min_found, tally)
-        except AnswerError as error:
-            tally.add(rejected=1)
-            reason = str(error)
-    raise AnswerError(f"none of {attempts} answers could be used; the last: {reason}")
 
-
-def _describe_once(
-    captioner: Captioner,
-    picture: Picture,
-    prompt: str,
-    mode: str,
-    attempt: int,
-    min_found: float,
-    tally: Tally,
-) -> Caption:
-    def ask(text: str, shown: Picture | None) -> str:
+    def ask(text: str, shown: Picture | None, attempt: int) -> str:
         reply = captioner.ask(text, shown, attempt=attempt)
         tally.add(answers=1)
         if not reply.complete:
             raise AnswerError("the answer was cut at the limit of tokens; allow more")
         return reply.text
 
-    if mode == "json":
-        description, listed = parse_json_answer(ask(prompt + _JSON_RULE, picture))
-    else:
-        description = clean_description(ask(prompt + _TEXT_RULE, picture))
-        listed = parse_noun_list(ask(_NOUNS_QUESTION.replace("{description}", description), None))
+    for attempt in range(attempts):
+        try:
+            if mode == "json":
+                description, listed = parse_json_answer(ask(prompt + _JSON_RULE, picture, attempt))
+            else:
+                description = clean_description(ask(prompt + _TEXT_RULE, picture, attempt))
+                question = _NOUNS_QUESTION.replace("{description}", description)
+                listed = parse_noun_list(ask(question, None, attempt))
+            return Caption(description, _accepted(description, listed, min_found, tally))
+        except AnswerError as error:
+            tally.add(rejected=1)
+            reason = str(error)
+    raise AnswerError(f"none of {attempts} answers could be used; the last: {reason}")
+
+
+def _accepted(description: str, listed: list[str], min_found: float, tally: Tally) -> list[str]:
+    """The nouns of an answer, counted; AnswerError if too few stand in its description."""
     match = match_nouns(description, listed)
     if not match.nouns or match.found_share < min_found:
         tally.add(nouns_missing=len(match.missing))
@@ -278,29 +252,166 @@ def _describe_once(
         nouns_merged=len(match.merged),
         nouns_dropped=len(match.missing),
     )
-    return Caption(description, match.nouns)
+    return match.nouns
 
 
-def token_cost(counts: dict[str, int], price_in: float, price_out: float) -> float:
-    """Cost of the tokens counted under ``prompt_tokens`` and ``completion_tokens``.
+# -- answers ---------------------------------------------------------------------------------------
 
-    Args:
-        counts: of a :class:`Tally`.
-        price_in, price_out: price of a million tokens of questions and of answers.
+
+def parse_json_answer(text: str) -> tuple[str, list[str]]:
+    """Description and nouns (as the model wrote them) of an answer that should be one JSON object.
+
+    Code fences, text before and after, raw line breaks in strings and trailing commas are passed
+    over.
+
+    Raises:
+        AnswerError: no object with a description and a list of nouns, for instance because the
+            answer was cut; the message says which.
     """
-    asked, answered = counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
-    return (asked * price_in + answered * price_out) / 1e6
+    for answer in _objects(text):
+        if isinstance(answer.get("description"), str):
+            if "nouns" not in answer:
+                raise AnswerError('the answer\'s JSON object has no "nouns"')
+            return clean_description(answer["description"]), _as_nouns(answer["nouns"])
+    raise AnswerError(f"no JSON object with a description in the answer {_excerpt(text)}")
 
 
-def redact(text: str, secret: str | None) -> str:
-    """The text with every occurrence of the secret replaced by ``***``."""
-    return text.replace(secret, "***") if secret else text
+def parse_noun_list(text: str) -> list[str]:
+    """Nouns of an answer that lists them: as JSON, or by commas or lines, numbered or not."""
+    start = text.find("[")
+    value = _decode(text, start) if start >= 0 else None
+    if isinstance(value, list):
+        return _as_nouns(value)
+    for answer in _objects(text):
+        if "nouns" in answer:
+            return _as_nouns(answer["nouns"])
+    return _split_nouns(text)
 
 
-def count_usage(tally: Tally, reply: Reply) -> None:
-    """Add the tokens of a :class:`Reply` to the tally, or note that they are not known."""
-    if reply.prompt_tokens is None or reply.completion_tokens is None:
-        tally.add(answers_without_usage=1)
-    tally.add(
-        prompt_tokens=reply.prompt_tokens or 0, completion_tokens=reply.completion_tokens or 0
-    )
+def clean_description(text: str) -> str:
+    """One line with single blanks.
+
+    Raises:
+        AnswerError: no letter in it, or a token that training prompts keep for themselves.
+    """
+    # Lone halves of surrogate pairs ("\ud83d" cut off) cannot be written as UTF-8.
+    whole = text.encode("utf-8", "replace").decode("utf-8")
+    line = " ".join(whole.replace("\x00", " ").split())
+    if not re.search(r"[^\W\d_]", line):
+        raise AnswerError(f"the description is empty: {_excerpt(text)}")
+    for token in _RESERVED:
+        if token in line:
+            raise AnswerError(f"the description holds {token!r}, which training prompts reserve")
+    return line
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """JSON objects that start anywhere in the text, outer ones first."""
+    starts = [start for start, character in enumerate(text) if character == "{"][:_MAX_STARTS]
+    for start in starts:
+        value = _decode(text, start)
+        if isinstance(value, dict):
+            yield value
+
+
+def _decode(text: str, start: int) -> Any:
+    """The JSON value that starts at ``start``, or None."""
+    decoder = json.JSONDecoder(strict=False)  # raw line breaks inside strings
+    # A comma after the last item is the most common slip.
+    for repair in (str, lambda rest: re.sub(r",(\s*[}\]])", r"\1", rest)):
+        try:
+            return decoder.raw_decode(repair(text[start:]))[0]
+        except (ValueError, RecursionError):
+            pass
+    return None
+
+
+def _as_nouns(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return _split_nouns(value)
+    if not isinstance(value, list):
+        raise AnswerError(f'"nouns" is {_excerpt(json.dumps(value))}, not a list')
+    nouns = []
+    for item in value:
+        if isinstance(item, dict):  # {"noun": "dog", "color": ...}
+            item = next((item[key] for key in ("noun", "text", "name") if key in item), None)
+        if isinstance(item, str) and item.strip():
+            nouns.append(item)
+    return nouns
+
+
+def _split_nouns(text: str) -> list[str]:
+    parts = re.split(r"[,;\n]", text)
+    bare = [re.sub(r"^\s*(?:[-*\u2022]|\d+[.)])?\s*(?:and\s+)?", "", part) for part in parts]
+    return [part.strip(_EDGES) for part in bare if part.strip(_EDGES)]
+
+
+def _excerpt(text: str, limit: int = 80) -> str:
+    line = " ".join(text.split())
+    return repr(line[:limit] + ("..." if len(line) > limit else ""))
+
+
+# -- nouns -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class NounMatch:
+    """The nouns of an answer against its description.
+
+    Attributes:
+        nouns: texts exactly as they stand in the description, by position, without overlaps.
+        spans: (start, end) of each in the description.
+        changed: how many were repaired: another case, number, determiner or spelling was found.
+        merged: listed more often than they occur, or part of a longer noun; left out.
+        missing: not in the description in any form; left out.
+    """
+
+    nouns: list[str] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    changed: int = 0
+    merged: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def found_share(self) -> float:
+        """Share (0..1) of the listed nouns that occur in the description; 0 without any noun."""
+        there = len(self.nouns) + len(self.merged)
+        return there / (there + len(self.missing)) if self.nouns else 0.0
+
+
+def match_nouns(description: str, nouns: Sequence[str]) -> NounMatch:
+    """Find every noun in the description, as whole words, and take the text that stands there.
+
+    Tried in this order: the noun as given, but for case, white space, hyphens and quotes; without
+    its determiners; with its last word in the other number; both. Longer nouns choose their place
+    first, so "hat" beside "red hat" is another hat, or left out.
+
+    The result is such that :func:`gella.text.spans.locate_phrases` gives its spans back.
+    """
+    match = NounMatch()
+    text = description.translate(_QUOTES)
+    cleaned = [bare_noun(noun.strip(_EDGES), ARTICLES) for noun in nouns]
+    for number in sorted(range(len(nouns)), key=lambda i: (-len(cleaned[i]), i)):
+        occurs = False
+        for form in _forms(cleaned[number].translate(_QUOTES)):
+            spans = [hit.span() for hit in re.finditer(form, text, re.IGNORECASE)]
+            occurs = occurs or bool(spans)
+            free = [(a, b) for a, b in spans if all(b <= c or d <= a for c, d in match.spans)]
+            if free:
+                match.spans.append(free[0])
+                match.changed += description[slice(*free[0])] != nouns[number].strip()
+                break
+        else:
+            (match.merged if occurs else match.missing).append(nouns[number])
+    match.spans.sort()
+    match.nouns = [description[start:end] for start, end in match.spans]
+    return match
+
+
+def _forms(noun: str) -> Iterator[str]:
+    """Patterns of the noun's variants, closest first."""
+    bare = bare_noun(noun, counts=True)
+    for variant in (noun, bare, *other_numbers(noun), *other_numbers(bare)):
+        words = [re.escape(word) for word in re.split(r"[\s\-]+", variant) if word]
+        if re.search(r"\w", variant):
+            yield r"(?<!\w)" + r"[\s\-]+".join(words) + r"(?!\w)"

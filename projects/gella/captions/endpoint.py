@@ -1,18 +1,27 @@
-"""Captions from any chat endpoint that speaks OpenAI's protocol; no client library is needed."""
+"""Captions from any chat endpoint that speaks OpenAI's protocol, through the `openai` client.
+
+The client's own retries are off: they do not stop when told to, count a rate limit as a failure,
+and do not hold back the other threads until it is over.
+"""
 
 from __future__ import annotations
 
+import email.utils
+import ipaddress
 import json
 import logging
+import math
 import os
+import queue
 import random
+import ssl
 import threading
 import time
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from gella.captions.captioner import (
     AnswerError,
@@ -22,16 +31,6 @@ from gella.captions.captioner import (
     RequestError,
     StoppedError,
     Tally,
-    count_usage,
-    redact,
-)
-from gella.captions.http import (
-    Response,
-    Transport,
-    TransportError,
-    full_address,
-    is_loopback,
-    retry_after,
 )
 
 __all__ = ["EndpointCaptioner", "EndpointSettings"]
@@ -41,6 +40,8 @@ _PATH = "/chat/completions"
 _RETRIED = {408, 409, 425, 429}  # and every 5xx
 _NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _LONG_KEY = 16  # shorter keys ("EMPTY") may be words of a description
+_CONNECT_TIMEOUT = 20.0  # seconds at most
+_TICK = 0.1  # seconds between looks at whether a request under way is to be cut
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ class EndpointCaptioner:
     """Asks a chat endpoint; several threads may share one.
 
     A rate-limit answer makes all threads pause, for as long as ``Retry-After`` says. The key is
-    sent in the Authorization header and goes nowhere else: it is not in messages, logs or ``repr``,
-    and is cut out of what the server answers.
+    sent in the Authorization header and goes nowhere else: redirects are not followed, it is not in
+    messages, logs or ``repr``, and is cut out of what the server answers. Proxies are those of the
+    environment (``HTTPS_PROXY``, ``NO_PROXY``), never for this machine itself.
 
     Args:
         url: base address such as ``https://host/v1``, or the full one of ``/chat/completions``.
@@ -98,9 +100,13 @@ class EndpointCaptioner:
         tally: gets ``requests``, ``retries``, ``rate_limited``, ``prompt_tokens``,
             ``completion_tokens``, ``answers_without_usage``.
 
+    Attributes:
+        address: what is asked, without its query.
+
     Raises:
         ValueError: the address, the model or the key cannot be right; the key is not shown.
         FileNotFoundError: there is no such certificate file.
+        ImportError: the package `openai` is missing.
     """
 
     def __init__(
@@ -112,23 +118,19 @@ class EndpointCaptioner:
         settings: EndpointSettings | None = None,
         tally: Tally | None = None,
     ) -> None:
-        if not model.strip():
+        self.model, self._key = model.strip(), (key or "").strip()
+        if not self.model:
             raise ValueError("the model has no name; give the one that the endpoint lists")
-        self.model = model.strip()
+        if not all(32 < ord(character) < 127 for character in self._key):
+            raise ValueError("the key holds a blank or a character outside ASCII; copy it again")
         self.settings = EndpointSettings() if settings is None else settings
         self.tally = Tally() if tally is None else tally
-        self._key = _checked_key(key)
-        self._transport = Transport(
-            full_address(url, _PATH),
-            timeout=self.settings.timeout,
-            max_bytes=self.settings.max_bytes,
-            verify=self.settings.verify,
-            ca_file=self.settings.ca_file,
-        )
-        parts = urlsplit(self.address)
-        if self._key and parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        base, query, local = _read_address(url)
+        self.address = base + _PATH
+        if self._key and base.startswith("http:") and not local:
             _logger.warning("%s is not encrypted: the key is readable on its way", self.address)
-        self._stop = threading.Event()
+        self._client = _open_client(base, query, self._key, self.settings, use_proxies=not local)
+        self._stop, self._abort = threading.Event(), threading.Event()
         self._gate = threading.Lock()
         self._not_before = 0.0  # time.monotonic() before which a rate limit forbids requests
 
@@ -145,34 +147,25 @@ class EndpointCaptioner:
         Raises:
             ValueError: no address or no model is given; and as the class.
         """
-        found = {}
-        for name, value in (("url", url), ("model", model)):
-            found[name] = value or os.environ.get(f"GELLA_API_{name.upper()}", "")
-            if not found[name]:
-                raise ValueError(
-                    f"the endpoint's {name} is not given: use --{name} or set "
-                    f"GELLA_API_{name.upper()}"
-                )
-        key = os.environ.get("GELLA_API_KEY") if key is None else key
-        return cls(found["url"], found["model"], key, **options)
+        url, model = url or os.getenv("GELLA_API_URL"), model or os.getenv("GELLA_API_MODEL")
+        if not url or not model:
+            name = "model" if url else "url"
+            advice = f"use --{name} or set GELLA_API_{name.upper()}"
+            raise ValueError(f"the endpoint's {name} is not given: {advice}")
+        return cls(url, model, os.getenv("GELLA_API_KEY") if key is None else key, **options)
 
     def __repr__(self) -> str:
         """Address and model; never the key."""
         return f"EndpointCaptioner({self.address!r}, {self.model!r})"
-
-    @property
-    def address(self) -> str:
-        """The address that is asked, without its query."""
-        return self._transport.address
 
     def stop(self) -> None:
         """Begin no request any more; pauses end at once, requests under way are finished."""
         self._stop.set()
 
     def abort(self) -> None:
-        """Stop, and cut the requests under way."""
+        """Stop, and leave the requests under way."""
         self._stop.set()
-        self._transport.abort()
+        self._abort.set()
 
     def ask(self, text: str, picture: Picture | None, *, attempt: int = 0) -> Reply:
         """Answer a question about a picture (or about nothing but the text).
@@ -193,35 +186,34 @@ class EndpointCaptioner:
                 than ``max_wait``).
             StoppedError: :meth:`stop` or :meth:`abort` was called.
         """
-        body = json.dumps(self._request(text, picture, attempt)).encode("utf-8")
+        request = self._request(text, picture, attempt)
         failures = limits = 0
         while True:
-            self._wait_for_turn()
+            while (pause := self._not_before - time.monotonic()) > 0 and not self._stop.wait(pause):
+                pass
+            if self._stop.is_set():
+                raise StoppedError("stopped")
             self.tally.add(requests=1)
             try:
-                return self._answer(self._post(body))
+                return self._answer(*self._post(request))
             except _LaterError as error:
                 failures, limits = failures + (not error.limited), limits + error.limited
-                allowed = failures <= self.settings.retries
                 if self._stop.is_set():
                     raise StoppedError("stopped") from None
-                if not allowed or limits > self.settings.rate_limit_retries:
+                if failures > self.settings.retries or limits > self.settings.rate_limit_retries:
                     raise RequestError(f"{error} (asked {failures + limits} times)") from None
-                delay = self._delay(error, failures if not error.limited else limits)
+                delay = self._delay(error, limits if error.limited else failures)
                 self.tally.add(retries=1, rate_limited=int(error.limited))
                 level = logging.WARNING if failures > 2 and not error.limited else logging.INFO
                 _logger.log(level, "%s; again in %.1f s", error, delay)
-            if self._stop.wait(delay):
-                raise StoppedError("stopped")
+            self._stop.wait(delay)
 
     def _request(self, text: str, picture: Picture | None, attempt: int) -> dict[str, Any]:
         content: Any = text
         if picture is not None:
-            data = b64encode(picture.data).decode("ascii")
-            content = [
-                {"type": "text", "text": text},
-                {"type": "image_url", "image_url": {"url": f"data:{picture.mime};base64,{data}"}},
-            ]
+            url = f"data:{picture.mime};base64,{b64encode(picture.data).decode('ascii')}"
+            image = {"type": "image_url", "image_url": {"url": url}}
+            content = [{"type": "text", "text": text}, image]
         request: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
@@ -232,26 +224,67 @@ class EndpointCaptioner:
             request["temperature"] = max(request["temperature"], 0.7)
         return {name: value for name, value in request.items() if value is not None}
 
-    def _post(self, body: bytes) -> Response:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        try:
-            return self._transport.post(body, headers)
-        except TransportError as error:
-            message = redact(f"{self.address}: {error}", self._key)
-            if error.fatal:
-                raise EndpointError(message) from None
-            raise _LaterError(message) from None
+    def _post(self, request: dict[str, Any]) -> tuple[int, Mapping[str, str], str]:
+        """Status, headers and text of the response, whatever its status.
 
-    def _wait_for_turn(self) -> None:
-        while not self._stop.is_set():
-            with self._gate:
-                pause = self._not_before - time.monotonic()
-            if pause <= 0:
-                return
-            self._stop.wait(pause)
-        raise StoppedError("stopped")
+        The request has a thread of its own, which is left behind when time is over or the request
+        is cut: a socket that waits for a silent server cannot be woken.
+        """
+        import openai
+
+        outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                raw = self._client.chat.completions.with_raw_response.create(
+                    model=self.model,
+                    messages=request["messages"],
+                    extra_body=request,
+                    extra_headers={} if self._key else {"Authorization": openai.Omit()},
+                )
+                outcomes.put(raw.http_response)
+            except openai.APIStatusError as error:
+                outcomes.put(error.response)
+            except Exception as error:
+                outcomes.put(self._no_response(error))
+
+        threading.Thread(target=work, daemon=True).start()
+        end = time.monotonic() + self.settings.timeout
+        while True:
+            try:
+                outcome = outcomes.get(timeout=min(_TICK, max(end - time.monotonic(), 0.001)))
+                break
+            except queue.Empty:
+                if self._abort.is_set():
+                    raise StoppedError("stopped") from None
+                if time.monotonic() >= end:
+                    outcome = self._no_response(TimeoutError())
+                    break
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome.status_code, outcome.headers, outcome.text
+
+    def _no_response(self, error: BaseException) -> Exception:
+        """The error for a request without a complete response; it holds no secret."""
+        chain: list[BaseException] = []
+        cause: BaseException | None = error
+        while cause is not None and cause not in chain:
+            chain.append(cause)
+            cause = cause.__cause__ or cause.__context__
+        for link in chain:
+            if isinstance(link, _LaterError):
+                return _LaterError(f"{self.address}: {link}")
+            if isinstance(link, ssl.SSLCertVerificationError):
+                return EndpointError(
+                    f"{self.address}: the certificate is not trusted ({link.verify_message}); give "
+                    "the authority's certificate by --ca-file"
+                )
+            if isinstance(link, TimeoutError):
+                late = f"no complete answer within {self.settings.timeout:g} s (--timeout)"
+                return _LaterError(f"{self.address}: {late}")
+        # The client's own error says no more than that there was one.
+        link = chain[min(1, len(chain) - 1)]
+        return _LaterError(_redact(f"{self.address}: {type(link).__name__}: {link}", self._key))
 
     def _delay(self, error: _LaterError, times: int) -> float:
         """Seconds until this question is asked again; a rate limit also closes the gate."""
@@ -272,27 +305,25 @@ class EndpointCaptioner:
                 self._not_before = max(self._not_before, time.monotonic() + pause)
         return delay
 
-    def _answer(self, response: Response) -> Reply:
+    def _answer(self, status: int, headers: Mapping[str, str], text: str) -> Reply:
         """The reply in a response, or the error that it stands for."""
-        text = response.body.decode("utf-8", "replace")
-        if self._key and len(self._key) >= _LONG_KEY:
-            text = redact(text, self._key)
+        if len(self._key) >= _LONG_KEY:
+            text = _redact(text, self._key)
         try:
             payload = json.loads(text)
         except (ValueError, RecursionError):
             payload = None
-        status = response.status
         error = payload.get("error") if isinstance(payload, dict) else None
         if status == 200 and error and not payload.get("choices"):
             # Gateways report the failure of the model behind them in a good response.
             code = error.get("code") if isinstance(error, dict) else None
             status = code if isinstance(code, int) and 400 <= code < 600 else 502
         if status != 200:
-            raise self._failure(status, response.headers, error, text)
+            raise self._failure(status, headers, error, text)
         reply, refusal = _read_reply(payload)
         if reply is None:
             raise _LaterError(f"{self.address}: the answer is no chat completion")
-        count_usage(self.tally, reply)
+        self.tally.add_tokens(reply)
         if refusal or not reply.text.strip():
             raise AnswerError(f"no text in the answer ({refusal or 'empty'})"[:200])
         return reply
@@ -300,22 +331,125 @@ class EndpointCaptioner:
     def _failure(self, status: int, headers: Mapping[str, str], error: Any, text: str) -> Exception:
         details = error if isinstance(error, dict) else {}
         said = " ".join(str(details.get("message") or error or text).split())[:200]
-        # Redacted again: the status line's short keys stay in answers, but never in a message.
-        message = redact(f"{self.address} answered {status}: {said}", self._key)
+        # Redacted again: short keys stay in answers, but never in a message.
+        message = _redact(f"{self.address} answered {status}: {said}", self._key)
         if {str(details.get("code")), str(details.get("type"))} & _NO_QUOTA or status == 402:
             return EndpointError(f"{message}; the account has no quota left")
         if status in _RETRIED or status >= 500:
-            return _LaterError(message, retry_after(headers), limited=status == 429)
+            return _LaterError(message, _retry_after(headers), limited=status == 429)
         if status == 401:
             return EndpointError(f"{message}; check the key (GELLA_API_KEY or --key)")
         if status in (404, 405):
             return EndpointError(f"{message}; check the address (--url) and the model (--model)")
         if 300 <= status < 400:
-            place = redact(str(headers.get("location", "?")).partition("?")[0], self._key)
-            return EndpointError(f"{message}; it redirects to {place}: give that address by --url")
+            target = _redact(headers.get("location", "?").partition("?")[0], self._key)
+            return EndpointError(f"{message}; it redirects to {target}: give that address by --url")
         if status == 413:
             message += "; smaller pictures: --max-side"
         return RequestError(message)
+
+
+def _open_client(
+    base: str, query: str, key: str, settings: EndpointSettings, *, use_proxies: bool
+) -> Any:
+    """The client of the `openai` package, with bounds on the time and the size of a response."""
+    try:
+        import httpx2  # what it sends with
+        import openai
+    except ImportError as error:
+        raise ImportError(
+            'a chat endpoint needs the package openai; install it: pip install -e ".[captions]"'
+        ) from error
+
+    class BoundedStream(httpx2.SyncByteStream):
+        def __init__(self, stream: Any) -> None:
+            self._stream, self._end = stream, time.monotonic() + settings.timeout
+
+        def __iter__(self) -> Any:
+            size = 0
+            for part in self._stream:
+                size += len(part)
+                if size > settings.max_bytes:
+                    limit = f"{settings.max_bytes} bytes (--max-answer-bytes)"
+                    raise _LaterError(f"the answer is larger than {limit}")
+                if time.monotonic() > self._end:  # a byte now and then passes every other limit
+                    raise TimeoutError
+                yield part
+
+        def close(self) -> None:
+            self._stream.close()
+
+    def bound(response: Any) -> None:
+        response.stream = BoundedStream(response.stream)
+
+    try:
+        context = ssl.create_default_context(cafile=settings.ca_file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"certificate file {settings.ca_file} does not exist") from None
+    except ssl.SSLError as error:
+        raise ValueError(f"{settings.ca_file} holds no PEM certificate ({error.reason})") from None
+    if not settings.verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    for name in ("openai", "httpx2", "httpcore2"):
+        # At DEBUG they tell pictures and what the server sent, which may be the key.
+        logging.getLogger(name).setLevel(logging.WARNING)
+    nothing: Any = openai.Omit()
+    return openai.OpenAI(
+        base_url=base,
+        api_key=key or "none",
+        max_retries=0,
+        timeout=httpx2.Timeout(settings.timeout, connect=min(settings.timeout, _CONNECT_TIMEOUT)),
+        default_query=dict(parse_qsl(query, keep_blank_values=True)),
+        # What OpenAI's own variables of the environment would add.
+        default_headers={"OpenAI-Organization": nothing, "OpenAI-Project": nothing},
+        http_client=httpx2.Client(
+            verify=context,
+            follow_redirects=False,  # the key would go to another host
+            trust_env=use_proxies,
+            event_hooks={"response": [bound]},
+        ),
+    )
+
+
+def _read_address(url: str) -> tuple[str, str, bool]:
+    """Base address without the path of completions, query, and whether it is this machine."""
+    advice = "an endpoint's address looks like https://host/v1"
+    url = url.strip()
+    if not all(32 < ord(character) < 127 for character in url):
+        raise ValueError(f"the address holds a blank or a character outside ASCII; {advice}")
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  raises where it is no number
+    except ValueError as error:
+        raise ValueError(f"the address cannot be read ({error}); {advice}") from None
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("the address holds a user or password; give the key by GELLA_API_KEY")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(
+            f"the address does not begin with http:// or https:// and a host; {advice}"
+        )
+    try:
+        local = ipaddress.ip_address(parts.hostname).is_loopback
+    except ValueError:
+        local = parts.hostname.lower() == "localhost"
+    path = parts.path.rstrip("/").removesuffix(_PATH)
+    return f"{parts.scheme}://{parts.netloc}{path}", parts.query, local
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds of a Retry-After header: a number, or a date by the server's own clock."""
+    value = headers.get("retry-after", "").strip()
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            then = email.utils.parsedate_to_datetime(value).timestamp()
+            date = headers.get("date")
+            now = email.utils.parsedate_to_datetime(date).timestamp() if date else time.time()
+        except (TypeError, ValueError):
+            return None
+        seconds = then - now
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def _read_reply(payload: Any) -> tuple[Reply | None, str]:
@@ -341,8 +475,5 @@ def _read_reply(payload: Any) -> tuple[Reply | None, str]:
     return Reply(content or "", counts[0], counts[1], complete=reason != "length"), refusal
 
 
-def _checked_key(key: str | None) -> str | None:
-    key = (key or "").strip()
-    if any(ord(character) <= 32 or ord(character) > 126 for character in key):
-        raise ValueError("the key holds a blank or a character outside ASCII; copy it again")
-    return key or None
+def _redact(text: str, secret: str) -> str:
+    return text.replace(secret, "***") if secret else text

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from gella.captions.captioner import Picture, Reply, StoppedError, Tally, count_usage
-
-__all__ = ["LocalCaptioner"]
+from gella.captions.captioner import Picture, Reply, StoppedError, Tally
 
 
 class LocalCaptioner:
@@ -67,35 +65,29 @@ class LocalCaptioner:
         Raises:
             StoppedError: :meth:`stop` or :meth:`abort` was called.
         """
+
+        def aborted(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return torch.full((len(input_ids),), self._abort.is_set(), device=input_ids.device)
+
         with self._lock, torch.inference_mode():
             if self._stop.is_set():
                 raise StoppedError("stopped")
             inputs = self._inputs(text, picture).to(self._model.device, self._model.dtype)
             sampling = {"do_sample": True, "temperature": 0.7} if attempt else {"do_sample": False}
-            output = self._model.generate(
-                **inputs,
-                **sampling,
-                max_new_tokens=self._max_tokens,
-                stopping_criteria=[self._criterion],
-            )
+            limits = {"max_new_tokens": self._max_tokens, "stopping_criteria": [aborted]}
+            output = self._model.generate(**inputs, **sampling, **limits)
         if self._abort.is_set():
             raise StoppedError("stopped")
         asked = int(inputs["input_ids"].shape[1])
         answer = output[0, asked:]
         self.tally.add(requests=1)
-        written = self._processor.tokenizer.decode(answer, skip_special_tokens=True)
-        reply = Reply(written.strip(), asked, len(answer), complete=self._ended(answer))
-        count_usage(self.tally, reply)
-        return reply
-
-    def _criterion(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self._abort.is_set(), device=input_ids.device)
-
-    def _ended(self, answer: torch.Tensor) -> bool:
-        """Whether the model ended the answer itself."""
+        written = self._processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
         ends = self._model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        return len(answer) < self._max_tokens or (len(answer) > 0 and int(answer[-1]) in ends)
+        ended = len(answer) < self._max_tokens or (len(answer) > 0 and int(answer[-1]) in ends)
+        reply = Reply(written, asked, len(answer), complete=ended)
+        self.tally.add_tokens(reply)
+        return reply
 
     def _inputs(self, text: str, picture: Picture | None) -> Any:
         shown = None if picture is None else Image.open(io.BytesIO(picture.data)).convert("RGB")

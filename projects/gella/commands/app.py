@@ -238,7 +238,7 @@ def make_desk(args: argparse.Namespace, folder: Path) -> Any:
 
     Raises FileNotFoundError, ValueError: what they raise for wrong names and files.
     """
-    from gella.captions.ask import open_captioner
+    from gella.captions import open_captioner
     from gella.captions.endpoint import EndpointSettings
     from gella.commands.app_page import Desk, Limits
     from gella.predictor import GellaPredictor

@@ -27,7 +27,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from gella.captions.ask import caption_picture
+from gella.captions import caption_picture
 from gella.captions.captioner import AnswerError, EndpointError, RequestError
 from gella.commands.demo_inputs import Entry
 from gella.entities.entity_map import EntityMap

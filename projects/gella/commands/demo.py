@@ -49,7 +49,7 @@ from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gella.captions.ask import caption_picture, is_endpoint, open_captioner
+from gella.captions import caption_picture, is_endpoint, open_captioner
 from gella.captions.captioner import AnswerError, EndpointError, RequestError, StoppedError
 from gella.commands.console import Parser, exit_status, shown
 from gella.commands.demo_inputs import (
@@ -256,7 +256,7 @@ class Run:
         predictor: answers.
         masks: where entities come from.
         categories: of the task "panoptic".
-        captioner: another model writes the captions, see `gella.captions.ask`.
+        captioner: another model writes the captions, see `gella.captions`.
         strict: raise the first failure instead of counting it.
 
     Attributes:

@@ -23,48 +23,33 @@ import argparse
 import json
 import logging
 import math
-import os
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import gella.data  # noqa: F401  registers the datasets
-from gella.captions.captioner import (
-    MODES,
-    PROMPTS,
-    EndpointError,
-    Tally,
-    read_prompts,
-)
+from gella.captions.captioner import MODES, PROMPTS, EndpointError, Tally
 from gella.captions.endpoint import EndpointCaptioner, EndpointSettings
-from gella.captions.file import CaptionFile
 from gella.captions.local import LocalCaptioner
-from gella.captions.run import CaptionRun, Job, Source
+from gella.captions.run import CaptionRun, Job, open_captions
+from gella.commands.console import USER_ERRORS, Parser, exit_status
+from gella.commands.inputs import SUFFIXES, Source, dataset_records, distinct
 from gella.data.records import Place, read_json
 from gella.predictor import image_id_of
+from gella.utils.io import read_json as read_any_json
 from gella.utils.io import write_json
+from gella.utils.journal import Journal
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 LISTED = 10  # failures that the screen shows; --json has all
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments"):
-            # A mistyped --key would show its value.
-            message = "an argument is not known: look at the spelling of the options"
-        self.exit(2, f"error: {message}; --help shows an example\n")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong one ends the process with code 2 and one line."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     _add_data(parser.add_argument_group("images and captions").add_argument)
     _add_model(parser.add_argument_group("model").add_argument)
     _add_patience(parser.add_argument_group("endpoint: patience and limits").add_argument)
@@ -138,46 +123,36 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
         ValueError: no image at all, or two files with one id; the message names both.
     """
     if args.dataset:
-        found = _from_dataset(args.dataset)
+        named = _from_dataset(args.dataset)
     elif args.images_json:
-        found = _from_json(args.images_json, Path(args.image_root))
+        named = _from_json(args.images_json, Path(args.image_root))
     else:
-        found = [source for path in args.input for source in _from_path(Path(path))]
-    sources: dict[str, Source] = {}
-    for source in found:
-        other = sources.setdefault(str(source.image_id), source)
-        if other.path != source.path:
-            raise ValueError(
-                f"{other.path} and {source.path} have one id, {source.image_id}: name them apart, "
-                "or give their ids by --images-json"
-            )
+        named = (source for path in args.input for source in _from_path(Path(path)))
+    sources = distinct(named, "name them apart, or give their ids by --images-json")
     if not sources:
         raise ValueError("there is no image; folders are searched for " + " ".join(SUFFIXES))
-    return list(sources.values())[: args.limit]
+    return sources[: args.limit]
 
 
 def _from_path(path: Path) -> Iterator[Source]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; check --input")
-    root = path if path.is_dir() else path.parent
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    for file in files:
-        if file == path or (file.suffix.lower() in SUFFIXES and file.is_file()):
-            if not file.is_dir():
-                yield Source(image_id_of(file), file.relative_to(root).as_posix(), file)
+    if not path.is_dir():
+        yield Source(image_id_of(path), path, path.name)
+        return
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in SUFFIXES and file.is_file():
+            yield Source(image_id_of(file), file, file.relative_to(path).as_posix())
 
 
 def _from_dataset(name: str) -> Iterator[Source]:
-    if name not in DatasetCatalog.list():
-        known = ", ".join(n for n in sorted(DatasetCatalog.list()) if n.startswith("gella_"))
-        raise ValueError(f"dataset {name} is not registered; there are: {known}")
-    records = DatasetCatalog.get(name)
+    records = dataset_records(name)
     root = MetadataCatalog.get(name).get("image_root", "")
     for record in records:
         path = Path(record["file_name"])
         inside = bool(root) and path.is_relative_to(root)
         short = path.relative_to(root).as_posix() if inside else path.name
-        yield Source(record["image_id"], short, path)
+        yield Source(record["image_id"], path, short)
 
 
 def _from_json(path: str, root: Path) -> Iterator[Source]:
@@ -185,7 +160,7 @@ def _from_json(path: str, root: Path) -> Iterator[Source]:
     for number, image in enumerate(Place(path).field(content, "images")):
         place = Place(path, f"image {number}")
         name = place.key(image, "file_name")
-        yield Source(place.field(image, "id"), name, root / name)
+        yield Source(place.field(image, "id"), root / name, name)
 
 
 def build_captioner(args: argparse.Namespace, tally: Tally) -> Any:
@@ -215,16 +190,30 @@ def build_captioner(args: argparse.Namespace, tally: Tally) -> Any:
     )
 
 
-def choose_prompts(args: argparse.Namespace) -> dict[str, str]:
-    """The prompts to use, by id."""
-    prompts = read_prompts(args.prompts) if args.prompts else PROMPTS
-    unknown = [name for name in args.prompt or () if name not in prompts]
+def choose_prompts(path: str | None, wanted: Sequence[str] = ()) -> dict[str, str]:
+    """The prompts to use, by id.
+
+    Args:
+        path: JSON file ``{prompt_id: text}``; None: the prompts that come with GELLA.
+        wanted: ids of those to use; none: all.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such JSON, a text is empty, or there is no prompt of an id; says which.
+    """
+    prompts = PROMPTS if path is None else read_any_json(path, "prompt file")
+    if not isinstance(prompts, dict) or not prompts:
+        raise ValueError(f'{path}: expected {{"id": "text", ...}} with at least one prompt')
+    for prompt_id, text in prompts.items():
+        if not isinstance(text, str) or not text.strip() or not prompt_id.strip():
+            raise ValueError(f"{path}: prompt {prompt_id!r} has no text; write one or remove it")
+    unknown = [name for name in wanted if name not in prompts]
     if unknown:
         raise ValueError(f"there is no prompt {unknown[0]!r}; there are: {', '.join(prompts)}")
-    return {name: text for name, text in prompts.items() if name in (args.prompt or prompts)}
+    return {name: text for name, text in prompts.items() if name in (wanted or prompts)}
 
 
-def open_jobs(sources: Sequence[Source], prompts: Sequence[str], file: CaptionFile) -> list[Job]:
+def open_jobs(sources: Sequence[Source], prompts: Sequence[str], file: Journal) -> list[Job]:
     """What the file lacks.
 
     Raises:
@@ -233,15 +222,48 @@ def open_jobs(sources: Sequence[Source], prompts: Sequence[str], file: CaptionFi
     jobs = []
     for source in sources:
         for prompt_id in prompts:
-            name = file.file_name(source.image_id, prompt_id)
+            name, _ = file.entries.get((str(source.image_id), prompt_id), (None, None))
             if name is None:
-                jobs.append(Job(source, prompt_id))
-            elif name != source.file_name:
+                jobs.append(Job(source.image_id, source.name, source.path, prompt_id))
+            elif name != source.name:
                 raise ValueError(
-                    f"{file.path}: image {source.image_id} is {name} there, but "
-                    f"{source.file_name} here; write these images to another --output"
+                    f"{file.path}: image {source.image_id} is {name} there, but {source.name} "
+                    "here; write these images to another --output"
                 )
     return jobs
+
+
+def report_of(run: CaptionRun, args: argparse.Namespace, done: int, total: int) -> dict[str, Any]:
+    """Counts, cost and failures of a run, ready for JSON.
+
+    Args:
+        run: at its end.
+        args: give the prices of a million tokens of questions and of answers.
+        done: captions that were there before.
+        total: how many there shall be in the end.
+    """
+    counts = Counter(run.tally.as_dict())
+    asked, answered = counts["prompt_tokens"], counts["completion_tokens"]
+    return {
+        "captions": {
+            "written": run.written,
+            "there_before": done,
+            "failed": len(run.failures),
+            "open": total - done - run.written,
+        },
+        "counts": dict(counts),
+        "cost": (asked * args.price_in + answered * args.price_out) / 1e6,
+        "prices_per_million_tokens": {"prompt": args.price_in, "answer": args.price_out},
+        "failures": [
+            {
+                "image_id": job.image_id,
+                "file_name": job.file_name,
+                "prompt_id": job.prompt_id,
+                "reason": reason,
+            }
+            for job, reason in run.failures
+        ],
+    }
 
 
 def print_summary(report: dict[str, Any], output: str) -> None:
@@ -278,11 +300,11 @@ def print_summary(report: dict[str, Any], output: str) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Read the input, ask the model, write; return the exit code."""
-    prompts = choose_prompts(args)
+    prompts = choose_prompts(args.prompts, args.prompt or ())
     sources = read_sources(args)
     tally = Tally()
     captioner = None if args.local else build_captioner(args, tally)
-    with CaptionFile(args.output) as file:
+    with open_captions(args.output) as file:
         jobs = open_jobs(sources, list(prompts), file)
         total = len(sources) * len(prompts)
         done = total - len(jobs)
@@ -290,34 +312,33 @@ def execute(args: argparse.Namespace) -> int:
         if captioner is None and jobs:  # loading a large model takes minutes: only if needed
             captioner = build_captioner(args, tally)
         if captioner is not None:
-            others = [name for name in file.models() if name != captioner.model]
+            others = sorted({model for _, model in file.entries.values()} - {captioner.model})
             if others:
                 print(f"note: {args.output} also holds captions of {', '.join(others)}")
         run = CaptionRun(
             captioner,
             file,
             prompts,
-            mode=args.mode or ("two-steps" if args.local else "json"),
+            tally,
+            picture={"max_side": args.max_side, "upright": args.upright},
+            rules={
+                "mode": args.mode or ("two-steps" if args.local else "json"),
+                "attempts": args.answer_attempts,
+                "min_found": args.min_found,
+            },
             workers=1 if args.local else args.concurrency,
-            attempts=args.answer_attempts,
-            min_found=args.min_found,
             max_failures=args.max_failures,
-            max_side=args.max_side,
-            upright=args.upright,
-            tally=tally,
         )
         try:
             run.do(jobs, done)
         finally:
-            report = run.report(total, args.price_in, args.price_out)
+            report = report_of(run, args, done, total)
             print_summary(report, args.output)
             if args.json:
                 write_json(args.json, report)
     if run.fatal is not None:
         raise run.fatal
-    if run.interrupted:
-        return 128 + run.interrupted
-    return 1 if run.failures else 0
+    return run.stop.status or (1 if run.failures else 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -326,14 +347,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     level = logging.INFO if args.verbose else logging.WARNING
     logging.getLogger("gella.captions.endpoint").setLevel(level)
-    try:
-        with logging_redirect_tqdm():
-            return execute(args)
-    except (EndpointError, ValueError, OSError) as error:
-        if os.getenv("GELLA_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
+    with logging_redirect_tqdm():
+        return exit_status(
+            lambda: execute(args),
+            errors=(*USER_ERRORS, EndpointError),
+            interrupted="stopped; run the same command again to go on",
+        )

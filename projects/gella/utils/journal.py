@@ -51,9 +51,12 @@ class Journal:
         settings: Mapping[str, Any] | None = None,
         advice: str = "repair or remove it",
     ) -> None:
-        self.path, self.entries = Path(path), dict[Hashable, Any]()
+        self.path = Path(path)
+        self.entries: dict[Hashable, Any] = {}
         self._note, self._advice = note, advice
-        self._starts = [f'{{"{name}"'.encode() for name in (first, _SETTINGS)]
+        self._first = first
+        self._starts = [f'{{"{first}"'.encode()]
+        self._starts += [f'{{"{_SETTINGS}"'.encode()] if settings is not None else []
         # As they will be read again: tuples are lists, keys are texts.
         self._settings = None if settings is None else json.loads(json.dumps(settings))
         self._places: dict[Hashable, int] = {}
@@ -88,7 +91,7 @@ class Journal:
         """
         if self._settings is not None and os.fstat(self._handle).st_size == 0:
             self._write({_SETTINGS: self._settings})
-        place = self._write(entry)
+        place = self._write({self._first: entry[self._first], **entry})
         key, remembered = self._note(entry)
         self.entries[key], self._places[key] = remembered, place
 
