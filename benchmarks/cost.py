@@ -23,8 +23,7 @@ input only and are computed again in the backward pass.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from cost_passes import (
@@ -222,8 +221,7 @@ def compare_published(cfg: Any, counts: dict[str, int]) -> list[dict[str, Any]]:
 # parameter for 16, gathered layers in float32, no bfloat16 choice, and nothing of stages 0 and 1.
 
 
-@dataclass(frozen=True)
-class Branch:
+class Branch(NamedTuple):
     """Sizes of a part of the model: all parameters, the trained ones, the largest layer's."""
 
     parameters: int
@@ -243,34 +241,23 @@ def zero_branches(model: nn.Module) -> tuple[Branch, Branch]:
 def zero_states(
     branch: Branch, gpus: int, stage: int, precision: str = "bf16", offload: tuple[str, ...] = ()
 ) -> dict[str, int]:
-    """Bytes of a branch under a ZeRO stage.
+    """Bytes of a branch under one of `PLANS`: of each GPU, and of the ``host`` of all.
 
-    Stage 1 divides the optimizer by N, stage 2 the gradients too, stage 3 the weights too, and then
-    holds one layer's whole weights while it runs (the largest one is counted). Frozen parameters
-    have weights only. Optimizer offload (stages 2 and 3) moves optimizer and gradients to the host,
-    as ZeRO-Offload does, where they take 12 + 4 bytes; parameter offload (stage 3) the weights too.
-
-    Args:
-        branch: its sizes.
-        gpus: N, at least 1.
-        stage: 0 to 3.
-        precision: ``bf16`` or ``fp32``.
-        offload: of ``optimizer`` (stages 2 and 3) and ``parameters`` (stage 3, with ``optimizer``).
-
-    Returns ``weights``, ``gradients``, ``optimizer`` and ``gathered`` on each GPU, and ``host`` for
-    all GPUs together. Raises ValueError for another stage, precision or offload, or no GPU.
+    Stage 1 divides the optimizer by the GPUs, stage 2 the gradients too, stage 3 the weights too,
+    and then holds one layer's whole weights while it runs (the largest one is counted, as
+    ``gathered``). Frozen parameters have weights only. Optimizer offload moves optimizer and
+    gradients to the host, as ZeRO-Offload does, where they take 12 + 4 bytes; parameter offload the
+    weights too.
     """
-    allowed = {2: {"optimizer"}, 3: {"optimizer", "parameters"}}.get(stage, set())
-    if gpus < 1 or stage not in (0, 1, 2, 3) or precision not in BYTES:
-        raise ValueError(f"no ZeRO stage {stage} in {precision!r} on {gpus} GPUs")
-    if {*offload} - allowed or offload == ("parameters",):
-        raise ValueError(f"ZeRO stage {stage} offloads no {sorted(offload)} alone")
     weight, gradient, optimizer = BYTES[precision]
-    shared = [-(-branch.trained // (gpus if stage >= first else 1)) for first in (1, 2)]
+    weights, gradients, moments = (
+        -(-count // (gpus if stage >= first else 1))
+        for count, first in ((branch.parameters, 3), (branch.trained, 2), (branch.trained, 1))
+    )
     states = {
-        "weights": weight * -(-branch.parameters // (gpus if stage == 3 else 1)),
-        "gradients": gradient * shared[1],
-        "optimizer": optimizer * shared[0],
+        "weights": weight * weights,
+        "gradients": gradient * gradients,
+        "optimizer": optimizer * moments,
         "gathered": weight * branch.largest if stage == 3 else 0,
         "host": 0,
     }
@@ -292,17 +279,10 @@ def replicated_bytes(branch: Branch, gpus: int) -> int:
 def plan_rows(
     language: Branch, rest: Branch, gpus: int, precision: str, activations: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """A row per ZeRO plan.
+    """A row per ZeRO plan: ``stage``, ``offload``, the bytes of :func:`zero_states`, ``rest``, and
+    for both kinds of activations ``total`` and ``card``, see :func:`smallest_card`.
 
-    Args:
-        language: the branch under ZeRO.
-        rest: the other side of the model.
-        gpus: N.
-        precision: of the language branch.
-        activations: bytes saved for backward on one GPU: ``plain`` and ``checkpointed``.
-
-    Returns dicts of ``stage``, ``offload``, the bytes of :func:`zero_states`, ``rest``, and for
-    both kinds of activations ``total`` and ``card``, see :func:`smallest_card`.
+    ``activations``: bytes saved for backward on one GPU, ``plain`` and ``checkpointed``.
     """
     others = replicated_bytes(rest, gpus)
     rows = []

@@ -255,21 +255,14 @@ def count_flops(model: nn.Module, cfg: Any, load: Workload) -> dict[str, Any]:
 def count_language(
     model: nn.Module, grid: Tensor, image: int, load: Workload, given: int
 ) -> dict[str, dict[str, int]]:
-    """The language decoder's ways to ground ``load.nouns`` nouns.
-
-    Args:
-        model: fake.
-        grid: fake, CLIP's.
-        image: image tokens.
-        load: the workload.
-        given: FLOPs of one pass over all nouns.
+    """The language decoder's ways to ground ``load.nouns`` nouns in ``image`` tokens of ``grid``.
 
     Returns:
         per way ``passes`` over the prompt, ``tokens`` of one of them, and ``flops`` of all:
-        ``given``: the nouns are known, one pass; ``generated``: the answer is generated with a
-        key-value cache, and one pass over it follows; ``one_noun``: a pass per noun, each with the
-        whole caption in its question, as methods with one mask per answer need; ``noun_alone``: a
-        pass per noun with the noun in place of the caption.
+        ``given``: the nouns are known, one pass, whose FLOPs the argument is; ``generated``: the
+        answer is generated with a key-value cache, and one pass over it follows; ``one_noun``: a
+        pass per noun, each with the whole caption in its question, as methods with one mask per
+        answer need; ``noun_alone``: a pass per noun with the noun in place of the caption.
     """
     length = load.length(image)
     generated = given + generation_flops(model, grid, length - load.answer, load.answer)
@@ -375,10 +368,9 @@ def saved_bytes(
     Args:
         model: built from ``cfg``.
         cfg: the config.
-        load: of each image; all prompts of the batch are as long.
+        load: of each of ``batch`` images; all prompts are as long.
         batch: images.
-        half: the language branch in bfloat16, as ZeRO keeps it, and autocast for the rest; float32
-            without.
+        half: language branch in bfloat16, as ZeRO keeps it, and autocast for the rest; or float32.
 
     Returns:
         ``parts``: ``{part: bytes}``, losses last; ``sums``: bytes of all parts, ``plain`` as they

@@ -495,14 +495,8 @@ def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
         )
         visitor = gr.State(Visitor(), time_to_live=IDLE)
         # Made before their places, since the buttons refer to them.
-        caption = gr.Textbox(
-            label="Caption",
-            lines=4,
-            max_length=desk.limits.max_caption,
-            placeholder="Two zebras graze beside a tall tree.",
-            elem_id="caption",
-            render=False,
-        )
+        hint = "Two zebras graze beside a tall tree."
+        caption = _line(desk, "Caption", hint, "caption", lines=4, render=False)
         figure = gr.HTML(elem_id="figure", render=False)
         hidden: dict[str, Any] = {"interactive": False, "size": "sm", "render": False}
         png = gr.DownloadButton("Picture (PNG)", elem_id="get-png", **hidden)
@@ -534,6 +528,11 @@ def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
     return blocks
 
 
+def _line(desk: Desk, label: str, hint: str, name: str, **options: Any) -> gr.Textbox:
+    limit = desk.limits.max_caption
+    return gr.Textbox(label=label, placeholder=hint, elem_id=name, max_length=limit, **options)
+
+
 def _inputs(desk: Desk, visitor: Any, figure: Any) -> tuple[Any, Any, Any]:
     """Picture, masks, and the line that says how things are."""
     limits = desk.limits
@@ -545,12 +544,9 @@ def _inputs(desk: Desk, visitor: Any, figure: Any) -> tuple[Any, Any, Any]:
     # subclass would make it write a .pyi file beside this one.)
     picture.preprocess = lambda payload: None if payload is None else payload.path
     label = "Entity masks" + " (none: they are found)" * (desk.finder is not None)
+    kinds = [*MASK_SUFFIXES]
     masks = gr.File(
-        label=label,
-        file_count="multiple",
-        file_types=list(MASK_SUFFIXES),
-        height=110,
-        elem_id="masks",
+        label=label, file_count="multiple", file_types=kinds, height=110, elem_id="masks"
     )
     line = gr.HTML(note("Still to come: a picture."), elem_id="note")
     gr.HTML(
@@ -602,13 +598,7 @@ def _caption_tab(desk: Desk, given: list[Any], caption: Any, shown: list[Any]) -
         if desk.captioner is not None:  # its name says that the picture leaves this server
             ask = gr.Button(f"Ask {Path(desk.captioner.model).name}", size="sm", elem_id="ask")
         stop = gr.Button("Stop", size="sm", elem_id="stop")
-    nouns = gr.Textbox(
-        label="Nouns, separated by commas",
-        lines=1,
-        max_length=desk.limits.max_caption,
-        placeholder="empty: the model finds them",
-        elem_id="nouns",
-    )
+    nouns = _line(desk, "Nouns, separated by commas", "empty: the model finds them", "nouns")
     extract = gr.Button("Extract nouns", size="sm", elem_id="extract")
     ground = gr.Button("Ground", variant="primary", elem_id="ground")
     texts = [given[0], caption, nouns]
@@ -638,7 +628,7 @@ def _line_tab(desk: Desk, given: list[Any], shown: list[Any], label: str, exampl
     """A line of text and a button."""
     name = label.lower()
     question = {"expression": desk.refer, "categories": desk.panoptic}[name]
-    line = gr.Textbox(label=label, placeholder=example, elem_id=name)
+    line = _line(desk, label, example, name)
     button = gr.Button("Find", variant="primary", elem_id=f"find-{name}")
     for trigger in (button.click, line.submit):
         trigger(
