@@ -7,12 +7,15 @@ synthetic scenes are also read from the files of `prepare_shapes.py`.
 from __future__ import annotations
 
 import importlib.util
+import io
 import itertools
 import json
+import struct
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,14 +24,15 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from shapes_masks import to_segmentation
 
-from gella.data import register as datasets
+from gella.data.panoptic import load_coco_panoptic
+from gella.data.refcoco import load_refcoco
+from gella.entities.files import read_id_png
 from gella.entities.sources import FileSource, load_entities, load_from_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@dataclass
-class Truth:
+class Truth(NamedTuple):
     """One image: its ids (0 = void) and its segments in the order of the annotation."""
 
     image_id: int
@@ -46,7 +50,12 @@ class Truth:
         return np.stack([self.ids == segment_id for segment_id in self.own])
 
 
-def runs_of(mask: np.ndarray) -> list[int]:
+def compressed(mask: np.ndarray) -> dict[str, Any]:
+    code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(mask.shape), "counts": code["counts"].decode()}
+
+
+def plain(mask: np.ndarray) -> dict[str, Any]:
     """Run lengths in column order, zeros first, one pixel after the other."""
     runs, value = [0], 0
     for pixel in mask.T.ravel().tolist():
@@ -54,120 +63,87 @@ def runs_of(mask: np.ndarray) -> list[int]:
             runs.append(0)
             value = pixel
         runs[-1] += 1
-    return runs
+    return {"size": list(mask.shape), "counts": runs}
 
 
-def compressed(mask: np.ndarray) -> dict[str, Any]:
-    code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(mask.shape), "counts": code["counts"].decode()}
-
-
-def plain(mask: np.ndarray) -> dict[str, Any]:
-    return {"size": list(mask.shape), "counts": runs_of(mask)}
-
-
-def save_rgb(path: Path, ids: np.ndarray) -> None:
+def as_rgb(ids: np.ndarray) -> Image.Image:
     channels = [ids % 256, ids // 256 % 256, ids // 65536]
-    Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8)).save(path)
-
-
-def numbered(truth: Truth) -> np.ndarray:
-    """Entities as 1..E in the order of the annotation, for formats without room for large ids."""
-    return (truth.masks * np.arange(1, len(truth.own) + 1)[:, None, None]).sum(axis=0)
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
 # Each writer puts one image into a folder and returns the arguments of `load_entities`.
 
 
 def panoptic_png(truth: Truth, folder: Path) -> dict[str, Any]:
-    save_rgb(folder / "a.png", truth.ids)
+    as_rgb(truth.ids).save(folder / "a.png")
     return {"file_name": folder / "a.png", "segments_info": truth.segments}
 
 
 def panoptic_json(truth: Truth, folder: Path) -> dict[str, Any]:
     (folder / "p").mkdir()
-    save_rgb(folder / "p" / "a.png", truth.ids)
+    as_rgb(truth.ids).save(folder / "p" / "a.png")
     entry = {"image_id": truth.image_id, "file_name": "a.png", "segments_info": truth.segments}
     (folder / "p.json").write_text(json.dumps({"annotations": [entry]}))
     return {"file_name": folder / "p.json", "image_id": str(truth.image_id)}
 
 
-def results(code: Callable[[np.ndarray], Any]) -> Callable[[Truth, Path], dict[str, Any]]:
-    def write(truth: Truth, folder: Path) -> dict[str, Any]:
-        entries = [
-            {"image_id": truth.image_id, "category_id": 1, "segmentation": code(m), "score": 0.7}
-            for m in truth.masks
-        ]
-        (folder / "r.json").write_text(json.dumps(entries))
-        return {"file_name": folder / "r.json", "image_id": truth.image_id}
-
-    return write
+def results(truth: Truth, folder: Path, code: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+    common = {"image_id": truth.image_id, "category_id": 1, "score": 0.7}
+    entries = [{**common, "segmentation": code(mask)} for mask in truth.masks]
+    (folder / "r.json").write_text(json.dumps(entries))
+    return {"file_name": folder / "r.json", "image_id": truth.image_id}
 
 
-def instances(code: Callable[[np.ndarray], Any]) -> Callable[[Truth, Path], dict[str, Any]]:
-    def write(truth: Truth, folder: Path) -> dict[str, Any]:
-        entries = [
-            {
-                **segment,
-                "image_id": truth.image_id,
-                "segmentation": code(truth.ids == segment["id"]),
-            }
-            for segment in truth.segments
-        ]
-        (folder / "i.json").write_text(json.dumps({"images": [], "annotations": entries}))
-        return {"file_name": folder / "i.json", "image_id": truth.image_id}
-
-    return write
+def instances(truth: Truth, folder: Path, code: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+    entries = [
+        {**segment, "image_id": truth.image_id, "segmentation": code(truth.ids == segment["id"])}
+        for segment in truth.segments
+    ]
+    (folder / "i.json").write_text(json.dumps({"images": [], "annotations": entries}))
+    return {"file_name": folder / "i.json", "image_id": truth.image_id}
 
 
-def npz(key: str) -> Callable[[Truth, Path], dict[str, Any]]:
-    def write(truth: Truth, folder: Path) -> dict[str, Any]:
-        own = np.where(np.isin(truth.ids, truth.own), truth.ids, 0).astype(np.int32)
-        array = {"masks": truth.masks, "ids": own, "bytes": truth.masks.astype(np.uint8) * 255}
-        np.savez_compressed(folder / "a.npz", **{"ids" if key == "ids" else "masks": array[key]})
-        return {"file_name": folder / "a.npz"}
-
-    return write
+def npz(truth: Truth, folder: Path, key: str) -> dict[str, Any]:
+    own = np.where(np.isin(truth.ids, truth.own), truth.ids, 0).astype(np.int32)
+    array = {"masks": truth.masks, "ids": own, "bytes": truth.masks.astype(np.uint8) * 255}
+    np.savez_compressed(folder / "a.npz", **{"ids" if key == "ids" else "masks": array[key]})
+    return {"file_name": folder / "a.npz"}
 
 
-def gray(depth: int) -> Callable[[Truth, Path], dict[str, Any]]:
-    def write(truth: Truth, folder: Path) -> dict[str, Any]:
-        ids = numbered(truth) * (1 if depth == 8 else 900)
-        Image.fromarray(ids.astype({8: np.uint8, 16: np.uint16}[depth])).save(folder / "a.png")
-        return {"file_name": folder / "a.png"}
-
-    return write
+def grey(truth: Truth, folder: Path, kind: type, factor: int) -> dict[str, Any]:
+    """Entities as 1..E in the order of the annotation, where there is no room for large ids."""
+    ids = (truth.masks * np.arange(1, len(truth.own) + 1)[:, None, None]).sum(axis=0) * factor
+    Image.fromarray(ids.astype(kind)).save(folder / "a.png")
+    return {"file_name": folder / "a.png"}
 
 
-WRITERS: dict[str, Callable[[Truth, Path], dict[str, Any]]] = {
-    "panoptic_png": panoptic_png,
-    "panoptic_json": panoptic_json,
-    "results, compressed": results(compressed),
-    "results, plain": results(plain),
-    "results, outlines": results(to_segmentation),
-    "instances, compressed": instances(compressed),
-    "instances, outlines": instances(to_segmentation),
-    "npz masks": npz("masks"),
-    "npz bytes": npz("bytes"),
-    "npz ids": npz("ids"),
-    "8-bit grey": gray(8),
-    "16-bit grey": gray(16),
+# And which ids come back: those of the annotation in its order or in ascending order, or others.
+WRITERS: dict[str, tuple[Callable[[Truth, Path], dict[str, Any]], str]] = {
+    "panoptic_png": (panoptic_png, "listed"),
+    "panoptic_json": (panoptic_json, "listed"),
+    "results, compressed": (partial(results, code=compressed), ""),
+    "results, plain": (partial(results, code=plain), ""),
+    "results, outlines": (partial(results, code=to_segmentation), ""),
+    "instances, compressed": (partial(instances, code=compressed), "listed"),
+    "instances, outlines": (partial(instances, code=to_segmentation), "listed"),
+    "npz masks": (partial(npz, key="masks"), ""),
+    "npz bytes": (partial(npz, key="bytes"), ""),
+    "npz ids": (partial(npz, key="ids"), "ascending"),
+    "8-bit grey": (partial(grey, kind=np.uint8, factor=1), ""),
+    "16-bit grey": (partial(grey, kind=np.uint16, factor=900), ""),
 }
-# Which ids come back: those of the annotation in its order, the same in ascending order, or others.
-ORDER = dict.fromkeys(("panoptic_png", "panoptic_json"), "listed")
-ORDER |= dict.fromkeys(("instances, compressed", "instances, outlines"), "listed")
-ORDER |= {"npz ids": "ascending"}
 
 
 def check(truth: Truth, name: str, folder: Path) -> None:
     folder.mkdir()
-    arguments = WRITERS[name](truth, folder)
+    write, order = WRITERS[name]
+    arguments = write(truth, folder)
     entities = load_entities(height=truth.ids.shape[0], width=truth.ids.shape[1], **arguments)
-    expected = {"listed": truth.own, "ascending": sorted(truth.own)}.get(ORDER.get(name, ""))
-    if expected is not None:
+    masks = truth.masks[np.argsort(truth.own)] if order == "ascending" else truth.masks
+    if order:
+        expected = sorted(truth.own) if order == "ascending" else truth.own
         assert entities.segment_ids == expected
-    order = np.argsort(truth.own) if ORDER.get(name) == "ascending" else np.arange(len(truth.own))
-    np.testing.assert_array_equal(entities.bitmasks(), truth.masks[order])
+    np.testing.assert_array_equal(entities.bitmasks(), masks)
     # Void and crowd are no entity.
     np.testing.assert_array_equal(entities.ids == 0, ~truth.masks.any(axis=0))
 
@@ -179,15 +155,14 @@ def drawn(seed: int, split: str, index: int) -> Truth:
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_shapes_in_every_format(tmp_path: Path, name: str) -> None:
-    for place, (split, index) in enumerate(itertools.product(shapes.SPLITS, range(4))):
+    for place, (split, index) in enumerate(itertools.product(shapes.SPLITS, range(2))):
         truth = drawn(5, split, index)
         assert len(truth.own) > 3
         check(truth, name, tmp_path / str(place))
         # With a crowd and void pixels, which the scenes have not.
         segments = [{**s, "iscrowd": int(k == 1)} for k, s in enumerate(truth.segments)]
         ids = np.where(truth.ids == truth.own[0], 0, truth.ids)
-        with_crowd = Truth(truth.image_id, ids, segments[1:])
-        check(with_crowd, name, tmp_path / f"{place}-crowd")
+        check(Truth(truth.image_id, ids, segments[1:]), name, tmp_path / f"{place}-crowd")
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -196,8 +171,8 @@ def test_coco_sample_in_every_format(tmp_path: Path, coco_sample: Path, name: st
     content = json.loads((folder / "panoptic_val2017.json").read_text())
     for annotation in content["annotations"]:
         picture = np.asarray(Image.open(folder / "panoptic_val2017" / annotation["file_name"]))
-        ids = (picture.astype(int) * [1, 256, 65536]).sum(axis=-1)
-        truth = Truth(annotation["image_id"], ids, annotation["segments_info"])
+        ids, segments = (picture.astype(int) * [1, 256, 65536]).sum(axis=-1), "segments_info"
+        truth = Truth(annotation["image_id"], ids, annotation[segments])
         assert (ids == 0).any() and any(s["iscrowd"] for s in truth.segments)
         if "outlines" in name or "plain" in name:  # slow to write; the small scenes have them all
             small = [s for s in truth.segments if s["area"] < 3000 or s["iscrowd"]][:6]
@@ -209,9 +184,8 @@ def test_coco_sample_in_every_format(tmp_path: Path, coco_sample: Path, name: st
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small prepared dataset, as `prepare_shapes.py` writes it."""
-    spec = importlib.util.spec_from_file_location(
-        "prepare_shapes", ROOT / "datasets" / "prepare_shapes.py"
-    )
+    path = ROOT / "datasets" / "prepare_shapes.py"
+    spec = importlib.util.spec_from_file_location("prepare_shapes", path)
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -223,8 +197,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_prepared_shapes_through_the_readers(prepared: Path) -> None:
     notes, images = prepared / "annotations", prepared / "val"
     panoptic = (notes / "panoptic_val.json", notes / "panoptic_val")
-    records = datasets.load_coco_panoptic(*panoptic, images)
-    objects = datasets.load_refcoco(prepared / "refcoco", "unc", "val", images, per="image")
+    records = load_coco_panoptic(*panoptic, images)
+    objects = load_refcoco(prepared / "refcoco", "unc", "val", images, per="image")
     by_id = {record["image_id"]: record for record in objects}
     assert len(by_id) > 2
     for index, record in enumerate(records):
@@ -242,8 +216,7 @@ def test_prepared_shapes_through_the_readers(prepared: Path) -> None:
 
 
 def test_predicted_shapes_are_flattened_as_defined(prepared: Path) -> None:
-    path = prepared / "annotations" / "predicted_val.json"
-    source = FileSource(path, "coco_results")
+    source = FileSource(prepared / "annotations" / "predicted_val.json", "coco_results")
     overlapping = 0
     for index in range(5):
         sample = shapes.make_sample(5, "val", index)
@@ -262,3 +235,55 @@ def test_predicted_shapes_are_flattened_as_defined(prepared: Path) -> None:
         names = np.array([0, *entities.segment_ids])
         np.testing.assert_array_equal(names[entities.ids], owner)
     assert overlapping > 100
+
+
+# --------------------------------------------------------------------------- PNGs of ids
+
+
+def encoded(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def interlaced() -> tuple[np.ndarray, bytes]:
+    """An Adam7 RGB file of one pixel's height, which Pillow does not write, and its ids."""
+    pixels = np.array([[[1, 2, 3], [4, 5, 6], [7, 8, 9]]], np.uint8)  # passes 1, 6 and 4
+    passes = [pixels[:, 0::8], pixels[:, 2::4], pixels[:, 1::2]]
+    raw = zlib.compress(b"".join(b"\0" + part.tobytes() for part in passes))
+    header = struct.pack(">IIBBBBB", 3, 1, 8, 2, 0, 0, 1)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in ((b"IHDR", header), (b"IDAT", raw), (b"IEND", b"")):
+        check_sum = struct.pack(">I", zlib.crc32(name + body))
+        data += struct.pack(">I", len(body)) + name + body + check_sum
+    r, g, b = pixels.astype(np.int32).transpose(2, 0, 1)
+    return r + 256 * g + 65536 * b, data
+
+
+def pictures_of_ids() -> dict[str, tuple[np.ndarray, bytes]]:
+    ids = np.random.default_rng(0).integers(0, 1 << 24, (13, 17)).astype(np.int32)
+    palette = Image.fromarray((ids % 256).astype(np.uint8)).convert("L")
+    palette.putpalette(list(range(255, -1, -1)) * 3)
+    return {
+        "rgb": (ids, encoded(as_rgb(ids))),
+        "rgba": (ids, encoded(as_rgb(ids).convert("RGBA"))),
+        "grey8": (ids % 256, encoded(Image.fromarray((ids % 256).astype(np.uint8)))),
+        "grey16": (ids % 65536, encoded(Image.fromarray((ids % 65536).astype(np.uint16)))),
+        "palette": (ids % 256, encoded(palette)),
+        "interlaced": interlaced(),
+    }
+
+
+@pytest.mark.parametrize("kind", pictures_of_ids())
+def test_ids_are_read_from_every_kind_of_png(tmp_path: Path, kind: str) -> None:
+    ids, data = pictures_of_ids()[kind]
+    (tmp_path / "x.png").write_bytes(data)
+    read = read_id_png(tmp_path / "x.png")
+    assert read.dtype == np.int32
+    np.testing.assert_array_equal(read, ids)
+    for damaged in (data[: len(data) // 2], b"no picture", data[:20]):
+        (tmp_path / "x.png").write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged|no picture"):
+            read_id_png(tmp_path / "x.png")
+    with pytest.raises(FileNotFoundError):
+        read_id_png(tmp_path / "absent.png")
