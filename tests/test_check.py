@@ -270,7 +270,7 @@ DAMAGE = {
         "png",
         narratives(lambda c: first_noun(c).update(segment_ids=["513"])),
         "phrase-without-mask",
-        "'513'",
+        "id 513 is not in",
     ),
     "unaligned": (
         "png",

@@ -239,7 +239,7 @@ def test_unknown_segment_id_is_named(root, tmp_path):
 
     path = edited_narratives(root, tmp_path, change)
     image_id = shapes.image_id_of("val", 1)
-    with pytest.raises(ValueError, match=rf"png_changed.json: image {image_id}.* 999 "):
+    with pytest.raises(ValueError, match=rf"narrative 1, image {image_id}, .* id 999 "):
         datasets.load_png(path, **places(root, "val"))
 
 
@@ -379,7 +379,7 @@ def test_captions_of_another_dataset_are_refused(root, tmp_path):
     lines[3]["file_name"] = "another.jpg"
     where["captions_jsonl"] = tmp_path / "captions.jsonl"
     where["captions_jsonl"].write_text("\n".join(map(json.dumps, lines)))
-    message = rf"captions.jsonl: caption 4, image {lines[3]['image_id']} is of another.jpg"
+    message = rf"captions.jsonl: caption 4, image {lines[3]['image_id']}: it is of another.jpg"
     with pytest.raises(ValueError, match=message):
         datasets.load_entityseg(**where)
 

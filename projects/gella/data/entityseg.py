@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gella.data.narratives import with_captions
 from gella.data.panoptic import load_instances
-from gella.data.records import RecordStore
+from gella.data.records import STOP, Place, Problems, RecordStore
 
 __all__ = ["load_entityseg", "locate_images"]
 
@@ -18,6 +18,7 @@ def load_entityseg(
     captions_jsonl: str | Path,
     image_root: str | Path,
     tasks: tuple[str, ...] = ("describe", "extract"),
+    problems: Problems = STOP,
 ) -> RecordStore:
     """Read generated captions over COCO-style entity masks, one dataset dict per caption.
 
@@ -28,6 +29,7 @@ def load_entityseg(
         image_root: folder of the images. EntitySeg's come in several folders, while the annotation
             names files without them: files are looked for below this folder.
         tasks: what the records can train and serve.
+        problems: what becomes of what is wrong.
 
     Returns:
         Dicts as `gella.data.panoptic.load_instances` with what `with_captions` adds.
@@ -36,12 +38,14 @@ def load_entityseg(
         FileNotFoundError: one of the two annotation files is missing.
         ValueError: as those two, or a file name occurs in several folders.
     """
-    images = load_instances(instances_json, image_root, tasks)
-    places = locate_images(image_root, (record["file_name"] for record in images))
+    images = load_instances(instances_json, image_root, tasks, problems=problems)
+    folders, names = Place(image_root, "folders"), [record["file_name"] for record in images]
+    places = problems.attempt("duplicate-image", folders, locate_images, image_root, names) or {}
     moved = RecordStore()
     for record in images:
-        moved.share({**record, "file_name": places[record["file_name"]]})
-    return with_captions(moved, captions_jsonl, instances_json)
+        name = record["file_name"]
+        moved.share({**record, "file_name": places.get(name, name)})
+    return with_captions(moved, captions_jsonl, instances_json, problems)
 
 
 def locate_images(image_root: str | Path, file_names: Iterable[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gella.data.panoptic import load_coco_panoptic
-from gella.data.records import Place, RecordStore, json_lines, read_json
+from gella.data.records import STOP, Place, Problems, RecordStore, json_lines, read_json
 from gella.text.spans import align_utterances, locate_phrases
 
 __all__ = ["load_captions", "load_png", "read_narratives", "with_captions"]
@@ -21,6 +21,7 @@ def load_png(
     panoptic_root: str | Path,
     image_root: str | Path,
     tasks: tuple[str, ...] = ("ground",),
+    problems: Problems = STOP,
 ) -> RecordStore:
     """Read Panoptic Narrative Grounding, one dataset dict per narrative (docs/FORMATS.md 2).
 
@@ -28,6 +29,7 @@ def load_png(
         png_json: the narratives.
         panoptic_json, panoptic_root, image_root: as `load_coco_panoptic`.
         tasks: what the records can train and serve.
+        problems: what becomes of what is wrong.
 
     Returns:
         The image's panoptic dict and ``annotator_id``, ``caption``, ``phrases``. A phrase is every
@@ -44,28 +46,51 @@ def load_png(
         ValueError: a narrative is of an unknown image or names an unknown segment id; the message
             gives the file, the image and the id.
     """
-    panoptic = load_coco_panoptic(panoptic_json, panoptic_root, image_root, tasks)
+    panoptic = load_coco_panoptic(panoptic_json, panoptic_root, image_root, tasks, problems)
+    for figure in ("narratives", "images with narratives", "noun phrases", "utterances"):
+        problems.count(figure, 0)
     numbers = panoptic.numbers_by_image()
-    narratives = read_narratives(png_json)
-    total, lost = len(narratives), 0
+    file = Place(png_json, problems=problems)
+    narratives = file.read(read_narratives) or []
+    lost, left_out, seen, spoken = 0, 0, set(), set()
     store = panoptic.derived()
-    for number in range(total):
-        image_id = Place(png_json, f"narrative {number}").key(narratives[number], "image_id")
-        if image_id not in numbers:
-            raise ValueError(
-                f"{png_json}: image {image_id} is not in {panoptic_json}; both must be of one split"
-            )
-        place = Place(png_json, f"image {image_id}")
-        segments = panoptic.shared(numbers[image_id])["entities"]["segments_info"]
-        caption = place.text(narratives[number], "caption")
-        phrases = _phrases(narratives[number], caption, segments, place)
-        author = narratives[number].get("annotator_id")
+    for number, narrative in enumerate(narratives):
         narratives[number] = {}  # a large file: what is stored need not stay here too
+        image_id = file.at(f"narrative {number}").key(narrative, "image_id")
+        place = file.at(f"narrative {number}, image {image_id}")
+        caption = place.text(narrative, "caption")
+        segments = place.listed(narrative, "segments")
+        utterances = [place.text(segment, "utterance") for segment in segments]
+        if None in (image_id, caption, *utterances):
+            continue
+        if image_id not in numbers:
+            there = f"image {image_id} is not in {panoptic_json}; both must be of one split"
+            place.wrong("unknown-image", there)
+            continue
+        spoken.add(image_id)
+        words = hash((image_id, caption))  # the texts themselves would stay in memory
+        if words in seen:
+            place.note("duplicate-narrative", "the same words again")
+        seen.add(words)
+        spans = align_utterances(caption, utterances)
+        problems.count("utterances", sum(bool(text.strip()) for text in utterances))
+        for text, span in zip(utterances, spans):
+            if span is None and text.strip():
+                said = f"{text[:60]!r} is not in the caption as written: {caption[:60]!r}"
+                place.note("unaligned", said)
+        annotated = panoptic.shared(numbers[image_id])["entities"]["segments_info"]
+        phrases = _phrases(segments, caption, spans, annotated, place)
         if phrases:
+            author = narrative.get("annotator_id")
             own = {"caption": caption, "phrases": phrases, "annotator_id": author}
             store.add(numbers[image_id], own)
-            lost += sum(phrase["start"] < 0 for phrase in phrases)
-    _report(png_json, lost, total - len(store))
+        else:
+            place.note("no-noun", "it is left out: it names nothing")
+        left_out += not phrases
+        lost += sum(phrase["start"] < 0 for phrase in phrases)
+    problems.count("narratives", len(narratives))
+    problems.count("images with narratives", len(spoken))
+    _report(png_json, lost, left_out)
     return store
 
 
@@ -90,26 +115,34 @@ def _report(path: str | Path, lost: int, left_out: int = 0) -> None:
 
 
 def _phrases(
-    narrative: dict[str, Any], caption: str, segments_info: list[dict[str, Any]], place: Place
+    segments: list[dict[str, Any]],
+    caption: str,
+    spans: list[tuple[int, int] | None],
+    segments_info: list[dict[str, Any]],
+    narrative: Place,
 ) -> list[dict[str, Any]]:
-    segments = place.listed(narrative, "segments")
-    utterances = [place.text(segment, "utterance") for segment in segments]
-    things = {segment["id"]: bool(segment["isthing"]) for segment in segments_info}
+    annotated = {segment["id"]: segment for segment in segments_info}
     phrases = []
-    for segment, span in zip(segments, align_utterances(caption, utterances)):
-        ids = []
-        for name in place.listed(segment, "segment_ids"):
-            if not str(name).isdecimal() or int(name) not in things:
-                raise place.error(
-                    f"segment id {name} is not in the image's panoptic annotation, which has "
-                    f"{len(things)} segments; use the annotation that the file was made for"
-                )
-            ids.append(int(name))
-        if not ids and not segment.get("noun", False):
+    for segment, span in zip(segments, spans):
+        names = narrative.listed(segment, "segment_ids")
+        if not names and not segment.get("noun", False):
             continue
+        ids = [int(n) for n in names if str(n).isdecimal() and int(n) in annotated]
+        if len(ids) < len(names):
+            unknown = [n for n in names if not str(n).isdecimal() or int(n) not in annotated]
+            narrative.at(f"{narrative.where}, {segment['utterance'][:40]!r}").wrong(
+                "phrase-without-mask",
+                f"segment id {', '.join(map(str, unknown[:5]))} is not in the image's panoptic "
+                f"annotation, which has {len(annotated)} segments; use the annotation that the "
+                "file was made for",
+            )
         plural = bool(segment.get("plural", len(ids) > 1))
-        thing = things[ids[-1]] if ids else None
+        thing = bool(annotated[ids[-1]]["isthing"]) if ids else None
         phrases.append(_phrase(segment["utterance"], caption, span, ids, plural, thing))
+        crowd = bool(ids) and all(annotated[i]["iscrowd"] for i in ids)
+        narrative.problems.count("ungrounded nouns", not names)
+        narrative.problems.count("crowd-only phrases", crowd)
+    narrative.problems.count("noun phrases", len(phrases))
     return phrases
 
 
@@ -138,6 +171,7 @@ def load_captions(
     panoptic_root: str | Path,
     image_root: str | Path,
     tasks: tuple[str, ...] = ("describe", "extract"),
+    problems: Problems = STOP,
 ) -> RecordStore:
     """Read generated captions, one dataset dict per line (docs/FORMATS.md 4).
 
@@ -146,6 +180,7 @@ def load_captions(
         panoptic_json, panoptic_root, image_root: where the images and their entities are, as
             `load_coco_panoptic`.
         tasks: what the records can train and serve.
+        problems: what becomes of what is wrong.
 
     Returns:
         The image's panoptic dict with what `with_captions` adds.
@@ -154,12 +189,15 @@ def load_captions(
         FileNotFoundError: a file is missing.
         ValueError: as `with_captions`.
     """
-    images = load_coco_panoptic(panoptic_json, panoptic_root, image_root, tasks)
-    return with_captions(images, captions_jsonl, panoptic_json)
+    images = load_coco_panoptic(panoptic_json, panoptic_root, image_root, tasks, problems)
+    return with_captions(images, captions_jsonl, panoptic_json, problems)
 
 
 def with_captions(
-    images: RecordStore, captions_jsonl: str | Path, annotation: str | Path
+    images: RecordStore,
+    captions_jsonl: str | Path,
+    annotation: str | Path,
+    problems: Problems = STOP,
 ) -> RecordStore:
     """One dataset dict per caption line, over the images of an annotation.
 
@@ -167,6 +205,7 @@ def with_captions(
         images: dicts of the images.
         captions_jsonl: see `load_captions`.
         annotation: the file that ``images`` come from, for errors.
+        problems: what becomes of what is wrong.
 
     Returns:
         The image's dict and ``caption``, ``phrases`` with ``segment_ids`` None, for what the nouns
@@ -178,32 +217,52 @@ def with_captions(
         ValueError: a line lacks a field, or names an unknown image or another file name than the
             annotation has for the image; the message gives the file, the caption and the image.
     """
+    for figure in ("captions", "images with captions", "nouns"):
+        problems.count(figure, 0)
     numbers = images.numbers_by_image()
-    store, lost = images.derived(), 0
-    lines = (value for _, value in json_lines(captions_jsonl))
-    for number, line in enumerate(lines, start=1):
+    file = Place(captions_jsonl, problems=problems)
+    store, lost, seen, spoken = images.derived(), 0, set(), set()
+    lines = file.read(lambda path: list(json_lines(path))) or []
+    for number, line in lines:
         if isinstance(line, ValueError):
-            raise line
-        image_id = Place(captions_jsonl, f"caption {number}").key(line, "image_id")
-        place = Place(captions_jsonl, f"caption {number}, image {image_id}")
+            file.at(f"line {number}").wrong("line", str(line).removeprefix(f"{file.path}: "))
+            continue
+        image_id = file.at(f"caption {number}").key(line, "image_id")
+        place = file.at(f"caption {number}, image {image_id}")
+        caption, nouns = place.text(line, "description"), place.listed(line, "nouns")
+        if None in (image_id, caption):
+            continue
         if image_id not in numbers:
-            raise ValueError(f"{captions_jsonl}: {place.where} is not in {annotation}")
+            place.wrong("unknown-image", f"there is no such image in {annotation}")
+            continue
+        spoken.add(image_id)
         # Ids of two datasets may be equal: a caption of another file is refused.
-        name = Path(images.shared(numbers[image_id])["file_name"]).name
-        said = line.get("file_name")
+        said, name = line.get("file_name"), Path(images.shared(numbers[image_id])["file_name"]).name
         if said and Path(str(said)).name != name:
-            raise ValueError(
-                f"{captions_jsonl}: {place.where} is of {said}, but that image is {name}; the "
-                "captions and the annotation belong to different datasets"
-            )
-        caption = place.text(line, "description")
-        nouns = place.listed(line, "nouns")
+            mixed = "the captions and the annotation belong to different datasets"
+            place.wrong("other-image", f"it is of {said}, but that image is {name}; {mixed}")
+        key = (image_id, line.get("prompt_id"), hash(caption))
+        if key in seen:
+            place.note("duplicate-caption", "the same caption again")
+        seen.add(key)
+        if not caption.strip():
+            place.note("empty", "the description is empty", "error")
+        elif not nouns:
+            place.note("no-noun", "no noun: noun extraction cannot use it", "error")
+        phrases = []
         for k, noun in enumerate(nouns):
             if not isinstance(noun, str) or not noun.strip():
-                raise place.error(f"noun {k} is {noun!r}, not text")
-        spans = locate_phrases(caption, nouns)
-        phrases = [_phrase(n, caption, s, None, None, None) for n, s in zip(nouns, spans)]
-        lost += sum(span is None for span in spans)
+                place.wrong("field", f"noun {k} is {noun!r}, not text")
+        nouns = [str(noun) for noun in nouns]
+        for noun, span in zip(nouns, locate_phrases(caption, nouns)):
+            if span is None:
+                there = "is not in the description after those before it"
+                place.note("noun-not-in-text", f"noun {noun[:40]!r} {there}", "error")
+            phrases.append(_phrase(noun, caption, span, None, None, None))
+        lost += sum(phrase["start"] < 0 for phrase in phrases)
         store.add(numbers[image_id], {"caption": caption, "phrases": phrases})
+        problems.count("nouns", len(nouns))
+    problems.count("captions", len(lines))
+    problems.count("images with captions", len(spoken))
     _report(captions_jsonl, lost)
     return store

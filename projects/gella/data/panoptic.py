@@ -6,17 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gella.data.records import Place, RecordStore, read_json
+from gella.data.records import STOP, Place, Problems, RecordStore, read_json
 
-__all__ = [
-    "categories_of",
-    "category_metadata",
-    "image_fields",
-    "images_by_id",
-    "load_coco_panoptic",
-    "load_instances",
-    "read_categories",
-]
+__all__ = ["category_metadata", "load_coco_panoptic", "load_instances", "read_categories"]
 
 
 def read_categories(panoptic_json: str | Path) -> list[dict[str, Any]]:
@@ -25,23 +17,21 @@ def read_categories(panoptic_json: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: there is no ``categories``, or an id occurs twice.
     """
-    return categories_of(read_json(panoptic_json), panoptic_json)
+    return _categories(read_json(panoptic_json), panoptic_json)
 
 
-def categories_of(content: Any, path: str | Path) -> list[dict[str, Any]]:
-    """`read_categories` of a file's content; ``path`` is for errors."""
+def _categories(content: Any, path: str | Path) -> list[dict[str, Any]]:
     categories: dict[int, dict[str, Any]] = {}
     for number, category in enumerate(Place(path).listed(content, "categories")):
-        entry = Place(path, f"entry {number} of 'categories'")
+        place = Place(path, f"entry {number} of 'categories'")
         for name in ("name", "isthing"):
-            entry.field(category, name)
-        category_id = entry.whole(category, "id")
+            place.field(category, name)
+        category_id = place.whole(category, "id")
         if category["isthing"] not in (0, 1):
-            raise ValueError(
-                f"{path}: category {category_id}: isthing is {category['isthing']!r}, not 0 or 1"
-            )
+            isthing = category["isthing"]
+            place.wrong("field", f"category {category_id}: isthing is {isthing!r}, not 0 or 1")
         if category_id in categories:
-            raise ValueError(f"{path}: category id {category_id} occurs twice")
+            place.wrong("field", f"category id {category_id} occurs twice")
         categories[category_id] = {**category, "id": category_id}
     return list(categories.values())
 
@@ -72,6 +62,7 @@ def load_coco_panoptic(
     panoptic_root: str | Path,
     image_root: str | Path,
     tasks: tuple[str, ...] = ("ground", "panoptic"),
+    problems: Problems = STOP,
 ) -> RecordStore:
     """Read COCO panoptic annotations, one dataset dict per annotated image.
 
@@ -80,6 +71,7 @@ def load_coco_panoptic(
         panoptic_root: folder of the PNG files.
         image_root: folder of the images.
         tasks: what the records can train and serve.
+        problems: what becomes of what is wrong.
 
     Returns:
         Dicts ``file_name, image_id, height, width, tasks, entities``; ``entities`` is
@@ -92,84 +84,104 @@ def load_coco_panoptic(
         ValueError: a field is missing or of another type, an annotation is of an unknown image or
             category, or an id occurs twice; the message names the file and the image.
     """
-    path = panoptic_json
-    content = read_json(path)
-    isthing = {c["id"]: bool(c["isthing"]) for c in categories_of(content, path)}
-    images = images_by_id(content, path)
-    annotations = Place(path).listed(content, "annotations")
-    store = RecordStore()
-    done: set[str] = set()
+    file, store = Place(panoptic_json, problems=problems), RecordStore()
+    for figure in ("images", "segments", "crowd segments"):
+        problems.count(figure, 0)
+    content = file.read(read_json)
+    if content is None:
+        return store
+    categories = problems.attempt("categories", file, _categories, content, panoptic_json)
+    isthing = None if categories is None else {c["id"]: bool(c["isthing"]) for c in categories}
+    images = _images(content, file, image_root, tasks)
+    annotations, done = file.listed(content, "annotations"), set()
     for number, annotation in enumerate(annotations):
-        image_id = Place(path, f"annotation {number}").key(annotation, "image_id")
-        if image_id not in images:
-            raise ValueError(f"{path}: image {image_id} is annotated but not in 'images'")
+        image_id = _owner(annotation, file.at(f"annotation {number}"), images)
+        if image_id is None:
+            continue
+        place = file.at(f"image {image_id}")
         if image_id in done:
-            raise ValueError(f"{path}: image {image_id} is annotated twice; keep one annotation")
+            place.wrong("duplicate-annotation", "it is annotated twice; keep one annotation")
+            continue
         done.add(image_id)
-        place = Place(path, f"image {image_id}")
+        name = place.key(annotation, "file_name")
         entities = {
             "format": "panoptic_png",
-            "file_name": os.path.join(panoptic_root, place.key(annotation, "file_name")),
+            "file_name": os.path.join(panoptic_root, name or f"{image_id}.png"),
             "segments_info": _segments(annotation, isthing, place),
         }
-        fields = image_fields(images[image_id], path, image_root, tasks)
-        store.add(store.share({**fields, "entities": entities}))
+        store.add(store.share({**(images[image_id] or {}), "entities": entities}))
         annotations[number] = None  # a large file: what is stored need not stay here too
-    if not len(store):
-        raise ValueError(f"{path}: there is no annotation in it; nothing to train or evaluate")
+    for image_id, fields in images.items():
+        if fields and image_id not in done:
+            file.at(f"image {image_id}").note("unannotated", "it has no annotation")
+    problems.count("images", len(store))
+    if not annotations:
+        file.wrong("empty", "there is no annotation in it; nothing to train or evaluate")
     return store
 
 
-def images_by_id(content: Any, path: str | Path) -> dict[str, dict[str, Any]]:
-    """The ``images`` of a COCO-style file by id as text; ValueError when an id occurs twice."""
-    images: dict[str, dict[str, Any]] = {}
-    for number, image in enumerate(Place(path).listed(content, "images")):
-        image_id = Place(path, f"entry {number} of 'images'").key(image, "id")
+def _images(
+    content: Any, file: Place, image_root: str | Path, tasks: tuple[str, ...]
+) -> dict[str, dict[str, Any] | None]:
+    """What dataset dicts say of the images of a COCO-style file, by id as text; None if wrong."""
+    images: dict[str, dict[str, Any] | None] = {}
+    for number, image in enumerate(file.listed(content, "images")):
+        image_id = file.at(f"entry {number} of 'images'").key(image, "id")
+        if image_id is None:
+            continue
+        place = file.at(f"image {image_id}")
         if image_id in images:
-            raise ValueError(f"{path}: image id {image_id} occurs twice in 'images'")
-        images[image_id] = image
+            place.wrong("duplicate-image", f"image id {image_id} occurs twice in 'images'")
+            continue
+        name = place.key(image, "file_name")
+        height, width = (place.whole(image, side, least=1) for side in ("height", "width"))
+        images[image_id] = None
+        if None not in (name, height, width):
+            fields = {"file_name": os.path.join(image_root, name), "image_id": image["id"]}
+            images[image_id] = {**fields, "height": height, "width": width, "tasks": tuple(tasks)}
     return images
 
 
-def image_fields(
-    image: dict[str, Any], path: str | Path, image_root: str | Path, tasks: tuple[str, ...]
-) -> dict[str, Any]:
-    """What every dataset dict says of its image: file, id, size, tasks."""
-    place = Place(path, f"image {image['id']}")
-    return {
-        "file_name": os.path.join(image_root, place.key(image, "file_name")),
-        "image_id": image["id"],
-        "height": place.whole(image, "height", least=1),
-        "width": place.whole(image, "width", least=1),
-        "tasks": tuple(tasks),
-    }
+def _owner(annotation: Any, place: Place, images: dict[str, dict[str, Any] | None]) -> str | None:
+    """The image id of an annotation, as text, if it is that of a sound image of the file."""
+    image_id = place.key(annotation, "image_id")
+    if image_id is not None and image_id not in images:
+        place.wrong("unknown-image", f"image {image_id} is not in 'images'")
+    return image_id if image_id is not None and images.get(image_id) else None
 
 
 def _segments(
-    annotation: dict[str, Any], isthing: dict[int, bool], image: Place
+    annotation: Any, isthing: dict[int, bool] | None, image: Place
 ) -> list[dict[str, Any]]:
     segments: dict[int, dict[str, Any]] = {}
     for segment in image.listed(annotation, "segments_info"):
-        # 0 is void
-        number = Place(image.path, f"{image.where}, a segment").whole(segment, "id", least=1)
-        place = Place(image.path, f"{image.where}, segment {number}")
-        category = place.whole(segment, "category_id")
-        if category not in isthing:
-            raise place.error(f"category {category} is not among the {len(isthing)} of the file")
+        number = image.at(f"{image.where}, a segment").whole(segment, "id", least=1)  # 0 is void
+        if number is None:
+            continue
+        place = image.at(f"{image.where}, segment {number}")
         if number in segments:
-            raise ValueError(f"{image.path}: {image.where} has segment id {number} twice")
+            place.wrong("duplicate-segment", f"the id {number} occurs twice in the image")
+            continue
+        category = place.whole(segment, "category_id")
+        if category is not None and isthing is not None and category not in isthing:
+            known = f"is not among the {len(isthing)} of the file"
+            place.wrong("unknown-category", f"category {category} {known}")
         # Numbers that are text or NaN would fail in the middle of an evaluation.
-        if segment.get("iscrowd", 0) not in (0, 1):
-            raise place.error(f"iscrowd is {segment['iscrowd']!r}, not 0 or 1")
-        area, box = segment.get("area", 0), segment.get("bbox", [0, 0, 0, 0])
-        if type(area) not in (int, float) or not area >= 0:
-            raise place.error(f"area is {area!r}, not a number of pixels")
+        area, box, crowd = segment.get("area"), segment.get("bbox"), segment.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            place.wrong("field", f"iscrowd is {crowd!r}, not 0 or 1")
+        if area == 0:
+            place.note("zero-area", "area is 0", "error")
+        elif area is not None and (type(area) not in (int, float) or not area > 0):
+            place.wrong("zero-area", f"area is {area!r}, not a number of pixels")
         if box is not None and (
             not isinstance(box, list) or [type(v) in (int, float) for v in box] != [True] * 4
         ):
-            raise place.error(f"bbox is {box!r}, not [x, y, width, height]")
-        own = {"id": number, "category_id": category, "isthing": isthing[category]}
+            place.wrong("field", f"bbox is {box!r}, not [x, y, width, height]")
+        own = {"id": number, "category_id": category, "isthing": (isthing or {}).get(category)}
         segments[number] = {"iscrowd": 0, **segment, **own}
+        image.problems.count("crowd segments", int(bool(crowd)))
+    image.problems.count("segments", len(segments))
     return list(segments.values())
 
 
@@ -179,6 +191,7 @@ def load_instances(
     tasks: tuple[str, ...],
     *,
     names_of_2017: bool = False,
+    problems: Problems = STOP,
 ) -> RecordStore:
     """Read a COCO-style instance annotation, one dataset dict per image; labels are kept, unused.
 
@@ -188,6 +201,7 @@ def load_instances(
         tasks: what the records can train and serve.
         names_of_2017: images are named ``000000000009.jpg``, as in COCO 2017, and not
             ``COCO_train2014_000000000009.jpg``, as the file says; the pictures are the same.
+        problems: what becomes of what is wrong.
 
     Returns:
         Dicts with ``entities`` ``{"format": "coco_instances", "file_name": path,
@@ -199,28 +213,36 @@ def load_instances(
         ValueError: a field is missing or of another type, an image has an id twice, or an
             annotation is of an unknown image; the message names the file and the record.
     """
-    content = read_json(path)
-    images = images_by_id(content, path)
-    segments: dict[str, list[dict[str, Any]]] = {image_id: [] for image_id in images}
-    seen: set[tuple[str, int]] = set()  # joined files may number each part's objects from 1
-    for place, annotation in enumerate(Place(path).listed(content, "annotations")):
-        number = Place(path, f"annotation {place}").whole(annotation, "id")
-        where = f"annotation {number}"
-        image_id = Place(path, where).key(annotation, "image_id")
-        if image_id not in images:
-            raise ValueError(f"{path}: {where} is of unknown image {image_id}")
-        if (image_id, number) in seen:
-            raise ValueError(f"{path}: image {image_id} has annotation id {number} twice")
-        seen.add((image_id, number))
-        Place(path, f"image {image_id}, {where}").field(annotation, "segmentation")
-        segments[image_id].append({**annotation, "id": number, "isthing": True})
-    store = RecordStore()
-    for image_id, image in images.items():
-        fields = image_fields(image, path, image_root, tasks)
-        if names_of_2017:
-            name = f"{Place(path, 'an image').whole(image, 'id'):012d}.jpg"
-            fields["file_name"] = os.path.join(image_root, name)
-        objects = segments.pop(image_id)
-        entities = {"format": "coco_instances", "file_name": str(path), "segments_info": objects}
+    file, store = Place(path, problems=problems), RecordStore()
+    content = file.read(read_json)
+    if content is None:
+        return store
+    images = _images(content, file, image_root, tasks)
+    objects: dict[str, dict[int, dict[str, Any]]] = {image_id: {} for image_id in images}
+    for number, annotation in enumerate(file.listed(content, "annotations")):
+        object_id = file.at(f"annotation {number}").whole(annotation, "id")
+        place = file.at(f"annotation {number if object_id is None else object_id}")
+        owner = _owner(annotation, place, images)
+        if object_id is None or owner is None:
+            continue
+        if object_id in objects[owner]:  # joined files may number each part's objects from 1
+            place.wrong(
+                "duplicate-segment", f"annotation id {object_id} occurs twice in image {owner}"
+            )
+            continue
+        outline = file.at(f"image {owner}, annotation {object_id}").field(
+            annotation, "segmentation"
+        )
+        entry = {**annotation, "segmentation": outline, "id": object_id, "isthing": True}
+        objects[owner][object_id] = entry
+    problems.count("annotated images", sum(bool(own) for own in objects.values()))
+    problems.count("objects", sum(len(own) for own in objects.values()))
+    for image_id, fields in images.items():
+        if fields is None:
+            continue
+        if names_of_2017 and image_id.isdecimal():
+            fields["file_name"] = os.path.join(image_root, f"{int(image_id):012d}.jpg")
+        own = list(objects.pop(image_id).values())
+        entities = {"format": "coco_instances", "file_name": str(path), "segments_info": own}
         store.add(store.share({**fields, "entities": entities}))
     return store

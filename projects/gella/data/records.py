@@ -13,7 +13,6 @@ import pickle
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -25,6 +24,7 @@ from gella.utils import io
 __all__ = [
     "ADVICE",
     "Place",
+    "Problems",
     "RecordStore",
     "Records",
     "as_records",
@@ -46,57 +46,107 @@ json_lines = partial(io.json_lines, advice=ADVICE)
 _COMMON = ("image_id", "tasks", "entities")  # what `pack` takes for shared
 
 
-@dataclass(frozen=True)
+class Problems:
+    """What becomes of what is wrong with a file: a reader stops at the first, with a ValueError.
+
+    `gella.data.check.Report` notes all of it instead, and the readers go on: then their fields are
+    None where they are wrong.
+    """
+
+    def wrong(self, kind: str, place: Place, message: str) -> None:
+        """Meet what makes a record unusable; ``kind`` is a short name for it."""
+        raise ValueError(f"{place.path}: {place.where}: {message}")
+
+    def note(self, kind: str, place: Place, message: str, level: str = "warning") -> None:
+        """Meet what a reader can live with, and only a check tells."""
+
+    def attempt(self, kind: str, place: Place, make: Callable[..., Any], *args: Any) -> Any:
+        """The result of ``make(*args)``, or what it raises."""
+        return make(*args)
+
+    def count(self, what: str, number: int = 1) -> None:
+        """Add to a figure of a check."""
+
+    def uncounted(self) -> Problems:
+        """The same without figures, for a file of which only a part is used."""
+        return self
+
+
+STOP = Problems()
+_ABSENT = object()
+
+
 class Place:
-    """A record's place in a file. Its methods take fields, or raise a ValueError that names both.
+    """A record's place in a file; it takes fields, and knows what to do with what is wrong there.
 
     Attributes:
         path: the file.
         where: the record, such as "image 17".
+        problems: what is wrong goes there; see there for what the methods return then.
     """
 
-    path: str | Path
-    where: str = "the file"
+    __slots__ = ("path", "problems", "where")
 
-    def error(self, message: str) -> ValueError:
-        """An error about this record, to be raised."""
-        return ValueError(f"{self.path}: {self.where}: {message}")
+    def __init__(
+        self, path: str | Path, where: str = "the file", problems: Problems = STOP
+    ) -> None:
+        """Arguments as the attributes."""
+        self.path, self.where, self.problems = path, where, problems
 
-    def field(self, record: Any, name: str) -> Any:
+    def at(self, where: str) -> Place:
+        """Another record of the file."""
+        return Place(self.path, where, self.problems)
+
+    def wrong(self, kind: str, message: str) -> None:
+        """See :meth:`Problems.wrong`."""
+        self.problems.wrong(kind, self, message)
+
+    def note(self, kind: str, message: str, level: str = "warning") -> None:
+        """See :meth:`Problems.note`."""
+        self.problems.note(kind, self, message, level)
+
+    def read(self, reader: Callable[[Any], Any]) -> Any:
+        """The file's content."""
+        return self.problems.attempt("file", self, reader, self.path)
+
+    def field(self, record: Any, name: str, default: Any = None) -> Any:
         """``record[name]``, whatever it is."""
-        if not isinstance(record, dict) or name not in record:
-            raise ValueError(
-                f"{self.path}: {self.where} has no field '{name}'; is it a file of this format?"
-            )
-        return record[name]
+        if isinstance(record, dict) and name in record:
+            return record[name]
+        self.wrong("field", f"there is no field '{name}'; is it a file of this format?")
+        return default
 
-    def key(self, record: Any, name: str) -> str:
+    def key(self, record: Any, name: str) -> Any:
         """``record[name]`` as text: ids and names, which files write in both forms."""
-        return str(self.field(record, name))
+        value = self.field(record, name, _ABSENT)
+        return None if value is _ABSENT else str(value)
 
     def listed(self, record: Any, name: str) -> list[Any]:
-        """``record[name]``, which has to be a list."""
-        value = self.field(record, name)
-        if not isinstance(value, list):
+        """``record[name]``, which has to be a list; where it is not, an empty one."""
+        value = self.field(record, name, _ABSENT)
+        if value is not _ABSENT and not isinstance(value, list):
             kind = type(value).__name__
-            raise self.error(f"'{name}' is a {kind} ({str(value)[:40]}), not a list")
-        return value
+            self.wrong("field", f"'{name}' is a {kind} ({str(value)[:40]}), not a list")
+        return value if isinstance(value, list) else []
 
-    def text(self, record: Any, name: str) -> str:
+    def text(self, record: Any, name: str) -> Any:
         """``record[name]``, which has to be text."""
-        value = self.field(record, name)
-        if not isinstance(value, str):
-            raise self.error(f"'{name}' is {str(value)[:40]!r}, not text")
-        return value
+        value = self.field(record, name, _ABSENT)
+        if value is not _ABSENT and not isinstance(value, str):
+            self.wrong("field", f"'{name}' is {str(value)[:40]!r}, not text")
+        return value if isinstance(value, str) else None
 
-    def whole(self, record: Any, name: str, least: int | None = None) -> int:
+    def whole(self, record: Any, name: str, least: int | None = None) -> Any:
         """``record[name]`` as an int of at least ``least``; text of digits counts too."""
-        value = self.field(record, name)
+        value = self.field(record, name, _ABSENT)
         digits = isinstance(value, str) and value.isdecimal()
         if isinstance(value, bool) or not (isinstance(value, int) or digits):
-            raise self.error(f"'{name}' is {value!r}, not a whole number")
+            if value is not _ABSENT:
+                self.wrong("field", f"'{name}' is {value!r}, not a whole number")
+            return None
         if least is not None and int(value) < least:
-            raise self.error(f"'{name}' is {int(value)}, but at least {least} is needed")
+            self.wrong("field", f"'{name}' is {int(value)}, but at least {least} is needed")
+            return None
         return int(value)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 
 from gella.data.panoptic import load_coco_panoptic, load_instances
-from gella.data.records import ADVICE, Place, RecordStore, as_records, selected
+from gella.data.records import ADVICE, STOP, Place, Problems, RecordStore, as_records, selected
 from gella.utils.io import read_pickle
 
 __all__ = ["REFCOCO_FOLDERS", "held_out_images", "load_refcoco", "read_refs", "without_held_out"]
@@ -37,6 +37,7 @@ def load_refcoco(
     match: str = "id",
     names_of_2017: bool = False,
     tasks: tuple[str, ...] = ("ground", "refer"),
+    problems: Problems = STOP,
 ) -> RecordStore:
     """Read the refs of one split (docs/FORMATS.md 3).
 
@@ -55,6 +56,7 @@ def load_refcoco(
             have ids of their own: the objects are ``entities["targets"]``, still the truth.
         names_of_2017: see `load_instances`.
         tasks: what the records can train and serve.
+        problems: what becomes of what is wrong.
 
     Returns:
         Dicts of the image with ``expressions``: ``{"text", "segment_ids", "sent_id", "ref_id"}``.
@@ -71,16 +73,21 @@ def load_refcoco(
         )
     instances_json = Path(folder, "instances.json")
     refs_file = Path(folder, f"refs({split_by}).p")
-    images = load_instances(instances_json, image_root, tasks, names_of_2017=names_of_2017)
-    said = _said(images, refs_file, split, instances_json)
+    options: dict[str, Any] = {"names_of_2017": names_of_2017, "problems": problems}
+    images = load_instances(instances_json, image_root, tasks, **options)
+    said = _said(images, refs_file, split, instances_json, problems)
     numbers = images.numbers_by_image()
     store = images.derived()
     if panoptic_json is not None:
-        panoptic = load_coco_panoptic(panoptic_json, panoptic_root or "", image_root, tasks)
-        store, numbers = _joined(said, images, panoptic, panoptic_json, match)
+        root = panoptic_root or ""
+        # Its figures are of all images, not of the split's.
+        others = problems.uncounted()
+        panoptic = load_coco_panoptic(panoptic_json, root, image_root, tasks, others)
+        store, numbers = _joined(said, images, panoptic, Place(panoptic_json, "", problems), match)
     for image_id, texts in said.items():
-        for group in [texts] if per == "image" else [[one] for one in texts]:
-            store.add(numbers[image_id], {"expressions": group})
+        if image_id in numbers:
+            for group in [texts] if per == "image" else [[one] for one in texts]:
+                store.add(numbers[image_id], {"expressions": group})
     return store
 
 
@@ -98,41 +105,58 @@ def read_refs(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _said(
-    images: RecordStore, refs_file: Path, split: str, instances_json: Path
+    images: RecordStore,
+    refs_file: Path,
+    split: str,
+    instances_json: Path,
+    problems: Problems,
 ) -> dict[str, list[dict[str, Any]]]:
     """Expressions of a split by image, in the order of the file."""
+    for figure in ("refs", "images", "expressions"):
+        problems.count(figure, 0)
     numbers = images.numbers_by_image()
-    objects: dict[str, set[int]] = {}
+    objects: dict[str, dict[int, Any]] = {}  # whether it is a crowd
     said: dict[str, list[dict[str, Any]]] = {}
-    splits = set()
-    for number, ref in enumerate(read_refs(refs_file)):
-        splits.add(Place(refs_file, f"ref {number}").field(ref, "split"))
-        if ref["split"] != split:
+    splits, ref_ids = set(), set()
+    file = Place(refs_file, problems=problems)
+    refs = file.read(read_refs)
+    for number, ref in enumerate(refs or []):
+        splits.add(name := file.at(f"ref {number}").field(ref, "split"))
+        if name != split:
             continue
-        ref_id = Place(refs_file, f"entry {number}").field(ref, "ref_id")
-        place = Place(refs_file, f"ref {ref_id}")
-        image_id, target = place.key(ref, "image_id"), place.whole(ref, "ann_id")
+        ref_id = file.at(f"ref {number}").field(ref, "ref_id")
+        image_id = file.at(f"ref {ref_id}").key(ref, "image_id")
+        place = file.at(f"ref {ref_id}, image {image_id}")
+        target, sentences = place.whole(ref, "ann_id"), place.listed(ref, "sentences")
+        problems.count("refs")
+        if ref_id in ref_ids:
+            place.note("duplicate-ref", "the ref_id occurs twice", "error")
+        ref_ids.add(ref_id)
         if image_id in numbers and image_id not in objects:
             segments = images.shared(numbers[image_id])["entities"]["segments_info"]
-            objects[image_id] = {segment["id"] for segment in segments}
-        if target not in objects.get(image_id, ()):
-            raise ValueError(
-                f"{refs_file}: ref {ref_id} names object {target} of image {image_id}, which is "
-                f"not in {instances_json}"
-            )
-        said.setdefault(image_id, []).extend(
+            objects[image_id] = {s["id"]: s.get("iscrowd", 0) for s in segments}
+        if target not in objects.get(image_id, {}):
+            place.wrong("phrase-without-mask", f"object {target} is not in {instances_json}")
+            continue
+        if objects[image_id][target]:
+            place.note("crowd", f"object {target} is a crowd, which is no input entity")
+        texts = [
             {
                 "text": place.key(sentence, "sent"),
                 "segment_ids": [target],
                 "sent_id": place.field(sentence, "sent_id"),
                 "ref_id": ref_id,
             }
-            for sentence in place.listed(ref, "sentences")
-        )
-    if not said:
-        raise ValueError(
-            f"{refs_file}: no ref is in split '{split}'; it has {', '.join(sorted(splits))}"
-        )
+            for sentence in sentences
+        ]
+        problems.count("expressions", len(texts))
+        if not texts or not all((text["text"] or "").strip() for text in texts):
+            place.note("empty", f"an empty expression among {len(texts)}", "error")
+        said.setdefault(image_id, []).extend(texts)
+    problems.count("images", len(said))
+    if refs is not None and split not in splits:
+        known = ", ".join(sorted(map(str, splits)))
+        file.wrong("split", f"no ref is in split '{split}'; it has {known}")
     return said
 
 
@@ -140,15 +164,17 @@ def _joined(
     said: dict[str, list[dict[str, Any]]],
     images: RecordStore,
     panoptic: RecordStore,
-    path: str | Path,
+    file: Place,
     match: str,
 ) -> tuple[RecordStore, dict[str, int]]:
     """Shared fields of every image that is spoken of, with the panoptic segments as entities."""
     own, other = images.numbers_by_image(), panoptic.numbers_by_image()
     store, numbers = RecordStore(), {}
     for image_id, texts in said.items():
+        place = file.at(f"image {image_id}")
         if image_id not in other:
-            raise ValueError(f"{path}: has nothing of image {image_id}, of which refs speak")
+            place.wrong("unknown-image", "refs speak of it, but it has no panoptic annotation")
+            continue
         image, whole = images.shared(own[image_id]), panoptic.shared(other[image_id])
         if match == "overlap":
             entities = {**whole["entities"], "targets": image["entities"]}
@@ -160,9 +186,10 @@ def _joined(
         objects = {s["id"]: s.get("bbox") for s in image["entities"]["segments_info"]}
         for target in {text["segment_ids"][0] for text in texts}:
             if target not in boxes or boxes[target] != objects[target]:
-                raise ValueError(
-                    f"{path}: image {whole['image_id']}: object {target} is none of its "
-                    f"{len(segments)} segments; match by overlap, or leave panoptic_json out"
+                place.wrong(
+                    "other-object",
+                    f"object {target} is none of its {len(segments)} segments; match by overlap, "
+                    "or leave panoptic_json out",
                 )
         numbers[image_id] = store.share(whole)
     return store, numbers

@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,7 @@ from gella.data.coco_categories import SHAPES_CATEGORIES, coco_panoptic_categori
 from gella.data.entityseg import load_entityseg
 from gella.data.narratives import load_captions, load_png
 from gella.data.panoptic import category_metadata, load_coco_panoptic, read_categories
-from gella.data.records import RecordStore, mapped, selected
+from gella.data.records import STOP, Problems, RecordStore, mapped, selected
 from gella.data.refcoco import load_refcoco
 from gella.entities.sources import AnnotationSource, EntitySource, source_for
 
@@ -36,6 +37,7 @@ __all__ = [
     "REFCOCO_SPLITS",
     "choose_entities",
     "import_modules",
+    "read_dataset",
     "refcoco_name",
     "register_all",
     "register_captions",
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 _NOUNS = ("extract",), "noun_extraction"  # task and evaluator of narratives whose nouns are asked
+_READERS: dict[str, Callable[..., RecordStore]] = {}
 _logger = logging.getLogger(__name__)
 
 
@@ -196,8 +199,8 @@ def register_panoptic(
             first loaded, and the metadata has none before.
     """
     paths = (str(panoptic_json), str(panoptic_root), str(image_root))
-    evaluator = "coco_panoptic_seg"
-    _register(name, "panoptic", evaluator, lambda: load_coco_panoptic(*paths), paths, categories)
+    reader = partial(load_coco_panoptic, *paths)
+    _register_over(paths, categories, name, reader, "panoptic", "coco_panoptic_seg", paths[0])
 
 
 def register_png(
@@ -219,11 +222,8 @@ def register_png(
         evaluator_type: "png" (average recall) or "noun_extraction".
     """
     paths = (str(panoptic_json), str(panoptic_root), str(image_root))
-
-    def load() -> RecordStore:
-        return load_png(str(png_json), *paths, tasks=tasks)
-
-    _register(name, "png", evaluator_type, load, paths, categories, json_file=str(png_json))
+    reader = partial(load_png, str(png_json), *paths, tasks=tasks)
+    _register_over(paths, categories, name, reader, "png", evaluator_type, png_json)
 
 
 def register_captions(
@@ -241,12 +241,9 @@ def register_captions(
         captions_jsonl: the captions.
     """
     paths = (str(panoptic_json), str(panoptic_root), str(image_root))
-    lines = str(captions_jsonl)
-
-    def load() -> RecordStore:
-        return load_captions(lines, *paths)
-
-    _register(name, "captions", "noun_extraction", load, paths, categories, json_file=lines)
+    reader = partial(load_captions, str(captions_jsonl), *paths)
+    kind = "noun_extraction"
+    _register_over(paths, categories, name, reader, "captions", kind, captions_jsonl)
 
 
 def register_refcoco(
@@ -256,28 +253,20 @@ def register_refcoco(
     split: str,
     image_root: str | Path,
     *,
-    per: str = "expression",
     panoptic_json: str | Path | None = None,
     panoptic_root: str | Path | None = None,
-    match: str = "id",
     names_of_2017: bool = False,
+    **options: Any,
 ) -> None:
     """Register the refs of one split; arguments as `load_refcoco`."""
-    options: dict[str, Any] = {"per": per, "match": match, "names_of_2017": names_of_2017}
-    panoptic: dict[str, Any] = {"panoptic_json": panoptic_json, "panoptic_root": panoptic_root}
-    DatasetCatalog.register(
-        name, lambda: load_refcoco(folder, split_by, split, image_root, **options, **panoptic)
-    )
-    MetadataCatalog.get(name).set(
-        form="refcoco",
-        evaluator_type="refcoco",
-        image_root=str(image_root),
-        json_file=str(Path(folder) / f"refs({split_by}).p"),
-        instances_json=str(Path(folder) / "instances.json"),
-        split=split,
-        names_of_2017=names_of_2017,
-        **{key: str(path) for key, path in panoptic.items() if path is not None},
-    )
+    panoptic = {"panoptic_json": panoptic_json, "panoptic_root": panoptic_root}
+    options = {**options, **panoptic, "names_of_2017": names_of_2017}
+    reader = partial(load_refcoco, folder, split_by, split, image_root, **options)
+    given = {key: str(path) for key, path in panoptic.items() if path is not None}
+    given.update(image_root=str(image_root), instances_json=str(Path(folder) / "instances.json"))
+    refs = Path(folder) / f"refs({split_by}).p"
+    _register(name, reader, "refcoco", "refcoco", refs, **given)
+    MetadataCatalog.get(name).set(split=split, names_of_2017=names_of_2017)
 
 
 def register_entityseg(
@@ -287,16 +276,9 @@ def register_entityseg(
     image_root: str | Path,
 ) -> None:
     """Register generated captions over COCO-style entity masks; arguments as `load_entityseg`."""
-    DatasetCatalog.register(
-        name, lambda: load_entityseg(instances_json, captions_jsonl, image_root)
-    )
-    MetadataCatalog.get(name).set(
-        form="entityseg",
-        evaluator_type="noun_extraction",
-        image_root=str(image_root),
-        instances_json=str(instances_json),
-        json_file=str(captions_jsonl),
-    )
+    reader = partial(load_entityseg, instances_json, captions_jsonl, image_root)
+    given = {"image_root": str(image_root), "instances_json": str(instances_json)}
+    _register(name, reader, "entityseg", "noun_extraction", captions_jsonl, **given)
 
 
 def root_from_environment() -> str:
@@ -304,33 +286,43 @@ def root_from_environment() -> str:
     return os.getenv("DETECTRON2_DATASETS", "datasets")
 
 
+def read_dataset(name: str, problems: Problems) -> RecordStore:
+    """The records of a dataset that was registered here; ``problems`` gets what is wrong."""
+    return _READERS[name](problems=problems)
+
+
 def _register(
     name: str,
+    reader: Callable[..., RecordStore],
     form: str,
     evaluator_type: str,
-    load: Callable[[], RecordStore],
+    json_file: str | Path,
+    **paths: str,
+) -> None:
+    _READERS[name] = reader
+    DatasetCatalog.register(name, reader)
+    what = {"form": form, "evaluator_type": evaluator_type, "json_file": str(json_file)}
+    MetadataCatalog.get(name).set(**what, **paths)
+
+
+def _register_over(
     paths: tuple[str, str, str],
     categories: list[dict[str, Any]] | None,
-    **more: str,
+    name: str,
+    reader: Callable[..., RecordStore],
+    *what: Any,
 ) -> None:
-    panoptic_json, panoptic_root, image_root = paths
-    metadata = MetadataCatalog.get(name)
+    """Register a dataset over a panoptic annotation, with its categories."""
 
-    def load_and_describe() -> RecordStore:
-        records = load()
-        if categories is None:
-            metadata.set(**category_metadata(read_categories(panoptic_json)))
+    def load_and_describe(problems: Problems = STOP) -> RecordStore:
+        records = reader(problems=problems)
+        if problems is STOP:
+            metadata.set(**category_metadata(read_categories(paths[0])))
         return records
 
-    DatasetCatalog.register(name, load_and_describe)
-    metadata.set(
-        form=form,
-        evaluator_type=evaluator_type,
-        panoptic_json=panoptic_json,
-        panoptic_root=panoptic_root,
-        image_root=image_root,
-        **{"json_file": panoptic_json, **more},
-    )
+    given = dict(zip(("panoptic_json", "panoptic_root", "image_root"), paths))
+    _register(name, load_and_describe if categories is None else reader, *what, **given)
+    metadata = MetadataCatalog.get(name)
     if categories is not None:
         metadata.set(**category_metadata(categories))
 
