@@ -52,46 +52,54 @@ def load_png(
     numbers = panoptic.numbers_by_image()
     file = Place(png_json, problems=problems)
     narratives = file.read(read_narratives) or []
-    lost, left_out, seen, spoken = 0, 0, set(), set()
-    store = panoptic.derived()
+    lost, left_out, store = 0, 0, panoptic.derived()
+    seen: set[int] = set()
+    spoken: set[str] = set()
     for number, narrative in enumerate(narratives):
         narratives[number] = {}  # a large file: what is stored need not stay here too
         image_id = file.at(f"narrative {number}").key(narrative, "image_id")
         place = file.at(f"narrative {number}, image {image_id}")
-        caption = place.text(narrative, "caption")
-        segments = place.listed(narrative, "segments")
-        utterances = [place.text(segment, "utterance") for segment in segments]
-        if None in (image_id, caption, *utterances):
-            continue
-        if image_id not in numbers:
+        if image_id is not None and image_id not in numbers:
             there = f"image {image_id} is not in {panoptic_json}; both must be of one split"
             place.wrong("unknown-image", there)
-            continue
-        spoken.add(image_id)
-        words = hash((image_id, caption))  # the texts themselves would stay in memory
-        if words in seen:
-            place.note("duplicate-narrative", "the same words again")
-        seen.add(words)
-        spans = align_utterances(caption, utterances)
-        problems.count("utterances", sum(bool(text.strip()) for text in utterances))
-        for text, span in zip(utterances, spans):
-            if span is None and text.strip():
-                said = f"{text[:60]!r} is not in the caption as written: {caption[:60]!r}"
-                place.note("unaligned", said)
-        annotated = panoptic.shared(numbers[image_id])["entities"]["segments_info"]
-        phrases = _phrases(segments, caption, spans, annotated, place)
-        if phrases:
-            author = narrative.get("annotator_id")
-            own = {"caption": caption, "phrases": phrases, "annotator_id": author}
-            store.add(numbers[image_id], own)
-        else:
-            place.note("no-noun", "it is left out: it names nothing")
-        left_out += not phrases
-        lost += sum(phrase["start"] < 0 for phrase in phrases)
+        elif image_id is not None:
+            segments = panoptic.shared(numbers[image_id])["entities"]["segments_info"]
+            own = _with_narrative(narrative, segments, place, seen)
+            spoken.add(image_id)
+            left_out += not own["phrases"]
+            if own["phrases"]:
+                store.add(numbers[image_id], own)
+                lost += sum(phrase["start"] < 0 for phrase in own["phrases"])
     problems.count("narratives", len(narratives))
     problems.count("images with narratives", len(spoken))
     _report(png_json, lost, left_out)
     return store
+
+
+def _with_narrative(
+    narrative: Any, segments_info: list[dict[str, Any]], place: Place, seen: set[int]
+) -> dict[str, Any]:
+    """Caption, author and phrases; ``seen`` holds the hashes of narratives before."""
+    caption = place.text(narrative, "caption")
+    segments = place.listed(narrative, "segments")
+    utterances = [place.text(segment, "utterance") for segment in segments]
+    if None in (caption, *utterances):
+        return {"phrases": []}
+    words = hash((str(narrative["image_id"]), caption))  # the texts themselves would stay in memory
+    if words in seen:
+        place.note("duplicate-narrative", "the same words again")
+    seen.add(words)
+    spans = align_utterances(caption, utterances)
+    place.problems.count("utterances", sum(bool(text.strip()) for text in utterances))
+    for text, span in zip(utterances, spans):
+        if span is None and text.strip():
+            said = f"{text[:60]!r} is not in the caption as written: {caption[:60]!r}"
+            place.note("unaligned", said)
+    phrases = _phrases(segments, caption, spans, segments_info, place)
+    if not phrases:
+        place.note("no-noun", "it is left out: it names nothing")
+    author = narrative.get("annotator_id")
+    return {"caption": caption, "phrases": phrases, "annotator_id": author}
 
 
 def read_narratives(png_json: str | Path) -> list[dict[str, Any]]:
@@ -221,48 +229,58 @@ def with_captions(
         problems.count(figure, 0)
     numbers = images.numbers_by_image()
     file = Place(captions_jsonl, problems=problems)
-    store, lost, seen, spoken = images.derived(), 0, set(), set()
+    store, lost = images.derived(), 0
+    seen: set[tuple[Any, ...]] = set()
+    spoken: set[str] = set()
     lines = file.read(lambda path: list(json_lines(path))) or []
     for number, line in lines:
         if isinstance(line, ValueError):
-            file.at(f"line {number}").wrong("line", str(line).removeprefix(f"{file.path}: "))
+            said = str(line).removeprefix(f"{file.path}: ")
+            file.at(f"line {number}").wrong("line", said)
             continue
         image_id = file.at(f"caption {number}").key(line, "image_id")
         place = file.at(f"caption {number}, image {image_id}")
-        caption, nouns = place.text(line, "description"), place.listed(line, "nouns")
-        if None in (image_id, caption):
-            continue
-        if image_id not in numbers:
+        if image_id is not None and image_id not in numbers:
             place.wrong("unknown-image", f"there is no such image in {annotation}")
-            continue
-        spoken.add(image_id)
-        # Ids of two datasets may be equal: a caption of another file is refused.
-        said, name = line.get("file_name"), Path(images.shared(numbers[image_id])["file_name"]).name
-        if said and Path(str(said)).name != name:
-            mixed = "the captions and the annotation belong to different datasets"
-            place.wrong("other-image", f"it is of {said}, but that image is {name}; {mixed}")
-        key = (image_id, line.get("prompt_id"), hash(caption))
-        if key in seen:
-            place.note("duplicate-caption", "the same caption again")
-        seen.add(key)
-        if not caption.strip():
-            place.note("empty", "the description is empty", "error")
-        elif not nouns:
-            place.note("no-noun", "no noun: noun extraction cannot use it", "error")
-        phrases = []
-        for k, noun in enumerate(nouns):
-            if not isinstance(noun, str) or not noun.strip():
-                place.wrong("field", f"noun {k} is {noun!r}, not text")
-        nouns = [str(noun) for noun in nouns]
-        for noun, span in zip(nouns, locate_phrases(caption, nouns)):
-            if span is None:
-                there = "is not in the description after those before it"
-                place.note("noun-not-in-text", f"noun {noun[:40]!r} {there}", "error")
-            phrases.append(_phrase(noun, caption, span, None, None, None))
-        lost += sum(phrase["start"] < 0 for phrase in phrases)
-        store.add(numbers[image_id], {"caption": caption, "phrases": phrases})
-        problems.count("nouns", len(nouns))
+        elif image_id is not None:
+            file_name = images.shared(numbers[image_id])["file_name"]
+            own = _with_caption(line, Path(file_name).name, place, seen)
+            spoken.add(image_id)
+            store.add(numbers[image_id], own)
+            lost += sum(phrase["start"] < 0 for phrase in own["phrases"])
     problems.count("captions", len(lines))
     problems.count("images with captions", len(spoken))
     _report(captions_jsonl, lost)
     return store
+
+
+def _with_caption(
+    line: dict[str, Any], file_name: str, place: Place, seen: set[tuple[Any, ...]]
+) -> dict[str, Any]:
+    """Caption and phrases of one line; ``seen`` holds what tells the lines before apart."""
+    caption, nouns = place.text(line, "description") or "", place.listed(line, "nouns")
+    # Ids of two datasets may be equal: a caption of another file is refused.
+    said = line.get("file_name")
+    if said and Path(str(said)).name != file_name:
+        mixed = "the captions and the annotation belong to different datasets"
+        place.wrong("other-image", f"it is of {said}, but that image is {file_name}; {mixed}")
+    key = (str(line["image_id"]), line.get("prompt_id"), hash(caption))
+    if key in seen:
+        place.note("duplicate-caption", "the same caption again")
+    seen.add(key)
+    if not caption.strip():
+        place.note("empty", "the description is empty", "error")
+    elif not nouns:
+        place.note("no-noun", "no noun: noun extraction cannot use it", "error")
+    for k, noun in enumerate(nouns):
+        if not isinstance(noun, str) or not noun.strip():
+            place.wrong("field", f"noun {k} is {noun!r}, not text")
+    nouns = [str(noun) for noun in nouns]
+    spans = locate_phrases(caption, nouns)
+    for noun, span in zip(nouns, spans):
+        if span is None:
+            there = "is not in the description after those before it"
+            place.note("noun-not-in-text", f"noun {noun[:40]!r} {there}", "error")
+    place.problems.count("nouns", len(nouns))
+    phrases = [_phrase(n, caption, span, None, None, None) for n, span in zip(nouns, spans)]
+    return {"caption": caption, "phrases": phrases}

@@ -84,16 +84,27 @@ def load_coco_panoptic(
         ValueError: a field is missing or of another type, an annotation is of an unknown image or
             category, or an id occurs twice; the message names the file and the image.
     """
-    file, store = Place(panoptic_json, problems=problems), RecordStore()
+    file = Place(panoptic_json, problems=problems)
     for figure in ("images", "segments", "crowd segments"):
         problems.count(figure, 0)
     content = file.read(read_json)
     if content is None:
-        return store
+        return RecordStore()
     categories = problems.attempt("categories", file, _categories, content, panoptic_json)
     isthing = None if categories is None else {c["id"]: bool(c["isthing"]) for c in categories}
     images = _images(content, file, image_root, tasks)
-    annotations, done = file.listed(content, "annotations"), set()
+    return _annotated(content, file, images, isthing, panoptic_root)
+
+
+def _annotated(
+    content: Any,
+    file: Place,
+    images: dict[str, dict[str, Any] | None],
+    isthing: dict[int, bool] | None,
+    panoptic_root: str | Path,
+) -> RecordStore:
+    store, done = RecordStore(), set()
+    annotations = file.listed(content, "annotations")
     for number, annotation in enumerate(annotations):
         image_id = _owner(annotation, file.at(f"annotation {number}"), images)
         if image_id is None:
@@ -114,7 +125,7 @@ def load_coco_panoptic(
     for image_id, fields in images.items():
         if fields and image_id not in done:
             file.at(f"image {image_id}").note("unannotated", "it has no annotation")
-    problems.count("images", len(store))
+    file.problems.count("images", len(store))
     if not annotations:
         file.wrong("empty", "there is no annotation in it; nothing to train or evaluate")
     return store
@@ -215,28 +226,8 @@ def load_instances(
     """
     file, store = Place(path, problems=problems), RecordStore()
     content = file.read(read_json)
-    if content is None:
-        return store
-    images = _images(content, file, image_root, tasks)
-    objects: dict[str, dict[int, dict[str, Any]]] = {image_id: {} for image_id in images}
-    for number, annotation in enumerate(file.listed(content, "annotations")):
-        object_id = file.at(f"annotation {number}").whole(annotation, "id")
-        place = file.at(f"annotation {number if object_id is None else object_id}")
-        owner = _owner(annotation, place, images)
-        if object_id is None or owner is None:
-            continue
-        if object_id in objects[owner]:  # joined files may number each part's objects from 1
-            place.wrong(
-                "duplicate-segment", f"annotation id {object_id} occurs twice in image {owner}"
-            )
-            continue
-        outline = file.at(f"image {owner}, annotation {object_id}").field(
-            annotation, "segmentation"
-        )
-        entry = {**annotation, "segmentation": outline, "id": object_id, "isthing": True}
-        objects[owner][object_id] = entry
-    problems.count("annotated images", sum(bool(own) for own in objects.values()))
-    problems.count("objects", sum(len(own) for own in objects.values()))
+    images = {} if content is None else _images(content, file, image_root, tasks)
+    objects = {} if content is None else _objects(content, file, images)
     for image_id, fields in images.items():
         if fields is None:
             continue
@@ -246,3 +237,26 @@ def load_instances(
         entities = {"format": "coco_instances", "file_name": str(path), "segments_info": own}
         store.add(store.share({**fields, "entities": entities}))
     return store
+
+
+def _objects(
+    content: Any, file: Place, images: dict[str, dict[str, Any] | None]
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """The objects of every image, by image id as text and by their own ids."""
+    objects: dict[str, dict[int, dict[str, Any]]] = {image_id: {} for image_id in images}
+    for number, annotation in enumerate(file.listed(content, "annotations")):
+        object_id = file.at(f"annotation {number}").whole(annotation, "id")
+        owner = _owner(annotation, file.at(f"annotation {object_id}"), images)
+        if object_id is None or owner is None:
+            continue
+        place = file.at(f"image {owner}, annotation {object_id}")
+        if object_id in objects[owner]:  # joined files may number each part's objects from 1
+            said = f"annotation id {object_id} occurs twice in image {owner}"
+            place.wrong("duplicate-segment", said)
+            continue
+        outline = place.field(annotation, "segmentation")
+        entry = {**annotation, "segmentation": outline, "id": object_id, "isthing": True}
+        objects[owner][object_id] = entry
+    file.problems.count("annotated images", sum(bool(own) for own in objects.values()))
+    file.problems.count("objects", sum(len(own) for own in objects.values()))
+    return objects

@@ -7,8 +7,8 @@ has seen, with masks, the pictures that RefCOCO's scores are measured on: they c
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,11 @@ def load_refcoco(
     numbers = images.numbers_by_image()
     store = images.derived()
     if panoptic_json is not None:
-        root = panoptic_root or ""
-        # Its figures are of all images, not of the split's.
-        others = problems.uncounted()
-        panoptic = load_coco_panoptic(panoptic_json, root, image_root, tasks, others)
-        store, numbers = _joined(said, images, panoptic, Place(panoptic_json, "", problems), match)
+        file = Place(panoptic_json, problems=problems)
+        panoptic = partial(
+            load_coco_panoptic, panoptic_json, panoptic_root or "", image_root, tasks
+        )
+        store, numbers = _joined(said, images, panoptic, file, match)
     for image_id, texts in said.items():
         if image_id in numbers:
             for group in [texts] if per == "image" else [[one] for one in texts]:
@@ -163,11 +163,12 @@ def _said(
 def _joined(
     said: dict[str, list[dict[str, Any]]],
     images: RecordStore,
-    panoptic: RecordStore,
+    load_panoptic: Callable[..., RecordStore],
     file: Place,
     match: str,
 ) -> tuple[RecordStore, dict[str, int]]:
     """Shared fields of every image that is spoken of, with the panoptic segments as entities."""
+    panoptic = load_panoptic(problems=file.problems.uncounted())  # it has all images, not these
     own, other = images.numbers_by_image(), panoptic.numbers_by_image()
     store, numbers = RecordStore(), {}
     for image_id, texts in said.items():
