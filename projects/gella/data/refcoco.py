@@ -7,8 +7,8 @@ has seen, with masks, the pictures that RefCOCO's scores are measured on: they c
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,26 +64,23 @@ def load_refcoco(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the pickle is refused, a ref names an unknown object or image, the split has no
-            ref, or an object is no segment of the panoptic annotation.
+        ValueError: the pickle is refused, the split has no ref, or a ref names what the
+            annotations do not have.
     """
     if per not in ("expression", "image") or match not in ("id", "overlap"):
         raise ValueError(
             f"per {per!r} must be 'expression' or 'image', and match {match!r} 'id' or 'overlap'"
         )
-    instances_json = Path(folder, "instances.json")
-    refs_file = Path(folder, f"refs({split_by}).p")
+    objects, refs = Path(folder, "instances.json"), Path(folder, f"refs({split_by}).p")
     options: dict[str, Any] = {"names_of_2017": names_of_2017, "problems": problems}
-    images = load_instances(instances_json, image_root, tasks, **options)
-    said = _said(images, refs_file, split, instances_json, problems)
-    numbers = images.numbers_by_image()
-    store = images.derived()
+    images = load_instances(objects, image_root, tasks, **options)
+    said = _said(images, refs, split, objects, problems)
+    numbers, store = images.numbers_by_image(), images.derived()
     if panoptic_json is not None:
-        file = Place(panoptic_json, problems=problems)
-        panoptic = partial(
-            load_coco_panoptic, panoptic_json, panoptic_root or "", image_root, tasks
-        )
-        store, numbers = _joined(said, images, panoptic, file, match)
+        paths = (panoptic_json, panoptic_root or "", image_root)
+        others = problems.uncounted()  # its figures would be of all images, not of the split's
+        panoptic = load_coco_panoptic(*paths, tasks, others)
+        store, numbers = _joined(said, images, panoptic, Place(panoptic_json, "", problems), match)
     for image_id, texts in said.items():
         if image_id in numbers:
             for group in [texts] if per == "image" else [[one] for one in texts]:
@@ -163,12 +160,11 @@ def _said(
 def _joined(
     said: dict[str, list[dict[str, Any]]],
     images: RecordStore,
-    load_panoptic: Callable[..., RecordStore],
+    panoptic: RecordStore,
     file: Place,
     match: str,
 ) -> tuple[RecordStore, dict[str, int]]:
     """Shared fields of every image that is spoken of, with the panoptic segments as entities."""
-    panoptic = load_panoptic(problems=file.problems.uncounted())  # it has all images, not these
     own, other = images.numbers_by_image(), panoptic.numbers_by_image()
     store, numbers = RecordStore(), {}
     for image_id, texts in said.items():
