@@ -6,6 +6,7 @@ has seen, with masks, the pictures that RefCOCO's scores are measured on: they c
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
@@ -67,10 +68,8 @@ def load_refcoco(
         ValueError: the pickle is refused, the split has no ref, or a ref names what the
             annotations do not have.
     """
-    if per not in ("expression", "image") or match not in ("id", "overlap"):
-        raise ValueError(
-            f"per {per!r} must be 'expression' or 'image', and match {match!r} 'id' or 'overlap'"
-        )
+    if (per, match) not in itertools.product(("expression", "image"), ("id", "overlap")):
+        raise ValueError(f"per is {per!r} (expression, image) and match {match!r} (id, overlap)")
     objects, refs = Path(folder, "instances.json"), Path(folder, f"refs({split_by}).p")
     options: dict[str, Any] = {"names_of_2017": names_of_2017, "problems": problems}
     images = load_instances(objects, image_root, tasks, **options)
