@@ -31,8 +31,12 @@ from gella.text.prompts import decode_answer
 from gella.utils.io import write_json
 from gella.weights.checkpoint import load_weights
 
-TASK = "extract"
-WAYS = ("greedy", "drafts", "transformers")
+# By way of decoding, what the table calls it.
+WAYS = {
+    "greedy": "greedy",
+    "drafts": "drafts of up to {}",
+    "transformers": "transformers' prompt lookup",
+}
 
 
 @dataclass
@@ -82,13 +86,13 @@ def prepare(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], int]:
     if args.dataset:
         cfg.DATASETS.TEST = (args.dataset,)
     records = load_records(cfg.DATASETS.TEST, "DATASETS.TEST", cfg)
-    able = [i for i in range(len(records)) if TASK in records[i]["tasks"]][: args.num]
+    able = [i for i in range(len(records)) if "extract" in records[i]["tasks"]][: args.num]
     if not able:
         raise ValueError(
             f"no record of {', '.join(cfg.DATASETS.TEST)} has a caption to extract nouns from: "
             "choose another --dataset"
         )
-    mapper = GroundingMapper(cfg, is_train=False, task=TASK)
+    mapper = GroundingMapper(cfg, is_train=False, task="extract")
     model = build_model(cfg)
     load_weights(model, args.weights or cfg.MODEL.WEIGHTS, cfg)
     return model.eval(), [mapper(records[i]) for i in tqdm(able, "reading", leave=False)], lookup
@@ -128,17 +132,14 @@ def count_calls(model: Any, inputs: list[dict[str, Any]], lookup: int) -> dict[s
 def _answer(model: Any, grid: Tensor, input_ids: Tensor, tally: Tally, way: str) -> None:
     decoder, ids = model.language_decoder, input_ids.to(grid.device)
     limit = min(model.max_new_tokens, decoder.max_positions - len(ids))
-    options: dict[str, Any] = dict(
-        max_new_tokens=limit,
-        eos_token_id=model.tokenizer.eos_token_id,
-        pad_token_id=model.tokenizer.pad_token_id,
-    )
+    ends = {name: getattr(model.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
     start = time.perf_counter()
     if way == "transformers":
-        answer = library_lookup(decoder, grid, ids, **options)
+        answer = library_lookup(decoder, grid, ids, max_new_tokens=limit, **ends)
     else:
         snippets = model.noun_snippets if way == "drafts" else None
-        answer = decoder.generate(grid, [ids], snippets=snippets, **options)[0].tolist()
+        options = {"snippets": snippets, "max_new_tokens": limit, **ends}
+        answer = decoder.generate(grid, [ids], **options)[0].tolist()
     tally.seconds += time.perf_counter() - start  # the lists have waited for the device
     tally.tokens += len(answer) + (len(answer) < limit)
     tally.answers.append(answer)
@@ -177,44 +178,29 @@ def summarise(tallies: dict[str, Tally]) -> dict[str, Any]:
     """Figures: per way ``calls``, ``tokens``, ``calls_per_token``, ``seconds`` and ``identical``
     (answers equal to greedy's); ``captions``; ``calls_ratio`` of drafts to greedy.
     """
+    greedy = tallies["greedy"]
     figures: dict[str, Any] = {
         name: {
             "calls": tally.calls,
             "tokens": tally.tokens,
             "calls_per_token": tally.calls / tally.tokens,
             "seconds": tally.seconds,
+            "identical": sum(map(list.__eq__, greedy.answers, tally.answers)),
         }
         for name, tally in tallies.items()
     }
-    greedy = tallies["greedy"]
-    figures["captions"] = len(greedy.answers)
-    for name, tally in tallies.items():
-        pairs = zip(greedy.answers, tally.answers)
-        figures[name]["identical"] = sum(one == other for one, other in pairs)
-    figures["calls_ratio"] = tallies["drafts"].calls / greedy.calls
-    return figures
+    ratio = tallies["drafts"].calls / greedy.calls
+    return {**figures, "captions": len(greedy.answers), "calls_ratio": ratio}
 
 
 def report(figures: dict[str, Any], lookup: int, example: str) -> str:
     """The printed table."""
-    titles = {
-        "greedy": "greedy",
-        "drafts": f"drafts of up to {lookup}",
-        "transformers": "transformers' prompt lookup",
-    }
     rows = []
-    for name, title in titles.items():
-        taken = figures[name]
-        rows.append(
-            (
-                title,
-                taken["calls"],
-                taken["tokens"],
-                f"{taken['calls_per_token']:.3f}",
-                f"{taken['identical']} of {figures['captions']}",
-                f"{taken['seconds']:.2f}",
-            )
-        )
+    for way, title in WAYS.items():
+        taken = figures[way]
+        same = f"{taken['identical']} of {figures['captions']}"
+        counts = (taken["calls"], taken["tokens"], f"{taken['calls_per_token']:.3f}", same)
+        rows.append((title.format(lookup), *counts, f"{taken['seconds']:.2f}"))
     head = ["decoding", "calls", "tokens", "calls per token", "same answers", "seconds"]
     return (
         f"{tabulate(rows, head, colalign=('left', *['right'] * 5), disable_numparse=True)}\n\n"

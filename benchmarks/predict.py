@@ -17,9 +17,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +35,10 @@ from gella.utils.io import write_json
 
 SHARE, BATCH_SHARE = 0.5, 1.0  # what is asked, see `rules`
 TOLERANCE = 0.02  # of scores, which half precision rounds
+LEAST = {"captions": 2, "images": 2, "size": 64, "repeat": 1, "threads": 1}  # of the options
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A picture, its entities, and captions about it with their nouns."""
 
     image: np.ndarray
@@ -59,13 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=1, metavar="N", help="of torch (default 1)")
     add("--json", metavar="FILE", help="write the figures there too")
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of the config")
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """ValueError for numbers that nothing can be measured with, naming the option."""
-    for name, least in {"captions": 2, "images": 2, "size": 64, "repeat": 1, "threads": 1}.items():
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} is {getattr(args, name)}; give at least {least}")
 
 
 def made_cases(images: int, captions: int, size: int) -> list[Case]:
@@ -102,24 +94,20 @@ def ways(predictor: GellaPredictor, cases: list[Case]) -> dict[str, Callable[[],
         for number, case in enumerate(cases)
     ]
 
-    def separate() -> list[Any]:
+    def captions(separate: bool) -> list[Any]:
         results = []
-        for caption, nouns in first.captions:
-            predictor.set_image(first.image, first.entities, image_id=0)
-            results.append(predictor.ground(caption, nouns))
+        for number, caption in enumerate(first.captions):
+            if separate or number == 0:
+                predictor.set_image(first.image, first.entities, image_id=0)
+            results.append(predictor.ground(*caption))
         return results
 
-    def shared() -> list[Any]:
-        predictor.set_image(first.image, first.entities, image_id=0)
-        return [predictor.ground(caption, nouns) for caption, nouns in first.captions]
-
-    def single() -> list[Any]:
-        return [predictor.predict_many([request])[0] for request in requests]
-
-    def batch() -> list[Any]:
-        return predictor.predict_many(requests, batch_size=len(requests))
-
-    return {"separate": separate, "shared": shared, "single": single, "batch": batch}
+    return {
+        "separate": lambda: captions(True),
+        "shared": lambda: captions(False),
+        "single": lambda: [predictor.predict_many([request])[0] for request in requests],
+        "batch": lambda: list(predictor.predict_many(requests, batch_size=len(requests))),
+    }
 
 
 def time_ways(
@@ -131,9 +119,17 @@ def time_ways(
         ValueError: two ways that must agree do not.
     """
     results = {name: function() for name, function in functions.items()}  # also warms up
-    for one, other in (("separate", "shared"), ("single", "batch")):
-        if not all(map(_same, results[one], results[other])):
-            raise ValueError(f"{one} and {other} calls gave different scores")
+    failed = [one for found in results.values() for one in found if isinstance(one, Exception)]
+    if failed:
+        raise failed[0]
+    for pair in (("separate", "shared"), ("single", "batch")):
+        # Of near ties, which random weights give many of, the entities may change places.
+        scores = [
+            [phrase["scores"][0] for found in results[name] for phrase in found.phrases]
+            for name in pair
+        ]
+        if not np.allclose(*scores, rtol=0, atol=TOLERANCE):
+            raise ValueError(f"{pair[0]} and {pair[1]} calls gave different scores")
     on_gpu = device.startswith("cuda")
     clock = time.perf_counter if on_gpu else time.process_time
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -147,28 +143,18 @@ def time_ways(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _same(one: Any, other: Any) -> bool:
-    for result in (one, other):
-        if isinstance(result, Exception):
-            raise result
-    # Of near ties, which random weights give many of, the entities may change places.
-    pairs = zip(one.phrases, other.phrases, strict=True)
-    return all(abs(a["scores"][0] - b["scores"][0]) < TOLERANCE for a, b in pairs)
-
-
 def rules(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """What is asked of the predictor, why, and whether this run met it."""
-    seconds = figures["seconds"]
+    seconds, captions, images = figures["seconds"], figures["captions"], figures["images"]
     asked = [
         (
-            f"{figures['captions']} captions on one set_image, in {figures['captions']} separate "
-            "calls",
+            f"{captions} captions on one set_image, in {captions} separate calls",
             seconds["shared"] / seconds["separate"],
             SHARE,
             "the vision side and the keys and values of the image tokens are computed once",
         ),
         (
-            f"a batch of {figures['images']} pictures, in {figures['images']} single ones",
+            f"a batch of {images} pictures, in {images} single ones",
             seconds["batch"] / seconds["single"],
             BATCH_SHARE,
             "one pass through each part instead of one per picture",
@@ -203,9 +189,11 @@ def report(figures: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All figures; ValueError or OSError for wrong arguments."""
-    check_arguments(args)
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print, and write ``--json``; the figures. Wrong arguments: ValueError, OSError."""
+    for name, least in LEAST.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}; give at least {least}")
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
@@ -225,12 +213,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "images": args.images,
         "seconds": seconds,
     }
-    return {**figures, "rules": rules(figures)}
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print, and write ``--json``; the figures. Wrong arguments: ValueError, OSError."""
-    figures = measure(args)
+    figures["rules"] = rules(figures)
     print(report(figures))
     if args.json:
         write_json(args.json, figures)

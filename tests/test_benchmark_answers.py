@@ -1,0 +1,176 @@
+"""Benchmarks of generation and of the predictor: what they count and compare. Times no matter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import benchmark
+import generation
+import predict
+import pytest
+import torch
+from tiny_language import EOS, IMAGE_DIM, PAD, make_copier
+
+from gella.modeling.language_decoder import IMAGE_TOKEN_ID
+
+TINY = str(Path(__file__).resolve().parents[1] / "configs" / "gella_tiny_shapes.yaml")
+SMALL = ["--captions", "2", "--images", "3", "--repeat", "1"]
+# The tokenizer that prepared shapes bring may or may not be there.
+NO_TOKENIZER = ["--opts", "MODEL.LANGUAGE.TOKENIZER", "/nowhere/tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "arguments", "message"),
+    [
+        ("generation", ["--num", "0"], "--num is 0; give at least 1"),
+        ("generation", ["--lookup", "0"], "--lookup must be at least 1"),
+        ("generation", ["--config-file", "no_such.yaml"], "no_such.yaml"),
+        ("generation", ["--dataset", "no_such_dataset"], "no_such_dataset"),
+        ("predict", ["--captions", "1"], "--captions is 1; give at least 2"),
+        ("predict", ["--images", "0"], "--images is 0; give at least 2"),
+        ("predict", ["--size", "9"], "--size is 9; give at least 64"),
+        ("predict", ["--config-file", "no_such.yaml"], "no_such.yaml"),
+        ("predict", ["--weights", "no_such.pth", *SMALL], "no_such.pth"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line(
+    mode: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert benchmark.main([mode, "--config-file", TINY, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+# -- calls of the language model -------------------------------------------------------------------
+
+
+def tiny_model() -> Any:
+    """What the benchmark takes of GELLA, around a decoder whose answers are known."""
+    return SimpleNamespace(
+        language_decoder=make_copier(),
+        encode=lambda inputs: (None, torch.zeros(1, IMAGE_DIM, 2, 2)),
+        tokenizer=SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD),
+        noun_snippets=[[36, 37]],
+        max_new_tokens=25,
+    )
+
+
+def prompt(*words: int) -> dict[str, Any]:
+    return {"input_ids": torch.tensor([1, *[IMAGE_TOKEN_ID] * 4, *words])}
+
+
+def test_calls_and_tokens_are_counted() -> None:
+    model = tiny_model()
+    # The second answer, 10 to 34, is cut off at 25 tokens and has no end.
+    inputs = [prompt(*range(20, 40), 19), prompt(9)]
+    tallies = generation.count_calls(model, inputs, lookup=6)
+    greedy, drafts = tallies["greedy"], tallies["drafts"]
+    for tally in tallies.values():
+        assert tally.answers == [list(range(20, 40)), list(range(10, 35))]
+    assert (greedy.calls, greedy.tokens) == (21 + 25, 21 + 25)
+    assert (drafts.calls, drafts.tokens) == (4 + 25, 21 + 25)
+    figures = generation.summarise(tallies)
+    assert figures["greedy"]["calls_per_token"] == 1.0 and figures["captions"] == 2
+    assert figures["calls_ratio"] == pytest.approx(29 / 46)
+    assert [figures[way]["identical"] for way in generation.WAYS] == [2, 2, 2]
+    # 20; 21 to 27; 28 to 34; 35 to 39 and the end. The second prompt holds nothing to copy.
+    assert tallies["transformers"].calls == 4 + 25
+    assert model.language_decoder.prompt_lookup_tokens == 6
+    calls = drafts.calls
+    model.language_decoder.llama.base_model(torch.tensor([[1]]))
+    assert drafts.calls == calls  # the counter is gone
+
+
+def test_different_answers_are_told() -> None:
+    answers = {"greedy": [[5], [6]], "drafts": [[5], [7]], "transformers": [[5], [6]]}
+    tallies = {way: generation.Tally(4, 4, 0.1, given) for way, given in answers.items()}
+    figures = generation.summarise(tallies)
+    assert [figures[way]["identical"] for way in generation.WAYS] == [2, 1, 2]
+    lines = generation.report(figures, 6, "There is one").splitlines()
+    assert [line for line in lines if "drafts of up to 6" in line and "1 of 2" in line]
+
+
+def test_calls_are_printed_and_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    inputs = [prompt(*range(20, 40), 19)]
+    monkeypatch.setattr(generation, "prepare", lambda args: (tiny_model(), inputs, 6))
+    monkeypatch.setattr(generation, "decode_answer", lambda tokenizer, ids: "There are")
+    path = tmp_path / "figures.json"
+    assert benchmark.main(["generation", "--config-file", "x.yaml", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["drafts"]["calls"] == 4
+    printed = capsys.readouterr().out
+    assert "0.190" in printed and "first answer: There are" in printed and "next:" in printed
+
+
+# -- the predictor ---------------------------------------------------------------------------------
+
+
+def test_seconds_are_printed_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "SHARE", 0.0)
+    monkeypatch.setattr(predict, "BATCH_SHARE", 1e9)
+    path, threads = tmp_path / "figures.json", torch.get_num_threads()
+    arguments = ["predict", "--config-file", TINY, *SMALL, "--json", str(path), *NO_TOKENIZER]
+    assert benchmark.main(arguments) == 0
+    figures = json.loads(path.read_text())
+    assert set(figures["seconds"]) == {"separate", "shared", "single", "batch"}
+    assert min(figures["seconds"].values()) > 0
+    assert [rule["met"] for rule in figures["rules"]] == [False, True]
+    assert (figures["captions"], figures["images"]) == (2, 3)
+    printed = capsys.readouterr().out
+    assert "in 2 separate calls" in printed and "(asked: <= 0, NOT MET)" in printed
+    assert "in 3 single ones" in printed and ", met)" in printed and "next: python" in printed
+    assert torch.get_num_threads() == threads
+
+
+def test_the_limits_are_those_of_the_rules() -> None:
+    seconds = {"separate": 2.0, "shared": 1.0, "single": 1.0, "batch": 1.01}
+    judged = predict.rules({"seconds": seconds, "captions": 20, "images": 16})
+    assert [(rule["value"], rule["met"]) for rule in judged] == [(0.5, True), (1.01, False)]
+
+
+def test_each_way_asks_what_it_says() -> None:
+    cases = predict.made_cases(3, 4, 96)
+    assert [len(case.captions) for case in cases] == [4, 1, 1]
+    assert len({caption for case in cases for caption, _ in case.captions}) == 6
+    assert all(noun in caption for c in cases for caption, nouns in c.captions for noun in nouns)
+    calls: list[Any] = []
+
+    class Recorder:
+        def set_image(self, image: Any, entities: Any, image_id: int) -> None:
+            calls.append("image")
+
+        def ground(self, caption: str, nouns: list[str]) -> str:
+            calls.append(nouns)
+            return caption
+
+        def predict_many(self, requests: list, batch_size: int = 8) -> list:
+            calls.append((len(requests), batch_size))
+            return [request.text for request in requests]
+
+    functions = predict.ways(Recorder(), cases)  # type: ignore[arg-type]
+    captions, nouns = (list(part) for part in zip(*cases[0].captions))
+    assert functions["separate"]() == captions
+    assert calls[::2] == ["image"] * 4 and calls[1::2] == nouns
+    calls.clear()
+    assert functions["shared"]() == captions and calls == ["image", *nouns]
+    calls.clear()
+    assert functions["single"]() == functions["batch"]() == [c.captions[0][0] for c in cases]
+    assert calls == [(1, 8)] * 3 + [(3, 3)]
+
+
+def test_ways_that_disagree_or_fail_are_told() -> None:
+    def found(score: float) -> Any:
+        return lambda: [SimpleNamespace(phrases=[{"scores": [score]}])]
+
+    same = {name: found(0.5) for name in ("separate", "shared", "single", "batch")}
+    assert set(predict.time_ways(same, 1, "cpu")) == set(same)
+    with pytest.raises(ValueError, match="single and batch calls gave different scores"):
+        predict.time_ways({**same, "batch": found(0.6)}, 1, "cpu")
+    with pytest.raises(ValueError, match="too long"):
+        predict.time_ways({**same, "batch": lambda: [ValueError("too long")]}, 1, "cpu")
