@@ -9,8 +9,8 @@ from timm.models.swin_transformer import checkpoint_filter_fn
 
 from gella.modeling import colormap_encoder
 from gella.modeling.colormap_encoder import TimmColormapEncoder
-from gella.weights.backbones import MobileNetTimm, SwinOriginal, SwinTimm
 from gella.weights.layout import matches_any
+from gella.weights.mask2former import MobileNetTimm, SwinOriginal, SwinTimm
 
 SWIN_T, SWIN_L = "swin_tiny_patch4_window7_224", "swin_large_patch4_window12_384"
 PREFIX = "colormap_encoder."

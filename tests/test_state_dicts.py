@@ -10,10 +10,15 @@ from torch import nn
 from gella import load_config
 from gella.modeling.image_encoder import CLIPImageEncoder
 from gella.weights import FORMATS, detect, format_named
-from gella.weights.assembly import Piece, assemble, cover
-from gella.weights.clip import ClipHf, ClipHfVision, ClipOpenAI, ClipOpenAIVisual
-from gella.weights.layout import Composite, Layout, fuse, matches, rename, unfuse
-from gella.weights.llava import EMBEDDINGS, fit_words
+from gella.weights.layout import Layout, Piece, assemble, cover, fuse, matches, rename, unfuse
+from gella.weights.llava import (
+    EMBEDDINGS,
+    ClipHf,
+    ClipHfVision,
+    ClipOpenAI,
+    ClipOpenAIVisual,
+    fit_words,
+)
 
 PAPER = str(tiny.ROOT / "configs" / "gella_swin_t.yaml")
 
@@ -90,22 +95,6 @@ def test_fused_tensors_are_cut_and_joined():
     del apart["h.k.bias"]
     with pytest.raises(ValueError, match=r"without h\.k\.bias"):
         fuse(apart, "{head}.in_proj_{kind}", parts)
-
-
-def test_a_composite_asks_its_parts():
-    class Both(Composite):
-        name = "both"
-        parts = (("t.old.", Toy()), ("t.", Toy()))
-
-    foreign = values("t.old.layers.0.w", "t.old.head")
-    ours = Both().to_gella(foreign)
-    assert Both().drops("t.old.head") and not Both().drops("t.old.layers.0.w")
-    assert Both().from_gella(ours).keys() == {"t.old.layers.0.w"}
-    assert same(Both().to_gella(values("t.layers.0.w")), ours)
-    with pytest.raises(ValueError, match=r"both: under t\.old\. 1 of 1 keys .*: bad"):
-        Both().to_gella(values("t.old.bad"))
-    with pytest.raises(ValueError, match=r"1 tensors come twice, e\.g\. ours\.first\.w"):
-        Both().to_gella(values("t.old.layers.0.w", "t.layers.0.w"))
 
 
 def test_formats_are_found_out_and_named():

@@ -16,32 +16,28 @@ named. docs/WEIGHTS.md says where the files come from. KEY VALUE overrides of th
 from __future__ import annotations
 
 import argparse
+import json
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.modeling import build_model
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from gella import load_config
-from gella.commands.convert_export import write_gella, write_llava
-from gella.commands.convert_sources import (
-    build_on_meta,
-    hash_files,
-    initial_tensors,
-    plain_config,
-    read_piece,
-)
+from gella import __version__, load_config
+from gella.commands.console import exit_status
 from gella.data.register import import_modules
-from gella.utils.io import file_hash, write_atomically
-from gella.weights import FORMATS
-from gella.weights.assembly import Assembly, assemble, cover
+from gella.utils.io import file_hash, read_json, write_atomically
+from gella.weights import FORMATS, LlavaHf, LlavaOriginal, detect, format_named
 from gella.weights.checkpoint import check_state_dict, consolidate
-from gella.weights.files import read_weights
+from gella.weights.files import main_file, new_folder, read_weights, weight_files, write_shards
+from gella.weights.layout import Assembly, Piece, assemble, cover
+from gella.weights.llava import EMBEDDINGS, fit_words
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 HELP = {
@@ -96,63 +92,73 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """ValueError for options that do not go together, before anything is read."""
-    given = [kind for kind in FORMATS if source_of(args, kind)]
+    given = [kind for kind in FORMATS if option(args, kind)]
     exports = [p for p in (args.export, args.export_llava, args.export_llava_original) if p]
-    if given and (args.weights or exports):
-        raise ValueError(
-            f"--{given[0]} makes GELLA's weights, --weights and --export read finished ones: do one"
-            " after the other"
-        )
-    if args.from_zero and (given or args.weights or exports or not args.output):
-        raise ValueError("--from-zero goes with --output PATH and no other input or export")
-    if args.from_zero:
-        check_target(Path(args.output))
-        return
-    if given and not args.output:
-        raise ValueError("--output is missing: a .pth file or a new folder to write to")
-    if not given and args.output:
-        raise ValueError(
-            f"--output needs public weights: give --{', --'.join(FORMATS)} (as far as needed)"
-        )
-    if exports and not args.weights:
-        raise ValueError("--export needs --weights: the checkpoint of GELLA to export")
-    if args.weights and not exports:
-        raise ValueError("--weights needs --export, --export-llava or --export-llava-original DIR")
-    if not given and not args.weights:
-        raise ValueError("nothing to do; see --help for the two ways to use this tool")
-    if not re.fullmatch(r"[0-9]+(\.[0-9]+)?[KMGT]B", args.max_shard_size):
-        raise ValueError(
-            f"--max-shard-size is {args.max_shard_size!r}: give a number and KB, MB, GB or TB"
-        )
-    for target in filter(None, (args.output, *exports)):
-        check_target(Path(target))
+    kinds = f"--{', --'.join(FORMATS)}"
+    for wrong, message in (
+        (
+            given and (args.weights or exports),
+            f"--{(given or ['x'])[0]} makes GELLA's weights, --weights and --export read finished "
+            "ones: do one after the other",
+        ),
+        (
+            args.from_zero and (given or args.weights or exports or not args.output),
+            "--from-zero goes with --output PATH and no other input or export",
+        ),
+        (
+            given and not args.output,
+            "--output is missing: a .pth file or a new folder to write to",
+        ),
+        (
+            args.output and not given and not args.from_zero,
+            f"--output needs public weights: give {kinds} (as far as needed)",
+        ),
+        (
+            exports and not args.weights,
+            "--export needs --weights: the checkpoint of GELLA to export",
+        ),
+        (
+            args.weights and not exports,
+            "--weights needs --export, --export-llava or --export-llava-original DIR",
+        ),
+        (
+            not (given or args.weights or args.from_zero),
+            "nothing to do; see --help for the ways to use this tool",
+        ),
+        (
+            not re.fullmatch(r"[0-9]+(\.[0-9]+)?[KMGT]B", args.max_shard_size),
+            f"--max-shard-size is {args.max_shard_size!r}: give a number and KB, MB, GB or TB",
+        ),
+    ):
+        if wrong:
+            raise ValueError(message)
+    for target in (Path(path) for path in (args.output, *exports) if path):
+        if not target.absolute().parent.is_dir():
+            raise FileNotFoundError(f"the folder {target.parent} does not exist: make it first")
+        if target.suffix != ".pth" and target.exists():
+            if not target.is_dir() or any(target.iterdir()):
+                raise ValueError(f"{target} exists already: name a new folder, or remove it first")
 
 
-def check_target(target: Path) -> None:
-    """ValueError or FileNotFoundError for a place that cannot be written to."""
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {target.parent} does not exist: make it first")
-    if target.suffix != ".pth" and target.exists():
-        if not target.is_dir() or any(target.iterdir()):
-            raise ValueError(f"{target} exists already: name a new folder, or remove it first")
+def option(args: argparse.Namespace, name: str) -> Any:
+    """The value of an option by its name on the command line, without the dashes."""
+    return getattr(args, name.replace("-", "_"))
 
 
-def source_of(args: argparse.Namespace, kind: str) -> str | None:
-    """The path given for a kind of public weights."""
-    return getattr(args, kind.replace("-", "_"))
+# -- from public weights ---------------------------------------------------------------------------
 
 
 def convert(args: argparse.Namespace, cfg: Any) -> None:
     """Make GELLA's weights from public ones and report what they are made of."""
-    cfg_plain = plain_config(cfg)
-    model = build_on_meta(cfg_plain)
+    plain = plain_config(cfg)
+    model = build_on_meta(plain)
     pieces, notes = [], []
     for kind in FORMATS:
-        path = source_of(args, kind)
+        path = option(args, kind)
         if path:
-            name = getattr(args, f"{kind.replace('-', '_')}_format")
             print(f"reading {path}", flush=True)
-            piece, lines = read_piece(kind, path, name, cfg_plain, args.seg_row)
+            name = option(args, f"{kind}-format")
+            piece, lines = read_piece(kind, path, name, plain, args.seg_row)
             pieces.append(piece)
             notes += lines
     expected = model.state_dict()
@@ -168,101 +174,160 @@ def convert(args: argparse.Namespace, cfg: Any) -> None:
     state = {**result.state, **initial_tensors(cfg, model, result.fresh)}
     state = {key: state[key] for key in expected if key in state}
     card = {"fresh": cover(result.fresh, expected), "notes": [*notes, *result.notes]}
-    write_output(args, cfg, state, sources, **card)
-    print(
-        f"next: python tools/train_net.py --config-file {args.config_file}"
-        f" MODEL.WEIGHTS {args.output}"
-    )
+    write_gella(args, args.output, state, cfg, sources, **card)
+    print(f"next: {train_command(args)} MODEL.WEIGHTS {args.output}")
 
 
-def from_zero(args: argparse.Namespace, cfg: Any) -> None:
-    """Put the weights of a training checkpoint together, check them, and write them."""
-    print(f"reading {args.from_zero}", flush=True)
-    state = consolidate(args.from_zero)
-    check_state_dict(
-        state,
-        build_on_meta(cfg),
-        source=args.from_zero,
-        allow_missing=cfg.MODEL.WEIGHTS_ALLOW_MISSING,
-        allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
-    )
-    write_output(args, cfg, state, [(args.from_zero, file_hash(args.from_zero))])
-    print(
-        f"next: python tools/train_net.py --config-file {args.config_file} --eval-only"
-        f" MODEL.WEIGHTS {args.output}"
-    )
+def train_command(args: argparse.Namespace) -> str:
+    """What to type to use the weights."""
+    return f"python tools/train_net.py --config-file {args.config_file}"
 
 
-def write_output(
-    args: argparse.Namespace,
-    cfg: Any,
-    state: dict[str, Tensor],
-    sources: list[tuple[str, str]],
-    **card: Any,
-) -> None:
-    """Write GELLA's weights to ``--output``: a .pth file, or a folder of shards.
+def plain_config(cfg: Any) -> Any:
+    """A copy of a config whose language decoder has neither adapters nor rounded weights.
+
+    Public weights are those of the plain model; both are laid over it when it is loaded.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.LANGUAGE.LORA.ENABLED = False
+    cfg.MODEL.LANGUAGE.QUANTIZATION = ""
+    return cfg
+
+
+def build_on_meta(cfg: Any) -> nn.Module:
+    """The model of a config without memory for its weights."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    cfg.MODEL.LANGUAGE.ATTENTION = "sdpa"  # others may not be installed; the keys are the same
+    with torch.device("meta"):
+        return build_model(cfg)
+
+
+def initial_tensors(cfg: Any, model: nn.Module, keys: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors that the config's model starts with, for keys outside the language decoder.
+
+    The model is built with a language decoder and an image encoder of the least size, so that a
+    model of 7B parameters needs no memory for them. ``SEED`` makes the result repeat.
+    """
+    cfg = plain_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.IMAGE_ENCODER.LAYERS = 2
+    node = cfg.MODEL.LANGUAGE
+    node.HIDDEN_SIZE = model.language_decoder.hidden_size
+    node.CONFIG, node.ATTENTION, node.DTYPE = "", "sdpa", "float32"
+    node.NUM_LAYERS = node.NUM_HEADS = node.NUM_KEY_VALUE_HEADS = 1
+    node.INTERMEDIATE_SIZE = node.VOCAB_SIZE = 8
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(max(cfg.SEED, 0))
+        state = build_model(cfg).state_dict()
+    return {key: state[key] for key in keys}
+
+
+def read_piece(
+    kind: str, path: str, name: str | None, cfg: Any, seg_row: int | None
+) -> tuple[Piece, list[str]]:
+    """Read one file and rename its keys to GELLA's.
 
     Args:
-        args, cfg: the command line and the model's config.
-        state: tensors by GELLA's key.
-        sources: (name, sha256) of what they were made of.
-        card: ``fresh`` and ``notes`` of the folder's model card.
+        kind: a key of ``gella.weights.FORMATS``.
+        path: file or folder.
+        name: of the format; None finds it out.
+        cfg: of the model.
+        seg_row: of ``llava``: the embedding's row of <SEG>, see ``fit_words``; None takes what the
+            folder's config.json says, if it says so.
+
+    Returns:
+        the piece, and lines for the report.
+
+    Raises:
+        OSError, ValueError: what reading and renaming refuse; a config.json that differs.
     """
-    dtype = DTYPES.get(args.dtype)
-    if Path(args.output).suffix == ".pth":
-        save_pth(args.output, state, dtype)
-    else:
-        write_gella(
-            args.output,
-            state,
-            cfg,
-            config_file=args.config_file,
-            sources=sources,
-            max_shard_size=args.max_shard_size,
-            dtype=dtype,
-            **card,
+    state = read_weights(path)
+    layout = (format_named(kind, name) if name else detect(kind, state, path)).from_config(cfg)
+    beside = main_file(path).parent / "config.json"
+    hyperparameters = read_json(beside) if beside.is_file() else {}
+    if not isinstance(hyperparameters, dict):
+        hyperparameters = {}
+    notes: list[str] = []
+    try:
+        converted = layout.to_gella(state)
+        if kind in ("llava", "clip"):
+            check_hyperparameters(hyperparameters, cfg, path, kind)
+        if kind == "llava":
+            if cfg.MODEL.LANGUAGE.TIE_EMBEDDINGS and EMBEDDINGS[0] in converted:
+                # files of models with one matrix for both hold it once
+                converted.setdefault(EMBEDDINGS[1], converted[EMBEDDINGS[0]])
+            row = hyperparameters.get("seg_token_index") if seg_row is None else seg_row
+            converted, notes = fit_words(converted, cfg.MODEL.LANGUAGE.VOCAB_SIZE, row)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    dropped = [key for key in state if layout.drops(key)]
+    return Piece(path, layout.name, converted, tuple(layout.fresh), dropped), notes
+
+
+def check_hyperparameters(beside: Mapping[str, Any], cfg: Any, path: str, kind: str) -> None:
+    """Compare what no tensor's shape shows with a file's own config.json, as far as it says so.
+
+    Args:
+        beside: the config.json of the same folder, {} if there is none.
+        cfg: of the model.
+        path: named in the error.
+        kind: ``llava`` or ``clip``.
+
+    Raises:
+        ValueError: values that differ, each with its key here.
+    """
+    language, clip = cfg.MODEL.LANGUAGE, cfg.MODEL.IMAGE_ENCODER
+    # Any model's config.json may lie beside a CLIP file; only CLIP's own says something of it.
+    alone = beside if beside.get("model_type") == "clip_vision_model" else {}
+    vision = beside.get("vision_config") or alone
+    heads, act = clip.WIDTH // clip.HEAD_WIDTH, "quick_gelu" if clip.QUICK_GELU else "gelu"
+    rows = [
+        (vision, "num_attention_heads", heads, "IMAGE_ENCODER.HEAD_WIDTH"),
+        (vision, "hidden_act", act, "IMAGE_ENCODER.QUICK_GELU"),
+    ]
+    if kind == "llava":
+        rows += [(beside, x, -2, "") for x in ("vision_feature_layer", "mm_vision_select_layer")]
+        if not language.CONFIG:
+            text = beside.get("text_config") or beside
+            rope = text.get("rope_parameters") or {}
+            rows += [
+                (text, "num_attention_heads", language.NUM_HEADS, "LANGUAGE.NUM_HEADS"),
+                (text, "rms_norm_eps", language.RMS_NORM_EPS, "LANGUAGE.RMS_NORM_EPS"),
+                (text, "rope_theta", language.ROPE_THETA, "LANGUAGE.ROPE_THETA"),
+                (rope, "rope_theta", language.ROPE_THETA, "LANGUAGE.ROPE_THETA"),
+            ]
+    wrong = [
+        f"{name} is {there[name]} there and {here} here"
+        + (f" (MODEL.{key})" if key else " (GELLA takes CLIP's penultimate layer)")
+        for there, name, here, key in rows
+        if there.get(name) is not None and there[name] != here
+    ]
+    if wrong:
+        raise ValueError(
+            f"the config.json of {path} differs from the model's config: {'; '.join(wrong)}"
         )
-    print(f"\nwrote {args.output}: {len(state)} tensors")
-
-
-def save_pth(path: str, state: dict[str, Tensor], dtype: torch.dtype | None) -> None:
-    """Write a checkpoint in Detectron2's form, atomically."""
-    if dtype is not None:
-        state = {k: t.to(dtype) if t.is_floating_point() else t for k, t in state.items()}
-    write_atomically(path, lambda stream: torch.save({"model": state}, stream))
 
 
 def report(result: Assembly, notes: Sequence[str], keys: Iterable[str]) -> str:
-    """What each part is made of, what starts fresh and what stays absent, by name.
-
-    Args:
-        result: what was put together.
-        notes: further lines.
-        keys: all keys of the model.
-    """
+    """What each part is made of, what starts fresh and what stays absent, by name."""
     keys = list(keys)
     rows = []
-    parts = dict.fromkeys(key.split(".")[0] for key in (*result.state, *result.fresh))
-    for part in parts:
-        mine = [t for k, t in result.state.items() if k.split(".")[0] == part]
-        fresh = [k for k in result.fresh if k.split(".")[0] == part]
+    fresh = Counter(key.split(".")[0] for key in result.fresh)
+    for part, (tensors, numbers) in {**dict.fromkeys(fresh, (0, 0)), **sizes(result.state)}.items():
         piece = result.origin.get(part)
-        rows.append(
-            (
-                part,
-                Path(piece.source).name if piece else "-",
-                piece.format if piece else "-",
-                len(mine),
-                f"{sum(t.numel() for t in mine):,}",
-                len(fresh),
-            )
-        )
+        source, name = (Path(piece.source).name, piece.format) if piece else ("-", "-")
+        rows.append((part, source, name, tensors, f"{numbers:,}", fresh[part]))
     header = ["part", "source", "format", "tensors", "numbers", "fresh"]
     lines = ["", tabulate(rows, header, colalign=("left",) * 3 + ("right",) * 3), ""]
     for piece in {id(p): p for p in result.origin.values()}.values():
         if piece.dropped:
-            names = ", ".join(collapse(piece.dropped))
-            lines.append(f"of no use in {Path(piece.source).name}: {names}")
+            # numbers as #, and how many keys each name stands for
+            counts = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "#", key) for key in piece.dropped)
+            names = [f"{key} ({n})" if n > 1 else key for key, n in counts.items()]
+            lines.append(f"of no use in {Path(piece.source).name}: {', '.join(names)}")
     lines += [*notes, *result.notes]
     if result.fresh:
         lines.append(f"fresh, in no public file: {', '.join(cover(result.fresh, keys))}")
@@ -271,65 +336,248 @@ def report(result: Assembly, notes: Sequence[str], keys: Iterable[str]) -> str:
     return "\n".join([*lines, ""])
 
 
-def collapse(keys: Iterable[str]) -> list[str]:
-    """Keys with their numbers replaced by #, and how many each stands for."""
-    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.|$)", "#", key) for key in keys)
-    return [f"{key} ({n})" if n > 1 else key for key, n in counts.items()]
+def sizes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Tensors and numbers of each part, by the first word of its keys."""
+    parts: dict[str, tuple[int, int]] = {}
+    for key, tensor in state.items():
+        tensors, numbers = parts.get(key.split(".")[0], (0, 0))
+        parts[key.split(".")[0]] = (tensors + 1, numbers + tensor.numel())
+    return parts
+
+
+def hash_files(paths: Iterable[str]) -> list[tuple[str, str]]:
+    """(name, sha256) of every file that weights are made of, with a progress bar."""
+    files = [file for path in paths for file in weight_files(path)]
+    size = sum(file.stat().st_size for file in files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="sha256", leave=False) as bar:
+        # folder and file: enough to recognise a model, and nothing of this machine
+        return [(f"{f.resolve().parent.name}/{f.name}", file_hash(f, bar.update)) for f in files]
+
+
+# -- what is written -------------------------------------------------------------------------------
+
+
+def from_zero(args: argparse.Namespace, cfg: Any) -> None:
+    """Put the weights of a training checkpoint together, check them, and write them."""
+    print(f"reading {args.from_zero}", flush=True)
+    state = consolidate(args.from_zero)
+    check_against(build_on_meta(cfg), state, cfg, args.from_zero)
+    write_gella(args, args.output, state, cfg, [(args.from_zero, file_hash(args.from_zero))])
+    print(f"next: {train_command(args)} --eval-only MODEL.WEIGHTS {args.output}")
 
 
 def export(args: argparse.Namespace, cfg: Any) -> None:
     """Write GELLA's weights, or the LLaVA inside, as folders of safetensors shards."""
     state = read_weights(args.weights)
     model = build_on_meta(cfg)
-    check_state_dict(
-        state,
-        model,
-        source=args.weights,
-        allow_missing=cfg.MODEL.WEIGHTS_ALLOW_MISSING,
-        allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
-    )
-    shared: dict[str, Any] = {
-        "max_shard_size": args.max_shard_size,
-        "dtype": DTYPES.get(args.dtype),
-    }
+    check_against(model, state, cfg, args.weights)
     if args.export:
-        sources = hash_files([args.weights])
-        write_gella(
-            args.export,
-            state,
-            cfg,
-            config_file=args.config_file,
-            sources=sources,
-            **shared,
-        )
-        print(f"wrote {args.export}: {len(state)} tensors\n")
-        print(
-            f"next: python tools/train_net.py --config-file {args.config_file} --eval-only"
-            f" MODEL.WEIGHTS {args.export}"
-        )
+        write_gella(args, args.export, state, cfg, hash_files([args.weights]))
+        print(f"next: {train_command(args)} --eval-only MODEL.WEIGHTS {args.export}")
     for folder, original in ((args.export_llava, False), (args.export_llava_original, True)):
         if folder:
-            write_llava(folder, state, model, cfg, original=original, **shared)
+            write_llava(args, folder, state, model, cfg, original)
             print(f"wrote {folder}")
             if not original:
                 print(f"next: LlavaForConditionalGeneration.from_pretrained({folder!r})")
 
 
+def check_against(model: nn.Module, state: Mapping[str, Tensor], cfg: Any, source: str) -> None:
+    """ValueError for weights that are not the model's; see ``check_state_dict``."""
+    check_state_dict(
+        state,
+        model,
+        source=source,
+        allow_missing=cfg.MODEL.WEIGHTS_ALLOW_MISSING,
+        allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
+    )
+
+
+def write_gella(
+    args: argparse.Namespace,
+    path: str,
+    state: Mapping[str, Tensor],
+    cfg: Any,
+    sources: Sequence[tuple[str, str]],
+    fresh: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> None:
+    """Write GELLA's weights to a .pth file, or with config and model card into a new folder.
+
+    Args:
+        args: the command line: dtype, shard size, name of the config.
+        path: an ``--export`` is always a folder.
+        state: tensors by GELLA's key.
+        cfg: the config; written as ``config.yaml``.
+        sources: (file, sha256) of what the weights were made from.
+        fresh: names of what no source has and is untrained; for the card.
+        notes: further lines for the card.
+    """
+    dtype = DTYPES.get(args.dtype)
+    if Path(path).suffix == ".pth" and path != args.export:
+        kept = {k: t.to(dtype) if dtype and t.is_floating_point() else t for k, t in state.items()}
+        write_atomically(path, lambda stream: torch.save({"model": kept}, stream))
+    else:
+        with new_folder(path) as folder:
+            size = args.max_shard_size
+            shards = write_shards(state, folder, max_shard_size=size, dtype=dtype)
+            (folder / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
+            kinds = {str(t.dtype if dtype is None else dtype) for t in state.values()}
+            facts = f"{', '.join(sorted(kinds)).replace('torch.', '')}, {len(shards)} file(s)"
+            name = Path(args.config_file).name
+            card = model_card(state, name, facts, sources, fresh, notes)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    print(f"\nwrote {path}: {len(state)} tensors")
+
+
+def model_card(
+    state: Mapping[str, Tensor],
+    config_name: str,
+    facts: str,
+    sources: Sequence[tuple[str, str]],
+    fresh: Sequence[str],
+    notes: Sequence[str],
+) -> str:
+    """The README.md of a folder of GELLA's weights; ``facts``: dtypes and files."""
+    rows = [f"| {part} | {n} | {numbers:,} |" for part, (n, numbers) in sizes(state).items()]
+    lines = [
+        "---\nlibrary_name: gella\npipeline_tag: image-segmentation\n---\n# GELLA weights\n",
+        "Grounds every entity that a caption names, on entity masks from any source"
+        " (arXiv 2402.02555).\n",
+        f"- config: `{config_name}`, whole in `config.yaml`; gella {__version__}",
+        f"- {len(state)} tensors, {sum(t.numel() for t in state.values()):,} numbers, {facts}",
+        "- load: `MODEL.WEIGHTS` names this folder; keys are checked strictly\n",
+        *("| part | tensors | numbers |\n|---|---|---|", *rows),
+        "\n## Made from\n\n| file | sha256 |\n|---|---|",
+        *(f"| {name} | `{digest}` |" for name, digest in sources),
+    ]
+    if fresh:
+        lines += ["\n## Untrained\n\nNo source has these; they are as initialised:\n"]
+        lines += [f"- `{name}`" for name in fresh]
+    if notes:
+        lines += ["\n## Notes\n", *(f"- {note}" for note in notes)]
+    return "\n".join([*lines, ""])
+
+
+def write_llava(
+    args: argparse.Namespace,
+    folder: str,
+    state: Mapping[str, Tensor],
+    model: nn.Module,
+    cfg: Any,
+    original: bool,
+) -> None:
+    """Write the language decoder and CLIP as a LLaVA-1.5 of transformers, or of its repository.
+
+    Args:
+        args: the command line: dtype and shard size.
+        folder: must not exist, or be empty.
+        state: all of GELLA's tensors by key.
+        model: the same model on any device, for the language model's configuration.
+        cfg: its config.
+        original: the LLaVA repository's layout instead of transformers'.
+
+    Raises:
+        ValueError: what the layout has no place for: adapters, or one linear layer as projector.
+    """
+    adapters = [key for key in state if ".lora_" in key]
+    if adapters:
+        raise ValueError(
+            f"the weights hold {len(adapters)} adapter tensors ({adapters[0]} ...), for which LLaVA"
+            " has no place: merge them into the weights first"
+        )
+    if cfg.MODEL.LANGUAGE.PROJECTOR != "mlp2x_gelu" and not original:
+        raise ValueError(
+            f"MODEL.LANGUAGE.PROJECTOR is {cfg.MODEL.LANGUAGE.PROJECTOR!r}; transformers' LLaVA has"
+            " two layers only: use --export-llava-original"
+        )
+    if original:
+        foreign, config = LlavaOriginal().from_gella(state), original_config(model, cfg)
+    else:
+        # transformers marks the image's place by a token of the vocabulary; GELLA's has none. Its
+        # row is never read as a word, and as the mean of the others it never wins as an answer.
+        rows = {key: state[key] for key in EMBEDDINGS if key in state}
+        longer = {
+            key: torch.cat([rows, rows.float().mean(0, keepdim=True).to(rows.dtype)])
+            for key, rows in rows.items()
+        }
+        foreign, config = LlavaHf().from_gella({**state, **longer}), transformers_config(model, cfg)
+        # transformers builds CLIP's last norm, which neither LLaVA nor GELLA uses.
+        width, norm = cfg.MODEL.IMAGE_ENCODER.WIDTH, "vision_tower.vision_model.post_layernorm."
+        foreign |= {norm + "weight": torch.ones(width), norm + "bias": torch.zeros(width)}
+    with new_folder(folder) as new:
+        dtype = DTYPES.get(args.dtype)
+        write_shards(foreign, new, max_shard_size=args.max_shard_size, dtype=dtype)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (new / "config.json").write_text(text, encoding="utf-8")
+
+
+def transformers_config(model: nn.Module, cfg: Any) -> dict[str, Any]:
+    """config.json of ``LlavaForConditionalGeneration`` for a GELLA model.
+
+    ``image_token_index`` is a row of its own behind <SEG>; ``seg_token_index`` tells this command
+    which row <SEG> has.
+    """
+    from transformers import CLIPVisionConfig, LlavaConfig
+
+    clip = cfg.MODEL.IMAGE_ENCODER
+    text = model.language_decoder.llama.config.to_dict()
+    words = text["vocab_size"]
+    text["vocab_size"] = words + 1
+    vision = CLIPVisionConfig(
+        hidden_size=clip.WIDTH,
+        intermediate_size=int(clip.WIDTH * clip.MLP_RATIO),
+        num_hidden_layers=clip.LAYERS,
+        num_attention_heads=clip.WIDTH // clip.HEAD_WIDTH,
+        image_size=clip.IMAGE_SIZE,
+        patch_size=clip.PATCH_SIZE,
+        hidden_act="quick_gelu" if clip.QUICK_GELU else "gelu",
+    )
+    config = LlavaConfig(
+        vision_config=vision.to_dict(),
+        text_config=text,
+        image_token_index=words,
+        image_seq_length=(clip.IMAGE_SIZE // clip.PATCH_SIZE) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=cfg.MODEL.LANGUAGE.TIE_EMBEDDINGS,
+    ).to_dict()
+    config["architectures"] = ["LlavaForConditionalGeneration"]
+    config["seg_token_index"] = words - 1
+    return config
+
+
+def original_config(model: nn.Module, cfg: Any) -> dict[str, Any]:
+    """config.json of the LLaVA repository's ``LlavaLlamaForCausalLM`` for a GELLA model."""
+    config = model.language_decoder.llama.config.to_dict()
+    # The repository reads the tower from the hub by this name, whatever the file holds.
+    clip = (cfg.MODEL.IMAGE_ENCODER.WIDTH, cfg.MODEL.IMAGE_ENCODER.IMAGE_SIZE)
+    towers = {(1024, 224): "-patch14", (1024, 336): "-patch14-336"}
+    return {
+        **config,
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "mm_hidden_size": clip[0],
+        "mm_projector_type": cfg.MODEL.LANGUAGE.PROJECTOR,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": f"openai/clip-vit-large{towers[clip]}" if clip in towers else None,
+        "use_mm_proj": True,
+        "seg_token_index": config["vocab_size"] - 1,
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status, 2 for wrong arguments or files."""
     args = build_parser().parse_args(arguments)
-    try:
+
+    def work() -> None:
         check_arguments(args)
         cfg = load_config(args.config_file, args.opts)
         import_modules(cfg)
-        if args.from_zero:
-            from_zero(args, cfg)
-        elif args.weights:
-            export(args, cfg)
-        else:
-            convert(args, cfg)
-    except (ImportError, KeyError, OSError, ValueError) as error:
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
-        return 2
-    return 0
+        run = from_zero if args.from_zero else export if args.weights else convert
+        run(args, cfg)
+
+    return exit_status(work, interrupted="stopped; nothing was written")

@@ -8,51 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gella.weights.backbones import MobileNetTimm, SwinOriginal, SwinTimm
-from gella.weights.clip import ClipHf, ClipHfVision, ClipOpenAI, ClipOpenAIVisual
-from gella.weights.layout import Composite, Layout
-from gella.weights.llava import LlavaHfModulesText, LlavaHfText, LlavaOriginalText
-from gella.weights.mask2former import Mask2FormerTransformers, Mask2FormerUpstream
+from gella.weights.layout import Layout
+from gella.weights.llava import (
+    ClipHf,
+    ClipHfVision,
+    ClipOpenAI,
+    ClipOpenAIVisual,
+    LlavaHf,
+    LlavaHfModules,
+    LlavaOriginal,
+)
+from gella.weights.mask2former import (
+    Mask2FormerTransformers,
+    Mask2FormerUpstream,
+    MobileNetTimm,
+    SwinOriginal,
+    SwinTimm,
+)
 
-__all__ = ["FORMATS", "Composite", "Layout", "LlavaHf", "LlavaOriginal", "detect", "format_named"]
-
-
-class LlavaHf(Composite):
-    """LLaVA-1.5 as ``save_pretrained`` writes it; exports take transformers 4's names, which both
-    versions read."""
-
-    name = "llava-hf"
-    signature = ("language_model.model.layers.*", "multi_modal_projector.linear_1.weight")
-    parts = (
-        ("vision_tower.vision_model.", ClipHfVision()),
-        ("vision_tower.", ClipHfVision()),
-        ("", LlavaHfText()),
-    )
-
-
-class LlavaHfModules(Composite):
-    """The names of transformers' modules, which ``state_dict()`` gives since its version 4.52."""
-
-    name = "llava-hf-modules"
-    signature = ("model.language_model.layers.*", "model.multi_modal_projector.linear_1.weight")
-    parts = (
-        ("model.vision_tower.vision_model.", ClipHfVision()),
-        ("model.vision_tower.", ClipHfVision()),
-        ("", LlavaHfModulesText()),
-    )
-
-
-class LlavaOriginal(Composite):
-    """LLaVA-1.5 as its own repository writes it, with or without a vision tower."""
-
-    name = "llava-original"
-    signature = ("model.layers.*", "model.mm_projector.*")
-    parts = (
-        ("model.vision_tower.vision_tower.vision_model.", ClipHfVision()),
-        ("model.vision_tower.vision_tower.", ClipHfVision()),
-        ("", LlavaOriginalText()),
-    )
-
+__all__ = ["FORMATS", "Layout", "LlavaHf", "LlavaOriginal", "detect", "format_named"]
 
 #: Formats by kind, in the order in which they are listed to a user.
 FORMATS: dict[str, tuple[type[Layout], ...]] = {

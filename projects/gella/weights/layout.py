@@ -2,7 +2,7 @@
 
 A template names the variable parts of a key: ``{i}`` (one letter) is a number, a longer name such
 as ``{rest}`` is any text. ``("model.layers.{i}.{rest}", "llama.layers.{i}.{rest}")`` renames one
-way; with its sides swapped it renames back.
+way; with its sides swapped it renames back. :func:`assemble` joins what several files give.
 """
 
 from __future__ import annotations
@@ -11,22 +11,28 @@ import fnmatch
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Keys that an error message lists before it only counts.
-_LISTED_KEYS = 20
-
-__all__ = ["Composite", "Layout", "fuse", "matches", "matches_any", "rename", "unfuse"]
+#: Parts that no public file has: they are GELLA's own and always start fresh.
+OWN_PARTS = ("resoblend.*", "association.*", "criterion.*")
+_GIVEN_BY = {
+    "language_decoder": "--llava",
+    "image_encoder": "--clip (or a --llava with a vision tower)",
+    "mask_decoder": "--mask2former",
+    "colormap_encoder": "--colormap-encoder (or a --mask2former with a Swin backbone)",
+}
 
 
 class Layout:
-    """One public weight format; subclasses give the tables, and hooks where renaming is not enough.
+    """One public weight format; subclasses give the tables.
 
-    ``to_gella``: drop by name, ``split``, rename. ``from_gella``: rename back, ``join``. Tensors
-    are passed on, never changed in type or value; only a fused tensor is copied.
+    ``to_gella``: drop by name, respell, cut and join what is fused on one side only, rename.
+    ``from_gella`` does the same backwards. Tensors are passed on, never changed in type or value;
+    only a joined tensor is copied.
     """
 
     #: Name of the format for the command line and for messages, such as "llava-hf".
@@ -41,17 +47,12 @@ class Layout:
     dropped: Sequence[str] = ()
     #: Shell patterns of GELLA's keys under ``prefix`` that the format does not have.
     fresh: Sequence[str] = ()
-
-    def split(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Bring foreign tensors to GELLA's cut, under foreign-like names that the rules know.
-
-        Default: as they are. ``unfuse`` and ``fuse`` are the usual bodies.
-        """
-        return dict(state)
-
-    def join(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of ``split``. Default: as they are."""
-        return dict(state)
+    #: (other foreign template, the one that ``rules`` know): spellings that are read, not written.
+    spellings: Sequence[tuple[str, str]] = ()
+    #: Foreign template of a tensor, and of the parts into which GELLA has it cut (first axis) ...
+    fused_there: tuple[str, Sequence[str]] | None = None
+    #: ... and of one that GELLA has fused, whose parts the files hold.
+    fused_here: tuple[str, Sequence[str]] | None = None
 
     def to_gella(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename a foreign state dict to GELLA's keys.
@@ -63,10 +64,17 @@ class Layout:
             Tensors by GELLA's key, without the ``dropped`` ones.
 
         Raises:
-            ValueError: keys that no rule knows (all are named), or two that meet in one key.
+            ValueError: keys that no rule knows (all are named), two that meet in one key, or fused
+                tensors that do not divide or are not complete.
         """
         kept = {k: v for k, v in state.items() if not self.drops(k)}
-        return self._rename(self.split(kept), [(there, here) for there, here in self.rules])
+        if self.spellings:
+            kept = self._rename(kept, (*self.spellings, ("{key}", "{key}")))
+        if self.fused_there:
+            kept = unfuse(kept, *self.fused_there)
+        if self.fused_here:
+            kept = fuse(kept, *self.fused_here)
+        return self._rename(kept, self.rules)
 
     def from_gella(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename GELLA's tensors to the foreign keys; the inverse of ``to_gella``.
@@ -83,7 +91,10 @@ class Layout:
             for k, v in state.items()
             if k.startswith(self.prefix) and not matches_any(k, self.fresh)
         }
-        return self.join(self._rename(mine, [(here, there) for there, here in self.rules]))
+        foreign = self._rename(mine, [(here, there) for there, here in self.rules])
+        if self.fused_here:
+            foreign = unfuse(foreign, *self.fused_here)
+        return fuse(foreign, *self.fused_there) if self.fused_there else foreign
 
     @classmethod
     def from_config(cls, cfg: Any) -> Layout:
@@ -115,54 +126,23 @@ class Layout:
             else:
                 renamed[new], origin[new] = tensor, key
         if lost:
-            rest = len(lost) - _LISTED_KEYS
-            more = f" and {rest} more" if rest > 0 else ""
             raise ValueError(
                 f"{len(lost)} of {len(state)} keys are not known to the format {self.name}: "
-                f"{', '.join(sorted(lost)[:_LISTED_KEYS])}{more}"
+                f"{some(sorted(lost), 20)}"
             )
         return renamed
 
 
-class Composite(Layout):
-    """A format whose files hold several parts, each under a prefix of its own."""
+def table(text: str, there: str = "", here: str = "") -> list[tuple[str, str]]:
+    """Rules of a text with two columns, foreign and GELLA's, each behind a prefix."""
+    pairs = (line.split() for line in text.splitlines() if line.strip())
+    return [(there + foreign, here + ours) for foreign, ours in pairs]
 
-    #: (what foreign keys start with, layout of the rest of the key); the first fit counts, in
-    #: either direction, so that a spelling which is read but not written comes after another.
-    parts: Sequence[tuple[str, Layout]] = ()
 
-    def to_gella(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As :meth:`Layout.to_gella`; an error names the part that refuses the keys."""
-        result: dict[str, Tensor] = {}
-        kept = {k: v for k, v in state.items() if not matches_any(k, self.dropped)}
-        for start, layout in self.parts:
-            mine = {k[len(start) :]: kept.pop(k) for k in list(kept) if k.startswith(start)}
-            try:
-                converted = layout.to_gella(mine)
-            except ValueError as error:
-                where = f"under {start} " if start else ""
-                raise ValueError(f"{self.name}: {where}{error}") from error
-            both = sorted(converted.keys() & result.keys())
-            if both:
-                raise ValueError(f"{self.name}: {len(both)} tensors come twice, e.g. {both[0]}")
-            result.update(converted)
-        return result
-
-    def from_gella(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As :meth:`Layout.from_gella`, by the first part of each prefix."""
-        result: dict[str, Tensor] = {}
-        rest = dict(state)
-        for start, layout in self.parts:
-            mine = {k: rest.pop(k) for k in list(rest) if k.startswith(layout.prefix)}
-            result.update({start + k: v for k, v in layout.from_gella(mine).items()})
-        return result
-
-    def drops(self, key: str) -> bool:
-        """As :meth:`Layout.drops`, asking the part that the key belongs to."""
-        if super().drops(key):
-            return True
-        part = next(((s, layout) for s, layout in self.parts if key.startswith(s)), None)
-        return part is not None and part[1].drops(key[len(part[0]) :])
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Names for a message: the first ones, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def rename(key: str, rules: Iterable[tuple[str, str]]) -> str | None:
@@ -248,3 +228,167 @@ def _pattern(template: str) -> re.Pattern[str]:
         else:
             text += f"(?P<{piece}>{r'[0-9]+' if len(piece) == 1 else '.+'})"
     return re.compile(text)
+
+
+@dataclass
+class Piece:
+    """What one file gives.
+
+    Attributes:
+        source: the file or folder, for messages.
+        format: name of its layout.
+        state: tensors by GELLA's key.
+        fresh: shell patterns of keys of its parts that its format does not have.
+        dropped: its keys that GELLA has no use for.
+    """
+
+    source: str
+    format: str
+    state: dict[str, Tensor]
+    fresh: tuple[str, ...] = ()
+    dropped: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Assembly:
+    """The result of :func:`assemble`.
+
+    Attributes:
+        state: all given tensors, by GELLA's key.
+        origin: the piece of each part, by the part's name.
+        fresh: expected keys that are known to be in no file; to be initialised.
+        absent: expected keys that the config allows to be missing; in no file either.
+        notes: lines for the report.
+    """
+
+    state: dict[str, Tensor]
+    origin: dict[str, Piece]
+    fresh: list[str]
+    absent: list[str]
+    notes: list[str]
+
+
+def assemble(
+    expected: Mapping[str, Tensor],
+    pieces: Sequence[Piece],
+    *,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+) -> Assembly:
+    """Join pieces and hold them against a model, part by part.
+
+    Args:
+        expected: the model's tensors by key; only shapes are read, so it may be on meta.
+        pieces: where two give the same part (first word of a key), the later one counts.
+        allow_missing: shell patterns of expected keys that may be given by nobody.
+        allow_unexpected: shell patterns of given keys that the model need not have.
+
+    Raises:
+        ValueError: all that is missing, unexpected or of another shape, by part.
+    """
+    notes: list[str] = []
+    state, origin = _join(pieces, notes)
+    allow_missing, allow_unexpected = tuple(allow_missing), tuple(allow_unexpected)
+    extra = [k for k in state if k not in expected]
+    for key in [k for k in extra if matches_any(k, allow_unexpected)]:
+        del state[key]
+        notes.append(f"{key} left out: named in MODEL.WEIGHTS_ALLOW_UNEXPECTED")
+    missing = [k for k in expected if k not in state]
+    # A format's own gaps count only where it gave the rest of the part: a part that nobody gave is
+    # forgotten, not fresh.
+    gaps = {part: piece.fresh for part, piece in origin.items()}
+    fresh = [k for k in missing if matches_any(k, (*OWN_PARTS, *gaps.get(_part(k), ())))]
+    left = [k for k in missing if k not in set(fresh)]
+    absent = [k for k in left if matches_any(k, allow_missing)]
+    problems = _problems(
+        expected,
+        state,
+        [k for k in left if k not in set(absent)],
+        [k for k in extra if k in state],
+        origin,
+    )
+    if problems:
+        raise ValueError(
+            f"the weights do not fit the model of the config: {'; '.join(problems)}. Take the"
+            " config of these weights' sizes, or name keys (shell patterns) in"
+            " MODEL.WEIGHTS_ALLOW_MISSING / MODEL.WEIGHTS_ALLOW_UNEXPECTED"
+        )
+    return Assembly(state, origin, fresh, absent, notes)
+
+
+def cover(keys: Iterable[str], among: Iterable[str]) -> list[str]:
+    """Name keys by the largest modules that hold nothing else: ``["association.* (6)", ...]``.
+
+    Args:
+        keys: to be named; in the order of the result.
+        among: all keys of the model, these included.
+    """
+    chosen = dict.fromkeys(keys)
+    others = {start for key in among if key not in chosen for start in _starts(key)}
+    counts: dict[str, int] = {}
+    for key in chosen:
+        start = next((s for s in _starts(key) if s not in others), None)
+        name = key if start is None else f"{start}.*"
+        counts[name] = counts.get(name, 0) + 1
+    return [f"{name} ({n})" if name.endswith(".*") else name for name, n in counts.items()]
+
+
+def _starts(key: str) -> list[str]:
+    # "a.b.c" -> ["a", "a.b"]
+    words = key.split(".")
+    return [".".join(words[:n]) for n in range(1, len(words))]
+
+
+def _part(key: str) -> str:
+    return key.split(".", 1)[0]
+
+
+def _join(pieces: Sequence[Piece], notes: list[str]) -> tuple[dict[str, Tensor], dict[str, Piece]]:
+    state: dict[str, Tensor] = {}
+    origin: dict[str, Piece] = {}
+    for piece in pieces:
+        for part in sorted({_part(key) for key in piece.state}):
+            replaced = [k for k in state if _part(k) == part]
+            for key in replaced:
+                del state[key]
+            if replaced:
+                notes.append(
+                    f"{part}: from {piece.source}; {len(replaced)} tensors of it in"
+                    f" {origin[part].source} left out"
+                )
+            origin[part] = piece
+        state.update(piece.state)
+    return state, origin
+
+
+def _problems(
+    expected: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    origin: Mapping[str, Piece],
+) -> list[str]:
+    problems = []
+    for part, keys in _by_part(missing).items():
+        if part in origin:
+            problems.append(f"{len(keys)} missing in {origin[part].source}: {some(keys)}")
+        else:
+            advice = f"; give {_GIVEN_BY[part]}" if part in _GIVEN_BY else ""
+            problems.append(f"{len(keys)} missing, all of {part}{advice}")
+    for part, keys in _by_part(unexpected).items():
+        problems.append(f"{len(keys)} unexpected in {origin[part].source}: {some(keys)}")
+    reshaped = [k for k in state if k in expected and state[k].shape != expected[k].shape]
+    for part, keys in _by_part(reshaped).items():
+        shapes = [
+            f"{k} {tuple(state[k].shape)} in the file, {tuple(expected[k].shape)} in the model"
+            for k in keys
+        ]
+        problems.append(f"{len(keys)} of another shape in {origin[part].source}: {some(shapes)}")
+    return problems
+
+
+def _by_part(keys: Iterable[str]) -> dict[str, list[str]]:
+    parts: dict[str, list[str]] = {}
+    for key in sorted(keys):
+        parts.setdefault(_part(key), []).append(key)
+    return parts

@@ -1,31 +1,75 @@
-"""Weights of Mask2Former: the public repository's files and transformers' layout.
+"""Weights of Mask2Former, in its repository's files and transformers' layout, and of classifiers.
 
-Both become ``colormap_encoder.*`` (Swin with its four norms) and ``mask_decoder.*``. Not taken, by
-name: the class head (GELLA's tells entities from no object), the criterion's constants, Swin's
-computed buffers, and the first 1x1 convolutions of the pixel decoder, which read the backbone's
-own channels where GELLA's read ResoBlend's.
+Mask2Former's become ``colormap_encoder.*`` (Swin with its four norms) and ``mask_decoder.*``. Not
+taken, by name: the class head (GELLA's tells entities from no object), the criterion's constants,
+Swin's computed buffers, and the first 1x1 convolutions of the pixel decoder, which read the
+backbone's own channels where GELLA's read ResoBlend's.
+
+Classifiers fill the colormap encoder alone: Swin (two cuts) and the MobileNet family. It is a timm
+model with ``features_only``, which names stages ``layers_0`` where the plain model says
+``layers.0`` and has neither the final norm nor the classifier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from gella.weights.layout import Layout, table
 
-from gella.weights.backbones import SWIN_BUFFERS, merging_rules, swin_rules
-from gella.weights.layout import Layout, fuse, unfuse
-
-__all__ = ["Mask2FormerTransformers", "Mask2FormerUpstream", "MaskFormerHeadUpstream"]
-
-_SELF_ATTENTION = "sem_seg_head.predictor.transformer_self_attention_layers.{i}.self_attn."
-_SELF_ATTENTION_PARTS = tuple(_SELF_ATTENTION + part + "_proj.{kind}" for part in "qkv")
-_SWIN_BLOCK = "colormap_encoder.body.layers_{i}.blocks.{j}."
-_SWIN_PARTS = tuple(
-    "model.pixel_level_module.encoder.{head}.self." + part + ".{kind}"
-    for part in ("query", "key", "value")
-)
+_BODY = "colormap_encoder.body."
 _PIXEL, _DECODER = "mask_decoder.pixel_decoder.", "mask_decoder.transformer."
+#: Constants that Swin's own code stores with the weights; timm computes them.
+SWIN_BUFFERS = ("*.relative_position_index", "*.attn_mask")
+# The repository merges patches at the end of a stage, timm at the start of the next. The merged
+# channels have the same order, so nothing is permuted.
+_MERGING = """
+layers.0.downsample.{rest}  layers_1.downsample.{rest}
+layers.1.downsample.{rest}  layers_2.downsample.{rest}
+layers.2.downsample.{rest}  layers_3.downsample.{rest}
+"""
+_SWIN = """
+layers.{i}.{rest}   layers_{i}.{rest}
+patch_embed.{rest}  patch_embed.{rest}
+"""
+
+
+# -- classifiers -----------------------------------------------------------------------------------
+
+
+class SwinTimm(Layout):
+    """timm's Swin classifiers, version 0.9 and later.
+
+    The norms of the four levels are Mask2Former's addition; a classifier has none.
+    """
+
+    name = "swin-timm"
+    prefix = "colormap_encoder."
+    signature: Sequence[str] = ("patch_embed.proj.weight", "layers.3.downsample.reduction.weight")
+    rules: Sequence[tuple[str, str]] = table(_SWIN, "", _BODY)
+    dropped = (*SWIN_BUFFERS, "norm.*", "head.*")
+    fresh = ("colormap_encoder.norms.*",)
+
+
+class SwinOriginal(SwinTimm):
+    """The Swin repository's classifiers (``{"model": ...}``), and timm's before its version 0.9."""
+
+    name = "swin-original"
+    signature = ("patch_embed.proj.weight", "layers.0.downsample.reduction.weight")
+    rules = table(_MERGING + _SWIN, "", _BODY)  # in this order: the general rule would fit too
+
+
+class MobileNetTimm(Layout):
+    """timm's MobileNetV2 classifiers, and its other models of the same build, such as LCNet."""
+
+    name = "mobilenet-timm"
+    prefix = "colormap_encoder."
+    signature = ("conv_stem.weight", "bn1.weight", "blocks.0.0.conv_dw.weight")
+    rules = [(f"{x}.{{rest}}", f"{_BODY}{x}.{{rest}}") for x in ("conv_stem", "bn1", "blocks")]
+    dropped = ("conv_head.*", "bn2.*", "classifier.*")  # what lies behind the last feature map
+
+
+# -- Mask2Former -----------------------------------------------------------------------------------
 
 
 class _Mask2Former(Layout):
@@ -33,7 +77,7 @@ class _Mask2Former(Layout):
 
     prefix: str | tuple[str, ...] = ("colormap_encoder.", "mask_decoder.")
     #: Shell patterns of foreign keys that only some models can take ...
-    backbone_keys: Sequence[str] = ()
+    backbone_keys: Sequence[str] = ("backbone.*",)
     query_keys: Sequence[str] = ()
     input_keys: Sequence[str] = ()
     #: ... and of the keys that GELLA then fills itself.
@@ -72,71 +116,53 @@ class _Mask2Former(Layout):
         )
 
 
-def _pixel_decoder_rules() -> list[tuple[str, str]]:
-    pixel, ours = "sem_seg_head.pixel_decoder.", _PIXEL
-    rules = [
-        (pixel + "transformer.level_embed", ours + "level_embed"),
-        (pixel + "input_proj.{rest}", ours + "input_projections.{rest}"),
-        (pixel + "mask_features.{rest}", ours + "mask_projection.{rest}"),
-    ]
-    for part in ("adapter", "layer"):
-        rules += [
-            (f"{pixel}{part}_{{i}}.norm.{{rest}}", f"{ours}{part}_{{i}}.1.{{rest}}"),
-            (f"{pixel}{part}_{{i}}.weight", f"{ours}{part}_{{i}}.0.weight"),
-        ]
-    layer = "encoder.layers.{i}."
-    for there, here in (
-        ("self_attn", "self_attn"),
-        ("norm1", "self_attn_layer_norm"),
-        ("linear1", "fc1"),
-        ("linear2", "fc2"),
-        ("norm2", "final_layer_norm"),
-    ):
-        rules.append(
-            (f"{pixel}transformer.{layer}{there}.{{rest}}", f"{ours}{layer}{here}.{{rest}}")
-        )
-    return rules
-
-
-def _transformer_rules() -> list[tuple[str, str]]:
-    decoder, ours = "sem_seg_head.predictor.", _DECODER
-    rules = [
-        (decoder + "query_feat.{rest}", ours + "queries_features.{rest}"),
-        # The name of the same queries in the published files.
-        (decoder + "static_query.{rest}", ours + "queries_features.{rest}"),
-        (decoder + "query_embed.{rest}", ours + "queries_embedder.{rest}"),
-        (decoder + "level_embed.{rest}", ours + "level_embed.{rest}"),
-        (decoder + "input_proj.{rest}", ours + "input_projections.{rest}"),
-        (decoder + "decoder_norm.{rest}", ours + "decoder.layernorm.{rest}"),
-        (
-            decoder + "mask_embed.layers.{i}.{rest}",
-            ours + "decoder.mask_predictor.mask_embedder.{i}.0.{rest}",
-        ),
-    ]
-    for there, here in (
-        ("self_attention_layers.{i}.self_attn", "self_attn"),
-        ("self_attention_layers.{i}.norm", "self_attn_layer_norm"),
-        ("cross_attention_layers.{i}.multihead_attn", "cross_attn"),
-        ("cross_attention_layers.{i}.norm", "cross_attn_layer_norm"),
-        ("ffn_layers.{i}.linear1", "fc1"),
-        ("ffn_layers.{i}.linear2", "fc2"),
-        ("ffn_layers.{i}.norm", "final_layer_norm"),
-    ):
-        rules.append(
-            (
-                f"{decoder}transformer_{there}.{{rest}}",
-                f"{ours}decoder.layers.{{i}}.{here}.{{rest}}",
-            )
-        )
-    return rules
-
-
 def _norm_rules(foreign: str, first: int) -> list[tuple[str, str]]:
     # Norms of the four levels; `foreign` has a place for their number, which starts at `first`.
     return [
         (foreign.format(first + k) + ".{rest}", f"colormap_encoder.norms.res{k + 2}.{{rest}}")
         for k in range(4)
     ]
+
+
+_UPSTREAM_BACKBONE = [
+    *table(_MERGING + _SWIN, "backbone.", _BODY),
+    *_norm_rules("backbone.norm{}", 0),
+]
+_UPSTREAM_PIXEL = """
+transformer.level_embed                             level_embed
+input_proj.{rest}                                   input_projections.{rest}
+mask_features.{rest}                                mask_projection.{rest}
+adapter_{i}.norm.{rest}                             adapter_{i}.1.{rest}
+adapter_{i}.weight                                  adapter_{i}.0.weight
+layer_{i}.norm.{rest}                               layer_{i}.1.{rest}
+layer_{i}.weight                                    layer_{i}.0.weight
+transformer.encoder.layers.{i}.self_attn.{rest}     encoder.layers.{i}.self_attn.{rest}
+transformer.encoder.layers.{i}.norm1.{rest}         encoder.layers.{i}.self_attn_layer_norm.{rest}
+transformer.encoder.layers.{i}.linear1.{rest}       encoder.layers.{i}.fc1.{rest}
+transformer.encoder.layers.{i}.linear2.{rest}       encoder.layers.{i}.fc2.{rest}
+transformer.encoder.layers.{i}.norm2.{rest}         encoder.layers.{i}.final_layer_norm.{rest}
+"""
+# static_query is the name of the queries in the published files.
+_UPSTREAM_DECODER = """
+query_feat.{rest}            queries_features.{rest}
+static_query.{rest}          queries_features.{rest}
+query_embed.{rest}           queries_embedder.{rest}
+level_embed.{rest}           level_embed.{rest}
+input_proj.{rest}            input_projections.{rest}
+decoder_norm.{rest}          decoder.layernorm.{rest}
+mask_embed.layers.{i}.{rest} decoder.mask_predictor.mask_embedder.{i}.0.{rest}
+"""
+_UPSTREAM_LAYERS = """
+self_attention_layers.{i}.self_attn.{rest}        {i}.self_attn.{rest}
+self_attention_layers.{i}.norm.{rest}             {i}.self_attn_layer_norm.{rest}
+cross_attention_layers.{i}.multihead_attn.{rest}  {i}.cross_attn.{rest}
+cross_attention_layers.{i}.norm.{rest}            {i}.cross_attn_layer_norm.{rest}
+ffn_layers.{i}.linear1.{rest}                     {i}.fc1.{rest}
+ffn_layers.{i}.linear2.{rest}                     {i}.fc2.{rest}
+ffn_layers.{i}.norm.{rest}                        {i}.final_layer_norm.{rest}
+"""
+_HEAD, _PREDICTOR = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
+_SELF_ATTENTION = _PREDICTOR + "transformer_self_attention_layers.{i}.self_attn."
 
 
 class Mask2FormerUpstream(_Mask2Former):
@@ -147,37 +173,20 @@ class Mask2FormerUpstream(_Mask2Former):
     """
 
     name = "mask2former-upstream"
-    signature: Sequence[str] = (
-        "sem_seg_head.pixel_decoder.transformer.level_embed",
-        "sem_seg_head.predictor.mask_embed.*",
-    )
+    signature: Sequence[str] = (_HEAD + "transformer.level_embed", _PREDICTOR + "mask_embed.*")
     rules: Sequence[tuple[str, str]] = (
-        *swin_rules("backbone."),
-        *_norm_rules("backbone.norm{}", 0),
-        *_pixel_decoder_rules(),
-        *_transformer_rules(),
+        *_UPSTREAM_BACKBONE,
+        *table(_UPSTREAM_PIXEL, _HEAD, _PIXEL),
+        *table(_UPSTREAM_DECODER, _PREDICTOR, _DECODER),
+        *table(_UPSTREAM_LAYERS, _PREDICTOR + "transformer_", _DECODER + "decoder.layers."),
     )
-    dropped: Sequence[str] = (
-        "sem_seg_head.predictor.class_embed.*",
-        "criterion.empty_weight",
-        *SWIN_BUFFERS,
+    fused_there: tuple[str, Sequence[str]] | None = (
+        _SELF_ATTENTION + "in_proj_{kind}",
+        [_SELF_ATTENTION + part + "_proj.{kind}" for part in "qkv"],
     )
-    backbone_keys = ("backbone.*",)
-    query_keys = tuple(
-        f"sem_seg_head.predictor.{x}.*" for x in ("query_feat", "static_query", "query_embed")
-    )
-    input_keys = (
-        "sem_seg_head.pixel_decoder.input_proj.*.0.*",
-        "sem_seg_head.pixel_decoder.adapter_1.weight",
-    )
-
-    def split(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Cut the fused projections of the decoder's self-attention."""
-        return unfuse(state, _SELF_ATTENTION + "in_proj_{kind}", _SELF_ATTENTION_PARTS)
-
-    def join(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Fuse them again."""
-        return fuse(state, _SELF_ATTENTION + "in_proj_{kind}", _SELF_ATTENTION_PARTS)
+    dropped: Sequence[str] = (_PREDICTOR + "class_embed.*", "criterion.empty_weight", *SWIN_BUFFERS)
+    query_keys = tuple(_PREDICTOR + x for x in ("query_feat.*", "static_query.*", "query_embed.*"))
+    input_keys = (_HEAD + "input_proj.*.0.*", _HEAD + "adapter_1.weight")
 
     @classmethod
     def from_config(cls, cfg: Any) -> _Mask2Former:
@@ -187,60 +196,49 @@ class Mask2FormerUpstream(_Mask2Former):
         return super().from_config(cfg)
 
 
-class MaskFormerHeadUpstream(_Mask2Former):
+class MaskFormerHeadUpstream(Mask2FormerUpstream):
     """The same files for a model with ``MODEL.SEM_SEG_HEAD.NAME: MaskFormerHead``.
 
     The head is upstream's own and keeps its names, behind ``mask_decoder.head.``. No signature:
     the files are recognised as ``Mask2FormerUpstream``, whose ``from_config`` comes here.
     """
 
-    name = "mask2former-upstream"
-    rules: Sequence[tuple[str, str]] = (
-        *swin_rules("backbone."),
-        *_norm_rules("backbone.norm{}", 0),
-        ("sem_seg_head.pixel_decoder.{rest}", "mask_decoder.head.pixel_decoder.{rest}"),
-        (
-            "sem_seg_head.predictor.static_query.{rest}",
-            "mask_decoder.head.predictor.query_feat.{rest}",
-        ),
-        ("sem_seg_head.predictor.{rest}", "mask_decoder.head.predictor.{rest}"),
+    signature = ()
+    rules = (
+        *_UPSTREAM_BACKBONE,
+        (_HEAD + "{rest}", "mask_decoder.head.pixel_decoder.{rest}"),
+        (_PREDICTOR + "static_query.{rest}", "mask_decoder.head.predictor.query_feat.{rest}"),
+        (_PREDICTOR + "{rest}", "mask_decoder.head.predictor.{rest}"),
     )
-    dropped: Sequence[str] = Mask2FormerUpstream.dropped
-    fresh: Sequence[str] = ("mask_decoder.head.predictor.class_embed.*",)
+    fused_there = None
+    fresh = ("mask_decoder.head.predictor.class_embed.*",)
     fresh_inputs = (
         "mask_decoder.head.pixel_decoder.input_proj.*.0.*",
         "mask_decoder.head.pixel_decoder.adapter_1.weight",
     )
-    backbone_keys = Mask2FormerUpstream.backbone_keys
-    query_keys = Mask2FormerUpstream.query_keys
-    input_keys = Mask2FormerUpstream.input_keys
 
 
 _ENCODER = "model.pixel_level_module.encoder."
-_BLOCK = "encoder.layers.{i}.blocks.{j}."
-_BLOCK_PARTS = (
-    ("layernorm_before", "norm1"),
-    ("layernorm_after", "norm2"),
-    ("attention.output.dense", "attn.proj"),
-    ("intermediate.dense", "mlp.fc1"),
-    ("output.dense", "mlp.fc2"),
-)
+_HF_BLOCK = """
+layernorm_before.{rest}                         norm1.{rest}
+layernorm_after.{rest}                          norm2.{rest}
+attention.output.dense.{rest}                   attn.proj.{rest}
+intermediate.dense.{rest}                       mlp.fc1.{rest}
+output.dense.{rest}                             mlp.fc2.{rest}
+attention.self.qkv.{rest}                       attn.qkv.{rest}
+attention.self.relative_position_bias_table     attn.relative_position_bias_table
+"""
 # transformers 5 renames Swin in memory and renames it back when it saves; both are read.
-_IN_MEMORY = tuple(
-    (f"{_ENCODER}swin.{{head}}.{now}", f"{_ENCODER}{{head}}.{saved}")
-    for now, saved in (
-        ("attention.q_proj.{kind}", "attention.self.query.{kind}"),
-        ("attention.k_proj.{kind}", "attention.self.key.{kind}"),
-        ("attention.v_proj.{kind}", "attention.self.value.{kind}"),
-        (
-            "attention.relative_position_bias.relative_position_bias_table",
-            "attention.self.relative_position_bias_table",
-        ),
-        ("attention.o_proj.{kind}", "attention.output.dense.{kind}"),
-        ("mlp.fc1.{kind}", "intermediate.dense.{kind}"),
-        ("mlp.fc2.{kind}", "output.dense.{kind}"),
-    )
-) + ((_ENCODER + "swin.{rest}", _ENCODER + "{rest}"),)
+_HF_IN_MEMORY = """
+swin.{head}.attention.q_proj.{kind}  {head}.attention.self.query.{kind}
+swin.{head}.attention.k_proj.{kind}  {head}.attention.self.key.{kind}
+swin.{head}.attention.v_proj.{kind}  {head}.attention.self.value.{kind}
+swin.{head}.attention.relative_position_bias.{table} {head}.attention.self.{table}
+swin.{head}.attention.o_proj.{kind}  {head}.attention.output.dense.{kind}
+swin.{head}.mlp.fc1.{kind}           {head}.intermediate.dense.{kind}
+swin.{head}.mlp.fc2.{kind}           {head}.output.dense.{kind}
+swin.{rest}                          {rest}
+"""
 
 
 class Mask2FormerTransformers(_Mask2Former):
@@ -251,37 +249,35 @@ class Mask2FormerTransformers(_Mask2Former):
     """
 
     name = "mask2former-transformers"
-    signature: Sequence[str] = (
+    signature = (
         "model.pixel_level_module.decoder.level_embed",
         "model.transformer_module.level_embed.weight",
     )
-    rules: Sequence[tuple[str, str]] = (
-        *merging_rules(_ENCODER + "encoder."),
-        *(
-            (f"{_ENCODER}{_BLOCK}{there}.{{rest}}", f"{_SWIN_BLOCK}{here}.{{rest}}")
-            for there, here in _BLOCK_PARTS
-        ),
-        (f"{_ENCODER}{_BLOCK}attention.self.qkv.{{rest}}", f"{_SWIN_BLOCK}attn.qkv.{{rest}}"),
-        (
-            f"{_ENCODER}{_BLOCK}attention.self.relative_position_bias_table",
-            f"{_SWIN_BLOCK}attn.relative_position_bias_table",
+    rules = (
+        *table(_MERGING, _ENCODER + "encoder.", _BODY),
+        *table(
+            _HF_BLOCK,
+            _ENCODER + "encoder.layers.{i}.blocks.{j}.",
+            _BODY + "layers_{i}.blocks.{j}.",
         ),
         (
             _ENCODER + "embeddings.patch_embeddings.projection.{rest}",
-            "colormap_encoder.body.patch_embed.proj.{rest}",
+            _BODY + "patch_embed.proj.{rest}",
         ),
-        (_ENCODER + "embeddings.norm.{rest}", "colormap_encoder.body.patch_embed.norm.{rest}"),
+        (_ENCODER + "embeddings.norm.{rest}", _BODY + "patch_embed.norm.{rest}"),
         *_norm_rules(_ENCODER + "hidden_states_norms.stage{}", 1),
         ("model.pixel_level_module.decoder.{rest}", _PIXEL + "{rest}"),
         ("model.transformer_module.{rest}", _DECODER + "{rest}"),
     )
+    spellings = table(_HF_IN_MEMORY, _ENCODER, _ENCODER)
+    fused_here = (
+        _ENCODER + "{head}.self.qkv.{kind}",
+        [f"{_ENCODER}{{head}}.self.{part}.{{kind}}" for part in ("query", "key", "value")],
+    )
     # The backbone's own last norm is not used by Mask2Former.
-    dropped: Sequence[str] = (
-        "class_predictor.*",
-        "criterion.empty_weight",
-        _ENCODER + "swin.layernorm.*",
-        _ENCODER + "layernorm.*",
-        *SWIN_BUFFERS,
+    dropped = (
+        *("class_predictor.*", "criterion.empty_weight"),
+        *(_ENCODER + "swin.layernorm.*", _ENCODER + "layernorm.*", *SWIN_BUFFERS),
     )
     backbone_keys = (_ENCODER + "*",)
     query_keys = ("model.transformer_module.queries_*",)
@@ -289,15 +285,6 @@ class Mask2FormerTransformers(_Mask2Former):
         "model.pixel_level_module.decoder.input_projections.*.0.*",
         "model.pixel_level_module.decoder.adapter_1.0.*",
     )
-
-    def split(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Bring in-memory names to those of files, and fuse Swin's projections."""
-        state = self._rename(state, (*_IN_MEMORY, ("{key}", "{key}")))
-        return fuse(state, _ENCODER + "{head}.self.qkv.{kind}", _SWIN_PARTS)
-
-    def join(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Cut Swin's projections again; the names stay those of files."""
-        return unfuse(state, _ENCODER + "{head}.self.qkv.{kind}", _SWIN_PARTS)
 
     @classmethod
     def from_config(cls, cfg: Any) -> _Mask2Former:
