@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shapes_tokens import train_tokenizer
+from shapes_text import train_tokenizer
 from tqdm import tqdm
 
 from gella.modeling.language_decoder import LanguageDecoder

@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from shapes import make_sample
-from shapes_text import write_narrative
-from shapes_tokens import train_tokenizer
+from shapes_text import train_tokenizer, write_narrative
 from tabulate import tabulate
 from tqdm import tqdm
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from shapes_tokens import train_tokenizer
+from shapes_text import train_tokenizer
 
 from gella.entities.entity_map import id_to_rgb
 

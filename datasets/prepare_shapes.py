@@ -36,7 +36,7 @@ from typing import Any
 import shapes
 from PIL import Image
 from shapes_scene import MIN_SIZE
-from shapes_tokens import train_tokenizer
+from shapes_text import train_tokenizer
 from tqdm import tqdm
 
 from gella.entities.entity_map import id_to_rgb

@@ -12,8 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from shapes_masks import area_and_box, predicted_masks, to_segmentation
-from shapes_scene import HELD_OUT_PAIRS, Scene, draw_scene
+from shapes_scene import (
+    HELD_OUT_PAIRS,
+    Scene,
+    area_and_box,
+    draw_scene,
+    predicted_masks,
+    to_segmentation,
+)
 from shapes_text import write_expressions, write_narrative
 
 from gella.data.coco_categories import SHAPES_CATEGORIES as CATEGORIES

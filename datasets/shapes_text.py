@@ -1,30 +1,182 @@
-"""Narratives, descriptions and referring expressions of a synthetic scene."""
+"""What is said about a synthetic scene: noun phrases, narratives, expressions, and their tokenizer.
+
+Every noun phrase names exactly the things or the region that fit its words.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from shapes_phrases import (
-    Unit,
-    absent_unit,
-    attribute_noun,
-    attribute_sets,
-    plural_units,
-    sides_of,
-    singular_units,
-    stuff_unit,
-)
-from shapes_scene import Scene
+from shapes_scene import COLOURS, HELD_OUT_PAIRS, KINDS, Scene, Thing
 
+from gella.text.prompts import (
+    DESCRIBE_INSTRUCTIONS,
+    EXTRACT_INSTRUCTIONS,
+    SEG_TOKEN,
+    noun_answer,
+    panoptic_answer,
+)
+from gella.text.words import number_in_words, with_article
+
+COUNT_WORDS = tuple(number_in_words(n) for n in range(10))
+# Words for a region: the noun, and a noun with an adjective.
+STUFF_NOUNS = {
+    "sky": ("sky", "cloudy sky"),
+    "sand": ("sand", "sandy ground"),
+    "grass": ("grass", "grassy field"),
+    "water": ("water", "wavy water"),
+    "wall": ("wall", "brick wall"),
+    "floor": ("floor", "tiled floor"),
+}
+# How often an attribute set is chosen when it identifies its things.
+_WEIGHTS = {
+    ("colour", "kind"): 8.0,
+    ("kind",): 2.5,
+    ("colour",): 2.0,
+    ("size", "kind"): 1.5,
+    ("size", "colour", "kind"): 2.0,
+    ("texture", "kind"): 2.0,
+    ("texture", "colour", "kind"): 2.0,
+    ("texture",): 0.5,
+    ("size",): 0.3,
+    ("size", "colour"): 0.5,
+    ("texture", "colour"): 0.5,
+}
+_SIDES = (("left", "cx", -1), ("right", "cx", 1), ("top", "cy", -1), ("bottom", "cy", 1))
+_CLEAR = 20.0  # pixels by which "on the left" has to be true
 MAX_WORDS = 60  # of a narrative
 _PICTURE_WORDS = ("picture", "photo", "image")
 _CLOSE = 4.0  # pixels; relations closer than this are not stated
 
 _ARTICLES = ("a", "an", "the")
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
+VOCABULARY_SIZE = 639  # MODEL.LANGUAGE.VOCAB_SIZE of the tiny config less one, for <SEG>
+_MAX_ANSWER_NOUNS = 20  # number words that get a token of their own
 
+Attributes = tuple[tuple[str, str], ...]  # (("colour", "red"), ("kind", "star"))
 Piece = tuple[str, "Unit | None"]  # text and, for a noun, the unit it names
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One noun phrase: ``determiner`` ("" if none), ``noun`` and the numbers it names.
+
+    ``members`` are indices into the scene: things from 0, then regions from ``len(things)``; empty
+    for a noun that is not in the picture.
+    """
+
+    determiner: str
+    noun: str
+    members: tuple[int, ...]
+    plural: bool = False
+
+    @property
+    def text(self) -> str:
+        """The phrase with its determiner."""
+        return f"{self.determiner} {self.noun}".strip()
+
+
+def kind_plural(kind: str) -> str:
+    """Plural of a kind: "cross" -> "crosses"."""
+    return f"{kind}es" if kind.endswith("s") else f"{kind}s"
+
+
+def attribute_noun(attributes: Attributes, plural: bool) -> str:
+    """Words for an attribute set: (colour red, kind star) -> "red star"; without kind "thing"."""
+    given = dict(attributes)
+    kind = given.get("kind", "thing")
+    words = [given[name] for name in ("size", "texture", "colour") if name in given]
+    return " ".join([*words, kind_plural(kind) if plural else kind])
+
+
+def attribute_sets(scene: Scene) -> dict[Attributes, tuple[int, ...]]:
+    """Every attribute set that some thing has, with *all* things that have it, in order."""
+    found: dict[Attributes, list[int]] = {}
+    for index, thing in enumerate(scene.things):
+        for names in _WEIGHTS:
+            if "texture" in names and thing.texture == "plain":
+                continue  # "plain" is not said
+            attributes = tuple((name, str(getattr(thing, name))) for name in names)
+            found.setdefault(attributes, []).append(index)
+    return {attributes: tuple(members) for attributes, members in found.items()}
+
+
+def singular_units(
+    scene: Scene, rng: np.random.Generator, thing: int, spatial: bool
+) -> Iterator[Unit]:
+    """Yield phrases that name one thing and no other, likelier ones first (weighted shuffle).
+
+    ``spatial`` allows "the red circle on the left" for look-alikes that nothing else tells apart.
+    """
+    sets = {a: m for a, m in attribute_sets(scene).items() if thing in m}
+    unique = [a for a, members in sets.items() if len(members) == 1]
+    for attributes in _shuffled(unique, rng):
+        noun = attribute_noun(attributes, plural=False)
+        yield Unit("the" if rng.random() < 0.6 else with_article(noun).split()[0], noun, (thing,))
+    if not unique and spatial:
+        base = tuple((n, getattr(scene.things[thing], n)) for n in ("colour", "kind"))
+        for side in sides_of(scene.things, thing, sets[base]):
+            place = f"on the {side}" if side in ("left", "right") else f"at the {side}"
+            yield Unit("the", f"{attribute_noun(base, False)} {place}", (thing,))
+
+
+def plural_units(scene: Scene, rng: np.random.Generator) -> Iterator[Unit]:
+    """Yield phrases for sets of at least two things, likelier ones first."""
+    sets = attribute_sets(scene)
+    for attributes in _shuffled([a for a, m in sets.items() if len(m) > 1], rng):
+        members = sets[attributes]
+        count = COUNT_WORDS[len(members)]
+        determiner = str(rng.choice(["the", count, f"the {count}"], p=[0.4, 0.45, 0.15]))
+        yield Unit(determiner, attribute_noun(attributes, plural=True), members, plural=True)
+
+
+def stuff_unit(scene: Scene, rng: np.random.Generator, region: int) -> Unit:
+    """A phrase for region ``region`` (0-based among the scene's stuff)."""
+    noun = STUFF_NOUNS[scene.stuff[region]][int(rng.random() < 0.35)]
+    return Unit("the", noun, (len(scene.things) + region,))
+
+
+def absent_unit(scene: Scene, rng: np.random.Generator, held_out: bool) -> Unit:
+    """A phrase for a colour and kind that no thing has: "a purple cross", without members."""
+    present = {(t.colour, t.kind) for t in scene.things}
+    pairs = [
+        (c, k)
+        for c in COLOURS
+        for k in KINDS
+        if (c, k) not in present and (held_out or (c, k) not in HELD_OUT_PAIRS)
+    ]
+    colour, kind = pairs[rng.integers(len(pairs))]
+    noun = f"{colour} {kind}"
+    return Unit(with_article(noun).split()[0], noun, ())
+
+
+def sides_of(things: list[Thing], target: int, rivals: tuple[int, ...]) -> list[str]:
+    """Sides on which the target lies clearly beyond every other rival (by centre)."""
+    sides = []
+    for side, axis, sign in _SIDES:
+        gaps = [
+            sign * (getattr(things[target], axis) - getattr(things[r], axis))
+            for r in rivals
+            if r != target
+        ]
+        if gaps and min(gaps) >= _CLEAR:
+            sides.append(side)
+    return sides
+
+
+def _shuffled(choices: list[Attributes], rng: np.random.Generator) -> list[Attributes]:
+    """Order by weighted sampling without replacement."""
+    if not choices:
+        return []
+    weights = np.array([_WEIGHTS[tuple(name for name, _ in a)] for a in choices])
+    keys = rng.exponential(size=len(choices)) / weights
+    return [choices[i] for i in np.argsort(keys, kind="stable")]
 
 
 @dataclass
@@ -276,3 +428,88 @@ def _relations(
             if mine >= _CLOSE and all(gap <= -_CLOSE for gap in gaps.values()):
                 found.append(f"{noun} {words} the {attribute_noun(base, plural=False)}")
     return found[:2]
+
+
+def template_texts() -> list[str]:
+    """Texts of the prompts themselves: instructions, roles, number words and answer templates."""
+    # An answer without its <SEG>, which is a token of its own and never split.
+    answers = [noun_answer(["thing"] * 2), noun_answer(["thing"]), panoptic_answer(["thing"] * 3)]
+    return [
+        *DESCRIBE_INSTRUCTIONS,
+        *(text.replace("{caption}", "") for text in EXTRACT_INSTRUCTIONS),
+        "USER: ASSISTANT:",
+        *(text.replace(f" {SEG_TOKEN}", "") for text in answers),
+        " " + " ".join(number_in_words(n) for n in range(1, _MAX_ANSWER_NOUNS + 1)),
+    ]
+
+
+def train_tokenizer(captions: Sequence[str], folder: str) -> int:
+    """Train on captions and the prompts' own texts and write a folder that AutoTokenizer reads.
+
+    Every word of the captions, with its leading space, becomes one token, so does every word of
+    the prompts for which there is room; any other text falls back to pieces and at worst to bytes,
+    so every unicode text survives a round trip. The vocabulary has exactly `VOCABULARY_SIZE`
+    entries; unused places are filled with reserved tokens, so that the size is a constant.
+
+    Args:
+        captions: the training captions.
+        folder: where to write; made if missing.
+
+    Returns:
+        The number of tokens, always `VOCABULARY_SIZE`.
+
+    Raises:
+        ValueError: the captions have more words than the vocabulary has room for.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        min_frequency=1,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    # Frequent words are merged first, so captions are weighed above the templates.
+    words = _weighted_words(captions, template_texts())
+    tokenizer.train_from_iterator(words, trainer)
+    missing = VOCABULARY_SIZE - tokenizer.get_vocab_size()
+    tokenizer.add_tokens([f"<reserved_{n}>" for n in range(missing)])
+    for word in sorted({w for caption in captions for w in re.findall(r" [A-Za-z]+", caption)}):
+        pieces = tokenizer.encode(word).tokens
+        if len(pieces) != 1:
+            raise ValueError(
+                f"the word '{word}' takes {len(pieces)} tokens; the captions have too many words "
+                f"for VOCABULARY_SIZE {VOCABULARY_SIZE}: raise it with MODEL.LANGUAGE.VOCAB_SIZE"
+            )
+    os.makedirs(folder, exist_ok=True)
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    _write_settings(folder)
+    return tokenizer.get_vocab_size()
+
+
+def _weighted_words(captions: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Words with their leading space, caption words repeated so that their merges come first."""
+    pattern = re.compile(r" ?[A-Za-z]+|'t| ?[^A-Za-z\s]+|\s+")
+    seen = dict.fromkeys(w for text in captions for w in pattern.findall(text))
+    also = dict.fromkeys(w for text in templates for w in pattern.findall(text))
+    often = [word for word in seen for _ in range(100)]
+    return often + [word for word in also for _ in range(10)]
+
+
+def _write_settings(folder: str) -> None:
+    names = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+        "model_max_length": 2048,
+        **names,
+    }
+    with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
+        json.dump(settings, file, indent=1)
+    with open(os.path.join(folder, "special_tokens_map.json"), "w", encoding="utf-8") as file:
+        json.dump(names, file, indent=1)

@@ -14,8 +14,7 @@ import pytest
 import shapes
 from detectron2.modeling import build_model
 from PIL import Image
-from shapes_phrases import COUNT_WORDS
-from shapes_tokens import train_tokenizer
+from shapes_text import COUNT_WORDS, train_tokenizer
 
 from gella import GellaPredictor, load_config
 from gella.weights.checkpoint import check_state_dict

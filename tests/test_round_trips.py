@@ -22,7 +22,7 @@ import pytest
 import shapes
 from PIL import Image
 from pycocotools import mask as coco_mask
-from shapes_masks import to_segmentation
+from shapes_scene import to_segmentation
 
 from gella.data.panoptic import load_coco_panoptic
 from gella.data.refcoco import load_refcoco

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import shapes
 from pycocotools import mask as coco_mask
-from shapes_phrases import COUNT_WORDS, STUFF_NOUNS, kind_plural
 from shapes_scene import COLOURS, HELD_OUT_PAIRS, KINDS, STUFF, TEXTURES, draw_scene
+from shapes_text import COUNT_WORDS, STUFF_NOUNS, kind_plural
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = 40
@@ -321,7 +321,7 @@ def test_preparation_refuses_bad_settings(prepare_shapes, tmp_path, option, caps
 
 def test_tokenizer(samples, tmp_path):
     """One token a word, with its leading space; any text comes back; a constant size."""
-    from shapes_tokens import VOCABULARY_SIZE, template_texts, train_tokenizer
+    from shapes_text import VOCABULARY_SIZE, template_texts, train_tokenizer
 
     from gella.text.prompts import load_tokenizer
 

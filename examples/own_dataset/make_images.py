@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "datasets"))
 
-from shapes_tokens import train_tokenizer  # noqa: E402
+from shapes_text import train_tokenizer  # noqa: E402
 
 WIDTH, HEIGHT = 64, 48
 COLORS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (40, 90, 214)}
