@@ -9,7 +9,7 @@ import threading
 import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,15 +32,13 @@ COLORS = {
 def write_pictures(folder: Path, count: int) -> dict[int, str]:
     """``count`` plain pictures 000000000001.png, ...; returns the colour of each id."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = list(COLORS)
-    truth = {number: names[number % len(names)] for number in range(1, count + 1)}
+    truth = {number: list(COLORS)[number % len(COLORS)] for number in range(1, count + 1)}
     for number, color in truth.items():
-        pixels = np.full((24, 32, 3), COLORS[color], dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:012d}.png")
+        Image.new("RGB", (32, 24), COLORS[color]).save(folder / f"{number:012d}.png")
     return truth
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 600.0) -> None:
     """Wait for something that another thread or process does."""
     end = time.monotonic() + seconds
     while not condition():
@@ -50,19 +48,14 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 def good_answer(request: dict[str, Any]) -> str:
     """Names the colour of the picture that the request holds, so that a mix-up shows."""
-    color = picture_color(request)
-    text = f"There is a {color} wall behind two dogs."
-    return json.dumps({"description": text, "nouns": [f"{color} wall", "two dogs"]})
-
-
-def picture_color(request: dict[str, Any]) -> str:
-    """The colour of the request's picture."""
     content = request["messages"][0]["content"]
-    data = next(p["image_url"]["url"] for p in content if p["type"] == "image_url")
+    data = next(part["image_url"]["url"] for part in content if part["type"] == "image_url")
     head, _, encoded = data.partition(",")
     assert head == "data:image/jpeg;base64"
     pixels = np.asarray(Image.open(io.BytesIO(b64decode(encoded))), dtype=float).mean((0, 1))
-    return min(COLORS, key=lambda name: np.abs(pixels - COLORS[name]).sum())
+    color = min(COLORS, key=lambda name: np.abs(pixels - COLORS[name]).sum())
+    text = f"There is a {color} wall behind two dogs."
+    return json.dumps({"description": text, "nouns": [f"{color} wall", "two dogs"]})
 
 
 @dataclass
@@ -84,24 +77,22 @@ class ChatServer:
     over: Any = field(default_factory=threading.Event)
 
 
-def send(handler: Any, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-    """A whole response."""
+def send(handler: Any, status: int, body: bytes, length: int | None = None, **headers: str) -> None:
+    """A response; header names with _ for -; ``length`` that it claims to have."""
     handler.send_response_only(status)  # without a Date of its own
-    for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-        handler.send_header(name, value)
+    headers.setdefault("Content_Length", str(len(body) if length is None else length))
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
     handler.end_headers()
     handler.wfile.write(body)
 
 
 def completion(text: Any, **message: Any) -> bytes:
     """A chat completion of 100 prompt tokens and 10 answer tokens."""
-    finish = message.pop("finish", "stop")
-    return json.dumps(
-        {
-            "choices": [{"message": {"content": text, **message}, "finish_reason": finish}],
-            "usage": {"prompt_tokens": 100, "completion_tokens": 10},
-        }
-    ).encode()
+    choice = {"finish_reason": message.pop("finish", "stop")}
+    choice["message"] = {"content": text, **message}
+    usage = {"prompt_tokens": 100, "completion_tokens": 10}
+    return json.dumps({"choices": [choice], "usage": usage}).encode()
 
 
 def answer(text: str | None = None, pause: float = 0.0, **message: Any) -> Callable[..., None]:
@@ -115,42 +106,31 @@ def answer(text: str | None = None, pause: float = 0.0, **message: Any) -> Calla
 
 
 def status(code: int, body: bytes = b"{}", **headers: str) -> Callable[..., None]:
-    """Answers with a status; header names with _ for -."""
-
-    def behave(handler: Any, request: dict[str, Any], server: ChatServer) -> None:
-        send(handler, code, body, {name.replace("_", "-"): v for name, v in headers.items()})
-
-    return behave
+    """Answers with a status."""
+    return lambda handler, request, server: send(handler, code, body, **headers)
 
 
 def stall(handler: Any, request: dict[str, Any], server: ChatServer) -> None:
     """Never answers."""
-    server.over.wait(20)
+    server.over.wait(600)
 
 
 def dribble(handler: Any, request: dict[str, Any], server: ChatServer) -> None:
     """Answers one byte at a time, so that no single read takes long."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "100000")
-    handler.end_headers()
-    for _ in range(400):
-        if server.over.wait(0.02):
-            break
+    send(handler, 200, b"", 100_000)
+    while not server.over.wait(0.02):
         handler.wfile.write(b" ")
 
 
 def cut(handler: Any, request: dict[str, Any], server: ChatServer) -> None:
     """Closes in the middle of a good answer."""
     body = completion(good_answer(request))
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(body)))
-    handler.end_headers()
-    handler.wfile.write(body[: len(body) // 2])
+    send(handler, 200, body[: len(body) // 2], len(body))
 
 
 def cut_chunked(handler: Any, request: dict[str, Any], server: ChatServer) -> None:
     """Closes in the middle of a chunk."""
-    handler.send_response(200)
+    handler.send_response_only(200)
     handler.send_header("Transfer-Encoding", "chunked")
     handler.end_headers()
     handler.wfile.write(b"400\r\n" + completion("x")[:20])
@@ -176,14 +156,11 @@ def chat_server(tls: ssl.SSLContext | None = None) -> Iterator[ChatServer]:
                 behave = state.script.pop(0) if state.script else state.default
                 state.at_once += 1
                 state.most_at_once = max(state.most_at_once, state.at_once)
-            try:
+            with suppress(OSError):  # the client left
                 behave(self, body, state)
-            except OSError:
-                pass  # the client left
-            finally:
-                self.close_connection = True
-                with state.lock:
-                    state.at_once -= 1
+            self.close_connection = True
+            with state.lock:
+                state.at_once -= 1
 
         def log_message(self, *_: Any) -> None:
             """Silent."""
@@ -198,9 +175,8 @@ def chat_server(tls: ssl.SSLContext | None = None) -> Iterator[ChatServer]:
     server = Server(("127.0.0.1", 0), Handler)
     if tls is not None:
         # The handshake is left to the connection's own thread: a client may refuse it.
-        server.socket = tls.wrap_socket(
-            server.socket, server_side=True, do_handshake_on_connect=False
-        )
+        options = {"server_side": True, "do_handshake_on_connect": False}
+        server.socket = tls.wrap_socket(server.socket, **options)
     state.url = f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
@@ -216,36 +192,26 @@ def chat_server(tls: ssl.SSLContext | None = None) -> Iterator[ChatServer]:
 def save_tiny_llava(folder: Path, tokenizer_dir: Path) -> None:
     """Write a LLaVA of random weights and its processor, as transformers saves them."""
     import torch
-    import transformers
+    import transformers as hf
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer = hf.AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    text = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        num_hidden_layers=1,
-        num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **small,
-    )
-    vision = transformers.CLIPVisionConfig(
-        num_hidden_layers=2, image_size=16, patch_size=8, **small
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
+    ids["pad_token_id"] = tokenizer.pad_token_id
+    sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "num_key_value_heads": 2}
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(
+            num_hidden_layers=2, image_size=16, patch_size=8, **small
+        ),
+        text_config=hf.LlamaConfig(**sizes, **ids, **small),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     torch.manual_seed(0)
-    model = transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        )
-    )
-    model.save_pretrained(folder)
-    transformers.LlavaProcessor(
-        transformers.CLIPImageProcessor(
-            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-        ),
+    hf.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    hf.LlavaProcessor(
+        hf.CLIPImageProcessor(**size),
         tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import random
 import subprocess
 import threading
@@ -50,7 +49,6 @@ from gella.captions.captioner import (
 )
 from gella.captions.endpoint import EndpointCaptioner, EndpointSettings
 from gella.captions.local import LocalCaptioner
-from gella.captions.run import open_captions
 from gella.commands.describe_images import choose_prompts
 from gella.text.spans import locate_phrases
 
@@ -60,24 +58,15 @@ GOOD = {"description": "A dog sits.", "nouns": ["dog"]}
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        json.dumps(GOOD),
-        f"```json\n{json.dumps(GOOD, indent=1)}\n```",
-        f"Sure! Here {{it}} is:\n{json.dumps(GOOD)}\nAnything else?",
-        '<think>{"a": 1}</think>{"description": "A dog\n sits.", "nouns": ["dog",],}',
-        json.dumps({**GOOD, "nouns": [{"noun": "dog", "color": "?"}, 3, ""]}),
-        json.dumps({**GOOD, "nouns": "dog"}),
-        json.dumps({"answer": GOOD}),
-    ],
-)
-def test_json_answers_are_found_in_what_models_put_around_them(text):
-    assert parse_json_answer(text) == ("A dog sits.", ["dog"])
-
-
-@pytest.mark.parametrize(
     ("text", "reason"),
     [
+        (json.dumps(GOOD), None),
+        (f"```json\n{json.dumps(GOOD, indent=1)}\n```", None),
+        (f"Sure! Here {{it}} is:\n{json.dumps(GOOD)}\nAnything else?", None),
+        ('<think>{"a": 1}</think>{"description": "A dog\n sits.", "nouns": ["dog",],}', None),
+        (json.dumps({**GOOD, "nouns": [{"noun": "dog", "color": "?"}, 3, ""]}), None),
+        (json.dumps({**GOOD, "nouns": "dog"}), None),
+        (json.dumps({"answer": GOOD}), None),
         ("", "no JSON object"),
         ("A dog sits.", "no JSON object"),
         (json.dumps(GOOD)[:-5], "no JSON object"),
@@ -90,9 +79,12 @@ def test_json_answers_are_found_in_what_models_put_around_them(text):
         ('{"a":' * 100_000, "no JSON object"),
     ],
 )
-def test_other_answers_are_refused_with_a_reason(text, reason):
-    with pytest.raises(AnswerError, match=reason):
-        parse_json_answer(text)
+def test_json_answers_are_found_or_refused_with_a_reason(text, reason):
+    if reason is None:
+        assert parse_json_answer(text) == ("A dog sits.", ["dog"])
+    else:
+        with pytest.raises(AnswerError, match=reason):
+            parse_json_answer(text)
 
 
 def test_descriptions_become_one_writable_line():
@@ -134,8 +126,7 @@ def test_noun_lists_are_read_in_any_form(text):
 )
 def test_nouns_are_repaired_or_missing(description, nouns, expected, missing):
     match = match_nouns(description, nouns)
-    assert match.nouns == expected
-    assert sorted(match.missing) == sorted(missing)
+    assert match.nouns == expected and sorted(match.missing) == sorted(missing)
 
 
 def test_nested_and_repeated_nouns():
@@ -172,22 +163,19 @@ class Scripted:
 
     def ask(self, text: str, picture: Picture | None, *, attempt: int = 0) -> Reply:
         self.asked.append((text, picture, attempt))
-        found = self.answers.pop(0)
-        return found if isinstance(found, Reply) else Reply(found)
+        given = self.answers.pop(0)
+        return given if isinstance(given, Reply) else Reply(given)
 
 
 def test_describe_asks_again_until_enough_nouns_stand_in_the_text():
     few = json.dumps({"description": "A dog.", "nouns": ["dog", "cat"]})
-    most = json.dumps(
-        {"description": "A dog, a cat, a cow, a pig.", "nouns": "dog, cats, cow, pig, hen"}
-    )
+    nouns = "dog, cats, cow, pig, hen"
+    most = json.dumps({"description": "A dog, a cat, a cow, a pig.", "nouns": nouns})
     captioner, tally = Scripted("hm", few, Reply(most, complete=False), most), Tally()
     picture = Picture(b"")
     caption = describe(captioner, picture, "Look.", attempts=4, tally=tally)
     assert caption.nouns == ["dog", "cat", "cow", "pig"]
-    assert [(shown, attempt) for _, shown, attempt in captioner.asked] == [
-        (picture, attempt) for attempt in range(4)
-    ]
+    assert [asked[1:] for asked in captioner.asked] == [(picture, number) for number in range(4)]
     counts = tally.as_dict()
     assert counts["rejected"] == 3 and counts["answers"] == 4
     assert counts["nouns"] == 4 and counts["nouns_repaired"] == 1 and counts["nouns_dropped"] == 1
@@ -198,8 +186,7 @@ def test_describe_asks_again_until_enough_nouns_stand_in_the_text():
 
 
 def test_two_steps_ask_for_the_nouns_of_the_description():
-    captioner = Scripted(" A red  car on grass. ", "car, grass")
-    picture = Picture(b"")
+    captioner, picture = Scripted(" A red  car on grass. ", "car, grass"), Picture(b"")
     caption = describe(captioner, picture, mode="two-steps")
     assert caption.description == "A red car on grass." and caption.nouns == ["car", "grass"]
     (first, shown, _), (second, nothing, _) = captioner.asked
@@ -313,10 +300,7 @@ def test_failures_that_may_pass_are_retried(server, failure):
 def test_a_request_has_one_time_limit_however_the_server_stalls(server, behaviour):
     server.script = [behaviour]
     captioner = client(server, timeout=0.4)
-    assert captioner.ask("What?", None).text == "hello"
-    assert captioner.tally["retries"] == 1
-    first, second = (when for when, _, _ in server.requests)
-    assert second - first < 5
+    assert captioner.ask("What?", None).text == "hello" and captioner.tally["retries"] == 1
     server.script = [behaviour]
     with pytest.raises(RequestError, match="no complete answer within 0.4 s"):
         client(server, timeout=0.4, retries=0).ask("What?", None)
@@ -344,14 +328,12 @@ def test_answers_beyond_the_size_are_not_read(server):
         (status(400, b'{"error": {"message": "odd image"}}'), RequestError, "400: odd image"),
         (status(413), RequestError, "--max-side"),
         (status(429, Retry_After="3600"), EndpointError, "3600 s, more than 300 s"),
-        (answer(None, refusal="I won't"), AnswerError, "I won't"),
+        (status(200, completion(None, refusal="I won't")), AnswerError, "I won't"),
         (answer("", finish="content_filter"), AnswerError, "content filter"),
         (answer("  "), AnswerError, "empty"),
     ],
 )
 def test_failures_that_stay_are_not_retried(server, response, error, message):
-    if error is AnswerError and message == "I won't":
-        response = status(200, completion(None, refusal="I won't"))
     server.default = response
     with pytest.raises(error, match=message):
         client(server).ask("What?", None)
@@ -412,9 +394,13 @@ def test_a_rate_limit_stops_all_threads_and_is_no_failure(server):
     assert captioner.tally["rate_limited"] == 5
 
 
-def test_stop_ends_pauses_and_abort_cuts_requests(server):
-    server.default = status(500)
-    captioner = client(server, backoff=30.0)
+@pytest.mark.parametrize(
+    ("behaviour", "settings", "end"),
+    [(status(500), {"backoff": 600.0}, "stop"), (stall, {"timeout": 600.0}, "abort")],
+)
+def test_stop_ends_pauses_and_abort_cuts_requests(server, behaviour, settings, end):
+    server.default = behaviour
+    captioner = client(server, **settings)
     errors: list[BaseException] = []
 
     def ask() -> None:
@@ -423,19 +409,12 @@ def test_stop_ends_pauses_and_abort_cuts_requests(server):
         except StoppedError as error:
             errors.append(error)
 
-    for behaviour, end in ((status(500), captioner.stop), (stall, None)):
-        if end is None:
-            server.default = behaviour
-            captioner = client(server, timeout=60.0)
-            end = captioner.abort
-        before = len(server.requests)
-        thread = threading.Thread(target=ask)
-        thread.start()
-        wait_until(lambda count=before: len(server.requests) > count)
-        end()
-        thread.join(5)
-        assert not thread.is_alive()
-    assert len(errors) == 2
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    wait_until(lambda: len(server.requests) > 0)
+    getattr(captioner, end)()
+    thread.join(300)
+    assert len(errors) == 1
     with pytest.raises(StoppedError):
         captioner.ask("What?", None)
 
@@ -460,23 +439,23 @@ def test_the_key_is_in_no_message_log_or_repr(server, caplog):
     server.default = status(401, b"wrong key abc123")
     with pytest.raises(EndpointError, match=r"wrong key \*\*\*;"):
         client(server, "abc123").ask("What?", None)
-    for bad in ("new\nline", "sn\u00f6w", "two words"):
-        with pytest.raises(ValueError, match="the key holds") as caught:
-            EndpointCaptioner(server.url, "tiny", KEY + bad)
-        texts.append(str(caught.value))
-    with pytest.raises(ValueError, match="user or password") as caught:
-        EndpointCaptioner(f"http://me:{KEY}@host/v1", "tiny")
-    texts.append(str(caught.value))
-    assert len(texts) == 11 and "***" in texts[2]
+    assert len(texts) == 7 and "***" in texts[2]
     assert not [text for text in [*texts, caplog.text] if KEY in text or KEY[:20] in text]
 
 
 @pytest.mark.parametrize(
-    "url", ["", "host/v1", "ftp://host", "http://", "http://h:x/", "http://a b"]
+    ("url", "key", "reason"),
+    [
+        (url, "", "https://host/v1")
+        for url in ("", "host/v1", "ftp://host", "http://", "http://h:x/")
+    ]
+    + [("http://a b", "", "https://host/v1"), (f"http://me:{KEY}@host/v1", "", "user or password")]
+    + [("http://h", KEY + bad, "the key holds") for bad in ("new\nline", "sn\u00f6w", "two words")],
 )
-def test_addresses_that_cannot_be_right(url):
-    with pytest.raises(ValueError, match="https://host/v1"):
-        EndpointCaptioner(url, "tiny")
+def test_addresses_and_keys_that_cannot_be_right(url, key, reason):
+    with pytest.raises(ValueError, match=reason) as caught:
+        EndpointCaptioner(url, "tiny", key)
+    assert KEY[:20] not in str(caught.value)
 
 
 def test_addresses_and_the_environment(monkeypatch):
@@ -536,98 +515,6 @@ def test_certificates_are_checked_unless_told_otherwise(server, tmp_path):
             client(secure, verify=False, timeout=0.5, retries=0).ask("What?", None)
     with pytest.raises(FileNotFoundError, match="none.pem does not exist"):
         EndpointCaptioner("https://h", "m", settings=EndpointSettings(ca_file="none.pem"))
-
-
-# -- the file --------------------------------------------------------------------------------------
-
-
-def record(image_id: int | str, prompt_id: str = "p") -> dict[str, Any]:
-    return {
-        "prompt_id": prompt_id,
-        "image_id": image_id,
-        "file_name": f"{image_id}.png",
-        "description": "Snøw \u2019.",
-        "nouns": ["Snøw"],
-        "model": "m",
-    }
-
-
-def test_the_file_grows_line_by_line_and_is_taken_up_again(tmp_path):
-    path = tmp_path / "new" / "c.jsonl"
-    with open_captions(path) as file:
-        file.append(record(1))
-        file.append(record("x", "q"))
-        with pytest.raises(ValueError, match="another process"):
-            open_captions(path)
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert lines == [record(1), record("x", "q")]
-    with open_captions(path) as file:
-        assert file.entries == {("1", "p"): ("1.png", "m"), ("x", "q"): ("x.png", "m")}
-        assert file.read(("x", "q")) == record("x", "q")
-
-
-def test_every_cut_of_the_last_line_is_healed(tmp_path):
-    path = tmp_path / "c.jsonl"
-    with open_captions(path) as file:
-        file.append(record(1))
-        file.append(record(2))
-    whole = path.read_bytes()
-    start = whole.index(b"\n") + 1
-    for length in range(start, len(whole) + 1):
-        path.write_bytes(whole[:length])
-        with open_captions(path) as file:
-            kept = ("2", "p") in file.entries
-            assert kept == (length >= len(whole) - 1)  # without its line end only: complete
-            if not kept:
-                file.append(record(2))
-        assert path.read_bytes() == whole
-    path.write_bytes(whole + b"\0\0\0")  # what some file systems leave after a power failure
-    with open_captions(path) as file:
-        assert len(file.entries) == 2
-    assert path.read_bytes() == whole
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b'{"images": []}', "line 1.*no proper field 'image_id'"),
-        (b'{"images": [', "line 1.*no JSON"),
-        (b"notes to keep", "line 1.*no JSON"),
-        (b'{"image_id": 1, \n{}\n', "line 1.*no JSON"),
-        (b"3\n", "line 1.*no object"),
-        (json.dumps({**record(1), "nouns": "a"}).encode() + b"\n", "'nouns'"),
-        (json.dumps({**record(1), "model": None}).encode() + b"\n", "'model'"),
-    ],
-)
-def test_other_files_are_named_and_left_alone(tmp_path, content, reason):
-    path = tmp_path / "c.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=reason):
-        open_captions(path)
-    assert path.read_bytes() == content
-    with pytest.raises(ValueError, match="is a folder"):
-        open_captions(tmp_path)
-
-
-def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
-    path = tmp_path / "c.jsonl"
-    with open_captions(path) as file:
-        file.append(record(1))
-        before = path.read_bytes()
-        write = os.write
-
-        def full(handle: int, data: bytes) -> int:
-            if len(data) < 30:
-                raise OSError(28, "No space left on device")
-            return write(handle, data[:-20])
-
-        monkeypatch.setattr(os, "write", full)
-        with pytest.raises(OSError, match="No space"):
-            file.append(record(2))
-        monkeypatch.undo()
-        assert path.read_bytes() == before
-        file.append(record(2))
-    assert len(path.read_text().splitlines()) == 2
 
 
 # -- a local model ---------------------------------------------------------------------------------

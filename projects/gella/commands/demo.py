@@ -688,4 +688,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; return its exit code. ``GELLA_TRACEBACK=1`` shows where an error arose."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     args = parse_args(argv)
-    return exit_status(lambda: execute(args), errors=(EndpointError, ValueError, OSError))
+    return exit_status(
+        lambda: execute(args), errors=(EndpointError, ValueError, OSError, ImportError)
+    )
