@@ -7,9 +7,11 @@ and the trainer's own optimiser. One joint loss and one backward pass serve both
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +21,9 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gella.engine.zero_branch import EngineBranch, full_weights, owned_norm, throw_gradients_away
 from gella.utils.io import read_json
 
-__all__ = ["ZeroHook", "hide_from_ddp", "read_config"]
+__all__ = ["EngineBranch", "ZeroHook", "full_parameter", "hide_from_ddp", "read_config"]
 
 _logger = logging.getLogger(__name__)
 
@@ -109,9 +110,14 @@ class ZeroHook(HookBase):
     """Puts one child of the model under a DeepSpeed engine for the time of the training.
 
     Until ``before_train`` the model is whole, so that weights are loaded as always. From then on
-    the child is an :class:`EngineBranch`, whose parameters are in no ``state_dict()``: use
-    :meth:`full_weights`. The learning rates follow the trainer's groups that the parameters came
+    the child is an :class:`EngineBranch`, whose parameters are in no ``state_dict()``: see
+    :meth:`save_whole`. The learning rates follow the trainer's groups that the parameters came
     from. ``StepTrainer`` calls the other methods; all ranks call all of them.
+
+    Attributes:
+        part: name of the child that is under ZeRO.
+        config: what :func:`read_config` gave.
+        stage: ZeRO's stage, 0 to 3.
     """
 
     def __init__(
@@ -133,31 +139,17 @@ class ZeroHook(HookBase):
         Raises:
             ImportError: DeepSpeed is not installed.
         """
-        self._model, self._name, self._config = model, name, config
+        self._model, self.part, self.config = model, name, config
+        self.stage = int(config["zero_optimization"]["stage"])
         self._optimizer, self._sources = optimizer, sources
         self._deepspeed = _import_deepspeed(next(model.parameters()).device)
         self._branch: EngineBranch | None = None
 
     @property
-    def part(self) -> str:
-        """Name of the child that is under ZeRO."""
-        return self._name
-
-    @property
     def module(self) -> nn.Module:
         """The child itself, also before the training starts."""
-        child = getattr(self._model, self._name)
+        child = getattr(self._model, self.part)
         return child.engine.module if isinstance(child, EngineBranch) else child
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What :func:`read_config` gave."""
-        return self._config
-
-    @property
-    def stage(self) -> int:
-        """ZeRO's stage, 0 to 3."""
-        return int(self._config["zero_optimization"]["stage"])
 
     @property
     def engine(self) -> Any:
@@ -171,15 +163,15 @@ class ZeroHook(HookBase):
         if self._branch is not None:
             return
         _join_process_group()
-        child = getattr(self._model, self._name)
+        child = getattr(self._model, self.part)
         engine, *_ = self._deepspeed.initialize(
-            model=child, optimizer=self._optimizer, config=self._config, dist_init_required=False
+            model=child, optimizer=self._optimizer, config=self.config, dist_init_required=False
         )
         self._branch = EngineBranch(engine, child)
-        setattr(self._model, self._name, self._branch)
+        setattr(self._model, self.part, self._branch)
         _logger.info(
             "%s is under DeepSpeed %s, ZeRO stage %d, %d process(es), %s",
-            *(self._name, self._deepspeed.__version__, self.stage, comm.get_world_size()),
+            *(self.part, self._deepspeed.__version__, self.stage, comm.get_world_size()),
             next(child.parameters()).dtype,
         )
 
@@ -200,9 +192,25 @@ class ZeroHook(HookBase):
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of the child's gradient over all ranks, float32; infinite if not finite.
 
-        To be called between the last backward pass and :meth:`step`.
+        To be called between the last backward pass and :meth:`step`. Each kind of DeepSpeed
+        optimiser holds the gradient in another form and has its own way to sum it up.
         """
-        return owned_norm(self.engine)
+        optimizer = self.engine.optimizer
+        if hasattr(optimizer, "_get_norm_groups"):  # stage 3
+            norms = [torch.as_tensor(n).float().cpu() for n in optimizer._get_norm_groups()]
+            norm = torch.stack(norms)
+        elif hasattr(optimizer, "scaled_global_norm"):  # stages 1 and 2
+            if hasattr(optimizer, "_wait_for_offload_copies"):
+                optimizer._wait_for_offload_copies()
+            norm = torch.as_tensor(optimizer.scaled_global_norm()).float().cpu()[None]
+        elif hasattr(optimizer, "get_grads_for_norm"):  # stage 1, bf16 weights and float32 sums
+            norm = nn.utils.get_total_norm(optimizer.get_grads_for_norm()[0]).float().cpu()[None]
+        else:  # stage 0: every rank has the whole gradient
+            grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(grads).float().cpu()[None]
+        # DeepSpeed writes -1 for what is not finite.
+        norm = torch.where(torch.isfinite(norm) & (norm >= 0), norm, float("inf"))
+        return torch.linalg.vector_norm(norm)
 
     def clip(self, factor: float) -> None:
         """Let :meth:`step` multiply the gradient by a factor of 0 to 1."""
@@ -222,15 +230,50 @@ class ZeroHook(HookBase):
         self.engine.step()
 
     def discard(self) -> None:
-        """Forget the gradients of the step that was begun."""
-        throw_gradients_away(self.engine)
+        """Forget all gradients since the last step, as DeepSpeed does after an overflow."""
+        optimizer = self.engine.optimizer
+        for parameter in self.engine.module.parameters():
+            parameter.grad = None
+        if hasattr(optimizer, "_get_norm_groups"):  # stage 3
+            optimizer._pre_step()
+            optimizer._partition_all_parameters()
+            optimizer._overflow_clean_up(1.0)
+        elif hasattr(optimizer, "scaled_global_norm"):  # stages 1 and 2
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.micro_step_id = -1  # the next micro batch overwrites what is offloaded
+            if optimizer.cpu_offload:
+                optimizer.reset_cpu_buffers()
+            else:
+                for held in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+                    held.update(dict.fromkeys(held))
+        elif hasattr(optimizer, "clear_hp_grads"):  # stage 1, bf16 weights and float32 sums
+            optimizer.clear_hp_grads()
+            optimizer.clear_lp_grads()
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """The child's weights in float32 on the CPU, whole, by their names in the child.
+    def _full_weights(self) -> dict[str, Tensor]:
+        """The child's parameters and buffers, whole, floats in float32, on the CPU; all ranks.
 
-        All ranks must call it; only the main process gets them, the others an empty dict.
+        Ranks above 0 get an empty dict. One parameter at a time is whole on the device.
         """
-        return full_weights(self.engine)
+        keep = dist.get_rank() == 0
+        weights: dict[str, Tensor] = {}
+        done: dict[int, Tensor] = {}  # tied weights are gathered once
+        for name, parameter in self.engine.module.named_parameters(remove_duplicate=False):
+            if id(parameter) in done:
+                weights[name] = done[id(parameter)]
+                continue
+            full = full_parameter(parameter)
+            if keep:
+                weights[name] = done[id(parameter)] = full
+            else:
+                done[id(parameter)] = full.new_empty(0)
+        if not keep:
+            return {}
+        state = self.engine.module.state_dict()
+        for name, buffer in self.engine.module.named_buffers():
+            if name in state:  # persistent
+                weights[name] = buffer.detach().cpu().clone()
+        return weights
 
     def save_whole(self, save: Callable[[], None]) -> None:
         """Call ``save`` on the main process while the model's ``state_dict()`` is complete.
@@ -241,7 +284,7 @@ class ZeroHook(HookBase):
             if comm.is_main_process():
                 save()
             return
-        weights = self.full_weights()
+        weights = self._full_weights()
         if comm.is_main_process():
             with self._branch.showing(weights):
                 save()
@@ -271,3 +314,86 @@ def _join_process_group() -> None:
         comm.create_local_process_group(1)
     # Without it DeepSpeed looks for MPI.
     os.environ.setdefault("LOCAL_RANK", str(comm.get_local_rank()))
+
+
+class EngineBranch(nn.Module):
+    """Stands where the part stood: forward passes go through the engine, attributes to the part.
+
+    The engine is no submodule. So the model's optimiser, its distributed wrapper and its
+    ``state_dict()`` do not see the part's parameters, of which a rank may hold only a share.
+    """
+
+    engine: Any
+
+    def __init__(self, engine: Any, part: nn.Module) -> None:
+        """``engine`` drives ``part``, which may return a tensor, a tuple, a dict or a dataclass."""
+        super().__init__()
+        object.__setattr__(self, "engine", engine)
+        object.__setattr__(self, "_shown", None)
+        object.__setattr__(self, "_result", None)
+        forward = part.forward
+
+        def plain_forward(*args: Any, **kwargs: Any) -> Any:
+            # DeepSpeed finds the tensors that it must watch in tuples and dicts only.
+            output = forward(*args, **kwargs)
+            if not dataclasses.is_dataclass(output) or isinstance(output, dict):
+                return output
+            object.__setattr__(self, "_result", type(output))
+            return {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+
+        part.forward = plain_forward  # type: ignore[method-assign]
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the part has, such as ``hidden_size``."""
+        if name == "engine":  # while this object is made
+            raise AttributeError(name)
+        return getattr(self.engine.module, name)
+
+    def forward(self, *args: Any) -> Any:
+        """The part's own forward pass; float tensors come in at the precision of its weights."""
+        output = self.engine(*(self._cast(x) for x in args))
+        return self._result(**output) if self._result is not None else output
+
+    def generate(self, features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The part's own ``generate``; see :meth:`forward` for the precision."""
+        return self.engine.module.generate(self._cast(features), *args, **kwargs)
+
+    def train(self, mode: bool = True) -> EngineBranch:
+        """Switch the part as well."""
+        super().train(mode)
+        self.engine.module.train(mode)
+        return self
+
+    @contextlib.contextmanager
+    def showing(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let ``state_dict()`` hold the given weights in this block."""
+        object.__setattr__(self, "_shown", weights)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_shown", None)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, tensor in (self._shown or {}).items():
+            destination[prefix + name] = tensor
+
+    def _cast(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(next(self.engine.module.parameters()).dtype)
+        return value
+
+
+def full_parameter(parameter: nn.Parameter) -> Tensor:
+    """A parameter of an engine's module, whole, in float32 on the CPU; all ranks must call it.
+
+    A trained one comes from the optimiser's float32 copy.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+    if full is None:
+        partitioned = [parameter] if hasattr(parameter, "ds_id") else []
+        with GatheredParameters(partitioned, enabled=bool(partitioned)):
+            full = parameter.detach().float().cpu().clone()
+    return full.detach().float().cpu().contiguous()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gella.engine.zero_branch import full_parameter
+from gella.engine.zero import full_parameter
 from gella.weights.checkpoint import (
     DEEPSPEED_TAG,
     PART_FOLDER,
