@@ -44,13 +44,6 @@ from detectron2.utils.logger import setup_logger
 
 from gella import load_config
 from gella.data.register import import_modules
-from gella.engine.agreement import (
-    UnequalRanks,
-    check_agreement,
-    config_facts,
-    file_facts,
-    record_facts,
-)
 from gella.engine.checkpoint import FOLDER as CHECKPOINTS
 from gella.engine.checkpoint import CheckpointStore
 from gella.engine.evaluate import (
@@ -64,8 +57,17 @@ from gella.engine.evaluate import (
     without_expected,
 )
 from gella.engine.evaluation_hooks import with_subset
-from gella.engine.launch import LaunchError, launch_from_environment
-from gella.engine.stopping import RunStopped, resume_command
+from gella.engine.hooks import RunStopped
+from gella.engine.launch import (
+    LaunchError,
+    UnequalRanks,
+    check_agreement,
+    config_facts,
+    file_facts,
+    launch_from_environment,
+    record_facts,
+    resume_command,
+)
 from gella.engine.trainer import GellaTrainer, load_records
 from gella.evaluation import format_results
 from gella.evaluation.results import describe_run

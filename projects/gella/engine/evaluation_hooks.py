@@ -1,8 +1,12 @@
 """Evaluation while training: on small splits, without a trace in the training, keeping the best.
 
 ``TEST.EVAL_PERIOD`` is Detectron2's key: iterations between two evaluations. ``TEST.SUBSET`` makes
-these small; the final evaluation and ``--eval-only`` always take all images. ``TEST.BEST_METRIC``
-keeps the weights with the best score so far as the checkpoint ``model_best``.
+these small and deterministic; the final evaluation and ``--eval-only`` always take all images.
+``TEST.BEST_METRIC`` keeps the weights with the best score so far as the checkpoint ``model_best``.
+
+Under ZeRO stage 3 each forward pass gathers the weights from all ranks, so a rank with fewer images
+than the others would leave them waiting for ever. Shorter shares are therefore filled up with
+repeated samples, which are marked (``is_padding``) and which no evaluator gets to see.
 """
 
 from __future__ import annotations
@@ -13,26 +17,153 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import HookBase
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from torch import nn
 
+from gella.data.records import Records, as_records, selected
+from gella.data.sampling import start_worker
+from gella.engine.hooks import PhraseTally
 from gella.utils.io import write_json
 
-__all__ = ["BestCheckpoint", "EvaluationInTraining", "undisturbed", "with_subset"]
+__all__ = [
+    "BestCheckpoint",
+    "EvaluationInTraining",
+    "EvenLoader",
+    "RealSamples",
+    "build_even_loader",
+    "evenly_spaced",
+    "undisturbed",
+    "with_subset",
+]
 
 BEST_NAME = "model_best"
 SUBSET_PREFIX = "subset/"
 """Before the names of scores of a subset, which do not compare with those of all images."""
+PADDING_KEY = "is_padding"
+"""True in the mapped dicts that only keep a rank busy."""
 
 _logger = logging.getLogger(__name__)
+
+
+def evenly_spaced(records: Sequence[dict[str, Any]], num_images: int) -> Records:
+    """All records of some images, evenly spaced over the dataset and the same in every run.
+
+    Args:
+        records: dataset dicts; several of them may be of one image.
+        num_images: how many images (``TEST.SUBSET``); 0, or more than there are, takes all.
+    """
+    records = as_records(records)
+    ids = records.image_ids().astype(object)
+    for place in np.flatnonzero(ids == ""):
+        ids[place] = ("", int(place))  # without an id, a record is an image of its own
+    numbers: dict[Any, int] = {}
+    images = np.array([numbers.setdefault(i, len(numbers)) for i in ids.tolist()], dtype=np.int64)
+    count = len(numbers)
+    if num_images <= 0 or num_images >= count:
+        return records
+    chosen = np.arange(num_images) * count // num_images
+    return selected(records, np.flatnonzero(np.isin(images, chosen)))
+
+
+class EvenLoader:
+    """A test loader whose length is equal on all ranks, with the attributes of the loader in it.
+
+    It marks the samples that are repeated, and logs after its last batch how many phrases of the
+    others match no input entity.
+    """
+
+    def __init__(self, loader: Iterable[list[dict[str, Any]]], num_real: int, name: str) -> None:
+        """Args:
+        loader: gives lists of mapped dicts.
+        num_real: how many of them count, the first ones.
+        name: of the dataset, for the log.
+        """
+        self._loader, self.num_real, self._name = loader, num_real, name
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._loader)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the loader has, such as its dataset."""
+        return getattr(self._loader, name)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        """The loader's batches."""
+        seen, phrases = 0, PhraseTally()
+        for batch in self._loader:
+            for sample in batch[max(self.num_real - seen, 0) :]:
+                sample[PADDING_KEY] = True
+            seen += len(batch)
+            phrases.add(batch)
+            yield batch
+        phrases.report(f"Dataset {self._name}")
+
+
+def build_even_loader(
+    records: Sequence[dict[str, Any]], mapper: Any, *, batch_size: int, num_workers: int, name: str
+) -> EvenLoader:
+    """Detectron2's test loader over this rank's share of the records, equally long on all ranks.
+
+    A share is contiguous, as Detectron2's ``InferenceSampler`` cuts it; shorter ones repeat their
+    last record.
+
+    Args:
+        records: dataset dicts, equal on all ranks.
+        mapper: turns one of them into a new mapped dict.
+        batch_size: images at a time.
+        num_workers: processes that map.
+        name: of the dataset, for the log.
+
+    Raises:
+        ValueError: there is no record.
+    """
+    if not len(records):
+        raise ValueError("a test set without a record cannot be evaluated")
+    rank, share, longer = comm.get_rank(), *divmod(len(records), comm.get_world_size())
+    first = rank * share + min(rank, longer)
+    places = list(range(first, first + share + (rank < longer)))
+    num_real = len(places)
+    filler = places[-1] if places else 0
+    places += [filler] * (share + (longer > 0) - num_real)
+    loader = build_detection_test_loader(
+        records, mapper=mapper, sampler=places, batch_size=batch_size, num_workers=num_workers
+    )
+    loader.worker_init_fn = start_worker  # a signal to the group must not end an evaluation
+    return EvenLoader(loader, num_real, name)
+
+
+class RealSamples(DatasetEvaluator):
+    """Hides repeated samples from an evaluator, whichever it is."""
+
+    def __init__(self, evaluator: DatasetEvaluator) -> None:
+        """``evaluator`` gets all other samples."""
+        self._evaluator = evaluator
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        self._evaluator.reset()
+
+    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[Any]) -> None:
+        """Pass on a batch without its repeated samples; nothing if none is left."""
+        pairs = [(i, o) for i, o in zip(inputs, outputs, strict=True) if not i.get(PADDING_KEY)]
+        if pairs:
+            real_inputs, real_outputs = zip(*pairs)
+            self._evaluator.process(list(real_inputs), list(real_outputs))
+
+    def evaluate(self) -> Any:
+        """What the evaluator says; every process must call this."""
+        return self._evaluator.evaluate()
 
 
 def with_subset(cfg: Any, num_images: int) -> Any:
@@ -182,7 +313,10 @@ class BestCheckpoint:
                 )
             return False
         value = float(value)
-        if not math.isfinite(value) or not self._better(value):
+        better = self.value is None or (
+            value > self.value if self._mode == "max" else value < self.value
+        )
+        if not math.isfinite(value) or not better:
             return False
         before = "" if self.value is None else f", before {self.value:.4f} at {self.iteration}"
         self.value, self.iteration = value, iteration
@@ -195,11 +329,6 @@ class BestCheckpoint:
             *(self._metric, value, iteration, before, BEST_NAME),
         )
         return True
-
-    def _better(self, value: float) -> bool:
-        if self.value is None:
-            return True
-        return value > self.value if self._mode == "max" else value < self.value
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -251,23 +380,6 @@ class EvaluationInTraining(HookBase):
         self._period, self._evaluate, self._subset = period, evaluate, subset
         self._best = best
         self._is_done = False  # with the evaluation of all images
-
-    @classmethod
-    def from_config(
-        cls,
-        cfg: Any,
-        evaluate: Callable[[int], dict[str, Any]],
-        save: Callable[[int, str], None],
-    ) -> EvaluationInTraining:
-        """Read ``TEST.EVAL_PERIOD, SUBSET, BEST_METRIC, BEST_MODE`` and ``OUTPUT_DIR``.
-
-        ``evaluate`` as in the constructor, ``save`` as in :class:`BestCheckpoint`.
-        """
-        test = cfg.TEST
-        best = None
-        if test.BEST_METRIC:
-            best = BestCheckpoint(save, cfg.OUTPUT_DIR, test.BEST_METRIC, test.BEST_MODE)
-        return cls(test.EVAL_PERIOD, evaluate, subset=test.SUBSET, best=best)
 
     def before_train(self) -> None:
         """Find out what was best before a resume."""

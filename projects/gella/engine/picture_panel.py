@@ -46,19 +46,14 @@ class PicturePanel(HookBase):
         if period < 1:
             raise ValueError(f"VIS_PERIOD is {period}: give a positive number of iterations")
         self._period, self._folder = period, os.path.join(output_dir, "pictures")
-        self._due, self._sample = False, None
-        self._handle: Any = None
+        self._due = False
         self._writer: Any = None
-
-    def before_train(self) -> None:
-        """Watch the batches where they enter the model."""
-        self._handle = self.trainer.model.register_forward_pre_hook(self._keep)
 
     def after_step(self) -> None:
         """Draw if it is due and the batch has nouns; all ranks have the same task."""
         self._due = self._due or (self.trainer.iter + 1) % self._period == 0
-        sample, self._sample = self._sample, None
-        if not self._due or sample is None or sample["task"] == "describe":
+        sample = self.trainer._trainer.batch[0]
+        if not self._due or sample["task"] == "describe":
             return
         self._due = False
         inputs = panel_input(sample)
@@ -75,16 +70,9 @@ class PicturePanel(HookBase):
                 self._put(draw_panel(inputs, grounding, title, own_masks=own_masks))
 
     def after_train(self) -> None:
-        """Stop watching and close the files."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        """Close the files."""
         if self._writer is not None:
             self._writer.close()
-
-    def _keep(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if model.training:
-            self._sample = inputs[0][0]
 
     def _put(self, picture: Image.Image) -> None:
         pixels = np.asarray(picture).transpose(2, 0, 1)  # 3 H W, uint8

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from gella.modeling.criterion import LossCounts
@@ -24,8 +27,15 @@ class StepTrainer(SimpleTrainer):
     that of the whole share (each loss divides by the count of the whole step, which a model tells
     by ``loss_counts(batch)``; a model without this method has its losses averaged over the parts).
 
+    Before each part goes through the model the random generators are seeded by (``seed``,
+    iteration, place of the part in the whole batch). So a resumed run draws the numbers of an
+    uninterrupted one, and k ranks draw what one process draws in k micro batches.
+
     Attributes:
-        micro_step: the part that is in the model, 0 to accumulate - 1.
+        batch: this rank's share of the batch, mapped dicts; empty before the first.
+        micro_step: the part of it that is in the model, 0 to accumulate - 1.
+        outer: the trainer whose hooks hear ``after_backward`` too, or None. Detectron2's default
+            trainer runs its steps in an inner trainer, and registers hooks outside.
         zero: what holds the language decoder under ZeRO, or None (``zero.ZeroHook``).
         guard: asked by ``losses_ok(losses, batch)`` before each backward pass whether to go on, or
             None. All ranks get the same answer; after False no parameter changes.
@@ -39,6 +49,7 @@ class StepTrainer(SimpleTrainer):
         optimizer: torch.optim.Optimizer,
         *,
         accumulate: int = 1,
+        seed: int = -1,
         precision: torch.dtype | None = None,
         grad_scaler: Any = None,
     ) -> None:
@@ -48,13 +59,16 @@ class StepTrainer(SimpleTrainer):
         data_loader: endless iterable of lists.
         optimizer: of all parameters that are not under ZeRO.
         accumulate: micro batches per step, at least 1.
+        seed: ``cfg.SEED``; a negative one leaves the generators alone, as in Detectron2.
         precision: of autocast; None for none.
         grad_scaler: for float16; None for none.
         """
         super().__init__(model, data_loader, optimizer)
-        self.accumulate, self.precision = accumulate, precision
+        self.accumulate, self.seed, self.precision = accumulate, seed, precision
         self.grad_scaler = grad_scaler or torch.amp.GradScaler("cuda", enabled=False)
+        self.batch: Sequence[Any] = ()
         self.micro_step = 0
+        self.outer: Any = None
         self.zero: Any = None
         self.guard: Any = None
         self.drop_step = False
@@ -64,14 +78,15 @@ class StepTrainer(SimpleTrainer):
         if not self.model.training:
             raise AssertionError("the model was changed to eval mode during training")
         start = time.perf_counter()
-        batch = next(self._data_loader_iter)
+        self.batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        parts = self._parts(batch)
+        parts = self._parts(self.batch)
         counts = self._counts(parts)
         self.optimizer.zero_grad()
         self.drop_step = False
         means: dict[str, Tensor] = {}
         for self.micro_step, part in enumerate(parts):
+            self._seed_generators()
             losses = self._forward_backward(part, counts)
             if losses is None:
                 self._drop()
@@ -79,6 +94,8 @@ class StepTrainer(SimpleTrainer):
             for name, loss in losses.items():
                 means[name] = means.get(name, 0.0) + loss.detach() / len(parts)
         self.after_backward()
+        if self.outer is not None:
+            self.outer.after_backward()
         if self.drop_step:
             self._drop()
             return
@@ -99,6 +116,16 @@ class StepTrainer(SimpleTrainer):
             )
         return [batch[i * size : (i + 1) * size] for i in range(self.accumulate)]
 
+    def _seed_generators(self) -> None:
+        # Between the data and the forward pass: starting a loader draws a number, once per start.
+        if self.seed >= 0:
+            # A rank's share of the batch is contiguous, and so are its micro batches in it.
+            part = comm.get_rank() * self.accumulate + self.micro_step
+            draws = np.random.SeedSequence([self.seed, self.iter, part]).generate_state(3)
+            torch.manual_seed(int(draws[0]))
+            np.random.seed(int(draws[1]))
+            random.seed(int(draws[2]))
+
     def _counts(self, parts: list[Sequence[Any]]) -> LossCounts | None:
         """Mean counts over all parts of all ranks; None for a model that counts nothing."""
         inner: Any = getattr(self.model, "module", self.model)
@@ -118,7 +145,9 @@ class StepTrainer(SimpleTrainer):
         """Losses of one part, whose gradients were added; None if the guard says no."""
         last = self.micro_step == self.accumulate - 1
         device = next(self.model.parameters()).device.type
-        sync = contextlib.nullcontext() if last else _no_sync(self.model)
+        # Gradients stay on this rank until the last part, where a distributed wrapper joins them.
+        no_sync = None if last else getattr(self.model, "no_sync", None)
+        sync = contextlib.nullcontext() if no_sync is None else no_sync()
         if self.zero is not None:
             self.zero.before_forward(last)
         with sync:
@@ -154,9 +183,3 @@ class StepTrainer(SimpleTrainer):
         super().load_state_dict(state_dict)
         if self.grad_scaler.is_enabled() and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-
-
-def _no_sync(model: nn.Module) -> Any:
-    """The model's ``no_sync()``, which keeps gradients on this rank; nothing if it has none."""
-    no_sync = getattr(model, "no_sync", None)
-    return contextlib.nullcontext() if no_sync is None else no_sync()

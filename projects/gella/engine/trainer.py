@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils import comm
 from torch import nn
 
@@ -17,18 +18,21 @@ from gella.data.records import Records, concatenated
 from gella.data.refcoco import without_held_out
 from gella.data.register import choose_entities, root_from_environment
 from gella.data.sampling import build_train_loader
-from gella.data.unmatched import CountedLoader, UnmatchedPhrases
-from gella.engine.evaluation_hooks import EvaluationInTraining, undisturbed, with_subset
-from gella.engine.evaluation_split import RealSamples, build_even_loader, evenly_spaced
-from gella.engine.hooks import ForwardAfterBackward, GradientClipper, IterationSeed
+from gella.engine.evaluation_hooks import (
+    BestCheckpoint,
+    EvaluationInTraining,
+    RealSamples,
+    build_even_loader,
+    evenly_spaced,
+    undisturbed,
+    with_subset,
+)
+from gella.engine.hooks import GradientClipper, NonFiniteGuard, RunScalars, StopOnSignal
 from gella.engine.launch import data_parallel_on
 from gella.engine.optimizer import build_optimizer, split_off, with_epochs
 from gella.engine.picture_panel import PicturePanel
 from gella.engine.resume import RunCheckpoints
-from gella.engine.run_control import NonFiniteGuard
 from gella.engine.step import StepTrainer
-from gella.engine.stopping import StopOnSignal
-from gella.engine.watching import RunScalars
 from gella.engine.zero import ZeroHook, hide_from_ddp, read_config
 from gella.evaluation import asked_categories, build_evaluator, merge_datasets, task_for
 from gella.weights.checkpoint import load_weights
@@ -36,7 +40,7 @@ from gella.weights.checkpoint import load_weights
 # The child of the model that SOLVER.ZERO.CONFIG puts under DeepSpeed.
 LANGUAGE = "language_decoder"
 
-__all__ = ["GellaTrainer", "GradientClipper", "IterationSeed", "build_optimizer", "load_records"]
+__all__ = ["GellaTrainer", "load_records"]
 
 
 def load_records(names: Any, key: str, cfg: Any = None) -> Records:
@@ -101,42 +105,47 @@ class GellaTrainer(DefaultTrainer):
             super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Detectron2's hooks with ours after the timer, over our checkpoints and step.
+        """The hooks in their order, Detectron2's among them by name.
 
         The base class calls it last, so everything that it built is replaced here.
         """
         self._compute_epochs()
         self._replace_step()
-        cfg = self.cfg
-        self.checkpoints = RunCheckpoints(cfg, zero=self._zero, loader=self._trainer.data_loader)
-        own: list[HookBase] = [IterationSeed(cfg.SEED), UnmatchedPhrases(), RunScalars()]
-        clip = cfg.SOLVER.CLIP_GRADIENTS
-        if clip.ENABLED:
-            own.append(GradientClipper(clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE))
-        built = super().build_hooks()
-        if self._zero is not None:
-            if clip.ENABLED:
-                own[-1].check_zero()  # type: ignore[attr-defined]
-            own.insert(0, self._zero)
-        built = [h for h in built if not isinstance(h, hooks.PeriodicCheckpointer)]
-        place = next(i for i, h in enumerate(built) if isinstance(h, hooks.EvalHook))
-        built.insert(place, self.checkpoints)
-        guard = NonFiniteGuard(cfg.SOLVER.NONFINITE, cfg.SOLVER.NONFINITE_LIMIT, cfg.OUTPUT_DIR)
-        self._trainer.guard = guard  # looks at the norms that the clipper has put down
-        # Behind the scheduler, whose state is saved, and before what takes time.
-        late = [StopOnSignal(self._save_whole)]
-        if cfg.VIS_PERIOD > 0:
-            late.append(PicturePanel(cfg.VIS_PERIOD, cfg.OUTPUT_DIR))
-        evaluation = EvaluationInTraining.from_config(cfg, self._evaluate, self._save_whole)
-        built = [evaluation if isinstance(h, hooks.EvalHook) else h for h in built]
-        return [*built[:1], *own, guard, *built[1:2], *late, *built[2:]]
+        cfg, solver, test = self.cfg, self.cfg.SOLVER, self.cfg.TEST
+        detectron2 = {type(hook).__name__: hook for hook in super().build_hooks()}
+        clip = solver.CLIP_GRADIENTS
+        clipper = clip.ENABLED and GradientClipper(
+            clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE, zero=self._zero
+        )
+        guard = NonFiniteGuard(solver.NONFINITE, solver.NONFINITE_LIMIT, cfg.OUTPUT_DIR)
+        self._trainer.guard = guard
+        self.checkpoints = RunCheckpoints(
+            cfg, zero=self._zero, loader=self._trainer.data_loader
+        )
+        best = test.BEST_METRIC and BestCheckpoint(
+            self.checkpoints.save, cfg.OUTPUT_DIR, test.BEST_METRIC, test.BEST_MODE
+        )
+        hooks = [
+            detectron2["IterationTimer"],
+            self._zero,  # starts the engine, which the others save, clip and evaluate
+            RunScalars(),  # the rates of this step: before the scheduler
+            clipper,
+            guard,  # looks at the norms that the clipper has put down
+            detectron2["LRScheduler"],
+            # From here on behind the scheduler, whose state is saved.
+            StopOnSignal(self.checkpoints.save),  # before what takes time
+            PicturePanel(cfg.VIS_PERIOD, cfg.OUTPUT_DIR) if cfg.VIS_PERIOD > 0 else None,
+            detectron2.get("PreciseBN"),
+            self.checkpoints,  # before a long evaluation
+            EvaluationInTraining(
+                test.EVAL_PERIOD, self._evaluate, subset=test.SUBSET, best=best or None
+            ),
+            detectron2.get("PeriodicWriter"),  # of the main process; last, so that scores count
+        ]
+        return [hook for hook in hooks if hook]
 
     def _evaluate(self, num_images: int) -> dict[str, dict[str, float]]:
         return self.test(with_subset(self.cfg, num_images), self.model)
-
-    def _save_whole(self, iteration: int, name: str = "") -> None:
-        """Save a checkpoint to resume from, or with a name whole weights; all ranks call it."""
-        self.checkpoints.save(iteration, name)
 
     def _compute_epochs(self) -> None:
         """Set ``MAX_ITER`` and ``STEPS`` from ``SOLVER.EPOCHS``, now that the data are known."""
@@ -167,9 +176,11 @@ class GellaTrainer(DefaultTrainer):
             old.data_loader,
             old.optimizer,
             accumulate=solver.ACCUMULATE,
+            seed=self.cfg.SEED,
             precision=precision,
             grad_scaler=scaler,
         )
+        step.outer = weakref.proxy(self)
         if solver.ZERO.CONFIG:
             if precision is torch.float16:
                 raise ValueError("SOLVER.ZERO.CONFIG with SOLVER.AMP needs a GPU with bfloat16")
@@ -184,7 +195,6 @@ class GellaTrainer(DefaultTrainer):
             language, sources = split_off(old.optimizer, "language")
             self._zero = ZeroHook(model, LANGUAGE, language, sources, config)
             step.zero = self._zero
-        step.register_hooks([ForwardAfterBackward(self)])
         self._trainer = step
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -247,7 +257,7 @@ class GellaTrainer(DefaultTrainer):
         records = evenly_spaced(records, cfg.TEST.SUBSET)
         # The names to ask for, where they are not the dataset's own.
         categories = asked_categories(cfg, dataset_name)
-        loader = build_even_loader(
+        return build_even_loader(
             records,
             mapper=GroundingMapper(
                 cfg,
@@ -258,8 +268,8 @@ class GellaTrainer(DefaultTrainer):
             ),
             batch_size=cfg.TEST.IMS_PER_BATCH,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
+            name=dataset_name,
         )
-        return CountedLoader(loader, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
