@@ -42,6 +42,16 @@ def tokenizer(tokenizer_dir: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for DETECTRON2_DATASETS with 40 + 4 drawn scenes in ``shapes``; to be read only."""
+    import prepare_shapes
+
+    folder = tmp_path_factory.mktemp("scenes")
+    prepare_shapes.prepare(folder / "shapes", {"train": 40, "val": 4}, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def coco_sample() -> Path:
     """The folder of the two real COCO images; tests that need it skip where it is absent."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "coco_sample"
@@ -58,5 +68,6 @@ def gella_log(
     logger = logging.getLogger("gella")
     monkeypatch.setattr(logger, "propagate", False)
     logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, "gella")
     yield caplog
     logger.removeHandler(caplog.handler)

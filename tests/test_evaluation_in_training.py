@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import os
 import random
 import signal
@@ -17,21 +16,24 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import InferenceSampler
 from detectron2.engine import HookBase, TrainerBase
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.modeling import META_ARCH_REGISTRY
+from PIL import Image
 from torch import nn
 
 from gella import add_gella_config
-from gella.data.unmatched import CountedLoader
 from gella.engine.evaluation_hooks import (
     BestCheckpoint,
     EvaluationInTraining,
+    RealSamples,
+    build_even_loader,
+    evenly_spaced,
     undisturbed,
     with_subset,
 )
-from gella.engine.evaluation_split import RealSamples, build_even_loader, even_share, evenly_spaced
 from gella.engine.trainer import GellaTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,22 +58,25 @@ def test_a_subset_takes_whole_images_evenly():
     assert [r["image_id"] for r in evenly_spaced(records, 1)] == [0, 0]
 
 
-@pytest.mark.parametrize(("size", "world"), itertools.product([1, 2, 3, 7, 8, 9], [1, 2, 3, 8]))
-def test_shares_are_equally_long_and_miss_nothing(size, world, monkeypatch):
-    shares = [even_share(size, rank, world) for rank in range(world)]
-    assert {len(places) for places, _ in shares} == {-(-size // world)}
-    real = [place for places, count in shares for place in places[:count]]
-    assert real == list(range(size))
-    assert all(0 <= place < size for places, _ in shares for place in places)
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_shares_are_equally_long_and_miss_nothing(world, monkeypatch):
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: world)
-    for rank, (places, count) in enumerate(shares):
-        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
-        assert list(InferenceSampler(size)) == places[:count]
+    for size in (1, 2, 3, 7, 8, 9):
+        records, real, lengths = [{"image_id": i} for i in range(size)], [], set()
+        for rank in range(world):
+            monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
+            loader = build_even_loader(records, dict, batch_size=2, num_workers=0, name="D")
+            samples = [sample for batch in loader for sample in batch]
+            lengths.add(len(samples))
+            share = [s["image_id"] for s in samples if "is_padding" not in s]
+            assert share == list(InferenceSampler(size))
+            real += share
+        assert lengths == {-(-size // world)} and real == list(range(size))
 
 
 def test_an_empty_test_set_is_refused():
     with pytest.raises(ValueError, match="without a record"):
-        even_share(0, 0, 2)
+        build_even_loader([], dict, batch_size=1, num_workers=0, name="D")
 
 
 class Seen(DatasetEvaluator):
@@ -94,17 +99,18 @@ def answers(batch):
     return [sample["number"] for sample in batch]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(("rank", "real"), [(0, [0, 1]), (1, [2, 3]), (2, [4])])
-def test_repeated_samples_are_run_but_not_counted(rank, real, workers, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("rank", "real", "workers"), [(0, [0, 1], 0), (1, [2, 3], 1), (2, [4], 0), (2, [4], 1)]
+)
+def test_repeated_samples_are_run_but_not_counted(rank, real, workers, monkeypatch, gella_log):
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 3)
     monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: rank)
-    records = [{"image_id": i} for i in range(5)]
     loader = build_even_loader(
-        records,
+        [{"image_id": i} for i in range(5)],
         mapper=lambda r: {"number": r["image_id"], "num_grounded": 2, "num_unmatched": 1},
         batch_size=1,
         num_workers=workers,
+        name="D",
     )
     assert len(loader) == 2 and loader.batch_size == 1
     run, evaluator = [], Seen()
@@ -113,17 +119,11 @@ def test_repeated_samples_are_run_but_not_counted(rank, real, workers, monkeypat
         run.extend(answers(batch))
         return answers(batch)
 
-    logger = logging.getLogger("gella.data.unmatched")
-    monkeypatch.setattr(logger, "propagate", False)
-    logger.addHandler(caplog.handler)
-    try:
-        results = inference_on_dataset(model, CountedLoader(loader, "D"), RealSamples(evaluator))
-    finally:
-        logger.removeHandler(caplog.handler)
+    results = inference_on_dataset(model, loader, RealSamples(evaluator))
     assert len(run) == 2 and evaluator.numbers == real
     assert evaluator.calls == len(real)  # no empty batch is passed on
     assert results == {"seen": {"n": float(len(real))}}
-    assert f"{len(real)} of {2 * len(real)} phrases" in caplog.text
+    assert f"{len(real)} of {2 * len(real)} phrases" in gella_log.text
 
 
 def test_a_batch_of_real_and_repeated_samples():
@@ -134,6 +134,47 @@ def test_a_batch_of_real_and_repeated_samples():
     assert evaluator.numbers == [1, 3]
     with pytest.raises(ValueError, match="shorter"):
         RealSamples(evaluator).process(inputs, [1, 2])
+
+
+def test_the_test_loader_leads_records_to_their_source(tmp_path, tokenizer_dir, gella_log):
+    """A dataset whose masks come from a file that has merged two of three segments."""
+    ids = np.zeros((20, 30), np.uint8)
+    ids[:8], ids[8:14, :15], ids[8:14, 15:] = 1, 2, 3
+    Image.fromarray(ids).save(tmp_path / "ids.png")
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "masks").mkdir()
+    np.savez(tmp_path / "masks" / "a.npz", ids=np.minimum(ids, 2).astype(np.int32))
+    caption = "a top over one and two"
+    phrases = [
+        {"text": text, "start": caption.find(text), "end": -1, "segment_ids": list(segment_ids)}
+        for text, segment_ids in (("a top", (1,)), ("one", (2,)), ("two", (3,)))
+    ]
+    record = {
+        "file_name": str(tmp_path / "a.png"),
+        "image_id": 1,
+        "height": 20,
+        "width": 30,
+        "entities": {"format": "gray_png", "file_name": str(tmp_path / "ids.png")},
+        "caption": caption,
+        "phrases": phrases,
+        "tasks": ("ground",),
+    }
+    name = "gella_unmatched_test"
+    DatasetCatalog.register(name, lambda: [record])
+    MetadataCatalog.get(name).evaluator_type = "png"
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    cfg.MODEL.LANGUAGE.TOKENIZER = str(tokenizer_dir)
+    cfg.DATASETS.TEST, cfg.DATALOADER.NUM_WORKERS = (name,), 0
+    cfg.INPUT.GELLA.TARGET_IOU = 0.6
+    cfg.INPUT.GELLA.ENTITY_SOURCES = [[name, "auto", str(tmp_path / "masks")]]
+    try:
+        ((mapped,),) = list(GellaTrainer.build_test_loader(cfg, name))
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert [p["entity_indices"] for p in mapped["phrases"]] == [[0], [], []]
+    assert f"{name}: 2 of 3 phrases with segments (66.67 %)" in gella_log.text
 
 
 # -- no trace --------------------------------------------------------------------------------------
@@ -197,7 +238,7 @@ class ToyTrainer(GellaTrainer):
     def build_test_loader(cls, cfg, dataset_name):
         records = evenly_spaced([{"image_id": i} for i in range(6)], cfg.TEST.SUBSET)
         mapper = by_number
-        return build_even_loader(records, mapper, batch_size=2, num_workers=1)
+        return build_even_loader(records, mapper, batch_size=2, num_workers=1, name=dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
@@ -369,17 +410,11 @@ def test_a_resumed_run_goes_on_from_the_best(tmp_path):
     assert fresh.value is None
 
 
-def test_an_unknown_metric_is_named_and_does_not_end_the_run(tmp_path, caplog, monkeypatch):
-    logger = logging.getLogger("gella.engine.evaluation_hooks")
-    monkeypatch.setattr(logger, "propagate", False)
-    logger.addHandler(caplog.handler)
+def test_an_unknown_metric_is_named_and_does_not_end_the_run(tmp_path, gella_log):
     best, saved = best_of(tmp_path, "png/ARR")
-    try:
-        evaluations(period=5, best=best)
-    finally:
-        logger.removeHandler(caplog.handler)
+    evaluations(period=5, best=best)
     assert saved == [] and not (tmp_path / "best.json").exists()
-    assert "TEST.BEST_METRIC png/ARR is none of the scores (png/AR)" in caplog.text
+    assert "TEST.BEST_METRIC png/ARR is none of the scores (png/AR)" in gella_log.text
 
 
 def test_wrong_keys(cfg, tmp_path):
@@ -407,7 +442,7 @@ needs_no_single_gpu = pytest.mark.skipif(
 )
 
 
-def run(*command, timeout=240, **variables):
+def run(*command, timeout=1800, **variables):
     """Run Python in a process group of its own; a hang is a failure. Returns what it printed."""
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],

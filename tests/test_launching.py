@@ -1,4 +1,7 @@
-"""Runs of several processes and machines: what each starter sets, and the command lines."""
+"""Runs of several processes and machines: what starters set, what must be equal, how they end.
+
+As a script: a process of a run, which writes what it found to ``FOLDER/rank<N>.json``.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,150 +20,116 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
+from toy_run import CONFIG, SCRIPT, SMALL
 
 from gella.config import load_config
 from gella.data.records import as_records
-from gella.engine.agreement import (
+from gella.engine.launch import (
+    LaunchError,
     UnequalRanks,
     check_agreement,
     config_facts,
     file_facts,
-    record_facts,
-)
-from gella.engine.launch import (
-    LaunchError,
-    Placement,
-    first_host,
     launch_from_environment,
-    placement_from_environment,
+    record_facts,
+    resume_command,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "tools" / "train_net.py"
-CONFIG = str(ROOT / "configs" / "gella_tiny_shapes.yaml")
-REPORT = str(Path(__file__).with_name("launch_report.py"))
 TORCHRUN = {
     **{"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"},
-    **{"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "29500"},
+    **{"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
 }
-# As srun sets them on the second of two machines with two tasks each.
-SRUN = {
-    **{"SLURM_JOB_ID": "31234567", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"},
-    **{"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "gpu[03-04]"},
-}
+SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
 STARTERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "SLURM_", "GROUP_", "ROLE_")
 needs_no_single_gpu = pytest.mark.skipif(
     0 < torch.cuda.device_count() < 2, reason="each process needs a GPU of its own, here is one"
 )
 
 
-def without(environment, *names, **changes):
-    """A copy of an environment, changed."""
-    return {**{k: v for k, v in environment.items() if k not in names}, **changes}
+@pytest.fixture
+def started(monkeypatch):
+    """Start a run that must not begin, in an environment of its own; arguments as changes."""
 
+    def start(environment, **changes):
+        for name in [name for name in os.environ if name.startswith(STARTERS)]:
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        values = {"num_gpus": 1, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
+        args = argparse.Namespace(**{**values, **changes})
+        called = []
+        launch_from_environment(called.append, args)
+        assert called == [args] and not torch.distributed.is_initialized()
 
-def arguments(**changes):
-    """Detectron2's arguments of a start without options."""
-    values = {"num_gpus": 1, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", **changes}
-    return argparse.Namespace(**values)
+    return start
 
 
 # -- what the starters say -------------------------------------------------------------------------
 
-
-def test_torchrun():
-    expected = Placement("torchrun", 3, 4, 1, 2, "env://")
-    assert placement_from_environment(TORCHRUN) == expected
-    # inside srun torchrun counts, and so do its variables without its name
-    assert placement_from_environment({**SRUN, **TORCHRUN}) == expected
-    assert placement_from_environment(without(TORCHRUN, "TORCHELASTIC_RUN_ID")) == expected
-    # clusters that count machines so are not torchrun; nor is one process a run of several
-    counted = without(TORCHRUN, "TORCHELASTIC_RUN_ID", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    assert placement_from_environment(counted) is None
-    alone = dict.fromkeys(("RANK", "LOCAL_RANK"), "0") | {"WORLD_SIZE": "1"}
-    assert placement_from_environment({**TORCHRUN, **alone, "LOCAL_WORLD_SIZE": "1"}) is None
-    assert placement_from_environment({}) is None
-
-
-def test_srun():
-    expected = Placement("srun", 2, 4, 0, 2, "tcp://gpu03:24567")
-    assert placement_from_environment(SRUN) == expected
-    assert placement_from_environment({**SRUN, "SLURM_STEP_ID": "3"}).init_method[-5:] == "24570"
-    # the step's own numbers go before those of the whole job
-    step = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
-    place = {**step, "SLURM_STEP_NODELIST": "a1,b2", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
-    expected = Placement("srun", 5, 8, 1, 4, "tcp://a1:24567")
-    assert placement_from_environment({**SRUN, **place}) == expected
-    chosen = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"}
-    assert placement_from_environment({**SRUN, **chosen}).init_method == "tcp://10.0.0.7:1234"
-    # a batch script is not a step, and one task is not a run of several
-    assert placement_from_environment(without(SRUN, "SLURM_STEP_ID")) is None
-    assert placement_from_environment({**SRUN, "SLURM_STEP_ID": "4294967291"}) is None
-    assert placement_from_environment({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}) is None
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    "environment",
     [
-        (without(TORCHRUN, "RANK"), "torchrun started this process but RANK is not set"),
-        ({**TORCHRUN, "WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', not a number"),
-        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "3"}, "started 4 processes with 3 on this machine"),
-        ({**TORCHRUN, "LOCAL_RANK": "0"}, "rank 3 of 4, number 0 of 2 on its machine"),
-        ({**SRUN, "SLURM_PROCID": "1"}, "rank 1 of 4, number 0 of 2.*--distribution=block"),
-        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3,1"}, "srun placed 3,1 tasks"),
-        (without(SRUN, "SLURM_NTASKS_PER_NODE"), "srun placed none tasks"),
-        (without(SRUN, "SLURM_LOCALID"), "SLURM_LOCALID is not set"),
-        (without(SRUN, "SLURM_NODELIST"), "node list '' is not readable"),
+        {},
+        {**TORCHRUN, **ALONE},
+        {**TORCHRUN, **ALONE, **SRUN},  # inside srun torchrun counts
+        {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "host"},  # clusters that count machines so
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # a batch script is not a step
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "1"},
     ],
 )
-def test_unusable_environments(environment, message):
-    with pytest.raises(LaunchError, match=message):
-        placement_from_environment(environment)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [
-        ("localhost", "localhost"),
-        ("gpu[03-05,09],big1", "gpu03"),
-        ("gpu[7,9-12]", "gpu7"),
-        ("rack[0-1]n[010-011]-ib", "rack0n010-ib"),
-        ("n1.example.org,n2.example.org", "n1.example.org"),
-    ],
-)
-def test_first_host(nodes, host):
-    assert first_host(nodes) == host
-
-
-@pytest.mark.parametrize("nodes", ["", ",a", "gpu[", "gpu[1-2"])
-def test_no_first_host(nodes):
-    with pytest.raises(LaunchError, match="not readable"):
-        first_host(nodes)
+def test_one_process_runs_in_this_one(started, environment):
+    started(environment)
 
 
 @pytest.mark.parametrize(
     ("changes", "environment", "message"),
     [
+        ({}, {**TORCHRUN, "WORLD_SIZE": "x"}, "torchrun .* RANK, WORLD_SIZE, .* set to numbers"),
+        ({}, {"TORCHELASTIC_RUN_ID": "none"}, "not all set to numbers .'RANK'"),
+        ({}, {**TORCHRUN, "LOCAL_WORLD_SIZE": "3"}, "4 processes with 3 on this machine"),
+        ({}, SRUN, "srun has started 4 tasks, which would train apart.* torchrun"),
         ({"num_gpus": 8}, TORCHRUN, "torchrun has started 4.*rank 3.*--num-gpus is 8"),
         ({"num_machines": 2}, TORCHRUN, "--num-machines 2: leave both out"),
-        ({"num_gpus": 8}, SRUN, "srun has started 4 processes.*--num-gpus is 8"),
         ({"num_machines": 2, "machine_rank": 2}, {}, "--machine-rank is 2 but --num-machines 2"),
         ({"num_machines": 2, "machine_rank": 2}, SRUN, "--machine-rank is 2 but"),
         ({"num_machines": 2}, {}, "--dist-url is auto but there are 2 machines"),
     ],
 )
-def test_contradicting_arguments(changes, environment, message):
-    def never(args):
-        raise AssertionError("was called")
-
+def test_contradictions(started, changes, environment, message):
     with pytest.raises(LaunchError, match=message):
-        launch_from_environment(never, arguments(**changes), environment)
+        started(environment, **changes)
 
 
-def test_one_process_runs_in_this_one():
-    called = []
-    launch_from_environment(called.append, arguments(), {})
-    assert called == [arguments()] and not torch.distributed.is_initialized()
+def test_more_processes_than_gpus(started, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(LaunchError, match="each sees 1 GPUs: .*--gpus-per-node instead"):
+        started(TORCHRUN)
+    with pytest.raises(LaunchError, match="--num-gpus is 2 but this machine has 1 GPUs"):
+        started({}, num_gpus=2)
+
+
+def test_nobody_at_the_address(started, monkeypatch):
+    monkeypatch.setattr("gella.engine.launch.TIMEOUT", datetime.timedelta(seconds=1))
+    port = str(free_port())
+    with pytest.raises(LaunchError, match=f"rank 3 of 4 found no process group at 127.*:{port}"):
+        started({**TORCHRUN, "MASTER_PORT": port})
+
+
+def test_resume_command():
+    argv = ["tools/train_net.py", "--config-file", "a b.yaml", "X", "1"]
+    command = "python tools/train_net.py --resume --config-file 'a b.yaml' X 1"
+    assert resume_command(argv, {}) == command
+    assert resume_command(shlex.split(command)[1:], {}) == command
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "1"}
+    by_torchrun = command.replace("python", "torchrun --standalone --nproc-per-node 4", 1)
+    assert resume_command(argv, torchrun) == by_torchrun
+    several = resume_command(argv, {**torchrun, "GROUP_WORLD_SIZE": "2"})
+    assert several.startswith("torchrun <its options") and several.endswith(command[7:])
 
 
 # -- what must be equal ----------------------------------------------------------------------------
@@ -177,7 +147,7 @@ def test_facts(tmp_path):
     before = config_facts(cfg)
     own.write_text("a = 2\n")
     changed = config_facts(cfg)
-    assert {k for k in before if before[k] != changed[k]} == {"code of DATASETS.MODULES"}
+    assert {k for k in before if before[k] != changed[k]} == {f"code of DATASETS.MODULES {own}"}
     zero = tmp_path / "zero.json"
     zero.write_text('{"stage": 2}')
     cfg.SOLVER.ZERO.CONFIG = str(zero)
@@ -238,172 +208,135 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def start(command, folder, name, **variables):
-    """Start a command in a process group of its own; its output goes to ``folder/name``."""
+def run(commands, folder, expected=0, **variables):
+    """Run commands at once, each in a process group of its own; returns what they printed."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(STARTERS)}
     environment = {**clean, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **variables}
-    with open(Path(folder) / name, "w", encoding="utf-8") as stream:
-        return subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-
-
-def finish(processes, timeout=300):
-    """Wait for all; returns their exit statuses, and leaves none behind."""
+    processes = []
+    for number, command in enumerate(commands):
+        with open(folder / f"{number}.txt", "w", encoding="utf-8") as stream:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *map(str, command)],
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,
+                )
+            )
     try:
-        return [process.wait(timeout) for process in processes]
+        codes = [process.wait(900) for process in processes]
     finally:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+    printed = "\n".join((folder / f"{i}.txt").read_text() for i in range(len(commands)))
+    assert set(codes) == {expected}, printed
+    return printed
 
 
-def by_torchrun(script, folder, *options):
-    """torchrun with two processes on this machine."""
-    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, *rendezvous, script]
-    return [start([*command, *options], folder, "torchrun.txt")]
+def by_torchrun(script, *options, machines=1):
+    """torchrun with two processes on each machine, all of them here."""
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    command = ["-m", "torch.distributed.run", "--nnodes", machines, "--nproc-per-node", 2]
+    return [[*command, *meeting, script, *options]] * machines
 
 
-def by_detectron2(script, folder, *options):
+def by_detectron2(script, *options):
     """Two machines of one process each, both here."""
-    url = f"tcp://127.0.0.1:{free_port()}"
-    where = ("--num-gpus", 1, "--num-machines", 2, "--dist-url", url)
-    return [
-        start([script, *where, "--machine-rank", i, *options], folder, f"machine{i}.txt")
-        for i in range(2)
-    ]
+    machines = ("--num-gpus", 1, "--num-machines", 2)
+    machines += ("--dist-url", f"tcp://127.0.0.1:{free_port()}")
+    return [[script, *machines, "--machine-rank", i, *options] for i in range(2)]
 
 
-def by_srun(script, folder, *options, machines=1, tasks=2, **changes):
-    """What srun does, on this machine: a process per task, with SLURM's variables."""
-    fixed = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_NODELIST": "localhost"}
-    fixed |= {"SLURM_NTASKS": str(machines * tasks), "SLURM_NTASKS_PER_NODE": str(tasks)}
-    fixed |= {"MASTER_PORT": str(free_port()), **changes}
-    return [
-        start(
-            [script, *options],
-            folder,
-            f"task{i}.txt",
-            **{**fixed, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % tasks)},
+@needs_no_single_gpu
+@pytest.mark.parametrize(
+    ("starter", "local"),
+    [
+        # (rank on the machine, processes of the machine, sum of 10^rank over the machine)
+        (
+            lambda *command: by_torchrun(*command, machines=2),
+            [(0, 2, 11), (1, 2, 11), (0, 2, 1100), (1, 2, 1100)],
+        ),
+        (by_detectron2, [(0, 1, 1), (0, 1, 10)]),
+    ],
+    ids=["torchrun", "detectron2"],
+)
+def test_processes_find_each_other(tmp_path, starter, local):
+    run(starter(__file__, tmp_path), tmp_path)
+    reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
+    # Agents of torchrun may number the machines either way.
+    assert sorted(tuple(r["local"]) for r in reports) == sorted(local)
+    for report in reports:
+        assert report["world"] == len(local) and report["total"] == sum(
+            10**rank for rank in range(len(local))
         )
-        for i in range(machines * tasks)
-    ]
-
-
-def reports(folder):
-    """What the processes of launch_report.py wrote, by rank."""
-    paths = sorted(folder.glob("rank*.json"))
-    return [json.loads(path.read_text()) for path in paths]
-
-
-@needs_no_single_gpu
-@pytest.mark.parametrize("starter", [by_torchrun, by_detectron2, by_srun])
-def test_processes_find_each_other(tmp_path, starter):
-    codes = finish(starter(REPORT, tmp_path, tmp_path))
-    assert set(codes) == {0}, "\n".join(p.read_text() for p in tmp_path.glob("*.txt"))
-    machine_of_one = starter is by_detectron2
-    for rank, report in enumerate(reports(tmp_path)):
-        assert report["world"] == 2 and report["total"] == 11.0
-        assert report["local_rank"] == (0 if machine_of_one else rank)
-        assert report["local_size"] == (1 if machine_of_one else 2)
-        assert report["local_total"] == (10.0**rank if machine_of_one else 11.0)
         assert report["unequal"].startswith("version of x is 1.0 on rank 1 but 0.0 on rank 0")
-    assert len(reports(tmp_path)) == 2
-
-
-@needs_no_single_gpu
-def test_local_groups_of_two_machines(tmp_path):
-    codes = finish(by_srun(REPORT, tmp_path, tmp_path, machines=2))
-    assert set(codes) == {0}
-    found = [(r["world"], r["local_rank"], r["local_size"]) for r in reports(tmp_path)]
-    assert found == [(4, 0, 2), (4, 1, 2), (4, 0, 2), (4, 1, 2)]
-    assert [r["local_total"] for r in reports(tmp_path)] == [11.0, 11.0, 1100.0, 1100.0]
 
 
 @needs_no_single_gpu
 def test_a_users_error_in_a_started_process_is_status_2(tmp_path):
-    options = ("--num-gpus", 2, "--dist-url", "auto", tmp_path, "fail")
-    assert finish([start([REPORT, *options], tmp_path, "out.txt")]) == [2]
-    assert "Traceback" not in (tmp_path / "out.txt").read_text()
-
-
-def test_nobody_at_the_address(monkeypatch):
-    monkeypatch.setattr("gella.engine.launch.TIMEOUT", datetime.timedelta(seconds=1))
-    port = str(free_port())
-    changes = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "MASTER_PORT": port}
-    environment = {**SRUN, **changes, "MASTER_ADDR": "127.0.0.1"}
-    expected = f"rank 3 of 4 found no process group at tcp://127.0.0.1:{port}"
-    with pytest.raises(LaunchError, match=expected):
-        launch_from_environment(print, arguments(), environment)
-
-
-# -- the training script ---------------------------------------------------------------------------
-
-SMALL = [
-    *("MODEL.IMAGE_ENCODER.WIDTH", "32", "MODEL.IMAGE_ENCODER.LAYERS", "2"),
-    *("MODEL.RESOBLEND.DIM", "32", "MODEL.MASK_DECODER.HIDDEN_DIM", "32"),
-    *("MODEL.MASK_DECODER.MASK_DIM", "32", "MODEL.MASK_DECODER.DECODER_LAYERS", "1"),
-    *("MODEL.LANGUAGE.HIDDEN_SIZE", "32", "MODEL.LANGUAGE.INTERMEDIATE_SIZE", "64"),
-    *("MODEL.LANGUAGE.NUM_LAYERS", "1", "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2"),
-    *("SOLVER.MAX_ITER", "3", "DATALOADER.NUM_WORKERS", "0", "DATASETS.TEST", "()"),
-]
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    """A folder for DETECTRON2_DATASETS with a few drawn scenes."""
-    folder = tmp_path_factory.mktemp("data")
-    command = [sys.executable, str(ROOT / "datasets" / "prepare_shapes.py")]
-    options = ["--output", str(folder / "shapes"), "--train", "8", "--val", "2"]
-    subprocess.run([*command, *options], check=True, capture_output=True, text=True)
-    return folder
+    command = [__file__, "--num-gpus", 2, "--dist-url", "auto", tmp_path, "fail"]
+    assert "Traceback" not in run([command], tmp_path, expected=2)
 
 
 def options(scenes, output):
     """Arguments of a short training."""
-    tokenizer = ("MODEL.LANGUAGE.TOKENIZER", scenes / "shapes" / "tokenizer")
-    return ["--config-file", CONFIG, *SMALL, *tokenizer, "OUTPUT_DIR", output]
+    keys = ["MODEL.LANGUAGE.TOKENIZER", scenes / "shapes" / "tokenizer", "OUTPUT_DIR", output]
+    keys += ["SOLVER.MAX_ITER", "2", "DATALOADER.NUM_WORKERS", "0", "DATASETS.TEST", "()"]
+    return ["--config-file", CONFIG, *SMALL, *keys]
 
 
-def test_the_same_training_by_every_starter(scenes, tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(scenes))
+def test_the_same_training_by_every_starter(scenes, tmp_path):
     weights = []
-    for starter in (by_torchrun, by_detectron2, by_srun):
+    for starter in (by_torchrun, by_detectron2):
         output = tmp_path / starter.__name__
         output.mkdir()
-        codes = finish(starter(SCRIPT, output, *options(scenes, output)))
-        assert set(codes) == {0}, "\n".join(p.read_text() for p in output.glob("*.txt"))
+        run(starter(SCRIPT, *options(scenes, output)), output, DETECTRON2_DATASETS=str(scenes))
         assert "World size: 2" in (output / "log.txt").read_text()
         weights.append(torch.load(output / "model_final.pth", weights_only=True)["model"])
-    for other in weights[1:]:
-        assert [k for k in weights[0] if not torch.equal(weights[0][k], other[k])] == []
+    one, other = weights
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
 
 
-def test_unequal_configs_end_both_processes(scenes, tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(scenes))
-    fixed = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_NODELIST": "localhost"}
-    fixed |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
-    processes = [
-        start(
-            [SCRIPT, *options(scenes, tmp_path), "SOLVER.BASE_LR", rate],
-            tmp_path,
-            f"task{rank}.txt",
-            **{**fixed, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-        )
-        for rank, rate in enumerate(("0.1", "0.2"))
-    ]
-    assert finish(processes) == [2, 2]
-    lines = [
-        line
-        for rank in range(2)
-        for line in (tmp_path / f"task{rank}.txt").read_text().splitlines()
-        if line.startswith("error: ")
-    ]
-    (line,) = lines
+def test_unequal_configs_end_both_processes(scenes, tmp_path):
+    commands = by_detectron2(SCRIPT, *options(scenes, tmp_path))
+    commands = [[*c, "SOLVER.BASE_LR", rate] for c, rate in zip(commands, ("0.1", "0.2"))]
+    printed = run(commands, tmp_path, expected=2, DETECTRON2_DATASETS=str(scenes))
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert "config key SOLVER.BASE_LR is 0.2 on rank 1 but 0.1 on rank 0" in line
     assert not (tmp_path / "model_final.pth").exists()
+
+
+def report(args):
+    """What one process of the run finds; ``opts`` are the folder and, to end it, "fail"."""
+    folder, *fail = args.opts
+    rank = comm.get_rank()
+    if fail and rank == 1:
+        raise SystemExit(2)
+    if fail:  # the other one is ended by whoever started both
+        signal.pause()
+    total, local = torch.tensor(10**rank), torch.tensor(10**rank)
+    torch.distributed.all_reduce(total)
+    # Each Detectron2 has its own name for the processes of this machine.
+    group = getattr(comm, "_LOCAL_PROCESS_GROUP", None) or comm._LOCAL_GROUP
+    torch.distributed.all_reduce(local, group=group)
+    try:
+        check_agreement({"same": "1", "version of x": f"{min(rank, 1)}.0"})
+        unequal = ""
+    except UnequalRanks as error:
+        unequal = str(error)
+    found = {
+        "world": comm.get_world_size(),
+        "total": int(total),
+        "local": [comm.get_local_rank(), comm.get_local_size(), int(local)],
+        "unequal": unequal,
+    }
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    try:
+        launch_from_environment(report, default_argument_parser().parse_args())
+    except LaunchError as error:
+        sys.exit(f"error: {error}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
+import random
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ from detectron2.solver import build_lr_scheduler
 from torch import nn
 
 from gella import add_gella_config
-from gella.engine.hooks import GradientClipper, IterationSeed
 from gella.engine.optimizer import build_optimizer, role_of, split_off, with_epochs
+from gella.engine.step import StepTrainer
 from gella.engine.trainer import GellaTrainer, load_records
 
 TOY = "GellaTrainerToy"
@@ -177,60 +177,43 @@ def test_without_the_start_iteration_the_resume_would_differ(cfg, tmp_path, monk
     assert not torch.equal(whole.model.embedding.weight, again.model.embedding.weight)
 
 
-def test_random_numbers_depend_on_seed_and_iteration_only(cfg):
-    def draws(seed, iteration):
-        hook = IterationSeed(seed)
-        model = nn.Dropout(0.5)
-        hook.trainer = SimpleNamespace(model=model, iter=iteration)
-        hook.before_train()
-        torch.rand(iteration + 3)
-        out = model(torch.ones(64)), np.random.rand()
-        hook.after_train()
-        assert not model._forward_pre_hooks
-        return out
+def draws(monkeypatch, seed=1, iteration=5, rank=0, accumulate=1):
+    """Random numbers of torch and NumPy in each part of an iteration."""
+    monkeypatch.setattr("gella.engine.step.comm.get_rank", lambda: rank)
+    model, numbers = nn.Linear(1, 1), []
 
-    assert torch.equal(draws(1, 5)[0], draws(1, 5)[0])
-    assert draws(1, 5)[1] == draws(1, 5)[1]
-    assert not torch.equal(draws(1, 5)[0], draws(1, 6)[0])
-    assert not torch.equal(draws(1, 5)[0], draws(2, 5)[0])
+    def forward(module, batch, losses):
+        numbers.append((torch.rand(4).tolist(), np.random.rand(), random.random()))
+        return losses.sum()
+
+    model.register_forward_hook(forward)
+    batches = iter([torch.ones(4, 1)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = StepTrainer(model, batches, optimizer, accumulate=accumulate, seed=seed)
+    step._write_metrics = lambda *args: None
+    step.iter = iteration
+    torch.rand(iteration + 3), np.random.rand(), random.random()  # wherever the generators stand
+    step.run_step()
+    return numbers
+
+
+def test_random_numbers_depend_on_seed_and_iteration_only(monkeypatch):
+    assert draws(monkeypatch) == draws(monkeypatch)
+    for one, other in zip(draws(monkeypatch)[0], draws(monkeypatch, iteration=6)[0]):
+        assert one != other
+    assert draws(monkeypatch) != draws(monkeypatch, seed=2)
     torch.manual_seed(0)
-    free = torch.rand(8)
+    torch.rand(8), nn.Linear(1, 1)
+    free = torch.rand(4).tolist()
     torch.manual_seed(0)
-    hook = IterationSeed(-1)
-    hook.trainer = SimpleNamespace(model=nn.Identity(), iter=0)
-    hook.before_train()
-    assert torch.equal(hook.trainer.model(torch.rand(8)), free)
+    assert draws(monkeypatch, seed=-1)[0][0] == free
 
 
 def test_ranks_draw_what_one_process_draws_part_by_part(monkeypatch):
-    def draws(rank, accumulate):
-        monkeypatch.setattr("gella.engine.hooks.comm.get_rank", lambda: rank)
-        hook, model = IterationSeed(1), nn.Dropout(0.5)
-        inner = SimpleNamespace(accumulate=accumulate, micro_step=0)
-        hook.trainer = SimpleNamespace(model=model, iter=5, _trainer=inner)
-        hook.before_train()
-        out = []
-        for inner.micro_step in range(accumulate):
-            out.append(model(torch.ones(64)).tolist())
-        return out
-
-    alone = draws(0, 4)
-    assert [*draws(0, 2), *draws(1, 2)] == alone
-    assert [draws(rank, 1)[0] for rank in range(4)] == alone
-    assert len({tuple(part) for part in alone}) == 4
-
-
-def test_evaluation_leaves_the_generators_alone():
-    model = nn.Identity()
-    hook = IterationSeed(3)
-    hook.trainer = SimpleNamespace(model=model, iter=0)
-    hook.before_train()
-    model.eval()
-    torch.manual_seed(11)
-    expected = torch.rand(4)
-    torch.manual_seed(11)
-    model(torch.zeros(1))
-    assert torch.equal(torch.rand(4), expected)
+    alone = draws(monkeypatch, accumulate=4)
+    assert alone == [x for rank in range(2) for x in draws(monkeypatch, rank=rank, accumulate=2)]
+    assert alone == [draws(monkeypatch, rank=rank)[0] for rank in range(4)]
+    assert len({str(part) for part in alone}) == 4
 
 
 def test_optimizer_groups(cfg):
@@ -363,40 +346,6 @@ def test_optimizer_refuses_what_it_does_not_know(cfg):
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     with pytest.raises(ValueError, match="frozen"):
         build_optimizer(cfg, Toy(cfg).requires_grad_(False))
-
-
-def clip(model, *args):
-    """Clip the gradients of a model as a hook of a trainer would; returns the logged norm."""
-    logged = {}
-    inner = SimpleNamespace(optimizer=torch.optim.SGD(model.parameters(), 1.0))
-    hook = GradientClipper(*args)
-    storage = SimpleNamespace(put_scalar=logged.__setitem__)
-    hook.trainer = SimpleNamespace(_trainer=inner, storage=storage)
-    hook.after_backward()
-    return logged["grad_norm"]
-
-
-def test_clipping_by_the_norm_of_the_whole_model():
-    model = nn.Linear(2, 1)
-    model.weight.grad = torch.tensor([[3.0, 0.0]])
-    model.bias.grad = torch.tensor([4.0])
-    assert clip(model, "full_model", 1.0, 2.0) == pytest.approx(5.0)
-    torch.testing.assert_close(model.weight.grad, torch.tensor([[0.6, 0.0]]))
-    torch.testing.assert_close(model.bias.grad, torch.tensor([0.8]))
-    assert clip(model, "full_model", 10.0, 2.0) == pytest.approx(1.0)
-    torch.testing.assert_close(model.bias.grad, torch.tensor([0.8]))  # below the limit: untouched
-    model.bias.grad = torch.tensor([4.0])
-    clip(model, "norm", 2.0, 2.0)
-    torch.testing.assert_close(model.weight.grad, torch.tensor([[0.6, 0.0]]))
-    torch.testing.assert_close(model.bias.grad, torch.tensor([2.0]))
-    clip(model, "value", 0.5, 2.0)
-    torch.testing.assert_close(model.weight.grad, torch.tensor([[0.5, 0.0]]))
-    with pytest.raises(ValueError, match="CLIP_TYPE is 'both'"):
-        GradientClipper("both", 1.0, 2.0)
-    GradientClipper("full_model", 1.0, 2.0).check_zero()
-    for wrong in [("norm", 1.0, 2.0), ("full_model", 1.0, 1.0)]:
-        with pytest.raises(ValueError, match="only 'full_model' and 2.0"):
-            GradientClipper(*wrong).check_zero()
 
 
 def test_training_clips_logs_and_evaluates(cfg):

@@ -1,8 +1,9 @@
-"""A run of our trainer on a model of a few numbers, for tests of its hooks."""
+"""A run of our trainer on a model of a few numbers, for tests of its hooks; the smallest GELLA."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from detectron2.config import get_cfg
@@ -13,6 +14,21 @@ from torch import nn
 from gella import add_gella_config
 from gella.engine.trainer import GellaTrainer
 
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "tools" / "train_net.py"
+CONFIG = str(ROOT / "configs" / "gella_tiny_shapes.yaml")
+# A model as small as the parts allow, for a few iterations.
+SMALL = [
+    *("MODEL.IMAGE_ENCODER.WIDTH", "32", "MODEL.IMAGE_ENCODER.LAYERS", "2"),
+    *("MODEL.RESOBLEND.DIM", "32", "MODEL.MASK_DECODER.HIDDEN_DIM", "32"),
+    *("MODEL.MASK_DECODER.MASK_DIM", "32", "MODEL.MASK_DECODER.DECODER_LAYERS", "1"),
+    *("MODEL.LANGUAGE.HIDDEN_SIZE", "32", "MODEL.LANGUAGE.INTERMEDIATE_SIZE", "64"),
+    *("MODEL.LANGUAGE.NUM_LAYERS", "1", "MODEL.LANGUAGE.MAX_NEW_TOKENS", "8"),
+    *("MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "6"),
+    *("SOLVER.CHECKPOINT_PERIOD", "2", "DATALOADER.NUM_WORKERS", "1"),
+    # every task within six iterations
+    *("DATALOADER.TASK_RATIOS", "[0.3,0.3,0.4]"),
+]
 TASKS = ("describe", "extract", "ground", "refer")
 
 

@@ -130,7 +130,8 @@ def build_even_loader(
     """
     if not len(records):
         raise ValueError("a test set without a record cannot be evaluated")
-    rank, share, longer = comm.get_rank(), *divmod(len(records), comm.get_world_size())
+    rank = comm.get_rank()
+    share, longer = divmod(len(records), comm.get_world_size())
     first = rank * share + min(rank, longer)
     places = list(range(first, first + share + (rank < longer)))
     num_real = len(places)

@@ -98,9 +98,11 @@ class GradientClipper(HookBase):
         sides: dict[str, list[nn.Parameter]] = {"language": [], "vision": []}
         for group in inner.optimizer.param_groups:
             side = "language" if group.get("role") == "language" else "vision"
-            sides[side] += [p for p in group["params"] if p.grad is not None]
+            sides[side] += group["params"]
         norms = {
-            side: nn.utils.get_total_norm([p.grad for p in parameters], self._norm)
+            side: nn.utils.get_total_norm(
+                [p.grad for p in parameters if p.grad is not None], self._norm
+            )
             for side, parameters in sides.items()
         }
         if self._zero is not None:

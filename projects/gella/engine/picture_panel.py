@@ -10,7 +10,6 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from PIL import Image, ImageDraw
-from torch import nn
 
 from gella.engine.evaluation_hooks import undisturbed
 from gella.entities.entity_map import EntityMap

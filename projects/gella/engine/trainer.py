@@ -119,9 +119,7 @@ class GellaTrainer(DefaultTrainer):
         )
         guard = NonFiniteGuard(solver.NONFINITE, solver.NONFINITE_LIMIT, cfg.OUTPUT_DIR)
         self._trainer.guard = guard
-        self.checkpoints = RunCheckpoints(
-            cfg, zero=self._zero, loader=self._trainer.data_loader
-        )
+        self.checkpoints = RunCheckpoints(cfg, zero=self._zero, loader=self._trainer.data_loader)
         best = test.BEST_METRIC and BestCheckpoint(
             self.checkpoints.save, cfg.OUTPUT_DIR, test.BEST_METRIC, test.BEST_MODE
         )
