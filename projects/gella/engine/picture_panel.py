@@ -11,6 +11,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from PIL import Image, ImageDraw
 
+from gella.data.mapper import as_test_input
 from gella.engine.evaluation_hooks import undisturbed
 from gella.entities.entity_map import EntityMap
 from gella.pictures.chips import PAPER, Piece, draw_row, load_font
@@ -88,25 +89,21 @@ class PicturePanel(HookBase):
 
 
 def panel_input(sample: dict[str, Any]) -> dict[str, Any]:
-    """Return a mapped training sample as the model takes it to ground its nouns.
+    """A mapped training sample as `as_test_input` gives it, with ``picture``, uint8 (h, w, 3).
 
-    The answer's frame becomes the part of the colormap that is no padding, since training samples
-    have no masks of the original size.
+    The picture is CLIP's image without its padding, brought to the size of the answer's frame.
 
     Args:
         sample: mapped for training, for any task but "describe".
     """
     height, width = sample["valid_size"]
-    entities = sample["entities"]
-    full = EntityMap(entities.ids[:height, :width], entities.segment_ids, entities.scores)
-    return {
-        **sample,
-        "task": "ground",
-        "height": height,
-        "width": width,
-        "entities_full": full,
-        "picture": _picture(sample),
-    }
+    square = sample["image"].cpu().numpy().transpose(1, 2, 0)
+    # Both frames scale the longest side to their own and pad the rest (entities/view.py).
+    scale = square.shape[0] / max(height, width)
+    rows, columns = (max(1, round(side * scale)) for side in (height, width))
+    crop = Image.fromarray(np.ascontiguousarray(square[:rows, :columns]))
+    picture = np.asarray(crop.resize((width, height), Image.Resampling.BILINEAR))
+    return {**as_test_input(sample), "picture": picture}
 
 
 def draw_panel(
@@ -149,17 +146,6 @@ def draw_panel(
         panel.paste(part, (0, y + _TITLE_HEIGHT))
         y += part.height + _TITLE_HEIGHT
     return panel
-
-
-def _picture(sample: dict[str, Any]) -> np.ndarray:
-    """CLIP's image without its padding, brought to the colormap's valid size, uint8 (h, w, 3)."""
-    height, width = sample["valid_size"]
-    square = sample["image"].cpu().numpy().transpose(1, 2, 0)
-    # Both frames scale the longest side to their own and pad the rest (geometry.fitted_size).
-    scale = square.shape[0] / max(height, width)
-    rows, columns = (max(1, round(side * scale)) for side in (height, width))
-    crop = Image.fromarray(np.ascontiguousarray(square[:rows, :columns]))
-    return np.asarray(crop.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _truth(phrase: dict[str, Any], entities: EntityMap) -> dict[str, Any]:
