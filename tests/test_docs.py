@@ -30,6 +30,7 @@ from docs_pages import (
     inline_commands,
     links,
     pages,
+    prose,
     read,
     stray_commands,
     to_run,
@@ -162,9 +163,12 @@ def test_commands_in_sentences_have_files_options_and_keys_that_exist(page, help
 
 
 @pytest.mark.parametrize("page", pages())
-def test_blocks_have_a_language_and_links_lead_to_files_and_headings(page):
+def test_blocks_have_a_language_and_names_and_links_lead_to_files_and_headings(page):
     assert {block.language for block in blocks(page)} <= {*RUN, *SHOWN}
     assert stray_commands(page) == []
+    roots = [ROOT / folder for folder in ("", "projects", "projects/gella")]
+    names = re.findall(r"(?<![\w/.-])((?:\w+/)+\w+\.py)\b", prose(page))
+    assert [n for n in names if not any((root / n).is_file() for root in roots)] == []
     for target in links(page):
         path, _, anchor = target.partition("#")
         file = (ROOT / page).parent / path if path else ROOT / page

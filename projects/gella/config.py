@@ -231,7 +231,8 @@ def _add_data(cfg: Any, node: type) -> None:
     gella.COLORS = "random"  # "random", "location" (Table 5b) or "separated"
     # Where the input entities come from: [dataset name or shell pattern, kind, path] each, the
     # first that fits counts; datasets without one use their annotation. Kinds: "auto" and the
-    # formats of gella/entity_files.py (one .json, or a folder with a file per image), "annotation".
+    # formats of gella/entities/files.py (one .json, or a folder with a file per image),
+    # "annotation".
     # On the command line: INPUT.GELLA.ENTITY_SOURCES "[['gella_*_val', 'auto', 'masks.json']]"
     gella.ENTITY_SOURCES = []
     # Training images that their source has no masks of are left out, with a warning, instead of
