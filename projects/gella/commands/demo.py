@@ -393,9 +393,10 @@ class Run:
     def _do(self, batch: list[Ready], *, talkative: bool) -> None:
         batch = self._with_captions(batch)
         for ready, result in zip(batch, self._ask(batch), strict=True):
+            if isinstance(result, Exception):
+                self._fail(ready.job, result)
+                continue
             try:
-                if isinstance(result, Exception):
-                    raise result
                 paths = self._write(ready, result)
             except (ValueError, MemoryError) as error:  # not OSError: a full disk fails them all
                 self._fail(ready.job, error)
@@ -413,7 +414,12 @@ class Run:
             with ThreadPoolExecutor(workers) as pool:
                 answers: list[Any] = list(pool.map(self._caption, batch))
         elif self.args.describe_first:
-            asked = [Request("describe", r.image, r.entities, image_id=_id(r)) for r in batch]
+            asked = [
+                Request(
+                    "describe", ready.image, ready.entities, image_id=ready.job.picture.image_id
+                )
+                for ready in batch
+            ]
             answers = self.predictor.predict_many(asked, batch_size=self.args.batch_size)
         else:
             return batch
@@ -438,32 +444,20 @@ class Run:
 
     def _ask(self, batch: list[Ready]) -> list[Any]:
         """The results of the batch, an exception for each that failed, in order."""
-        requests = {
-            place: Request(
+        requests = [
+            Request(
                 self.args.task,
                 ready.image,
                 ready.entities,
                 text=ready.job.text or "",
                 nouns=None if self.args.extract else ready.job.nouns,
+                phrases=self._phrases(ready.job),
                 categories=self.categories,
-                image_id=_id(ready),
+                image_id=ready.job.picture.image_id,
             )
-            for place, ready in enumerate(batch)
-            if self._phrases(ready.job) is None
-        }
-        size = self.args.batch_size
-        answers = self.predictor.predict_many(list(requests.values()), batch_size=size)
-        results: dict[int, Any] = dict(zip(requests, answers, strict=True))
-        for place in range(len(batch)):
-            ready, phrases = batch[place], self._phrases(batch[place].job)
-            if phrases is not None:  # whose spans a dataset's record knows
-                try:
-                    scene = self.predictor.encode(ready.image, ready.entities, image_id=_id(ready))
-                    text = ready.job.text or ""
-                    results[place] = self.predictor.ground_phrases(text, phrases, scene=scene)
-                except ValueError as error:
-                    results[place] = error
-        return [results[place] for place in range(len(batch))]
+            for ready in batch
+        ]
+        return self.predictor.predict_many(requests, batch_size=self.args.batch_size)
 
     def _fail(self, job: Job, error: Exception) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -529,10 +523,6 @@ class Run:
     def _put(self, name: str, data: bytes) -> None:
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / name, lambda stream: stream.write(data))
-
-
-def _id(ready: Ready) -> int | str:
-    return ready.job.picture.image_id
 
 
 def _model_key(predictor: GellaPredictor) -> list[str]:

@@ -32,6 +32,7 @@ class Request:
             objects, or equal names) share one scene.
         text: the caption ("ground", "extract") or the expression ("refer").
         nouns: for "ground"; None: the model extracts them.
+        phrases: for "ground", instead of nouns: as in :meth:`GellaPredictor.ground_phrases`.
         categories: for "panoptic".
     """
 
@@ -44,6 +45,7 @@ class Request:
     image_id: int | str | None = None
     masks_format: str = "auto"
     segments_info: list[dict[str, Any]] | None = None
+    phrases: Sequence[dict[str, Any]] | None = None
 
 
 def answer_requests(

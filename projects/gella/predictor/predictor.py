@@ -25,9 +25,10 @@ from detectron2.modeling import build_model
 
 from gella.config import load_config
 from gella.data.mapper import InputMaker, mapped_input
+from gella.entities.view import read_image
 from gella.pictures.grounding import Grounding, PanopticResult
 from gella.predictor.many import Request, Result, answer_requests
-from gella.predictor.scene import EntitiesLike, Scene, read_scene
+from gella.predictor.scene import EntitiesLike, Scene, image_id_of, is_spec, read_entities
 from gella.segmenters.segmenter import Segmenter, load_segmenter
 from gella.text import prompts
 from gella.text.spans import locate_phrases
@@ -184,8 +185,7 @@ class GellaPredictor:
             ValueError: the caption is empty, there is no noun, or the text is too long.
             RuntimeError: no image was set.
         """
-        spans = [(phrase["text"], phrase["start"], phrase["end"]) for phrase in phrases]
-        return self._find_one(_spans_question(caption, spans), scene)
+        return self._find_one(_phrases_question(caption, phrases), scene)
 
     def refer(self, expression: str, *, scene: Scene | None = None) -> Grounding:
         """Find what a referring expression names; the result has one phrase, the expression.
@@ -283,16 +283,29 @@ class GellaPredictor:
                 self._maker = InputMaker(self.cfg)
             return self._maker
 
-    def _read(self, image: Any, entities: Any, **options: Any) -> Scene:
-        """A scene that is not encoded yet."""
+    def _read(
+        self, image: Any, entities: Any, *, image_id: int | str | None = None, **options: Any
+    ) -> Scene:
+        """A scene that is not encoded yet; arguments and errors are those of :meth:`encode`."""
         maker = self._inputs()
         with self._vision:
-            return read_scene(image, entities, maker=maker, segmenter=self._segmenter, **options)
-
-    def _segmenter(self, spec: str) -> Segmenter:
-        if spec not in self._segmenters:
-            self._segmenters[spec] = load_segmenter(spec, self.cfg.MODEL.DEVICE)
-        return self._segmenters[spec]
+            if isinstance(image, np.ndarray):
+                picture = image.copy()
+            else:
+                image_id = image_id_of(image) if image_id is None else image_id
+                picture = read_image(image, upright=True)
+            if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+                raise ValueError(
+                    f"image must be uint8 (H, W, 3) RGB, not {picture.dtype} {tuple(picture.shape)}"
+                )
+            if is_spec(entities):
+                if entities not in self._segmenters:
+                    self._segmenters[entities] = load_segmenter(entities, self.cfg.MODEL.DEVICE)
+                entities = self._segmenters[entities]
+            checked = read_entities(entities, picture, image_id=image_id, **options)
+            view = maker.picture(picture, checked, image_id=image_id)
+        picture.flags.writeable = False
+        return Scene(picture, checked, image_id, {**view, "entities_full": checked})
 
     def _encode(self, scenes: Sequence[Scene]) -> list[Scene]:
         """The scenes with what the model computes of them once, in one pass."""
@@ -324,7 +337,9 @@ class GellaPredictor:
         """The first question of a request; with extracted ``nouns`` the one that follows."""
         text = request.text
         nouns = request.nouns if nouns is None else _named_in(text, nouns)
-        if request.task == "ground" and nouns is not None:
+        if request.task == "ground" and request.phrases is not None:
+            question = _phrases_question(text, request.phrases)
+        elif request.task == "ground" and nouns is not None:
             question = _caption_question(text, nouns)
         elif request.task in ("ground", "extract"):
             question = Question("extract", _told("caption", text))
@@ -426,17 +441,20 @@ class Asked(NamedTuple):
 
 def _caption_question(caption: str, nouns: Sequence[str]) -> Question:
     """Where the given nouns of a caption are; one that is not in it has the span -1."""
-    return _spans_question(caption, [(n, *s) for n, s in zip(nouns, _spans(caption, nouns))])
+    spans = _spans(caption, nouns)
+    phrases = [{"text": noun, "start": s, "end": e} for noun, (s, e) in zip(nouns, spans)]
+    return _phrases_question(caption, phrases)
 
 
-def _spans_question(caption: str, nouns: Sequence[tuple[str, int, int]]) -> Question:
+def _phrases_question(caption: str, phrases: Sequence[dict[str, Any]]) -> Question:
     """Where nouns of known spans are."""
     _told("caption", caption)
-    if not nouns or not all(noun.strip() for noun, _, _ in nouns):
+    if not phrases or not all(phrase["text"].strip() for phrase in phrases):
         raise ValueError(
             f'caption without nouns: "{caption}"; write one that names something, or give nouns'
         )
-    return Question("ground", caption, [_phrase(*noun) for noun in nouns])
+    plain = [_phrase(phrase["text"], phrase["start"], phrase["end"]) for phrase in phrases]
+    return Question("ground", caption, plain)
 
 
 def _referring_question(expression: str) -> Question:

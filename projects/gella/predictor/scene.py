@@ -1,18 +1,15 @@
-"""One picture with its entities, as the predictor takes it: of every kind, checked and encoded."""
+"""One picture with its entities, as the predictor takes it: of every kind, and checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gella.data.mapper import InputMaker
 from gella.entities.entity_map import EntityMap
 from gella.entities.sources import load_entities
-from gella.entities.view import read_image
 from gella.segmenters.segmenter import KINDS, Segmenter
 
 EntitiesLike = EntityMap | np.ndarray | str | Path | Segmenter
@@ -61,56 +58,6 @@ def is_spec(entities: Any) -> bool:
     return isinstance(entities, str) and entities.split(":")[0] in KINDS and ":" in entities
 
 
-def read_scene(
-    image: np.ndarray | str | Path,
-    entities: EntitiesLike,
-    *,
-    maker: InputMaker,
-    segmenter: Callable[[str], Segmenter],
-    masks_format: str = "auto",
-    segments_info: list[dict[str, Any]] | None = None,
-    image_id: int | str | None = None,
-) -> Scene:
-    """Read, check and resize a picture and its entities; nothing is encoded yet.
-
-    Args:
-        image: uint8 (H, W, 3) RGB, or a file (turned upright by its EXIF orientation).
-        entities: see :func:`read_entities`.
-        maker: brings both to the model's size.
-        segmenter: loads the segmenter that a spec names.
-        masks_format: format of a mask file.
-        segments_info: of a COCO panoptic file: which segments are crowd.
-        image_id: picks the picture's masks in a file of many, and the colours of the colormap.
-            Default for a file: :func:`image_id_of`.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file or an array is damaged or of another form, the sizes differ, or there is
-            no entity at all.
-    """
-    if isinstance(image, np.ndarray):
-        picture = image.copy()
-    else:
-        image_id = image_id_of(image) if image_id is None else image_id
-        picture = read_image(image, upright=True)
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise ValueError(
-            f"image must be uint8 (H, W, 3) RGB, not {picture.dtype} {tuple(picture.shape)}"
-        )
-    if is_spec(entities):
-        entities = segmenter(str(entities))
-    found = read_entities(
-        entities,
-        picture,
-        masks_format=masks_format,
-        segments_info=segments_info,
-        image_id=image_id,
-    )
-    view = {**maker.picture(picture, found, image_id=image_id), "entities_full": found}
-    picture.flags.writeable = False
-    return Scene(picture, found, image_id, view)
-
-
 def read_entities(
     entities: EntitiesLike,
     image: np.ndarray,
@@ -128,7 +75,9 @@ def read_entities(
             :func:`gella.entities.sources.load_entities` reads; or a segmenter, which looks at the
             image.
         image: uint8 (H, W, 3) RGB.
-        masks_format, segments_info, image_id: of a file, see :func:`read_scene`.
+        masks_format: format of a mask file.
+        segments_info: of a COCO panoptic file: which segments are crowd.
+        image_id: picks the picture's masks in a file of many.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -137,30 +86,24 @@ def read_entities(
     """
     height, width = image.shape[:2]
     if isinstance(entities, EntityMap):
-        found = entities
+        checked = entities
     elif isinstance(entities, np.ndarray):
-        found = _from_array(entities, height, width)
+        checked = _from_array(entities, height, width)
     elif isinstance(entities, (str, Path)):
-        found = load_entities(
-            str(entities),
-            height,
-            width,
-            format=masks_format,
-            segments_info=segments_info,
-            image_id=image_id,
-        )
+        options: dict[str, Any] = {"segments_info": segments_info, "image_id": image_id}
+        checked = load_entities(str(entities), height, width, format=masks_format, **options)
     elif isinstance(entities, Segmenter):
-        found = entities.segment(image)
-        if found.num_entities == 0:
+        checked = entities.segment(image)
+        if checked.num_entities == 0:
             raise ValueError("the segmenter found no entity; lower its thresholds, or give masks")
     else:
         raise TypeError(
             f"entities are a {type(entities).__name__}; give an EntityMap, an array, a file or a "
             "segmenter"
         )
-    if found.num_entities == 0:
+    if checked.num_entities == 0:
         raise ValueError("the image has no entity at all; give at least one mask")
-    return found
+    return checked
 
 
 def _from_array(array: np.ndarray, height: int, width: int) -> EntityMap:
@@ -177,23 +120,6 @@ def _from_array(array: np.ndarray, height: int, width: int) -> EntityMap:
             f"the entity array is {form} but the image is {width}x{height} (width x height){hint}; "
             "give ids or masks of the image's size"
         )
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError(f"the entity array ({form}) holds values that are no numbers (NaN or inf)")
     if array.ndim == 2 and array.dtype.kind in "iu":
-        if array.size and array.min() < 0:
-            raise ValueError(
-                f"the id array holds {array.min()}; ids start at 0, which is no entity"
-            )
         return EntityMap.from_id_image(array)
-    values = np.unique(array[array != 0])
-    if len(values) > 1 or (len(values) and values[0] < 0):
-        raise ValueError(
-            f"the masks ({form}) hold {_listed(values)} besides 0; a mask is True or False: "
-            "compare with a threshold first, such as masks > 0.5"
-        )
     return EntityMap.from_masks(array.reshape(-1, height, width))
-
-
-def _listed(values: np.ndarray) -> str:
-    shown = ", ".join(f"{value:g}" for value in values[:3].tolist())
-    return f"{shown}, ..." if len(values) > 3 else shown
