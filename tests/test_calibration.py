@@ -15,7 +15,6 @@ from evaluation_scenes import CATEGORIES, make_sample, phrase, run
 
 from gella import add_gella_config, evaluation
 from gella.engine import evaluate as evaluating
-from gella.evaluation import panoptic_quality as metrics_panoptic
 from gella.evaluation.calibration import (
     GRID,
     PANOPTIC_GRID,
@@ -24,28 +23,23 @@ from gella.evaluation.calibration import (
     candidates_of,
     read_calibration,
 )
+from gella.evaluation.panoptic_quality import pq_counts, pq_summary
+from gella.evaluation.results import describe_run
 from gella.evaluation.truth import TruthReader
 from gella.modeling.postprocessing import (
     Candidates,
     gather_candidates,
     ground_phrases,
+    names_several,
     panoptic_from_scores,
-    snap_to_entities,
 )
-from gella.text.words import names_several
 from gella.utils.io import file_hash
 
 
 def options(**changes: Any) -> SimpleNamespace:
     """A node MODEL.GELLA."""
-    plain = {
-        "SNAP": True,
-        "ASSOCIATION_THRESHOLD": 0.5,
-        "SINGULAR_ARGMAX": False,
-        "NONE_THRESHOLD": 0.0,
-        "PANOPTIC_THRESHOLD": 0.1,
-    }
-    return SimpleNamespace(**{**plain, **changes})
+    plain = {"SNAP": True, "ASSOCIATION_THRESHOLD": 0.5, "SINGULAR_ARGMAX": False}
+    return SimpleNamespace(**{**plain, "NONE_THRESHOLD": 0.0, "PANOPTIC_THRESHOLD": 0.1, **changes})
 
 
 def scene(folder: Path, image_id: int, referring: bool = False) -> tuple[dict, Candidates]:
@@ -65,29 +59,16 @@ def scene(folder: Path, image_id: int, referring: bool = False) -> tuple[dict, C
 
 def all_taken(sample: dict, candidates: Candidates) -> dict[str, Any]:
     """The model's answer when every noun takes everything."""
-    return {
-        "grounding": ground_phrases(sample["phrases"], candidates, -1.0),
-        "instances": SimpleNamespace(pred_masks=candidates.masks),
-    }
-
-
-def best_only(sample: dict, argmax: bool) -> list[bool]:
-    """Whether each noun takes its best entity only."""
-    return [argmax and not names_several(phrase["text"]) for phrase in sample["phrases"]]
+    grounding = ground_phrases(sample["phrases"], candidates, -1.0)
+    return {"grounding": grounding, "instances": SimpleNamespace(pred_masks=candidates.masks)}
 
 
 def evaluated(scenes: list, threshold: float, argmax: bool, none: float, referring: bool) -> float:
     """What an ordinary evaluation gives."""
     evaluator = evaluation.ReferringEvaluator() if referring else evaluation.PNGEvaluator()
-    outputs = [
-        {
-            "grounding": ground_phrases(
-                s["phrases"], c, threshold, best_only=best_only(s, argmax), none_threshold=none
-            )
-        }
-        for s, c in scenes
-    ]
-    results = run(evaluator, [s for s, _ in scenes], outputs)
+    rule = {"singular_argmax": argmax, "none_threshold": none}
+    answers = [ground_phrases(s["phrases"], c, threshold, **rule) for s, c in scenes]
+    results = run(evaluator, [s for s, _ in scenes], [{"grounding": a} for a in answers])
     return results["refer"]["gIoU"] if referring else results["png"]["AR"]
 
 
@@ -96,53 +77,52 @@ def test_the_sweep_is_what_evaluation_would_give(tmp_path: Path, referring: bool
     scenes = [scene(tmp_path, k, referring) for k in range(12)]
     node = options(ASSOCIATION_THRESHOLD=0.37, SINGULAR_ARGMAX=True, SNAP=False)
     sweep = SelectionSweep(node, "entity", names_several, referring)
-    found = run(sweep, [s for s, _ in scenes], [all_taken(*one) for one in scenes])
-    assert found["before"] == pytest.approx(evaluated(scenes, 0.37, True, 0.0, referring), abs=1e-3)
+    picks = run(sweep, [s for s, _ in scenes], [all_taken(*one) for one in scenes])
+    assert picks["before"] == pytest.approx(evaluated(scenes, 0.37, True, 0.0, referring), abs=1e-3)
     for argmax in (False, True):
         for k in (5, 40, 62, 90):
             expected = evaluated(scenes, GRID[k], argmax, 0.0, referring)
-            curve = found["curve"][f"singular_argmax {argmax}"]
+            curve = picks["curve"][f"singular_argmax {argmax}"]
             assert curve[k] == pytest.approx(expected, abs=1e-3)
-    picked = found["thresholds"]
+    picked = picks["thresholds"]
     rule = (picked["ASSOCIATION_THRESHOLD"], picked["SINGULAR_ARGMAX"], picked["NONE_THRESHOLD"])
-    assert found["score"] == pytest.approx(evaluated(scenes, *rule, referring), abs=1e-3)
-    every = [score for name in found["curve"] for score in found["curve"][name]]
-    assert found["score"] == pytest.approx(max(every)) and found["score"] > found["before"]
+    assert picks["score"] == pytest.approx(evaluated(scenes, *rule, referring), abs=1e-3)
+    every = [score for name in picks["curve"] for score in picks["curve"][name]]
+    assert picks["score"] == pytest.approx(max(every)) and picks["score"] > picks["before"]
     assert (picked["NONE_THRESHOLD"] > 0) == referring, "only expressions may have no target"
-    assert found["n"] == (12 if referring else 48)
+    assert picks["n"] == (12 if referring else 48)
+    with pytest.raises(ValueError, match="no grounded noun"):
+        run(sweep, [], [])
 
 
 def test_the_panoptic_sweep_is_what_evaluation_would_give(tmp_path: Path) -> None:
-    scenes = [scene(tmp_path, k) for k in range(4)]
-    names = [{"category_id": c["id"], "isthing": bool(c["isthing"])} for c in CATEGORIES]
-    for sample, _ in scenes:
+    scenes = []
+    for sample, c in (scene(tmp_path, k) for k in range(4)):
         sample["phrases"] = sample["phrases"][:3]
-        for p, name in zip(sample["phrases"], names, strict=True):
-            p.update(name)
-    answers = [(s, Candidates(c.masks, c.entity_ids, c.scores[:3])) for s, c in scenes]
+        for p, category in zip(sample["phrases"], CATEGORIES, strict=True):
+            p.update(category_id=category["id"], isthing=bool(category["isthing"]))
+        scenes.append((sample, Candidates(c.masks, c.entity_ids, c.scores[:3])))
 
     def paint(scores: np.ndarray, masks: np.ndarray, categories: list, threshold: float) -> Any:
         as_model = torch.from_numpy(scores).float()
         return panoptic_from_scores(as_model, torch.from_numpy(masks), categories, threshold)
 
     sweep = PanopticSweep(options(SNAP=False), "entity", CATEGORIES, paint)
-    found = run(sweep, [s for s, _ in answers], [all_taken(*one) for one in answers])
+    picks = run(sweep, [s for s, _ in scenes], [all_taken(*one) for one in scenes])
     for k in (0, 9, 15):
         counts = []
-        for sample, c in answers:
+        for sample, c in scenes:
             ids, segments = panoptic_from_scores(
                 c.scores, c.masks, sample["phrases"], PANOPTIC_GRID[k]
             )
             truth = TruthReader()(sample)
-            counts.append(
-                metrics_panoptic.pq_counts(
-                    truth.ids, truth.segments, ids.numpy(), segments, CATEGORIES
-                )
-            )
-        expected = 100 * metrics_panoptic.pq_summary(counts, CATEGORIES)[0]["PQ"]
-        assert found["curve"]["panoptic"][k] == pytest.approx(expected)
-    assert found["score"] == max(found["curve"]["panoptic"])
-    assert found["thresholds"]["PANOPTIC_THRESHOLD"] in found["grid"]
+            counts.append(pq_counts(truth.ids, truth.segments, ids.numpy(), segments, CATEGORIES))
+        expected = 100 * pq_summary(counts, CATEGORIES)[0]["PQ"]
+        assert picks["curve"]["panoptic"][k] == pytest.approx(expected)
+    assert picks["score"] == max(picks["curve"]["panoptic"])
+    assert picks["thresholds"]["PANOPTIC_THRESHOLD"] in picks["grid"]
+    with pytest.raises(ValueError, match="no image"):
+        run(sweep, [], [])
 
 
 @pytest.mark.parametrize("queries", ["entity", "learned"])
@@ -158,13 +138,8 @@ def test_candidates_come_back_from_an_answer_that_takes_all(
         drawn[1] = ~drawn[1]  # meets no entity
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     ids = sample["entities_full"].segment_ids
-    met = snap_to_entities(drawn, own, 0.5)
-    known = own if snap else None
-    made = gather_candidates(logits, drawn, ids, queries=queries, entity_masks=known, snapped=met)
-    answer = {
-        "grounding": ground_phrases(sample["phrases"], made, -1.0),
-        "instances": SimpleNamespace(pred_masks=drawn),
-    }
+    made = gather_candidates(logits, drawn, own, ids, queries=queries, snap=snap, snap_iou=0.5)
+    answer = {**all_taken(sample, made), "instances": SimpleNamespace(pred_masks=drawn)}
     masks, scores = candidates_of(sample, answer, queries, snap)
     order = np.argsort(made.entity_ids)
     np.testing.assert_array_equal(masks, made.masks.numpy()[order])
@@ -174,8 +149,9 @@ def test_candidates_come_back_from_an_answer_that_takes_all(
 def test_a_calibration_sets_the_keys_of_its_weights_only(tmp_path: Path) -> None:
     cfg = get_cfg()
     add_gella_config(cfg)
-    weights, file = tmp_path / "w.pth", tmp_path / "calibration.json"
+    weights, other, file = (tmp_path / name for name in ("w.pth", "other.pth", "calibration.json"))
     weights.write_bytes(b"some weights")
+    other.write_bytes(b"other weights")
     assert evaluating.calibrated(cfg, str(weights)) == (cfg, None)
     cfg.TEST.CALIBRATION = str(file)
     content = {
@@ -187,34 +163,16 @@ def test_a_calibration_sets_the_keys_of_its_weights_only(tmp_path: Path) -> None
     changed, calibration = evaluating.calibrated(cfg, str(weights))
     assert changed.MODEL.GELLA.ASSOCIATION_THRESHOLD == 0.37 and changed.MODEL.GELLA.SINGULAR_ARGMAX
     assert cfg.MODEL.GELLA.ASSOCIATION_THRESHOLD == 0.5
-    described = evaluation.results.describe_run(
-        changed,
-        config_file="",
-        weights=str(weights),
-        seconds=0,
-        datasets={"a_split": {}},
-        calibration=calibration,
-    )
+    run_of = {"config_file": "", "weights": str(weights), "seconds": 0, "calibration": calibration}
+    described = describe_run(changed, datasets={"a_split": {}}, **run_of)
     assert described["calibration"]["scored_on_the_same"] == ["a_split"]
     assert described["settings"]["thresholds"]["association"] == 0.37
-    other = tmp_path / "other.pth"
-    other.write_bytes(b"other weights")
     with pytest.raises(ValueError, match="run tools/calibrate.py for these weights"):
         read_calibration(file, str(other))
-    for damage in ({"thresholds": {"SNAP": 1}}, {"thresholds": []}, {"weights_sha256": None}):
-        broken = {**content, **damage}
-        if broken["weights_sha256"] is None:
-            del broken["weights_sha256"]
+    lacking = {key: value for key, value in content.items() if key != "weights_sha256"}
+    for broken in ({**content, "thresholds": {"SNAP": 1}}, {**content, "thresholds": []}, lacking):
         file.write_text(json.dumps(broken))
         with pytest.raises(ValueError, match="calibration.json is no calibration"):
             read_calibration(file, str(weights))
     with pytest.raises(FileNotFoundError, match="run tools/calibrate.py"):
         read_calibration(tmp_path / "none.json", str(weights))
-
-
-def test_nothing_to_pick_on_is_an_error() -> None:
-    sweep = SelectionSweep(options(), "entity", names_several, referring=False)
-    with pytest.raises(ValueError, match="no grounded noun"):
-        sweep.evaluate()
-    with pytest.raises(ValueError, match="no image"):
-        PanopticSweep(options(), "entity", CATEGORIES, panoptic_from_scores).evaluate()

@@ -88,10 +88,11 @@ def png_summary(
     check_protocol(protocol)
     ious = np.array([noun[key] for noun in nouns], dtype=np.float64)
     thing = np.array([noun["is_thing"] for noun in nouns], dtype=bool)
-    plural = np.array([len(set(noun["segment_ids"])) > 1 for noun in nouns], dtype=bool)
     if protocol == "flmm":
         plural = np.array([noun["is_plural"] for noun in nouns], dtype=bool)
         thing |= plural  # F-LMM files every plural under things, whatever its category
+    else:
+        plural = np.array([len(set(noun["segment_ids"])) > 1 for noun in nouns], dtype=bool)
     members = dict(zip(SUBSETS, (thing, ~thing, ~plural, plural), strict=True))
     summary = {"AR": average_recall(ious)}
     summary.update({f"AR_{name}": average_recall(ious[chosen]) for name, chosen in members.items()})
