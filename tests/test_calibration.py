@@ -30,9 +30,10 @@ from gella.modeling.postprocessing import (
     Candidates,
     gather_candidates,
     ground_phrases,
-    names_several,
     panoptic_from_scores,
+    snap_to_entities,
 )
+from gella.text.words import names_several
 from gella.utils.io import file_hash
 
 
@@ -66,8 +67,11 @@ def all_taken(sample: dict, candidates: Candidates) -> dict[str, Any]:
 def evaluated(scenes: list, threshold: float, argmax: bool, none: float, referring: bool) -> float:
     """What an ordinary evaluation gives."""
     evaluator = evaluation.ReferringEvaluator() if referring else evaluation.PNGEvaluator()
-    rule = {"singular_argmax": argmax, "none_threshold": none}
-    answers = [ground_phrases(s["phrases"], c, threshold, **rule) for s, c in scenes]
+    answers = []
+    for sample, candidates in scenes:
+        best_only = [argmax and not names_several(p["text"]) for p in sample["phrases"]]
+        rule = {"best_only": best_only, "none_threshold": none}
+        answers.append(ground_phrases(sample["phrases"], candidates, threshold, **rule))
     results = run(evaluator, [s for s, _ in scenes], [{"grounding": a} for a in answers])
     return results["refer"]["gIoU"] if referring else results["png"]["AR"]
 
@@ -76,7 +80,7 @@ def evaluated(scenes: list, threshold: float, argmax: bool, none: float, referri
 def test_the_sweep_is_what_evaluation_would_give(tmp_path: Path, referring: bool) -> None:
     scenes = [scene(tmp_path, k, referring) for k in range(12)]
     node = options(ASSOCIATION_THRESHOLD=0.37, SINGULAR_ARGMAX=True, SNAP=False)
-    sweep = SelectionSweep(node, "entity", names_several, referring)
+    sweep = SelectionSweep(node, "entity", referring)
     picks = run(sweep, [s for s, _ in scenes], [all_taken(*one) for one in scenes])
     assert picks["before"] == pytest.approx(evaluated(scenes, 0.37, True, 0.0, referring), abs=1e-3)
     for argmax in (False, True):
@@ -138,7 +142,8 @@ def test_candidates_come_back_from_an_answer_that_takes_all(
         drawn[1] = ~drawn[1]  # meets no entity
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     ids = sample["entities_full"].segment_ids
-    made = gather_candidates(logits, drawn, own, ids, queries=queries, snap=snap, snap_iou=0.5)
+    met, known = snap_to_entities(drawn, own, 0.5), own if snap else None
+    made = gather_candidates(logits, drawn, ids, queries=queries, entity_masks=known, snapped=met)
     answer = {**all_taken(sample, made), "instances": SimpleNamespace(pred_masks=drawn)}
     masks, scores = candidates_of(sample, answer, queries, snap)
     order = np.argsort(made.entity_ids)

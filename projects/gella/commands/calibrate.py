@@ -32,7 +32,6 @@ from gella.data.register import import_modules
 from gella.engine.trainer import GellaTrainer
 from gella.evaluation.calibration import TAKE_ALL, PanopticSweep, SelectionSweep
 from gella.modeling.postprocessing import panoptic_from_scores
-from gella.text.words import names_several
 from gella.utils.io import config_hash, file_hash, versions, write_json
 from gella.weights.checkpoint import load_weights
 
@@ -66,7 +65,7 @@ def sweep_for(cfg: Any, dataset: str) -> Any:
     metadata = MetadataCatalog.get(dataset)
     kind = metadata.get("evaluator_type")
     if kind in ("png", "refcoco"):
-        return SelectionSweep(options, queries, names_several, referring=kind == "refcoco")
+        return SelectionSweep(options, queries, referring=kind == "refcoco")
     if kind == "coco_panoptic_seg":
         return PanopticSweep(
             options,

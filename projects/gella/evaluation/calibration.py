@@ -15,6 +15,7 @@ import numpy as np
 
 from gella.evaluation.evaluators import GatheringEvaluator, to_array
 from gella.evaluation.panoptic_quality import pq_counts, pq_summary
+from gella.text.words import names_several
 from gella.utils.io import file_hash, read_json
 
 GRID = tuple(k / 100 for k in range(0, 100))
@@ -76,20 +77,16 @@ class SelectionSweep(GatheringEvaluator):
     without a target exist the "none of them" threshold is picked too.
     """
 
-    def __init__(
-        self, options: Any, queries: str, several: Callable[[str], bool], referring: bool
-    ) -> None:
+    def __init__(self, options: Any, queries: str, referring: bool) -> None:
         """What is picked for.
 
         Args:
             options: the node MODEL.GELLA in use; the model itself answers under ``TAKE_ALL``.
             queries: MODEL.MASK_DECODER.QUERIES.
-            several: whether a noun speaks of more than one thing.
             referring: expressions, not narratives.
         """
         super().__init__()
-        self._options, self._queries = options, queries
-        self._several, self._referring = several, referring
+        self._options, self._queries, self._referring = options, queries, referring
 
     def _row(self, sample: dict[str, Any], output: dict[str, Any]) -> dict[str, Any]:
         masks, scores = candidates_of(sample, output, self._queries, self._options.SNAP)
@@ -100,7 +97,7 @@ class SelectionSweep(GatheringEvaluator):
                 target = self._truth.mask(sample, phrase["segment_ids"] or [])
                 order = np.argsort(-row, kind="stable")
                 counts = _prefix_counts(masks[order], target)
-                nouns.append((row[order], *counts, self._several(phrase["text"])))
+                nouns.append((row[order], *counts, names_several(phrase["text"])))
         return {"caption": sample["caption"], "nouns": nouns}
 
     def _score(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
