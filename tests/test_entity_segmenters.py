@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_segmenters import save_mask2former, save_sam, save_sam2, save_toy
+from transformers import (
+    AutoImageProcessor,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    Sam2Processor,
+    pipeline,
+)
 
 from gella.entities.sources import load_from_record, source_for
 from gella.segmenters.from_detectron2 import resized_size
@@ -78,10 +87,10 @@ def test_what_is_left_of_a_covered_mask_counts():
     assert none.num_entities == 0 and none.size == (10, 12)
 
 
-@pytest.mark.parametrize("wrong", [{"min_area": -1}, {"max_entities": 0}])
-def test_impossible_limits_are_refused(wrong):
-    with pytest.raises(ValueError, match="give"):
-        MaskLimits(**wrong)
+def test_impossible_limits_are_refused():
+    for wrong in ({"min_area": -1}, {"max_entities": 0}):
+        with pytest.raises(ValueError, match="give"):
+            MaskLimits(**wrong)
 
 
 class Fixed(Segmenter):
@@ -112,8 +121,6 @@ def test_wrong_answers_and_images_are_refused(segmenter, image, message):
 
 
 def test_sam_gives_the_masks_of_the_pipeline(sam):
-    from transformers import pipeline
-
     image = picture(48, 70)
     segmenter = load_segmenter(f"sam:{sam}", "cpu", SAM_OPTIONS)
     ((masks, scores),) = segmenter.predict([image])
@@ -132,47 +139,36 @@ def test_sam_gives_the_masks_of_the_pipeline(sam):
 
 
 def test_sam_that_trusts_no_mask_gives_an_empty_map(sam):
-    image = picture(40, 64)
     options = {"points_per_side": "2", "pred_iou_thresh": "1000"}
-    segmenter = load_segmenter(f"sam:{sam}", "cpu", options)
-    entities = segmenter.segment(image)
+    entities = load_segmenter(f"sam:{sam}", "cpu", options).segment(picture(40, 64))
     assert entities.num_entities == 0 and entities.size == (40, 64)
 
 
-@pytest.mark.parametrize("layers", [0, 1])
-@pytest.mark.parametrize("size", [(48, 96), (96, 40), (64, 64)])
-def test_sam2_asks_all_of_an_image_that_is_not_square(tmp_path_factory, layers, size):
+def test_sam2_asks_all_of_an_image_that_is_not_square(tmp_path):
     """The grid of points, brought back by the processor's own rule, spreads over every crop."""
-    from transformers import Sam2Processor
-
-    folder = save_sam2(tmp_path_factory.mktemp("sam2"))
-    segmenter = load_segmenter(f"sam:{folder}", "cpu")
-    processor = segmenter._pipeline.image_processor
-    image = Image.fromarray(picture(*size))
-    crop_boxes, points, crops, _ = processor.generate_crop_boxes(image, 128, layers, 0.3, 4)
-    assert len(crops) == (1 if layers == 0 else 5)
-    steps = (torch.arange(4) + 0.5) / 4
-    for place, crop in enumerate(crops):
-        height, width = crop.shape[-2:]
-        pixels = torch.stack(torch.meshgrid(steps * width, steps * height, indexing="xy"), -1)
-        asked = Sam2Processor(processor, target_size=128)(
-            images=Image.fromarray(crop.permute(1, 2, 0).numpy().astype(np.uint8)),
-            input_points=[[pixels.reshape(-1, 2).tolist()]],
-            return_tensors="pt",
-        )["input_points"]
-        torch.testing.assert_close(points[0, :, place], asked[0, 0].float(), rtol=0, atol=1e-3)
-
-
-def test_sam2_runs_end_to_end(tmp_path):
     segmenter = load_segmenter(f"sam:{save_sam2(tmp_path / 'm')}", "cpu", SAM_OPTIONS)
+    processor = segmenter._pipeline.image_processor
+    steps = (torch.arange(4) + 0.5) / 4
+    for layers, size in product((0, 1), ((48, 96), (96, 40), (64, 64))):
+        image = Image.fromarray(picture(*size))
+        _, points, crops, _ = processor.generate_crop_boxes(image, 128, layers, 0.3, 4)
+        assert len(crops) == (1 if layers == 0 else 5)
+        for number, crop in enumerate(crops):
+            height, width = crop.shape[-2:]
+            pixels = torch.stack(torch.meshgrid(steps * width, steps * height, indexing="xy"), -1)
+            asked = Sam2Processor(processor, target_size=128)(
+                images=Image.fromarray(crop.permute(1, 2, 0).numpy().astype(np.uint8)),
+                input_points=[[pixels.reshape(-1, 2).tolist()]],
+                return_tensors="pt",
+            )["input_points"]
+            close = {"rtol": 0, "atol": 1e-3}
+            torch.testing.assert_close(points[0, :, number], asked[0, 0].float(), **close)
     images = [picture(48, 96), picture(64, 40, seed=1)]
     for image, entities in zip(images, segmenter.segment_batch(images)):
         assert entities.size == image.shape[:2] and entities.num_entities >= 1
 
 
 def test_mask2former_gives_the_segments_of_its_post_processing(mask2former):
-    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
-
     image = picture(50, 64)
     loose = {"threshold": 0.0, "mask_threshold": 0.0, "overlap_mask_area_threshold": 0.0}
     options = {key: str(value) for key, value in loose.items()}
@@ -218,27 +214,20 @@ def test_instances_of_a_model_may_overlap_and_none_may_be_found(mask2former):
         assert strict.segment(image).num_entities == 0
 
 
-def test_a_processor_that_pads_to_a_fixed_size_is_refused(mask2former, tmp_path):
-    from transformers import Mask2FormerImageProcessor
-
-    folder = shutil.copytree(mask2former, tmp_path / "padded")
-    Mask2FormerImageProcessor(
-        size={"shortest_edge": 64, "longest_edge": 128}, pad_size={"height": 256, "width": 256}
-    ).save_pretrained(folder)
+def test_models_whose_masks_would_be_wrong_are_refused(mask2former, tmp_path):
+    padded = shutil.copytree(mask2former, tmp_path / "padded")
+    size = {"shortest_edge": 64, "longest_edge": 128}
+    pad = {"height": 256, "width": 256}
+    Mask2FormerImageProcessor(size=size, pad_size=pad).save_pretrained(padded)
     with pytest.raises(ValueError, match="pad_size"):
-        load_segmenter(f"transformers:{folder}", "cpu").segment(picture(48, 64))
-
-
-def test_weights_that_are_missing_are_refused(mask2former, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    folder = shutil.copytree(mask2former, tmp_path / "lacking")
-    weights = load_file(folder / "model.safetensors")
+        load_segmenter(f"transformers:{padded}", "cpu").segment(picture(48, 64))
+    lacking = shutil.copytree(mask2former, tmp_path / "lacking")
+    weights = load_file(lacking / "model.safetensors")
     name = next(key for key in weights if "class_predictor" in key)
     del weights[name]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"1 weights are missing.*{name}"):
-        load_segmenter(f"transformers:{folder}", "cpu")
+        load_segmenter(f"transformers:{lacking}", "cpu")
 
 
 # -- Detectron2 ------------------------------------------------------------------------------------
@@ -251,20 +240,16 @@ def reds_and_blues(height: int = 20, width: int = 30) -> np.ndarray:
     return image
 
 
-@pytest.mark.parametrize("order", ["RGB", "BGR"])
-def test_detectron2_instances(tmp_path, order):
-    spec = save_toy(tmp_path, f"  FORMAT: {order}")
-    entities = load_segmenter(spec, "cpu").segment(reds_and_blues())
-    assert entities.bitmasks().shape == (2, 20, 30)
-    assert entities.bitmasks()[0].nonzero()[0].min() == 2  # red is first, in both orders
-    assert entities.areas().tolist() == [36, 128]
-    np.testing.assert_allclose(entities.scores, [0.9, 0.6])
-    black = load_segmenter(spec, "cpu").segment(np.zeros((9, 7, 3), np.uint8))
-    assert black.num_entities == 0 and black.size == (9, 7)
-
-
-def test_detectron2_panoptic_and_overrides(tmp_path):
-    spec = save_toy(tmp_path)
+def test_detectron2_instances_panoptic_segments_and_overrides(tmp_path):
+    for order in ("RGB", "BGR"):
+        spec = save_toy(tmp_path, f"  FORMAT: {order}")
+        entities = load_segmenter(spec, "cpu").segment(reds_and_blues())
+        assert entities.bitmasks().shape == (2, 20, 30)
+        assert entities.bitmasks()[0].nonzero()[0].min() == 2  # red is first, in both orders
+        assert entities.areas().tolist() == [36, 128]
+        np.testing.assert_allclose(entities.scores, [0.9, 0.6])
+        black = load_segmenter(spec, "cpu").segment(np.zeros((9, 7, 3), np.uint8))
+        assert black.num_entities == 0 and black.size == (9, 7)
     given = {"setup": "tiny_segmenters:add_toy_config", "TOY_PANOPTIC": "True"}
     panoptic = load_segmenter(spec, "cpu", given).segment(reds_and_blues())
     assert panoptic.areas().tolist() == [36, 128] and panoptic.scores.tolist() == [1.0, 1.0]
@@ -286,18 +271,6 @@ def test_detectron2_resizes_as_at_test_time(tmp_path):
     assert resized_size(33, 44, 0, 10) == (33, 44)
 
 
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_detectron2_weights_of_the_model_zoo(tmp_path, protocol):
-    spec = save_toy(tmp_path)
-    weights = tmp_path / "zoo.pkl"
-    arrays = {"levels": np.array([128, 128], dtype=np.float32)}
-    with weights.open("wb") as stream:
-        pickle.dump({"model": arrays, "__author__": "a model zoo"}, stream, protocol)
-    config = spec.split(":")[1]
-    entities = load_segmenter(f"detectron2:{config}:{weights}", "cpu").segment(reds_and_blues())
-    assert entities.areas().tolist() == [36, 128]
-
-
 class Evil:
     """A pickle of this would make a folder."""
 
@@ -308,31 +281,34 @@ class Evil:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
-def test_detectron2_weights_never_run_code(tmp_path, suffix):
+def test_detectron2_weights_of_the_model_zoo_never_run_code(tmp_path):
     config, trap = save_toy(tmp_path).split(":")[1], tmp_path / "trap"
-    weights = tmp_path / f"evil{suffix}"
-    content = {"model": {"levels": Evil(trap)}}
-    if suffix == ".pkl":
-        weights.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, weights)
-    with pytest.raises(ValueError, match=f"{weights} cannot be read"):
-        load_segmenter(f"detectron2:{config}:{weights}", "cpu")
+    zoo, evil, evil_too = (tmp_path / name for name in ("zoo.pkl", "evil.pkl", "evil.pth"))
+    levels = np.array([128, 128], dtype=np.float32)
+    for protocol in (2, 4, 5):
+        content = {"model": {"levels": levels}, "__author__": "a model zoo"}
+        zoo.write_bytes(pickle.dumps(content, protocol))
+        entities = load_segmenter(f"detectron2:{config}:{zoo}", "cpu").segment(reds_and_blues())
+        assert entities.areas().tolist() == [36, 128]
+    evil.write_bytes(pickle.dumps({"model": {"levels": Evil(trap)}}))
+    torch.save({"model": {"levels": Evil(trap)}}, evil_too)
+    for weights in (evil, evil_too):
+        with pytest.raises(ValueError, match=f"{weights} cannot be read"):
+            load_segmenter(f"detectron2:{config}:{weights}", "cpu")
     assert not trap.exists()
 
 
 @pytest.mark.parametrize(
-    ("state", "message"),
+    ("content", "message"),
     [
-        ({}, "1 missing.*levels"),
-        ({"levels": torch.zeros(3)}, "1 of another shape.*levels"),
+        ({"model": {}}, "1 missing.*levels"),
+        ({"model": {"levels": torch.zeros(3)}}, "1 of another shape.*levels"),
         ([1, 2], "hold no tensors by key"),
     ],
 )
-def test_detectron2_weights_that_do_not_fit(tmp_path, state, message):
+def test_detectron2_weights_that_do_not_fit(tmp_path, content, message):
     config = save_toy(tmp_path).split(":")[1]
-    torch.save({"model": state} if isinstance(state, dict) else state, tmp_path / "w.pth")
+    torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=message):
         load_segmenter(f"detectron2:{config}:{tmp_path / 'w.pth'}", "cpu")
 

@@ -17,7 +17,6 @@ from tiny_segmenters import save_mask2former, save_sam, save_toy
 
 from gella.commands import precompute_entities as tool
 from gella.entities.sources import load_entities
-from gella.segmenters.from_transformers import SamSegmenter, UniversalSegmenter
 from gella.segmenters.segmenter import load_segmenter
 from gella.utils.journal import Journal
 
@@ -79,7 +78,6 @@ def ids_of(path: Path) -> int | str:
 
 # -- what is written -------------------------------------------------------------------------------
 
-OPTIONS = {"sam": SamSegmenter.OPTIONS, "transformers": UniversalSegmenter.OPTIONS}
 SAM = ("points_per_side=3", "pred_iou_thresh=-1000", "stability_score_thresh=0", "nms_thresh=0.99")
 MASK2FORMER = ("threshold=0", "mask_threshold=0", "overlap_mask_area_threshold=0")
 
@@ -239,6 +237,12 @@ def test_nothing_but_failures_can_be_repaired(run, pictures, tmp_path):
     assert code == 1 and "images   1 of 6" in out
 
 
+def test_two_pictures_of_one_id(run, pictures):
+    Image.fromarray(draw(1)).save(pictures / "1.png")
+    code, _, err = run()
+    assert code == 2 and "000000000001.png" in err and "1.png have one image id, 1" in err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -270,12 +274,6 @@ def test_a_mistake_is_one_line_and_code_2(run, tmp_path, changes, message):
     assert run()[0] == 0
 
 
-def test_two_pictures_of_one_id(run, pictures):
-    Image.fromarray(draw(1)).save(pictures / "1.png")
-    code, _, err = run()
-    assert code == 2 and "000000000001.png" in err and "1.png have one image id, 1" in err
-
-
 # -- going on --------------------------------------------------------------------------------------
 
 
@@ -300,21 +298,21 @@ def half_done(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images:
 
 def test_ctrl_c_and_going_on(run, tmp_path, monkeypatch):
     assert run(output=tmp_path / "whole.json")[0] == 0
+    journal = half_done(run, tmp_path, monkeypatch, images=0)
+    assert not journal.exists()  # other settings are free again
     for _ in range(2):
-        journal = half_done(run, tmp_path, monkeypatch, images=2)
+        half_done(run, tmp_path, monkeypatch, images=2)
         with journal.open("ab") as stream:
             stream.write(b'{"image_id": 4, "bytes": 12, "resu')  # killed while it wrote
     code, out, _ = run()
     assert code == 0 and "4 of 6 images are done" in out
-    assert (tmp_path / "masks.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    whole = (tmp_path / "masks.json").read_bytes()
+    assert whole == (tmp_path / "whole.json").read_bytes()
     report = json.loads((tmp_path / "masks.json.report.json").read_text())
     assert report["done"] == 6
-
-
-def test_stopped_before_the_first_image(run, tmp_path, monkeypatch):
-    journal = half_done(run, tmp_path, monkeypatch, images=0)
-    assert not journal.exists()
-    assert run(min_area=10)[0] == 0  # other settings are free again
+    code, _, err = run()  # a finished output is not made anew
+    assert code == 2 and "exists already" in err and str(tmp_path / "masks.json") in err
+    assert (tmp_path / "masks.json").read_bytes() == whole
 
 
 def test_other_settings_are_refused(run, tmp_path, monkeypatch):
@@ -323,14 +321,6 @@ def test_other_settings_are_refused(run, tmp_path, monkeypatch):
         code, _, err = run(**changes)
         assert code == 2 and "other settings" in err and str(journal) in err
     assert run()[0] == 0
-
-
-def test_a_finished_output_is_not_made_anew(run, tmp_path):
-    assert run()[0] == 0
-    before = (tmp_path / "masks.json").read_bytes()
-    code, _, err = run()
-    assert code == 2 and "exists already" in err and str(tmp_path / "masks.json") in err
-    assert (tmp_path / "masks.json").read_bytes() == before
 
 
 def test_killed_between_output_and_tidying_up(run, tmp_path, monkeypatch):
@@ -359,22 +349,3 @@ def test_a_damaged_journal_is_named(run, tmp_path, monkeypatch):
     journal.write_bytes(b"".join(lines))
     code, _, err = run()
     assert code == 2 and f"{journal}: line 3 is damaged" in err
-
-
-def test_help_teaches(capsys):
-    with pytest.raises(SystemExit):
-        tool.parse_args(["--help"])
-    text = capsys.readouterr().out
-    assert "--segmenter sam:" in text and "--images" in text and "journal" in text
-
-
-def test_the_commands_of_the_docs_are_right():
-    text = (ROOT / "docs" / "ENTITY_MASKS.md").read_text().replace("\\\n", " ")
-    commands = [line.strip() for line in text.splitlines() if "precompute_entities.py --" in line]
-    assert len(commands) >= 4
-    for command in commands:
-        args = tool.parse_args(shlex.split(command)[2:])
-        kind = args.segmenter.partition(":")[0]
-        options = {option.split("=")[0] for option in args.option}
-        assert kind in ("sam", "transformers", "detectron2")
-        assert kind == "detectron2" or options <= set(OPTIONS[kind])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as hf
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from torch import nn
@@ -14,113 +15,30 @@ from torch import nn
 
 def save_sam(folder: Path) -> Path:
     """A SAM of 64-pixel input, as `save_pretrained` writes it, processor included."""
-    from transformers import (
-        SamConfig,
-        SamImageProcessor,
-        SamMaskDecoderConfig,
-        SamModel,
-        SamProcessor,
-        SamPromptEncoderConfig,
-        SamVisionConfig,
-    )
-
     torch.manual_seed(0)
-    vision = SamVisionConfig(
-        hidden_size=16,
-        output_channels=16,
-        num_pos_feats=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=64,
-        patch_size=8,
-        mlp_dim=16,
-        window_size=4,
-        global_attn_indexes=[0],
+    small = {"hidden_size": 16, "image_size": 64, "patch_size": 8}
+    one = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16}
+    vision = {**small, **one, "output_channels": 16, "num_pos_feats": 8, "window_size": 4}
+    config = hf.SamConfig(
+        vision_config=hf.SamVisionConfig(**vision, global_attn_indexes=[0]).to_dict(),
+        prompt_encoder_config=hf.SamPromptEncoderConfig(**small, mask_input_channels=4).to_dict(),
+        mask_decoder_config=hf.SamMaskDecoderConfig(**one, iou_head_hidden_dim=8).to_dict(),
     )
-    prompt = SamPromptEncoderConfig(
-        hidden_size=16, image_size=64, patch_size=8, mask_input_channels=4
-    )
-    decoder = SamMaskDecoderConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        mlp_dim=16,
-        iou_head_hidden_dim=8,
-    )
-    config = SamConfig(
-        vision_config=vision.to_dict(),
-        prompt_encoder_config=prompt.to_dict(),
-        mask_decoder_config=decoder.to_dict(),
-    )
-    model = SamModel(config)
-    scatter(model)
-    model.save_pretrained(folder)
-    processor = SamImageProcessor(
+    scattered(hf.SamModel(config)).save_pretrained(folder)
+    processor = hf.SamImageProcessor(
         size={"longest_edge": 64},
         pad_size={"height": 64, "width": 64},
         mask_size={"longest_edge": 16},
         mask_pad_size={"height": 16, "width": 16},
     )
-    SamProcessor(processor).save_pretrained(folder)
-    return folder
-
-
-def save_mask2former(folder: Path) -> Path:
-    """A Mask2Former of a few thousand weights over a tiny Swin, processor included."""
-    from transformers import (
-        Mask2FormerConfig,
-        Mask2FormerForUniversalSegmentation,
-        Mask2FormerImageProcessor,
-        SwinConfig,
-    )
-
-    torch.manual_seed(0)
-    swin = SwinConfig(
-        image_size=64,
-        patch_size=4,
-        embed_dim=8,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 1, 2, 2],
-        window_size=4,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    config = Mask2FormerConfig(
-        backbone_config=swin,
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=32,
-        dim_feedforward=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_attention_heads=2,
-        num_queries=8,
-        num_labels=5,
-    )
-    model = Mask2FormerForUniversalSegmentation(config)
-    with torch.no_grad():
-        model.class_predictor.weight.normal_(0, 1.0)
-    model.save_pretrained(folder)
-    Mask2FormerImageProcessor(
-        size={"shortest_edge": 64, "longest_edge": 128}, size_divisor=32
-    ).save_pretrained(folder)
+    hf.SamProcessor(processor).save_pretrained(folder)
     return folder
 
 
 def save_sam2(folder: Path) -> Path:
     """A SAM 2 of 128-pixel input; its processor squashes images to a square."""
-    from transformers import (
-        Sam2Config,
-        Sam2HieraDetConfig,
-        Sam2ImageProcessor,
-        Sam2MaskDecoderConfig,
-        Sam2Model,
-        Sam2PromptEncoderConfig,
-        Sam2VisionConfig,
-    )
-
     torch.manual_seed(0)
-    hiera = Sam2HieraDetConfig(
+    hiera = hf.Sam2HieraDetConfig(
         hidden_size=8,
         image_size=[128, 128],
         blocks_per_stage=[1, 1, 1, 1],
@@ -129,38 +47,62 @@ def save_sam2(folder: Path) -> Path:
         window_size_per_stage=[4, 4, 4, 4],
         global_attention_blocks=[],
     )
-    vision = Sam2VisionConfig(
+    vision = hf.Sam2VisionConfig(
         backbone_config=hiera.to_dict(),
         backbone_channel_list=[64, 32, 16, 8],
         backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]],
         fpn_hidden_size=16,
     )
-    prompt = Sam2PromptEncoderConfig(hidden_size=16, image_size=128, mask_input_channels=4)
-    decoder = Sam2MaskDecoderConfig(
-        hidden_size=16,
-        mlp_dim=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        iou_head_hidden_dim=8,
-    )
-    config = Sam2Config(
+    prompt = hf.Sam2PromptEncoderConfig(hidden_size=16, image_size=128, mask_input_channels=4)
+    one = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16}
+    decoder = hf.Sam2MaskDecoderConfig(**one, iou_head_hidden_dim=8)
+    config = hf.Sam2Config(
         vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder
     )
-    model = Sam2Model(config)
-    scatter(model)
-    model.save_pretrained(folder)
-    Sam2ImageProcessor(
-        size={"height": 128, "width": 128}, mask_size={"height": 32, "width": 32}
-    ).save_pretrained(folder)
+    scattered(hf.Sam2Model(config)).save_pretrained(folder)
+    size = {"size": {"height": 128, "width": 128}, "mask_size": {"height": 32, "width": 32}}
+    hf.Sam2ImageProcessor(**size).save_pretrained(folder)
     return folder
 
 
-def scatter(model: nn.Module) -> None:
-    """Spread the weights; at the initial scale every mask is the same flat value."""
+def scattered(model: Any) -> Any:
+    """The model with its weights spread; at the initial scale every mask is one flat value."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.normal_(0, 0.5)
+    return model
+
+
+def save_mask2former(folder: Path) -> Path:
+    """A Mask2Former of a few thousand weights over a tiny Swin, processor included."""
+    torch.manual_seed(0)
+    swin = hf.SwinConfig(
+        image_size=64,
+        patch_size=4,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    sizes = ("feature_size", "mask_feature_size", "hidden_dim", "dim_feedforward")
+    config = hf.Mask2FormerConfig(
+        backbone_config=swin,
+        **dict.fromkeys((*sizes, "encoder_feedforward_dim"), 32),
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=8,
+        num_labels=5,
+    )
+    model = hf.Mask2FormerForUniversalSegmentation(config)
+    with torch.no_grad():
+        model.class_predictor.weight.normal_(0, 1.0)
+    model.save_pretrained(folder)
+    size = {"shortest_edge": 64, "longest_edge": 128}
+    hf.Mask2FormerImageProcessor(size=size, size_divisor=32).save_pretrained(folder)
+    return folder
 
 
 @META_ARCH_REGISTRY.register()
