@@ -39,6 +39,7 @@ from gella.weights.files import main_file, new_folder, read_weights, weight_file
 from gella.weights.layout import Assembly, Piece, assemble, cover
 from gella.weights.llava import EMBEDDINGS, fit_words
 
+TRAIN = "python tools/train_net.py --config-file"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 HELP = {
     "llava": "LLaVA-1.5, of transformers or of the LLaVA repository: file, index or folder",
@@ -92,44 +93,25 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """ValueError for options that do not go together, before anything is read."""
-    given = [kind for kind in FORMATS if option(args, kind)]
+    given = [f"--{kind}" for kind in FORMATS if getattr(args, kind.replace("-", "_"))]
     exports = [p for p in (args.export, args.export_llava, args.export_llava_original) if p]
-    kinds = f"--{', --'.join(FORMATS)}"
+    finished, zero, output = bool(args.weights or exports), args.from_zero, args.output
+    every, size = f"--{', --'.join(FORMATS)}", args.max_shard_size
     for wrong, message in (
-        (
-            given and (args.weights or exports),
-            f"--{(given or ['x'])[0]} makes GELLA's weights, --weights and --export read finished "
-            "ones: do one after the other",
-        ),
-        (
-            args.from_zero and (given or args.weights or exports or not args.output),
-            "--from-zero goes with --output PATH and no other input or export",
-        ),
-        (
-            given and not args.output,
-            "--output is missing: a .pth file or a new folder to write to",
-        ),
-        (
-            args.output and not given and not args.from_zero,
-            f"--output needs public weights: give {kinds} (as far as needed)",
-        ),
-        (
-            exports and not args.weights,
-            "--export needs --weights: the checkpoint of GELLA to export",
-        ),
-        (
-            args.weights and not exports,
-            "--weights needs --export, --export-llava or --export-llava-original DIR",
-        ),
-        (
-            not (given or args.weights or args.from_zero),
-            "nothing to do; see --help for the ways to use this tool",
-        ),
-        (
-            not re.fullmatch(r"[0-9]+(\.[0-9]+)?[KMGT]B", args.max_shard_size),
-            f"--max-shard-size is {args.max_shard_size!r}: give a number and KB, MB, GB or TB",
-        ),
-    ):
+        (given and finished, f"{given} make weights, --weights and --export take finished ones: do"
+         " one after the other"),
+        (zero and (given or finished or not output),
+         "--from-zero goes with --output PATH and no other input or export"),
+        (given and not output, "--output is missing: a .pth file or a new folder to write to"),
+        (output and not given and not zero,
+         f"--output needs public weights: give {every} (as far as needed)"),
+        (exports and not args.weights, "--export needs --weights: the checkpoint to export"),
+        (args.weights and not exports,
+         "--weights needs --export, --export-llava or --export-llava-original DIR"),
+        (not (given or finished or zero), "nothing to do; see --help for the ways to use this"),
+        (not re.fullmatch(r"[0-9]+(\.[0-9]+)?[KMGT]B", size),
+         f"--max-shard-size is {size!r}: give a number and KB, MB, GB or TB"),
+    ):  # fmt: skip
         if wrong:
             raise ValueError(message)
     for target in (Path(path) for path in (args.output, *exports) if path):
@@ -138,11 +120,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         if target.suffix != ".pth" and target.exists():
             if not target.is_dir() or any(target.iterdir()):
                 raise ValueError(f"{target} exists already: name a new folder, or remove it first")
-
-
-def option(args: argparse.Namespace, name: str) -> Any:
-    """The value of an option by its name on the command line, without the dashes."""
-    return getattr(args, name.replace("-", "_"))
 
 
 # -- from public weights ---------------------------------------------------------------------------
@@ -154,10 +131,10 @@ def convert(args: argparse.Namespace, cfg: Any) -> None:
     model = build_on_meta(plain)
     pieces, notes = [], []
     for kind in FORMATS:
-        path = option(args, kind)
+        path = getattr(args, kind.replace("-", "_"))
         if path:
             print(f"reading {path}", flush=True)
-            name = option(args, f"{kind}-format")
+            name = getattr(args, f"{kind}-format".replace("-", "_"))
             piece, lines = read_piece(kind, path, name, plain, args.seg_row)
             pieces.append(piece)
             notes += lines
@@ -175,12 +152,7 @@ def convert(args: argparse.Namespace, cfg: Any) -> None:
     state = {key: state[key] for key in expected if key in state}
     card = {"fresh": cover(result.fresh, expected), "notes": [*notes, *result.notes]}
     write_gella(args, args.output, state, cfg, sources, **card)
-    print(f"next: {train_command(args)} MODEL.WEIGHTS {args.output}")
-
-
-def train_command(args: argparse.Namespace) -> str:
-    """What to type to use the weights."""
-    return f"python tools/train_net.py --config-file {args.config_file}"
+    print(f"next: {TRAIN} {args.config_file} MODEL.WEIGHTS {args.output}")
 
 
 def plain_config(cfg: Any) -> Any:
@@ -228,38 +200,33 @@ def initial_tensors(cfg: Any, model: nn.Module, keys: Iterable[str]) -> dict[str
 def read_piece(
     kind: str, path: str, name: str | None, cfg: Any, seg_row: int | None
 ) -> tuple[Piece, list[str]]:
-    """Read one file and rename its keys to GELLA's.
+    """Read one file and rename its keys to GELLA's; also gives lines for the report.
 
     Args:
-        kind: a key of ``gella.weights.FORMATS``.
-        path: file or folder.
+        kind, path: a key of ``gella.weights.FORMATS``, and its file or folder.
         name: of the format; None finds it out.
         cfg: of the model.
-        seg_row: of ``llava``: the embedding's row of <SEG>, see ``fit_words``; None takes what the
-            folder's config.json says, if it says so.
-
-    Returns:
-        the piece, and lines for the report.
+        seg_row: the embedding's row of <SEG>, see ``fit_words``; None takes what the folder's
+            config.json says, if it says so.
 
     Raises:
         OSError, ValueError: what reading and renaming refuse; a config.json that differs.
     """
     state = read_weights(path)
     layout = (format_named(kind, name) if name else detect(kind, state, path)).from_config(cfg)
-    beside = main_file(path).parent / "config.json"
-    hyperparameters = read_json(beside) if beside.is_file() else {}
-    if not isinstance(hyperparameters, dict):
-        hyperparameters = {}
+    file = main_file(path).parent / "config.json"
+    beside = read_json(file) if file.is_file() else {}
+    beside = beside if isinstance(beside, dict) else {}
     notes: list[str] = []
     try:
         converted = layout.to_gella(state)
         if kind in ("llava", "clip"):
-            check_hyperparameters(hyperparameters, cfg, path, kind)
+            check_hyperparameters(beside, cfg, path, kind)
         if kind == "llava":
             if cfg.MODEL.LANGUAGE.TIE_EMBEDDINGS and EMBEDDINGS[0] in converted:
                 # files of models with one matrix for both hold it once
                 converted.setdefault(EMBEDDINGS[1], converted[EMBEDDINGS[0]])
-            row = hyperparameters.get("seg_token_index") if seg_row is None else seg_row
+            row = beside.get("seg_token_index") if seg_row is None else seg_row
             converted, notes = fit_words(converted, cfg.MODEL.LANGUAGE.VOCAB_SIZE, row)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -270,14 +237,8 @@ def read_piece(
 def check_hyperparameters(beside: Mapping[str, Any], cfg: Any, path: str, kind: str) -> None:
     """Compare what no tensor's shape shows with a file's own config.json, as far as it says so.
 
-    Args:
-        beside: the config.json of the same folder, {} if there is none.
-        cfg: of the model.
-        path: named in the error.
-        kind: ``llava`` or ``clip``.
-
-    Raises:
-        ValueError: values that differ, each with its key here.
+    ``beside`` is {} where there is none. Raises ValueError with all values that differ, each with
+    its key here.
     """
     language, clip = cfg.MODEL.LANGUAGE, cfg.MODEL.IMAGE_ENCODER
     # Any model's config.json may lie beside a CLIP file; only CLIP's own says something of it.
@@ -363,7 +324,7 @@ def from_zero(args: argparse.Namespace, cfg: Any) -> None:
     state = consolidate(args.from_zero)
     check_against(build_on_meta(cfg), state, cfg, args.from_zero)
     write_gella(args, args.output, state, cfg, [(args.from_zero, file_hash(args.from_zero))])
-    print(f"next: {train_command(args)} --eval-only MODEL.WEIGHTS {args.output}")
+    print(f"next: {TRAIN} {args.config_file} --eval-only MODEL.WEIGHTS {args.output}")
 
 
 def export(args: argparse.Namespace, cfg: Any) -> None:
@@ -373,7 +334,7 @@ def export(args: argparse.Namespace, cfg: Any) -> None:
     check_against(model, state, cfg, args.weights)
     if args.export:
         write_gella(args, args.export, state, cfg, hash_files([args.weights]))
-        print(f"next: {train_command(args)} --eval-only MODEL.WEIGHTS {args.export}")
+        print(f"next: {TRAIN} {args.config_file} --eval-only MODEL.WEIGHTS {args.export}")
     for folder, original in ((args.export_llava, False), (args.export_llava_original, True)):
         if folder:
             write_llava(args, folder, state, model, cfg, original)
@@ -407,11 +368,9 @@ def write_gella(
     Args:
         args: the command line: dtype, shard size, name of the config.
         path: an ``--export`` is always a folder.
-        state: tensors by GELLA's key.
-        cfg: the config; written as ``config.yaml``.
+        state, cfg: tensors by GELLA's key; the config, written as ``config.yaml``.
         sources: (file, sha256) of what the weights were made from.
-        fresh: names of what no source has and is untrained; for the card.
-        notes: further lines for the card.
+        fresh, notes: names of what no source has and is untrained, and more lines for the card.
     """
     dtype = DTYPES.get(args.dtype)
     if Path(path).suffix == ".pth" and path != args.export:
@@ -473,8 +432,7 @@ def write_llava(
         args: the command line: dtype and shard size.
         folder: must not exist, or be empty.
         state: all of GELLA's tensors by key.
-        model: the same model on any device, for the language model's configuration.
-        cfg: its config.
+        model, cfg: the same model on any device, for the language model's configuration.
         original: the LLaVA repository's layout instead of transformers'.
 
     Raises:
