@@ -51,15 +51,9 @@ class Association(nn.Module):
     @classmethod
     def from_config(cls, cfg: Any, noun_dim: int, entity_dim: int) -> dict[str, Any]:
         """Read ``MODEL.ASSOCIATION``; the dimensions are those of E_vl and E_vc."""
-        node = cfg.MODEL.ASSOCIATION
-        return dict(
-            noun_dim=noun_dim,
-            entity_dim=entity_dim,
-            dim=node.DIM,
-            structure=node.STRUCTURE,
-            calibrated=node.CALIBRATED,
-            bias_init=node.BIAS_INIT,
-        )
+        node = {key.lower(): value for key, value in cfg.MODEL.ASSOCIATION.items()}
+        del node["weight"]  # the criterion's
+        return dict(noun_dim=noun_dim, entity_dim=entity_dim, **node)
 
     def forward(self, nouns: list[Tensor], entities: Tensor) -> list[Tensor]:
         """Score nouns against the entities of their own image.

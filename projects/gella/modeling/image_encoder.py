@@ -65,18 +65,8 @@ class CLIPImageEncoder(Backbone):
     @classmethod
     def from_config(cls, cfg: Any, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
         """Read ``MODEL.IMAGE_ENCODER``; the input is RGB, ``input_shape`` is not needed."""
-        node = cfg.MODEL.IMAGE_ENCODER
-        return dict(
-            image_size=node.IMAGE_SIZE,
-            patch_size=node.PATCH_SIZE,
-            width=node.WIDTH,
-            layers=node.LAYERS,
-            head_width=node.HEAD_WIDTH,
-            mlp_ratio=node.MLP_RATIO,
-            quick_gelu=node.QUICK_GELU,
-            stem=node.STEM,
-            freeze=node.FREEZE,
-        )
+        node = {key.lower(): value for key, value in cfg.MODEL.IMAGE_ENCODER.items()}
+        return {k: v for k, v in node.items() if k not in ("name", "pixel_mean", "pixel_std")}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels, stride and grid side of ``last`` and ``penultimate``."""

@@ -133,25 +133,14 @@ class LanguageDecoder(nn.Module):
             )
         else:
             model_config = llama_config(node)
-        lora = dict(
-            rank=node.LORA.RANK,
-            alpha=node.LORA.ALPHA,
-            dropout=node.LORA.DROPOUT,
-            targets=list(node.LORA.TARGETS),
-            train_embeddings=node.LORA.TRAIN_EMBEDDINGS,
-        )
+        lora = {key.lower(): value for key, value in node.LORA.items()}
+        names = ("projector", "image_token_stride", "max_positions", "attention", "dtype")
+        names += ("gradient_checkpointing", "quantization", "prompt_lookup_tokens")
         return dict(
             model_config=model_config,
             image_dim=image_dim,
-            projector=node.PROJECTOR,
-            image_token_stride=node.IMAGE_TOKEN_STRIDE,
-            max_positions=node.MAX_POSITIONS,
-            attention=node.ATTENTION,
-            dtype=node.DTYPE,
-            gradient_checkpointing=node.GRADIENT_CHECKPOINTING,
-            lora=lora if node.LORA.ENABLED else None,
-            quantization=node.QUANTIZATION,
-            prompt_lookup_tokens=node.PROMPT_LOOKUP_TOKENS,
+            lora=lora if lora.pop("enabled") else None,
+            **{name: node[name.upper()] for name in names},
         )
 
     def image_tokens(self, image_grid: Tensor) -> Tensor:

@@ -110,19 +110,11 @@ class Mask2FormerHead(nn.Module):
     def from_config(cls, cfg: Any, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Read ``MODEL.MASK_DECODER`` and ``MODEL.SEM_SEG_HEAD.IN_FEATURES``."""
         node = cfg.MODEL.MASK_DECODER
-        return dict(
-            input_shape={name: input_shape[name] for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES},
-            queries=node.QUERIES,
-            num_queries=node.NUM_QUERIES,
-            shape_size=node.ENTITY_SHAPE_SIZE,
-            hidden_dim=node.HIDDEN_DIM,
-            mask_dim=node.MASK_DIM,
-            num_heads=node.NUM_HEADS,
-            encoder_layers=node.ENCODER_LAYERS,
-            encoder_ffn_dim=node.ENCODER_FFN_DIM,
-            decoder_layers=node.DECODER_LAYERS,
-            decoder_ffn_dim=node.DECODER_FFN_DIM,
-        )
+        shapes = {name: input_shape[name] for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES}
+        names = ("queries", "num_queries", "hidden_dim", "mask_dim", "num_heads")
+        names += ("encoder_layers", "encoder_ffn_dim", "decoder_layers", "decoder_ffn_dim")
+        sizes = {name: node[name.upper()] for name in names}
+        return dict(input_shape=shapes, shape_size=node.ENTITY_SHAPE_SIZE, **sizes)
 
     def forward(
         self,

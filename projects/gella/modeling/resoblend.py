@@ -170,21 +170,8 @@ class ResoBlend(nn.Module):
         cls, cfg: Any, image_shape: ShapeSpec, pyramid_shapes: dict[str, ShapeSpec]
     ) -> dict[str, Any]:
         """Read ``MODEL.RESOBLEND``; the shapes are those of the two encoders."""
-        node = cfg.MODEL.RESOBLEND
-        return dict(
-            image_channels=image_shape.channels,
-            pyramid_shapes=pyramid_shapes,
-            fusion=node.FUSION,
-            dim=node.DIM,
-            num_heads=node.NUM_HEADS,
-            ffn_ratio=node.FFN_RATIO,
-            self_attention=node.SELF_ATTENTION,
-            cross_attention=node.CROSS_ATTENTION,
-            feed_forward=node.FEED_FORWARD,
-            residual=node.RESIDUAL,
-            convolution=node.CONVOLUTION,
-            position=node.POSITION,
-        )
+        node = {key.lower(): value for key, value in cfg.MODEL.RESOBLEND.items()}
+        return dict(image_channels=image_shape.channels, pyramid_shapes=pyramid_shapes, **node)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Every level keeps its stride and has ``dim`` channels."""
