@@ -134,13 +134,13 @@ class LanguageDecoder(nn.Module):
         else:
             model_config = llama_config(node)
         lora = {key.lower(): value for key, value in node.LORA.items()}
-        names = ("projector", "image_token_stride", "max_positions", "attention", "dtype")
-        names += ("gradient_checkpointing", "quantization", "prompt_lookup_tokens")
+        names = "projector image_token_stride max_positions attention dtype"
+        names += " gradient_checkpointing quantization prompt_lookup_tokens"
         return dict(
             model_config=model_config,
             image_dim=image_dim,
             lora=lora if lora.pop("enabled") else None,
-            **{name: node[name.upper()] for name in names},
+            **{name: node[name.upper()] for name in names.split()},
         )
 
     def image_tokens(self, image_grid: Tensor) -> Tensor:

@@ -111,9 +111,9 @@ class Mask2FormerHead(nn.Module):
         """Read ``MODEL.MASK_DECODER`` and ``MODEL.SEM_SEG_HEAD.IN_FEATURES``."""
         node = cfg.MODEL.MASK_DECODER
         shapes = {name: input_shape[name] for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES}
-        names = ("queries", "num_queries", "hidden_dim", "mask_dim", "num_heads")
-        names += ("encoder_layers", "encoder_ffn_dim", "decoder_layers", "decoder_ffn_dim")
-        sizes = {name: node[name.upper()] for name in names}
+        names = "queries num_queries hidden_dim mask_dim num_heads encoder_layers encoder_ffn_dim"
+        names += " decoder_layers decoder_ffn_dim"
+        sizes = {name: node[name.upper()] for name in names.split()}
         return dict(input_shape=shapes, shape_size=node.ENTITY_SHAPE_SIZE, **sizes)
 
     def forward(
