@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
@@ -30,10 +29,9 @@ from gella.entities.files import (
 )
 
 
-class EntitySource(ABC):
-    """Gives the entities of any image of a dataset."""
+class EntitySource:
+    """Gives the entities of any image of a dataset; a subclass has its own `lead` or `load`."""
 
-    @abstractmethod
     def load(self, record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
         """Entities of one image, in the frame of the original picture.
 
@@ -43,6 +41,7 @@ class EntitySource(ABC):
 
         Raises FileNotFoundError or ValueError, naming the image, as `load_entities`.
         """
+        return load_from_record(self.lead(record), image)
 
     def missing(self, records: Iterable[dict[str, Any]]) -> list[Any]:
         """Ids of the images that have no masks here, each once, in the order of `records`.
@@ -58,10 +57,6 @@ class EntitySource(ABC):
 
 class AnnotationSource(EntitySource):
     """The segments that the dataset itself is annotated with: the default."""
-
-    def load(self, record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
-        """See `EntitySource.load`."""
-        return load_from_record(self.lead(record))
 
     def missing(self, records: Iterable[dict[str, Any]]) -> list[Any]:
         """Images whose mask file does not exist."""
@@ -129,10 +124,6 @@ class FileSource(EntitySource):
 
     def __str__(self) -> str:
         return str(self.path)
-
-    def load(self, record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
-        """See `EntitySource.load`."""
-        return load_from_record(self.lead(record))
 
     def missing(self, records: Iterable[dict[str, Any]]) -> list[Any]:
         """Images without an entry in the JSON, or without a file in the folder.

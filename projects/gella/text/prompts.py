@@ -36,8 +36,6 @@ EXTRACT_INSTRUCTIONS = (
     "Which semantic nouns does the sentence hold? The sentence is {caption}",
     "Find all semantic nouns of the sentence. The sentence is {caption}",
 )
-
-
 POLICIES = ("error", "cut")
 """Values of INPUT.GELLA.OVERLONG_CAPTION: what becomes of a caption that does not fit."""
 # An expression is a noun itself, and without a category its entities would take a wrong one.
