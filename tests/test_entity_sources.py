@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,11 @@ import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from gella import add_gella_config
 from gella.data.register import choose_entities, use_source
 from gella.entities.entity_map import EntityMap, id_to_rgb, rgb_to_id
-from gella.entities.rle import decode_segmentation
+from gella.entities.rle import decode_segmentation, encode_mask
 from gella.entities.sources import (
     AnnotationSource,
     FileSource,
@@ -44,11 +44,6 @@ def write_png(path: Path, ids: np.ndarray) -> Path:
 
 def info(*ids: int, crowd: tuple[int, ...] = ()) -> list[dict[str, Any]]:
     return [{"id": i, "category_id": 1, "iscrowd": int(i in crowd)} for i in ids]
-
-
-def rle(mask: np.ndarray) -> dict[str, Any]:
-    code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(code["size"]), "counts": code["counts"].decode()}
 
 
 def assert_same(entities: EntityMap, ids: np.ndarray) -> None:
@@ -97,9 +92,11 @@ def test_npz_with_masks_or_ids(tmp_path: Path) -> None:
 def test_results_json_flattens_by_score_and_takes_every_coding(tmp_path: Path) -> None:
     masks = np.zeros((3, *SIZE), dtype=bool)
     masks[0, 2:9, 2:9], masks[1, 4:11, 4:11], masks[2, 0:3, 12:16] = True, True, True
-    plain = {"size": list(SIZE), "counts": runs(masks[1])}
+    flat = masks[1].ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat, prepend=False, append=False))
+    plain = {"size": list(SIZE), "counts": np.diff([0, *edges, flat.size]).tolist()}
     polygon = [[12, 0, 16, 0, 16, 3, 12, 3]]
-    segmentations = [rle(masks[0]), plain, polygon]
+    segmentations = [encode_mask(masks[0]), plain, polygon]
     results = [
         {"image_id": 5, "category_id": 1, "segmentation": s, "score": score}
         for s, score in zip(segmentations, (0.3, 0.8, 0.5))
@@ -123,9 +120,9 @@ def test_segments_of_an_instance_json(tmp_path: Path) -> None:
     (tmp_path / "instances.json").write_text("{}")
     segments = [
         {"id": 900, "segmentation": [square, bar], "iscrowd": 0},  # overlapping parts: a union
-        {"id": 31, "segmentation": [bar, rle(inside[0])]},  # a part may be RLE
-        {"id": 5, "segmentation": rle(spot)},
-        {"id": 6, "segmentation": rle(np.ones(SIZE)), "iscrowd": 1},
+        {"id": 31, "segmentation": [bar, encode_mask(inside[0])]},  # a part may be RLE
+        {"id": 5, "segmentation": encode_mask(spot)},
+        {"id": 6, "segmentation": encode_mask(np.ones(SIZE)), "iscrowd": 1},
     ]
     options: dict[str, Any] = {"format": "coco_instances", "image_id": 1}
     path = tmp_path / "instances.json"
@@ -147,23 +144,12 @@ def test_segments_of_an_instance_json(tmp_path: Path) -> None:
         load_entities(path, *SIZE, format="coco_instances", image_id=77)
 
 
-def runs(mask: np.ndarray) -> list[int]:
-    """Uncompressed run lengths in column order, starting with zeros."""
-    flat = mask.ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat.astype(int))) + 1
-    bounds = [0, *edges.tolist(), flat.size]
-    lengths = np.diff(bounds).tolist()
-    return ([0] if flat[0] else []) + lengths
-
-
 def test_a_rewritten_file_is_read_again(tmp_path: Path) -> None:
-    import os
-
     path = tmp_path / "results.json"
     mask = np.ones(SIZE, dtype=bool)
     for count in (1, 2):
-        entry = {"image_id": 1, "segmentation": rle(mask), "score": 1.0}
-        small = {"image_id": 1, "segmentation": rle(scene() == 9), "score": 1.0}
+        entry = {"image_id": 1, "segmentation": encode_mask(mask), "score": 1.0}
+        small = {"image_id": 1, "segmentation": encode_mask(scene() == 9), "score": 1.0}
         path.write_text(json.dumps([entry, small][:count]))
         os.utime(path, ns=(count * 10**9, count * 10**9))
         assert load_entities(path, *SIZE, image_id=1).num_entities == count
@@ -213,107 +199,6 @@ def test_real_coco_sample_equals_a_comparison_per_segment(coco_sample: Path) -> 
         np.testing.assert_array_equal(from_json.ids, entities.ids)
 
 
-def broken(tmp_path: Path) -> dict[str, tuple[str, dict[str, Any], str]]:
-    """Malformed files: case -> (file name, arguments, what the error must say)."""
-    ids = scene()
-    write_png(tmp_path / "good.png", ids)
-    data = (tmp_path / "good.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    (tmp_path / "text.png").write_text("no picture")
-    Image.fromarray(ids.astype(np.uint8)).save(tmp_path / "gray.png")
-    Image.fromarray(np.zeros((*SIZE, 4), np.uint8), "RGBA").save(tmp_path / "rgba.png")
-    write_png(tmp_path / "void.png", np.zeros(SIZE, np.int32))
-    write_png(tmp_path / "turned.png", ids.T)
-    np.savez(tmp_path / "other.npz", picture=ids)
-    np.savez(tmp_path / "flat.npz", masks=ids)
-    np.savez(tmp_path / "wide.npz", masks=np.ones((2, 12, 18), bool))
-    np.savez(tmp_path / "nan.npz", masks=np.ones((1, *SIZE), bool), scores=[float("nan")])
-    np.savez(tmp_path / "short.npz", masks=np.ones((2, *SIZE), bool), scores=[1.0])
-    np.savez(tmp_path / "objects.npz", masks=np.array([{"a": 1}], dtype=object))
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "flat.npz").read_bytes()[:60])
-    good = {"image_id": 1, "segmentation": rle(ids == 9), "score": 1.0}
-    contents: dict[str, Any] = {
-        "size.json": [{**good, "segmentation": rle(np.ones((3, 4)))}],
-        "nan.json": [{**good, "score": float("nan")}],
-        "none.json": [{**good, "segmentation": None}],
-        "missing.json": [{"image_id": 1, "score": 1.0}],
-        "anonymous.json": [{"segmentation": rle(ids == 9)}],
-        "runs.json": [{**good, "segmentation": {"size": list(SIZE), "counts": [3, 4]}}],
-        "polygon.json": [{**good, "segmentation": [["a", "b"]]}],
-        "empty.json": [{**good, "segmentation": rle(np.zeros(SIZE))}],
-        "coco.json": {"images": []},
-        "good.json": [good],
-    }
-    for name, content in contents.items():
-        (tmp_path / name).write_text(json.dumps(content))
-    (tmp_path / "cut.json").write_text(json.dumps([good])[:-9])
-    return {
-        "missing": ("absent.png", {}, "absent.png.*exist"),
-        "cut png": ("cut.png", {}, "cut.png.*truncated"),
-        "text": ("text.png", {}, "text.png.*no picture"),
-        "gray as rgb": ("gray.png", {"format": "panoptic_png"}, "gray.png.*mode is L.*RGB"),
-        "rgb as gray": ("good.png", {"format": "gray_png"}, "mode is RGB.*grey"),
-        "rgba": ("rgba.png", {}, "mode is RGBA"),
-        "void": ("void.png", {}, "void.png.*no entity"),
-        "all crowd": (
-            "good.png",
-            {"segments_info": info(9, 300, 70000, crowd=(9, 300, 70000))},
-            "no entity",
-        ),
-        "turned": ("turned.png", {}, "12x17.*17x12"),
-        "unlisted": ("good.png", {"segments_info": info(9, 300)}, r"good.png.*\[70000\]"),
-        "unpainted": ("good.png", {"segments_info": info(9, 300, 70000, 5)}, r"\[5\]"),
-        "repeated": ("good.png", {"segments_info": info(9, 300, 70000, 9)}, r"repeats \[9\]"),
-        "other npz": ("other.npz", {}, "picture.*masks"),
-        "flat masks": ("flat.npz", {}, r"\(E, H, W\)"),
-        "wide masks": ("wide.npz", {}, "18x12.*17x12"),
-        "nan scores": ("nan.npz", {}, "nan.npz.*finite"),
-        "short scores": ("short.npz", {}, "2 entities but scores"),
-        "pickled": ("objects.npz", {}, "objects.npz.*pickle"),
-        "cut npz": ("cut.npz", {}, "cut.npz.*truncated"),
-        "rle size": ("size.json", {}, "result 0.*4x3.*17x12"),
-        "nan score": ("nan.json", {}, "finite"),
-        "no mask": ("none.json", {}, "result 0.*NoneType"),
-        "no key": ("missing.json", {}, "result 0.*segmentation"),
-        "no image id": ("anonymous.json", {}, "entry 0.*image_id"),
-        "short runs": ("runs.json", {}, "7 of 204"),
-        "bad polygon": ("polygon.json", {}, "result 0.*polygons"),
-        "empty mask": ("empty.json", {}, "no entity"),
-        "not panoptic": ("coco.json", {}, "list of annotations"),
-        "cut json": ("cut.json", {}, "cut.json.*JSON"),
-        "other image": ("good.json", {"image_id": 2}, "image 2.*no results"),
-        "no id given": ("good.json", {"image_id": None}, "needs image_id"),
-        "format": ("good.png", {"format": "jpeg2000"}, "jpeg2000.*known"),
-        "suffix": ("objects.txt", {}, "suffix"),
-    }
-
-
-CASES = (
-    "missing, cut png, text, gray as rgb, rgb as gray, rgba, void, all crowd, turned, unlisted, "
-    "unpainted, repeated, other npz, flat masks, wide masks, nan scores, short scores, pickled, "
-    "cut npz, rle size, nan score, no mask, no key, no image id, short runs, bad polygon, "
-    "empty mask, not panoptic, cut json, other image, no id given, format, suffix"
-).split(", ")
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_one_clear_error(tmp_path: Path, case: str) -> None:
-    cases = broken(tmp_path)
-    assert set(cases) == set(CASES)
-    name, arguments, message = cases[case]
-    if case == "suffix":
-        (tmp_path / name).write_text("x")
-    error = FileNotFoundError if case == "missing" else ValueError
-    with pytest.raises(error, match=message) as caught:
-        load_entities(tmp_path / name, *SIZE, **{"image_id": 1, **arguments})
-    assert "\n" not in str(caught.value) and name.split(".")[0] in str(caught.value)
-
-
-def test_a_record_without_entities_names_the_image() -> None:
-    with pytest.raises(KeyError, match="image 77"):
-        load_from_record({"image_id": 77, "height": 3, "width": 4})
-
-
 # -- run lengths -------------------------------------------------------------------------------
 
 
@@ -323,7 +208,7 @@ def test_run_lengths_are_read_as_pycocotools_reads_them() -> None:
         for height, width in ((1, 1), (7, 90), (300, 211)):
             mask = rng.random((height, width)) < density
             mask[: height // 2] |= rng.random() < 0.5  # long runs too
-            code = rle(mask)
+            code = encode_mask(mask)
             np.testing.assert_array_equal(decode_segmentation(code, mask.shape), mask)
             in_bytes = {**code, "counts": code["counts"].encode()}
             np.testing.assert_array_equal(decode_segmentation(in_bytes, mask.shape), mask)
@@ -337,7 +222,7 @@ def test_run_lengths_that_do_not_add_up_are_refused(counts: Any) -> None:
 
 
 def test_run_lengths_cut_anywhere_are_refused() -> None:
-    code = rle(scene() == 300)
+    code = encode_mask(scene() == 300)
     for end in range(len(code["counts"])):
         with pytest.raises(ValueError, match="runs cover|run lengths"):
             decode_segmentation({**code, "counts": code["counts"][:end]}, SIZE)
@@ -385,7 +270,7 @@ def write_source(kind: str, folder: Path, count: int) -> Path:
         return folder / "found.json"
     else:
         entries = [
-            {"image_id": 50 + k, "id": k + 1, "segmentation": rle(ids[k] > 0), "score": 0.5}
+            {"image_id": 50 + k, "id": k + 1, "segmentation": encode_mask(ids[k] > 0), "score": 0.5}
             for k in range(count)
         ]
         results = kind == "coco_results"

@@ -14,7 +14,6 @@ from gella.modeling.postprocessing import (
     panoptic_from_scores,
     snap_to_entities,
 )
-from gella.text.words import names_several
 
 
 def test_masks_return_to_a_non_square_original():
@@ -133,31 +132,6 @@ def test_which_entities_a_noun_takes(options, taken):
         assert (unit["mask"] == expected).all() and unit["mask"].shape == (12, 12)
     nothing = Candidates(masks[:0], [], scores[:, :0])
     assert [unit["entity_ids"] for unit in ground_phrases(phrases, nothing, 0.5)] == [[], [], []]
-
-
-@pytest.mark.parametrize(
-    ("noun", "several"),
-    [
-        ("a dog", False),
-        ("the dogs", True),
-        ("two white circles", True),
-        ("a man and a woman", True),
-        ("a group of people", True),
-        ("a glass of water", False),
-        ("the bus", False),
-        ("grass", False),
-        ("the man in shorts", False),
-        ("men on horses", True),
-        ("the dog's tail", False),
-        ("3 cups", True),
-        ("a few", True),
-        ("the wall with windows", False),
-        ("children", True),
-        ("", False),
-    ],
-)
-def test_the_words_tell_whether_a_noun_names_several(noun, several):
-    assert names_several(noun) is several
 
 
 def test_grounding_unites_masks_and_keeps_spans():

@@ -1,4 +1,4 @@
-"""Prompts: answers and back, spans in captions, token ids and labels."""
+"""Prompts and answers, spans in captions, captions that are cut, and English words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_gella import make_caption
 
+from gella.text import prompts
 from gella.text.prompts import (
     DESCRIBE_INSTRUCTIONS,
     EXTRACT_INSTRUCTIONS,
@@ -18,6 +20,7 @@ from gella.text.prompts import (
     OverlongPrompt,
     build_prompt,
     decode_answer,
+    fit_prompt,
     load_tokenizer,
     noun_answer,
     panoptic_answer,
@@ -28,7 +31,9 @@ from gella.text.prompts import (
     task_text,
 )
 from gella.text.spans import align_utterances, locate_phrases
-from gella.text.words import number_in_words
+from gella.text.words import bare_noun, in_a_row, names_several, number_in_words, other_numbers
+
+# -- words -----------------------------------------------------------------------------------------
 
 
 def test_numbers_in_words() -> None:
@@ -45,6 +50,35 @@ def test_numbers_in_words() -> None:
         assert total == n
     with pytest.raises(ValueError, match="-1"):
         number_in_words(-1)
+
+
+SEVERAL = "the dogs, two white circles, a man and a woman, a group of people, men on horses, 3 cups"
+SEVERAL += ", a few, children"
+ONE = "a dog, a glass of water, the bus, grass, the man in shorts, the dog's tail, "
+ONE += "the wall with windows, "
+
+
+@pytest.mark.parametrize("noun", SEVERAL.split(", "))
+def test_the_words_tell_that_a_noun_names_several(noun: str) -> None:
+    assert names_several(noun)
+
+
+@pytest.mark.parametrize("noun", ONE.split(", "))
+def test_the_words_tell_that_a_noun_names_one(noun: str) -> None:
+    assert not names_several(noun)
+
+
+def test_determiners_plurals_and_lists() -> None:
+    assert bare_noun("The  big Dog") == "big Dog" and bare_noun("all the") == "the"
+    assert bare_noun("my other dogs") == "other dogs"
+    assert bare_noun("all my 3 other dogs", counts=True) == "dogs"
+    assert other_numbers("a Woman") == ["a women"] and other_numbers("leaves") == ["leaf"]
+    assert {"cherries", "cherrys"} <= set(other_numbers("cherry"))
+    assert "red bus" in other_numbers("red buses") and "glas" not in other_numbers("glass")
+    assert in_a_row(["a"]) == "a" and in_a_row(["a", "b", "c"]) == "a, b and c"
+
+
+# -- answers ---------------------------------------------------------------------------------------
 
 
 def test_answers_to_the_letter() -> None:
@@ -80,10 +114,8 @@ def test_nouns_survive_the_round_trip(nouns: list[str]) -> None:
 
 
 def test_parsing_forgives_what_models_write() -> None:
-    assert parse_nouns("There are two semantic nouns, including a dog<SEG>, and a cat<SEG>.") == [
-        "a dog",
-        "a cat",
-    ]
+    loose = "There are two semantic nouns, including a dog<SEG>, and a cat<SEG>."
+    assert parse_nouns(loose) == ["a dog", "a cat"]
     assert parse_nouns("a  dog <SEG> <SEG> and then nothing") == ["a dog", ""]
     assert parse_nouns("There is nothing.") == []
     assert parse_nouns(panoptic_answer(["dog", "cat"])) == ["a dog", "a cat"]
@@ -103,6 +135,9 @@ def test_spoken_names_of_coco_are_distinct(coco_sample: Path) -> None:
     assert not any("-" in name or "merged" in name for name in names)
     assert spoken_name("wall-other-merged") == "wall" and spoken_name("wall-brick") == "wall brick"
     assert spoken_name("sky-other-merged") == "sky" and spoken_name("teddy bear") == "teddy bear"
+
+
+# -- spans -----------------------------------------------------------------------------------------
 
 
 def test_locating_walks_left_to_right() -> None:
@@ -141,40 +176,20 @@ def aligned(caption: str, utterances: list[str]) -> list[str | None]:
 def test_alignment_of_contractions_case_quotes_and_white_space() -> None:
     caption = "There  isn't a  Dog's “bed”,\nand the dog's bed."
     parts = ["there is", "n't a", "dog 's", '" bed "', ", and the", "dog's", "bed", "."]
-    assert aligned(caption, parts) == [
-        "There  is",
-        "n't a",
-        "Dog's",
-        "“bed”",
-        ",\nand the",
-        "dog's",
-        "bed",
-        ".",
-    ]
+    said = ["There  is", "n't a", "Dog's", "“bed”", ",\nand the", "dog's", "bed", "."]
+    assert aligned(caption, parts) == said
 
 
 def test_alignment_survives_missing_punctuation_and_reports_what_is_not_there() -> None:
     caption = "In the park, a black dog runs. The sky is blue."
-    parts = [
-        "in the park",
-        "a black dog",
-        "runs",
-        "!",
-        "a purple xylophone",
-        "the sky",
-        "is blue .",
-    ]
-    assert aligned(caption, parts) == [
-        "In the park",
-        "a black dog",
-        "runs",
-        None,
-        None,
-        "The sky",
-        "is blue.",
-    ]
+    parts = ["in the park", "a black dog", "runs", "!", "a purple xylophone", "the sky"]
+    said = ["In the park", "a black dog", "runs", None, None, "The sky", "is blue."]
+    assert aligned(caption, [*parts, "is blue ."]) == said
     assert aligned("", ["a", ""]) == [None, None]
     assert aligned("a dog", ["a dog", ""]) == ["a dog", None]
+
+
+# -- token ids -------------------------------------------------------------------------------------
 
 
 def test_labels_cover_the_answer_and_seg_positions_its_nouns(tokenizer: Any) -> None:
@@ -309,3 +324,60 @@ def test_loading_says_what_to_do_when_there_is_nothing(tmp_path: Path) -> None:
     for path in ("", str(tmp_path / "absent"), str(tmp_path / "empty")):
         with pytest.raises(FileNotFoundError, match="MODEL.LANGUAGE.TOKENIZER"):
             load_tokenizer(path)
+
+
+# -- captions that are cut -------------------------------------------------------------------------
+
+
+def fit(tokenizer: Any, task: str, caption: str, phrases: Any, like: str, **options: Any) -> Any:
+    """`fit_prompt` with one token less than the caption `like` with the nouns in it would need."""
+    options |= {"num_image_tokens": 4, "system": ""}
+    inside = [p for p in phrases if p["end"] <= len(like)]
+    needed = fit_prompt(tokenizer, task, like, inside, policy="error", max_length=999, **options)
+    length = len(needed.prompt.input_ids) - 1
+    return fit_prompt(tokenizer, task, caption, phrases, policy="cut", max_length=length, **options)
+
+
+def test_what_lies_behind_the_last_noun_goes_first(tokenizer):
+    caption, phrases = make_caption(["a lamp", "the star"])
+    fitted = fit(tokenizer, "ground", caption, phrases, like=caption)
+    assert fitted.caption == "There is a lamp beside the star"
+    assert (fitted.num_nouns, fitted.num_cut) == (2, 0)
+
+
+def test_nested_unordered_and_absent_nouns_are_cut_whole(tokenizer):
+    caption = "A man in a red hat sees a lamp"
+    spans = [(0, 18), (9, 18), (0, 5), (-1, -1), (24, 30)]
+    texts = ["A man in a red hat", "a red hat", "A man", "a ghost", "a lamp"]
+    phrases = [{"text": t, "start": a, "end": b} for t, (a, b) in zip(texts, spans)]
+    fitted = fit(tokenizer, "ground", caption, phrases, like=caption)
+    # All nouns up to "red hat" fit there; the absent one goes with the noun before it.
+    assert fitted.caption == "A man in a red hat" and fitted.num_nouns == 4
+    assert len(fitted.prompt.seg_positions) == 4
+    with pytest.raises(ValueError, match="fit.*cut behind its first noun"):
+        fit(tokenizer, "ground", caption, phrases, like=fitted.caption)
+
+
+def test_descriptions_and_questions_are_cut_at_the_end_of_a_sentence(tokenizer):
+    caption = "Mr. Lamp stands. A dog! runs here. The sky is blue"
+    place = caption.index("A dog! runs")
+    phrases = [{"text": "A dog! runs", "start": place, "end": place + 11}]
+    for task, answered in (("describe", True), ("extract", False)):
+        shown = fit(tokenizer, task, caption, phrases, like=caption, answered=answered)
+        assert shown.caption == "Mr. Lamp stands. A dog! runs here." and shown.num_cut == 0
+        # Neither behind "Mr." nor inside the noun.
+        shown = fit(tokenizer, task, caption, phrases, like=shown.caption, answered=answered)
+        assert shown.caption == "Mr. Lamp stands." and shown.num_cut == 1
+        asked = prompts.decode_answer(tokenizer, shown.prompt.input_ids.tolist())
+        assert ("<SEG>" not in asked) and ("stands." in asked) and "dog" not in asked
+        with pytest.raises(ValueError, match="fit.*cut behind its first sentence"):
+            fit(tokenizer, task, caption, phrases, like=shown.caption, answered=answered)
+
+
+def test_a_tokenizer_without_seg_is_an_error(tokenizer_dir):
+    from transformers import AutoTokenizer
+
+    plain = AutoTokenizer.from_pretrained(tokenizer_dir)
+    caption, phrases = make_caption(["a lamp", "the star"])
+    with pytest.raises(ValueError, match="2 nouns but 0 <SEG>"):
+        fit(plain, "ground", caption, phrases, like=caption)
