@@ -101,27 +101,19 @@ def _write_list(file: Any, values: Iterator[Any], total: int, what: str) -> None
 
 
 def _segment(rng: random.Random, segment_id: int) -> dict[str, Any]:
-    return {
-        "id": segment_id,
-        "category_id": rng.randrange(1, 134),
-        "iscrowd": 0,
-        "bbox": [rng.randrange(640) for _ in range(4)],
-        "area": rng.randrange(300_000),
-    }
+    box, area = [rng.randrange(640) for _ in range(4)], rng.randrange(300_000)
+    category = rng.randrange(1, 134)
+    return {"id": segment_id, "category_id": category, "iscrowd": 0, "bbox": box, "area": area}
 
 
 def _image(image_id: int) -> dict[str, Any]:
     name = f"{image_id:012d}.jpg"
-    return {
-        "license": 3,
-        "file_name": name,
+    sides = {"height": 480, "width": 640, "date_captured": "2013-11-14 11:18:45", "license": 3}
+    urls = {
         "coco_url": f"http://images.cocodataset.org/train2017/{name}",
-        "height": 480,
-        "width": 640,
-        "date_captured": "2013-11-14 11:18:45",
         "flickr_url": f"http://farm9.staticflickr.com/8186/{image_id}_0a1b2c3d4e_z.jpg",
-        "id": image_id,
     }
+    return {"id": image_id, "file_name": name, **sides, **urls}
 
 
 def _narrative(rng: random.Random, image_id: int, segments: list[dict[str, Any]]) -> dict[str, Any]:
@@ -130,15 +122,11 @@ def _narrative(rng: random.Random, image_id: int, segments: list[dict[str, Any]]
         plain = " ".join(rng.choices(_WORDS, k=rng.randrange(1, 6)))
         parts.append({"utterance": plain, "segment_ids": [], "plural": False, "noun": False})
         named = [str(s["id"]) for s in rng.sample(segments, rng.choice((0, 1, 1, 1, 3)))]
-        plural = len(named) > 1
-        noun = {"utterance": rng.choice(_NOUNS), "segment_ids": named, "plural": plural}
+        noun = {"utterance": rng.choice(_NOUNS), "segment_ids": named, "plural": len(named) > 1}
         parts.append({**noun, "noun": True})
-    return {
-        "image_id": str(image_id),
-        "annotator_id": rng.randrange(100),
-        "caption": " ".join(part["utterance"] for part in parts).capitalize() + ".",
-        "segments": parts,
-    }
+    caption = " ".join(part["utterance"] for part in parts).capitalize() + "."
+    record = {"image_id": str(image_id), "annotator_id": rng.randrange(100)}
+    return {**record, "caption": caption, "segments": parts}
 
 
 def measure(root: Path, workers: int) -> dict[str, Any]:

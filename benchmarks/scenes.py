@@ -1,4 +1,4 @@
-"""Pictures, masks and captions made on the spot, on which `benchmark_data.py` measures."""
+"""Pictures, masks and captions made on the spot, on which `data.py` measures."""
 
 from __future__ import annotations
 
@@ -59,22 +59,12 @@ def write_scenes(
         Image.fromarray(id_to_rgb(ids)).save(names[1])
         found = [int(i) for i in np.unique(ids)]
         caption, phrases = _caption(found)
-        records.append(
-            {
-                "file_name": names[0],
-                "image_id": number,
-                "height": height,
-                "width": width,
-                "entities": {
-                    "format": "panoptic_png",
-                    "file_name": names[1],
-                    "segments_info": [{"id": i, "category_id": 1, "iscrowd": 0} for i in found],
-                },
-                "caption": caption,
-                "phrases": phrases,
-                "tasks": ("describe", "extract", "ground"),
-            }
-        )
+        listed = [{"id": i, "category_id": 1, "iscrowd": 0} for i in found]
+        where = {"format": "panoptic_png", "file_name": names[1], "segments_info": listed}
+        sides = {"height": height, "width": width}
+        record = {"file_name": names[0], "image_id": number, **sides, "entities": where}
+        record.update(caption=caption, phrases=phrases, tasks=("describe", "extract", "ground"))
+        records.append(record)
     tokenizer = str(folder / "tokenizer")
     train_tokenizer([record["caption"] for record in records], tokenizer)
     return records, tokenizer
@@ -87,14 +77,6 @@ def _caption(segment_ids: list[int]) -> tuple[str, list[dict[str, Any]]]:
         start = len(caption)
         caption += noun
         ids = segment_ids[place :: len(NOUNS)]
-        phrases.append(
-            {
-                "text": noun,
-                "start": start,
-                "end": len(caption),
-                "segment_ids": ids,
-                "is_plural": len(ids) > 1,
-                "is_thing": True,
-            }
-        )
+        phrase = {"text": noun, "start": start, "end": len(caption), "segment_ids": ids}
+        phrases.append({**phrase, "is_plural": len(ids) > 1, "is_thing": True})
     return caption + ".", phrases
