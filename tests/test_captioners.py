@@ -156,7 +156,7 @@ def test_the_loader_finds_the_same_places():
 class Scripted:
     """A captioner that answers from a list and remembers what it was asked."""
 
-    model = "scripted"
+    model, mode = "scripted", "json"
 
     def __init__(self, *answers: Any) -> None:
         self.answers, self.asked = list(answers), []

@@ -114,9 +114,15 @@ class Caption:
 
 
 class Captioner(Protocol):
-    """What :func:`describe` needs of a model. Must be safe to call from several threads."""
+    """What :func:`describe` needs of a model. Must be safe to call from several threads.
+
+    Attributes:
+        model: its name, for the captions.
+        mode: how it is asked, unless the caller wants another way: one of ``MODES``.
+    """
 
     model: str
+    mode: str
 
     def ask(self, text: str, picture: Picture | None, *, attempt: int = 0) -> Reply:
         """Answer a question; ``attempt`` > 0 asks for another answer than the time before.
@@ -187,7 +193,7 @@ def describe(
     picture: Picture,
     prompt: str = PROMPTS["overview"],
     *,
-    mode: str = "json",
+    mode: str | None = None,
     attempts: int = 3,
     min_found: float = 0.8,
     tally: Tally | None = None,
@@ -199,7 +205,7 @@ def describe(
         picture: what to describe.
         prompt: what kind of description; the rules of the answer are added here.
         mode: "json": description and nouns in one answer. "two-steps": the description first, then
-            its nouns, for models that write no JSON; two requests each.
+            its nouns, for models that write no JSON; two requests each. None: the captioner's.
         attempts: answers to ask for at most.
         min_found: least share (0..1) of an answer's nouns that must stand in its description, after
             repairs; the others are left out. With less the answer is rejected.
@@ -210,6 +216,7 @@ def describe(
         AnswerError: no answer could be used; says why of the last.
         RequestError, EndpointError, StoppedError: of the captioner.
     """
+    mode = mode or captioner.mode
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; there are: {', '.join(MODES)}")
     tally = Tally() if tally is None else tally

@@ -109,6 +109,8 @@ class EndpointCaptioner:
         ImportError: the package `openai` is missing.
     """
 
+    mode = "json"
+
     def __init__(
         self,
         url: str,

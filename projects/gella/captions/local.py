@@ -29,6 +29,8 @@ class LocalCaptioner:
         ValueError: unknown dtype, or a device that this machine lacks.
     """
 
+    mode = "two-steps"  # models of the size that fits a machine rarely write JSON
+
     def __init__(
         self,
         path: str,

@@ -27,7 +27,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from gella.captions import caption_picture
+from gella.captions import describe, load_picture
 from gella.captions.captioner import AnswerError, EndpointError, RequestError
 from gella.commands.demo_inputs import Entry
 from gella.entities.entity_map import EntityMap
@@ -408,7 +408,7 @@ class Desk:
         """
         failure = "does not answer now; write a caption."
         try:
-            answer = caption_picture(self.captioner, visitor.scene.image)
+            answer = describe(self.captioner, load_picture(visitor.scene.image))
         except (AnswerError, RequestError, EndpointError) as error:
             _logger.warning("captioner: %s", error)
             if isinstance(error, AnswerError):

@@ -49,7 +49,7 @@ from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gella.captions import caption_picture, is_endpoint, open_captioner
+from gella.captions import describe, is_endpoint, load_picture, open_captioner
 from gella.captions.captioner import AnswerError, EndpointError, RequestError, StoppedError
 from gella.commands.console import Parser, exit_status, shown
 from gella.commands.demo_inputs import (
@@ -437,7 +437,7 @@ class Run:
 
     def _caption(self, ready: Ready) -> tuple[str, tuple[str, ...]] | Exception:
         try:
-            caption = caption_picture(self.captioner, ready.image)
+            caption = describe(self.captioner, load_picture(ready.image))
         except (AnswerError, RequestError, EndpointError, StoppedError, ValueError) as error:
             return error
         return caption.description, tuple(caption.nouns)

@@ -322,7 +322,7 @@ def execute(args: argparse.Namespace) -> int:
             tally,
             picture={"max_side": args.max_side, "upright": args.upright},
             rules={
-                "mode": args.mode or ("two-steps" if args.local else "json"),
+                "mode": args.mode,
                 "attempts": args.answer_attempts,
                 "min_found": args.min_found,
             },

@@ -158,22 +158,15 @@ class SegmenterSource(LiveSource):
     (``tools/precompute_entities.py``), or set ``DATALOADER.NUM_WORKERS 0``.
     """
 
-    def __init__(
-        self,
-        spec: str,
-        device: str | None = None,
-        options: Mapping[str, str] | None = None,
-        limits: MaskLimits | None = None,
-    ) -> None:
-        """Args: as `load_segmenter`, and which masks are kept. Only the spec's form is checked."""
+    def __init__(self, spec: str) -> None:
+        """``spec``: as of `load_segmenter`; only its form is checked."""
         _split_spec(spec)
         super().__init__(self._find)
-        self._arguments = (spec, device, dict(options or {}))
-        self._limits = limits
+        self._spec = spec
         self._segmenter: Segmenter | None = None
 
     def __str__(self) -> str:
-        return self._arguments[0]
+        return self._spec
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_segmenter": None}
@@ -184,8 +177,8 @@ class SegmenterSource(LiveSource):
 
     def _find(self, image: np.ndarray) -> EntityMap:
         if self._segmenter is None:
-            self._segmenter = load_segmenter(*self._arguments)
-        return self._segmenter.segment(image, self._limits)
+            self._segmenter = load_segmenter(self._spec)
+        return self._segmenter.segment(image)
 
 
 SOURCE_KINDS["segmenter"] = SegmenterSource

@@ -11,12 +11,12 @@ import logging
 import os
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 __all__ = ["Journal"]
 
 _logger = logging.getLogger(__name__)
+_FIRST = "image_id"  # field of every entry that stands first: half a line of ours is known by it
 _SETTINGS = "made_by"  # the only field of the first line, in a journal of settings
 
 
@@ -28,7 +28,6 @@ class Journal:
             cut off, with a warning.
         note: makes ``(key, what to remember)`` of an entry, KeyError or ValueError for what is
             none. Keys are compared as text, as are ids in COCO's files: 7 and "7" are one.
-        first: name of the first field of every entry, by which half a line of ours is known.
         settings: how entries are made, JSON values; they are the first line of the file, and a
             journal of others is refused. None: the file holds entries only.
         advice: what to do about a damaged line.
@@ -47,16 +46,14 @@ class Journal:
         path: str | Path,
         note: Callable[[Any], tuple[Hashable, Any]],
         *,
-        first: str = "image_id",
         settings: Mapping[str, Any] | None = None,
         advice: str = "repair or remove it",
     ) -> None:
         self.path = Path(path)
         self.entries: dict[Hashable, Any] = {}
         self._note, self._advice = note, advice
-        self._first = first
-        self._starts = [f'{{"{first}"'.encode()]
-        self._starts += [f'{{"{_SETTINGS}"'.encode()] if settings is not None else []
+        names = [_FIRST] if settings is None else [_FIRST, _SETTINGS]
+        self._starts = [f'{{"{name}"'.encode() for name in names]
         # As they will be read again: tuples are lists, keys are texts.
         self._settings = None if settings is None else json.loads(json.dumps(settings))
         self._places: dict[Hashable, int] = {}
@@ -75,12 +72,7 @@ class Journal:
         """The journal itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close the file and give up the lock."""
         os.close(self._handle)
 
@@ -91,7 +83,7 @@ class Journal:
         """
         if self._settings is not None and os.fstat(self._handle).st_size == 0:
             self._write({_SETTINGS: self._settings})
-        place = self._write({self._first: entry[self._first], **entry})
+        place = self._write({_FIRST: entry[_FIRST], **entry})
         key, remembered = self._note(entry)
         self.entries[key], self._places[key] = remembered, place
 

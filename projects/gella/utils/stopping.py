@@ -19,7 +19,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -78,12 +77,7 @@ class StopRequest:
             self._before = {kind: signal.signal(kind, self._handle) for kind in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Give the signals back to who had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -133,14 +127,9 @@ class WatchedStopRequest(StopRequest):
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Give the signals back and end the thread; call it in the main thread."""
-        super().__exit__(kind, error, trace)
+        super().__exit__(*error)
         if self._thread is not None:
             signal.set_wakeup_fd(self._previous_fd)
             # Not close(), which would wait for child processes: they inherited the socket.
