@@ -7,6 +7,7 @@ An evaluator is what a sample adds (``_row``) and what all rows give (``_score``
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,13 @@ class GatheringEvaluator(DatasetEvaluator):
             self._write(self._folder, rows, results)
         return results
 
+    @abstractmethod
     def _row(self, sample: dict[str, Any], output: dict[str, Any]) -> dict[str, Any] | None:
         """What a sample adds; None adds nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _score(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        raise NotImplementedError
+        """What all rows give."""
 
     def _write(self, folder: Path, rows: list[dict[str, Any]], results: dict[str, Any]) -> None:
         write_json(folder / self.file_name, {"results": results, "predictions": rows})
@@ -258,9 +260,7 @@ class PanopticEvaluator(GatheringEvaluator):
 class Detectron2PanopticEvaluator(DatasetEvaluator):
     """Detectron2's ``COCOPanopticEvaluator`` on the same outputs (task "panoptic_seg_detectron2").
 
-    It calls panopticapi, and takes category ids of the dataset as they are where a segment does not
-    say whether it is a thing; ours do say, so this is left out for it. ``file_name`` of the inputs
-    is the image's; the annotation's PNG must have its stem, as in COCO.
+    It calls panopticapi. The annotation's PNG must have the stem of the image's file, as in COCO.
     """
 
     def __init__(self, dataset_name: str, output_folder: str | Path | None = None) -> None:
@@ -288,6 +288,7 @@ class Detectron2PanopticEvaluator(DatasetEvaluator):
         """Take a batch of mapped dicts and the model's outputs; neither is changed."""
         plain = []
         for ids, segments in (output["panoptic_seg"] for output in outputs):
+            # It takes ids of the dataset as they are where a segment does not say "isthing".
             kept = [{key: segment[key] for key in ("id", "category_id")} for segment in segments]
             plain.append({"panoptic_seg": (ids, kept)})
         self._evaluator.process(inputs, plain)

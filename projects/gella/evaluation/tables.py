@@ -42,15 +42,10 @@ class PaperTable(NamedTuple):
     rows: dict[str, tuple[float | None, ...]]
 
 
-_AR = tuple(
-    Column(f"AR {name}".strip(), "png", metric)
-    for name, metric in (
-        ("", "AR"),
-        ("things", "AR_thing"),
-        ("stuff", "AR_stuff"),
-        ("singular", "AR_singular"),
-        ("plural", "AR_plural"),
-    )
+_AR = (
+    Column("AR", "png", "AR"),
+    Column("AR things", "png", "AR_thing"),
+    *(Column(f"AR {name}", "png", f"AR_{name}") for name in ("stuff", "singular", "plural")),
 )
 _PQ = tuple(Column(name, "panoptic_seg", name) for name in ("PQ", "SQ", "RQ"))
 _AP = tuple(Column(name, "entity", name) for name in ("AP", "AP50", "AP75"))
@@ -131,39 +126,24 @@ PAPER: dict[int, PaperTable] = {
 TABLES = (*(str(number) for number in PAPER), "all")
 """What ``--table`` takes."""
 
+_KINDS = {"png": "png", "panoptic": "coco_panoptic_seg", "nouns": "noun_extraction"}
 _FAMILIES: dict[str, dict[str, tuple[str, ...]]] = {
-    "shapes": {
-        "png": ("gella_shapes_png_val",),
-        "coco_panoptic_seg": ("gella_shapes_panoptic_val",),
-        "noun_extraction": ("gella_shapes_nouns_val",),
-        "refcoco": ("gella_shapes_refcoco_val",),
-    },
-    "coco": {
-        "png": ("gella_coco_png_val2017",),
-        "coco_panoptic_seg": ("gella_coco_panoptic_val2017",),
-        "noun_extraction": ("gella_coco_nouns_val2017",),
-        "refcoco": tuple(REFCOCO),
-    },
+    family: {kind: (f"gella_{family}_{name}_{split}",) for name, kind in _KINDS.items()}
+    for family, split in (("shapes", "val"), ("coco", "val2017"))
 }
+_FAMILIES["shapes"]["refcoco"] = ("gella_shapes_refcoco_val",)
+_FAMILIES["coco"]["refcoco"] = tuple(REFCOCO)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation of the weights.
+    """One evaluation of the weights."""
 
-    Attributes:
-        name: of its folder.
-        label: of its row.
-        datasets: names in the catalogs.
-        changes: config keys and their values.
-        modes: what the table "all" lists in columns of its own.
-    """
-
-    name: str
-    label: str
+    name: str  # of its folder
+    label: str  # of its row
     datasets: tuple[str, ...]
-    changes: dict[str, Any] = field(default_factory=dict)
-    modes: tuple[str, ...] = ()
+    changes: dict[str, Any] = field(default_factory=dict)  # config keys and their values
+    modes: tuple[str, ...] = ()  # what the table "all" lists in columns of its own
 
 
 def plan_table(cfg: Any, table: str, root: str) -> list[Run]:
@@ -200,11 +180,8 @@ def plan_table(cfg: Any, table: str, root: str) -> list[Run]:
     if table == "6":  # annotated entities go in, and all that the decoder draws is ranked
         changes = {"INPUT.GELLA.ENTITY_SOURCES": [], "MODEL.GELLA.ENTITY_SCORE_THRESHOLD": 0.0}
         return [Run("reconstruction", "ours", panoptic, changes)]
-    labels = {
-        "predicted": "predicted masks",
-        "entityseg": "masks of an EntitySeg model",
-        "annotation": "the annotation",
-    }
+    labels = {"annotation": "the annotation", "predicted": "predicted masks"}
+    labels["entityseg"] = "masks of an EntitySeg model"
     sources = _mask_sources(cfg, root)
     if _family(cfg) == "coco":
         file = "datasets/entities/entityseg_swin_l_val2017.json"
