@@ -100,7 +100,10 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "projects"},
     packages=find_packages("projects", include=["gella", "gella.*"]),
-    package_data={"gella.pictures": ["page.css", "page.js"]},
+    package_data={
+        "gella.pictures": ["page.css", "page.js"],
+        "gella.commands": ["analyze.css"],
+    },
     python_requires=">=3.10,<3.13",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -81,7 +81,7 @@ def test_every_grouping_adds_up_to_the_evaluator_s_scores(evaluated, page):
     assert 100 * figures["overall"]["recall"] == pytest.approx(png["AR"], abs=1e-9)
     assert figures["overall"]["n"] == png["n"] == sum(figures["errors"].values())
     assert sum(map(sum, figures["histograms"].values())) == png["n"]
-    assert list(figures["groups"]) == list(analyze.GROUPINGS)
+    assert list(figures["groups"]) == list(analyze.NOTES)
     for title, items in figures["groups"].items():
         assert sum(item["n"] for item in items) == png["n"], title
         mean = sum(item["n"] * item["recall"] for item in items) / png["n"]
@@ -184,8 +184,9 @@ def test_a_group_s_interval_is_that_of_its_mean():
     ],
 )
 def test_groups_have_the_borders_that_they_name(title, column, labels):
-    cases = cases_of([0.5] * len(labels), meant=[["a"]] * len(labels), **{column: list(labels)})
-    assert analyze.GROUPINGS[title][1](cases).tolist() == list(labels.values())
+    facts = {"error": "right", "meant": [["a"]] * len(labels), "area_share": 0.0, "rivals": 0}
+    cases = cases_of([0.5] * len(labels), **{**facts, column: list(labels)})
+    assert analyze.labels_of(cases)[title].tolist() == list(labels.values())
 
 
 SCENE_IDS = np.zeros((10, 30), np.int32)

@@ -18,7 +18,7 @@ import base64
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -67,58 +67,49 @@ POSITION_WORDS = (
 )
 """Words by which a phrase says where something is."""
 
-_SIZES = ["under 0.5 %", "0.5 to 2 %", "2 to 8 %", "8 to 32 %", "32 % or more"]
+NOTES = {
+    "words of the phrase": "words between blanks, articles among them",
+    "entities that the phrase names": "segments of the annotation",
+    "size of what is named": "share of the image that the annotated segments cover together",
+    "other entities of the same category": "segments in the image that are of a named one's "
+    "category but not meant",
+    "thing or stuff": "category of the phrase's last segment",
+    "singular or plural": "as the dataset flags the phrase",
+    "words of position": "such as left, behind, near, corner",
+}
+"""Ways to sort cases, in the order of the page, and how a group is told."""
 
 
-def _counted(numbers: pd.Series, least: int, most: int) -> pd.Series:
-    """Labels of whole numbers from ``least``, those from ``most`` under one; NaN stays."""
-    labels = [*map(str, range(least, most)), f"{most} or more"]
-    return pd.cut(numbers, [*range(least, most + 1), math.inf], right=False, labels=labels)
+def labels_of(cases: pd.DataFrame) -> dict[str, pd.Series]:
+    """The group of each case by each way of ``NOTES``, as categoricals in the order of the page.
 
+    NaN where it is not known; size and rivals are left out where the dataset was not looked at.
+    """
 
-def _flagged(flags: pd.Series, labels: Mapping[Any, str]) -> pd.Series:
-    return pd.Series(pd.Categorical(flags.map(labels), [*labels.values()]), flags.index)
+    def counted(numbers: pd.Series, least: int, most: int) -> pd.Series:
+        labels = [*map(str, range(least, most)), f"{most} or more"]
+        return pd.cut(numbers, [*range(least, most + 1), math.inf], right=False, labels=labels)
 
+    def flagged(flags: pd.Series, labels: dict[Any, str]) -> pd.Series:
+        return flags.map(labels).astype(pd.CategoricalDtype(list(labels.values())))
 
-def _sizes(cases: pd.DataFrame) -> pd.Series:
-    shares = cases.area_share.where(cases.meant.str.len() > 0)
-    return pd.cut(shares, [0, 0.005, 0.02, 0.08, 0.32, math.inf], right=False, labels=_SIZES)
-
-
-GROUPINGS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.Series]]] = {
-    "words of the phrase": (
-        "words between blanks, articles among them",
-        lambda cases: _counted(cases.text.str.split().str.len().clip(lower=1), 1, 6),
-    ),
-    "entities that the phrase names": (
-        "segments of the annotation",
-        lambda cases: _counted(cases.segment_ids.map(set, na_action="ignore").str.len(), 0, 5),
-    ),
-    "size of what is named": (
-        "share of the image that the annotated segments cover together",
-        _sizes,
-    ),
-    "other entities of the same category": (
-        "segments in the image that are of a named one's category but not meant",
-        lambda cases: _counted(cases.rivals, 0, 3),
-    ),
-    "thing or stuff": (
-        "category of the phrase's last segment",
-        lambda cases: _flagged(cases.is_thing, {True: "thing", False: "stuff"}),
-    ),
-    "singular or plural": (
-        "as the dataset flags the phrase",
-        lambda cases: _flagged(cases.is_plural, {False: "singular", True: "plural"}),
-    ),
-    "words of position": (
-        "such as left, behind, near, corner",
-        lambda cases: _flagged(
+    named = cases.segment_ids.map(set, na_action="ignore").str.len()
+    ways = {
+        "words of the phrase": counted(cases.text.str.split().str.len().clip(lower=1), 1, 6),
+        "entities that the phrase names": counted(named, 0, 5),
+        "thing or stuff": flagged(cases.is_thing, {True: "thing", False: "stuff"}),
+        "singular or plural": flagged(cases.is_plural, {False: "singular", True: "plural"}),
+        "words of position": flagged(
             cases.text.str.contains(POSITION_WORDS), {False: "none", True: "some"}
         ),
-    ),
-}
-"""Ways to sort cases: how a group is told, for the reader, and the label of each case (NaN where it
-is not known) as a categorical whose categories are in the order of the page."""
+    }
+    if "error" in cases:
+        sizes = ["under 0.5 %", "0.5 to 2 %", "2 to 8 %", "8 to 32 %", "32 % or more"]
+        shares = cases.area_share.where(cases.meant.str.len() > 0)
+        edges = [0, 0.005, 0.02, 0.08, 0.32, math.inf]
+        ways["size of what is named"] = pd.cut(shares, edges, right=False, labels=sizes)
+        ways["other entities of the same category"] = counted(cases.rivals, 0, 3)
+    return {title: ways[title] for title in NOTES if title in ways}
 
 
 def summarise(cases: pd.DataFrame, label: str = "all") -> dict[str, Any]:
@@ -168,12 +159,10 @@ def figures_of(predictions: Predictions, cases: pd.DataFrame) -> dict[str, Any]:
     curves = {name: part.iou for name, part in {"all": cases, **parts}.items()}
     if cases.oracle.notna().all():
         curves["oracle"] = cases.oracle
-    groups = {}
-    for title, (_, labels) in GROUPINGS.items():
-        if title.startswith(("size", "other")) and "error" not in cases:
-            continue
-        by_label = cases.groupby(labels(cases), observed=True)
-        groups[title] = [summarise(part, str(label)) for label, part in by_label]
+    groups = {
+        title: [summarise(part, str(label)) for label, part in cases.groupby(ways, observed=True)]
+        for title, ways in labels_of(cases).items()
+    }
     figures: dict[str, Any] = {
         "label": predictions.label,
         "dataset": predictions.dataset,
@@ -348,21 +337,7 @@ _HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>GELLA: error analysis</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; background: #fff; margin: 0 auto;
-  max-width: 1120px; padding: 16px 24px 64px; }
-h1 { font-size: 26px; }
-h2 { font-size: 21px; margin: 40px 0 8px; border-bottom: 1px solid #d8dee4; }
-h3 { font-size: 16px; margin: 24px 0 4px; } p { margin: 4px 0 10px; max-width: 80ch; }
-.note, figcaption { color: #656d76; font-size: 13px; } nav a { margin-right: 16px; }
-.row { display: flex; flex-wrap: wrap; gap: 12px 28px; align-items: flex-start; }
-figure { margin: 6px 0 0; max-width: 525px; } figure img { display: block; max-width: 100%; }
-table { border-collapse: collapse; margin: 6px 0 12px; font-variant-numeric: tabular-nums; }
-th, td { padding: 3px 12px 3px 0; border-bottom: 1px solid #eaeef2; text-align: right; }
-th:first-child, td:first-child { text-align: left; } mark { background: #fff3b0; }
-.case { border: 1px solid #d8dee4; border-radius: 6px; padding: 10px 12px; margin: 12px 0; }
-.key { display: inline-block; width: 11px; height: 11px; margin: 0 4px 0 10px; }
-</style></head>
+<style>{style}</style></head>
 <body>
 <h1>Error analysis</h1>
 """
@@ -391,7 +366,7 @@ def render(predictions: Predictions, figures: Mapping[str, Any]) -> str:
         _figure(
             bar_figure(groups, overall["recall"]),
             f"Average recall by {title}",
-            f"By {title}: {GROUPINGS[title][0]}",
+            f"By {title}: {NOTES[title]}",
         )
         for title, groups in figures["groups"].items()
     ]
@@ -514,7 +489,9 @@ def run(args: argparse.Namespace) -> None:
         links.append(f'<a href="#part-{place}">{title}</a>')
         sections.append(f'<section id="part-{place}">\n<h2>{title}</h2>\n{body}\n</section>\n')
     output = Path(args.output or Path(args.folder) / "report.html")
-    page = f"{_HEAD}<nav>{''.join(links)}</nav>\n{''.join(sections)}</body>\n</html>\n"
+    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+    head = f"{_HEAD.format(style=style)}<nav>{''.join(links)}</nav>"
+    page = f"{head}\n{''.join(sections)}</body>\n</html>\n"
     write_text(output, page)
     if args.json:
         write_json(args.json, numbers)
