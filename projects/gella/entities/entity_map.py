@@ -390,7 +390,7 @@ def binary_masks(masks: Any) -> np.ndarray:
     """Masks as bool (E, H, W): 0 is outside, and one other value per mask is inside.
 
     Raises ValueError for another shape or type, and naming mask and value for one that is not
-    finite, negative, or beside a second value: soft masks have to be thresholded by their owner.
+    finite or beside a second value: soft masks have to be thresholded by their owner.
     """
     masks = np.asarray(masks)
     if masks.ndim != 3 or 0 in masks.shape[1:]:
@@ -399,18 +399,14 @@ def binary_masks(masks: Any) -> np.ndarray:
         raise ValueError(f"masks must be bool (E, H, W), got {masks.dtype}")
     if masks.dtype.kind == "b":
         return masks
-    result = np.empty(masks.shape, dtype=bool)
+    result = masks != 0
     for place, mask in enumerate(masks):
         highest = mask.max()  # NaN if one is among them
-        if not np.isfinite(highest) or mask.min() < 0:
-            wrong = highest if not np.isfinite(highest) else mask.min()
-            raise ValueError(f"mask {place} holds {wrong}; masks are 0 outside and 1 inside")
-        np.not_equal(mask, 0, out=result[place])
-        others = result[place] & (mask != highest)
-        if others.any():
+        odd = mask[result[place] & (mask != highest)]
+        if odd.size or not np.isfinite(highest):
             raise ValueError(
-                f"mask {place} holds {mask[others][0]} beside {highest}; masks are 0 outside and "
-                "one value inside: threshold them first"
+                f"mask {place} holds {odd[0] if odd.size else highest} beside {highest}; masks are "
+                "0 outside and one value inside: threshold them first"
             )
     return result
 

@@ -149,8 +149,8 @@ def _load(
     if kind in JSON_FORMATS:
         if segments_info is None:
             segments_info = _entries_of(path, format, image_id)
-        read = _from_results if kind == "coco_results" else _from_segments
-        return read(segments_info, size, max_entities)
+        scored = kind == "coco_results"
+        return _from_segmentations(segments_info, size, max_entities, scored=scored)
     raise ValueError(f"unknown format {format!r}; known: auto, {', '.join(FORMATS)}")
 
 
@@ -446,50 +446,33 @@ def _checked_segments(segments_info: Any) -> list[tuple[int, bool, dict[str, Any
     return checked
 
 
-def _from_results(
-    entries: Sequence[dict[str, Any]], size: tuple[int, int], max_entities: int
-) -> EntityMap:
-    """Entities of one image from its entries in a results file; overlaps are flattened."""
-    scores = []
-    for place, entry in enumerate(entries):
-        score = entry.get("score", 1.0)
-        # In float32, which holds no more than 3.4e38.
-        if type(score) not in (int, float) or not is_finite(score) or abs(score) > 3.4e38:
-            raise ValueError(
-                f"result {place} of the image: score is {short(score)}, not a finite number"
-            )
-        scores.append(float(score))
-    named = [(f"result {place} of the image", entry) for place, entry in enumerate(entries)]
-    return _from_segmentations(named, size, max_entities, scores, None)
-
-
-def _from_segments(segments_info: Any, size: tuple[int, int], max_entities: int) -> EntityMap:
-    """Entities from segments with a COCO `segmentation` each; crowd is left out."""
-    own = [(i, segment) for i, crowd, segment in _checked_segments(segments_info) if not crowd]
-    named = [(f"segment {number}", segment) for number, segment in own]
-    return _from_segmentations(named, size, max_entities, None, [number for number, _ in own])
-
-
 def _from_segmentations(
-    named: Sequence[tuple[str, dict[str, Any]]],
-    size: tuple[int, int],
-    max_entities: int,
-    scores: list[float] | None,
-    ids: list[int] | None,
+    entries: Sequence[dict[str, Any]], size: tuple[int, int], max_entities: int, *, scored: bool
 ) -> EntityMap:
+    """Entities of one image from results (`scored`), or from segments, whose crowd is left out."""
+    if scored:
+        named = [(k, f"result {k - 1} of the image", e) for k, e in enumerate(entries, start=1)]
+    else:
+        own = [(i, entry) for i, crowd, entry in _checked_segments(entries) if not crowd]
+        named = [(i, f"segment {i}", entry) for i, entry in own]
     check_count(len(named), max_entities)
-    codes = []
-    for name, entry in named:
+    codes, scores = [], []
+    for _, name, entry in named:
+        score = entry.get("score", 1.0) if scored else 1.0
         try:
             if "segmentation" not in entry:
                 raise ValueError("'segmentation' is missing")
+            # In float32, which holds no more than 3.4e38.
+            if type(score) not in (int, float) or not is_finite(score) or abs(score) > 3.4e38:
+                raise ValueError(f"score is {short(score)}, not a finite number")
             codes.append(encode_segmentation(entry["segmentation"], size))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        scores.append(score)
     # One by one: of more than 255 at once pycocotools 2.0.11 raises OverflowError.
     areas = np.array([int(coco_mask.area(code)) for code in codes], dtype=np.int64)
 
     def mask_of(k: int) -> np.ndarray:
         return coco_mask.decode(codes[k]).astype(bool, copy=False)
 
-    return EntityMap.from_areas(size, areas, mask_of, scores, ids)
+    return EntityMap.from_areas(size, areas, mask_of, scores, [number for number, _, _ in named])
