@@ -120,7 +120,6 @@ def own_folder() -> Iterator[Path]:
         folder = Path(name).resolve()
         os.environ.update(
             GRADIO_TEMP_DIR=str(folder),
-            GRADIO_EXAMPLES_CACHE=str(folder / "examples"),
             GRADIO_ANALYTICS_ENABLED="False",
             GRADIO_SHARE="False",
             GRADIO_SSR_MODE="False",
@@ -138,11 +137,11 @@ def is_full(folder: Path, max_bytes: float) -> bool:
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):
             status = path.lstat()
-            if path.parent == folder and path.is_file():
-                if time.time() - status.st_mtime > _ABANDONED:
-                    path.unlink()
-                    continue
-            total += status.st_size * path.is_file()
+            old = time.time() - status.st_mtime > _ABANDONED
+            if old and path.parent == folder and path.is_file():
+                path.unlink()
+            else:
+                total += status.st_size * path.is_file()
     return total > max_bytes
 
 

@@ -7,6 +7,7 @@ and what is allowed, and none of them names a folder of the server.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import html
@@ -20,6 +21,7 @@ import shutil
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,10 +93,7 @@ class Limits:
         return text
 
     def split(self, what: str, text: str | None) -> list[str]:
-        """The parts of a list, separated by commas, semicolons or lines; empty for no text.
-
-        Raises ValueError for a text or a list that is too long.
-        """
+        """The parts of a list, at commas, semicolons or line ends; ValueError for too many."""
         if not (text or "").strip():
             return []
         text = self.check_text(f"list of {what}", text)
@@ -109,37 +108,39 @@ class Limits:
 def read_masks(
     paths: Sequence[Path], size: tuple[int, int], image_id: int | str, limits: Limits
 ) -> EntityMap:
-    """Read the entities of a picture from one file, or from a COCO panoptic PNG and its JSON.
+    """Read the entities of a picture of (H, W) ``size`` from one file, or a panoptic PNG and JSON.
 
-    Args:
-        paths: the file, or the two.
-        size: (height, width) of the picture.
-        image_id: finds the picture in a JSON of many.
-        limits: of what is read; checked by what the files declare, before anything is decoded.
+    What the files declare is checked before anything is decoded.
 
     Raises ValueError: another suffix, files that do not go together, an archive that unpacks to
     too much; and what `load_entities` raises.
     """
     suffixes = sorted(path.suffix.lower() for path in paths)
-    segments, chosen = None, paths[0]
+    names, segments, chosen = ", ".join(path.name for path in paths), None, paths[0]
     if not {*suffixes} <= {*MASK_SUFFIXES}:
         raise ValueError(f"masks are {', '.join(MASK_SUFFIXES)} files, not {', '.join(suffixes)}.")
     if len(paths) > 1:
         if suffixes != [".json", ".png"]:
             raise ValueError(
-                f"There are {len(paths)} mask files ({', '.join(p.name for p in paths)}); give one "
-                "file, or a COCO panoptic PNG together with its JSON."
+                f"There are {len(paths)} mask files ({names}); give one file, or a COCO panoptic "
+                "PNG together with its JSON."
             )
         listed, chosen = sorted(paths, key=lambda path: path.suffix.lower())
         segments = _segments_of(listed, chosen.name)
     elif suffixes == [".json"] and json_format(chosen) == "coco_panoptic":
         # Its PNGs are named by the file itself: a stranger's JSON must not choose what is read.
         raise ValueError(
-            f"{chosen.name} is a COCO panoptic JSON, whose masks are in PNG files: upload this "
+            f"{names} is a COCO panoptic JSON, whose masks are in PNG files: upload this "
             "picture's PNG together with it, or alone."
         )
-    elif suffixes == [".npz"]:
-        _check_archive(chosen, BYTES_PER_PIXEL * limits.max_pixels)
+    elif suffixes == [".npz"] and zipfile.is_zipfile(chosen):
+        # The library lets one archive have gigabytes; here strangers send one after the other.
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(chosen) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > (allowed := BYTES_PER_PIXEL * limits.max_pixels):
+                raise ValueError(
+                    f"{names} unpacks to {unpacked:,} bytes; at most {allowed:,} are allowed."
+                )
     try:
         return load_entities(
             chosen,
@@ -154,31 +155,15 @@ def read_masks(
         forget_files()
 
 
-def _check_archive(path: Path, allowed: int) -> None:
-    # The library allows an archive gigabytes; here strangers send one after the other.
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        raise ValueError(
-            f"{path.name} is truncated or no npz archive; write it again with numpy.savez."
-        ) from None
-    if unpacked > allowed:
-        raise ValueError(
-            f"{path.name} holds arrays that unpack to {unpacked:,} bytes; at most {allowed:,} are "
-            "allowed."
-        )
-
-
 def _segments_of(panoptic_json: Path, png: str) -> list[dict[str, Any]]:
     """``segments_info`` of the annotation whose PNG has this name."""
     if json_format(panoptic_json) != "coco_panoptic":
         raise ValueError(f"{panoptic_json.name} is no COCO panoptic JSON; upload one mask file.")
     for entries in entries_by_image(panoptic_json, "coco_panoptic").values():
         for entry in entries:
-            name = str(entry.get("file_name"))
-            if Path(name).name == png and isinstance(entry.get("segments_info"), list):
-                return entry["segments_info"]
+            segments = entry.get("segments_info")
+            if Path(str(entry.get("file_name"))).name == png and isinstance(segments, list):
+                return segments
     raise ValueError(f"{panoptic_json.name} has no segments of a picture named {png}.")
 
 
@@ -431,48 +416,32 @@ def note(text: str, classes: str = "gella-note") -> str:
     return f'<p class="{classes}" role="status">{html.escape(text)}</p>'
 
 
-class _StopError(Exception):
-    """Nobody waits for the text any more."""
-
-
 def streamed(generate: Callable[[Callable[[str], None]], str]) -> Iterator[str]:
     """Run ``generate(on_text)`` in a thread; yield what ``on_text`` gets, and its result last.
 
     Text that comes faster than it is taken is skipped: only the newest counts. A consumer that
     stops early ends the generation at its next text. Raises what ``generate`` raises.
     """
-    texts: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-    stop = threading.Event()
+    texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    stop, last = threading.Event(), None
 
     def on_text(text: str) -> None:
         if stop.is_set():
-            raise _StopError
-        texts.put(("text", text))
+            raise CancelledError  # nobody waits for the text any more
+        texts.put(text)
 
-    def work() -> None:
+    with ThreadPoolExecutor(1, "describe") as pool:
+        answer = pool.submit(generate, on_text)
+        answer.add_done_callback(lambda _: texts.put(None))
         try:
-            texts.put(("end", generate(on_text)))
-        except BaseException as error:
-            texts.put(("error", error))
-
-    thread = threading.Thread(target=work, name="describe", daemon=True)
-    thread.start()
-    last = None
-    try:
-        while True:
-            kind, value = texts.get()
-            while kind == "text" and not texts.empty():
-                kind, value = texts.get()
-            if kind == "error":
-                raise value
-            if value != last:
-                yield value
-                last = value
-            if kind == "end":
-                return
-    finally:
-        stop.set()
-        thread.join()
+            while (text := texts.get()) is not None:
+                if texts.empty() and text != last:
+                    yield text
+                    last = text
+            if answer.result() != last:
+                yield answer.result()
+        finally:
+            stop.set()
 
 
 def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
@@ -571,22 +540,18 @@ def _inputs(desk: Desk, visitor: Any, figure: Any) -> tuple[Any, Any, Any]:
 
 
 def _gallery(examples: Sequence[Entry], filled: list[Any]) -> None:
+    images, parts = [[example.image] for example in examples], [gr.Image(render=False)]
+    rows = [(example.image, [str(example.masks)], example.text) for example in examples]
     gallery = gr.Dataset(
         label="Examples: click one, then Ground",
-        components=[gr.Image(render=False)],
-        samples=[[example.image] for example in examples],
+        components=parts,
+        samples=images,
         type="index",
         layout="gallery",
         samples_per_page=24,
         elem_id="examples",
     )
-    gallery.click(
-        lambda i: (examples[i].image, [str(examples[i].masks)], examples[i].text),
-        gallery,
-        filled,
-        show_progress="hidden",
-        **_OUTSIDE,
-    )
+    gallery.click(rows.__getitem__, gallery, filled, show_progress="hidden", **_OUTSIDE)
 
 
 def _caption_tab(desk: Desk, given: list[Any], caption: Any, shown: list[Any]) -> None:
@@ -649,34 +614,23 @@ def launch(desk: Desk, args: Any, examples: Sequence[Entry], guard: Any) -> tupl
         args: ``host``, ``port``, ``queue`` and ``sessions`` of the command line.
         examples: pictures to click, with absolute paths.
         guard: Starlette's ``Middleware`` before Gradio.
-
-    Raises OSError: the port is in use, or the host is none of this machine's.
     """
     blocks = build(desk, examples, untrained=not desk.predictor.cfg.MODEL.WEIGHTS)
     blocks.queue(max_size=args.queue, default_concurrency_limit=1)
-    plain = gr.themes.Default(
-        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    _, address, _ = blocks.launch(
+        server_name=args.host,
+        server_port=args.port,
+        prevent_thread_lock=True,
+        quiet=True,
+        # What a visitor may read by its path, besides uploads and results.
+        allowed_paths=[str(path) for e in examples for path in (e.image, e.masks)],
+        max_file_size=desk.limits.max_upload,
+        state_session_capacity=args.sessions,
+        enable_monitoring=False,
+        footer_links=[],
+        theme=gr.themes.Default(**fonts),
+        head=HEAD,
+        app_kwargs={"middleware": [guard]},
     )
-    try:
-        _, address, _ = blocks.launch(
-            server_name=args.host,
-            server_port=args.port,
-            share=False,
-            prevent_thread_lock=True,
-            quiet=True,
-            show_error=False,
-            # What a visitor may read by its path, besides uploads and results.
-            allowed_paths=[str(path) for e in examples for path in (e.image, e.masks)],
-            max_file_size=desk.limits.max_upload,
-            state_session_capacity=args.sessions,
-            enable_monitoring=False,
-            ssr_mode=False,
-            mcp_server=False,
-            footer_links=[],
-            theme=plain,
-            head=HEAD,
-            app_kwargs={"middleware": [guard]},
-        )
-    except OSError as error:
-        raise OSError(f"{error}; choose another address by --host and --port") from error
     return blocks, address
