@@ -38,39 +38,34 @@ from gella.evaluation.panoptic_quality import PQCounts, pq_counts
 from gella.utils.io import read_json, write_json
 
 AGREEMENT = 1e-9  # of the sums of IoUs that the two ways add up
-# What is asked: name, where the figure is, its limit ("faster" is at least, the others at most).
 RULES = (
     (
         "decoding and panoptic quality, in decodings alone",
-        lambda figures: figures["panoptic"]["decodings"],
         1.5,
         "pixels are counted by runs of equal pairs, of which there are few",
     ),
     (
         "panoptic quality of decoded images, times faster than panopticapi",
-        lambda figures: figures["panoptic"]["count_faster"],
         1.5,
         "one pass for both areas and overlaps, and no sorting of pixels",
     ),
     (
         "decoding and panoptic quality, times faster than panopticapi",
-        lambda figures: figures["panoptic"]["total_faster"],
         1.5,
         "the rest is decoding, which is the same work for both",
     ),
     (
         "average recall of {recall_nouns:,} nouns, seconds",
-        lambda figures: max(figures["recall_s"].values()),
         1.0,
         "thresholds up to an IoU are found by bisection, not one by one",
     ),
     (
         "{nouns[nouns]} given nouns in one pass, times faster than a pass each",
-        lambda figures: figures["nouns"]["times_faster"],
         6.0,
         "the image and the caption are read once, not once per noun",
     ),
 )
+"""What is asked, its limit ("faster": at least, else at most), and why it can be met."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -309,12 +304,14 @@ def time_recall(nouns: int, repeat: int) -> dict[str, float]:
 
 def rules(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """What is asked of evaluation, why, and whether this run met it (None: not measured)."""
+    panoptic, nouns = figures["panoptic"], figures["nouns"]
+    values = [panoptic[key] for key in ("decodings", "count_faster", "total_faster")]
+    values += [max(figures["recall_s"].values()), nouns["times_faster"]]
     verdicts = []
-    for name, value_of, limit, why in RULES:
-        value = value_of(figures)
+    for (name, limit, why), value in zip(RULES, values, strict=True):
         met = None if value is None else value >= limit if "faster" in name else value <= limit
-        name = name.format(**figures)
-        verdicts.append({"name": name, "value": value, "limit": limit, "met": met, "why": why})
+        told = {"name": name.format(**figures), "value": value, "limit": limit}
+        verdicts.append({**told, "met": met, "why": why})
     return verdicts
 
 
@@ -331,6 +328,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         pairs = pairs_of(args.panoptic_json, folder, args.images)
     else:
         pairs = made_pairs(folder, args.images, picture_size(args.size), args.segments)
+    sizes = ("nouns", "layers", "width", "vocabulary", "repeat")
     figures: dict[str, Any] = {
         "machine": f"{platform.machine()}, {platform.system()}, Python "
         f"{platform.python_version()}, numpy {np.__version__}, torch {torch.__version__} on "
@@ -341,12 +339,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "recall_s": time_recall(args.recall_nouns, args.repeat),
         "nouns": compare_passes(
             folder / "tokenizer",
-            nouns=args.nouns,
             side=args.grid,
-            layers=args.layers,
-            width=args.width,
-            vocabulary=args.vocabulary,
-            repeat=args.repeat,
+            **{name: getattr(args, name) for name in sizes},
         ),
     }
     return {**figures, "rules": rules(figures)}

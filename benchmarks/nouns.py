@@ -24,10 +24,8 @@ _IMAGE_DIM, _MAX_POSITIONS = 1024, 4096
 def made_caption(nouns: int) -> tuple[str, list[str]]:
     """A sentence that names ``nouns`` things, and their names in order."""
     # Later rounds number their nouns, so that no two are the same.
-    names = [
-        WORDS[place % len(WORDS)] + (f" {place // len(WORDS) + 1}" if place >= len(WORDS) else "")
-        for place in range(nouns)
-    ]
+    rounds = (divmod(place, len(WORDS)) for place in range(nouns))
+    names = [WORDS[word] + (f" {turn + 1}" if turn else "") for turn, word in rounds]
     return "In this picture there is " + " beside ".join(f"a {name}" for name in names) + ".", names
 
 
@@ -36,15 +34,8 @@ def prompts_of(tokenizer: Any, nouns: int, image_tokens: int) -> tuple[Prompt, l
     caption, names = made_caption(nouns)
 
     def prompt(chosen: Sequence[str]) -> Prompt:
-        instruction, answer = task_text("ground", caption, chosen)
-        return build_prompt(
-            tokenizer,
-            instruction,
-            answer,
-            num_image_tokens=image_tokens,
-            system="",
-            max_length=_MAX_POSITIONS,
-        )
+        limits = {"num_image_tokens": image_tokens, "system": "", "max_length": _MAX_POSITIONS}
+        return build_prompt(tokenizer, *task_text("ground", caption, chosen), **limits)
 
     return prompt(names), [prompt([name]) for name in names]
 
@@ -59,28 +50,17 @@ def random_decoder(layers: int, width: int, vocabulary: int) -> LanguageDecoder:
         hidden_size=width,
         intermediate_size=width * 8 // 3,
         num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 64),
-        num_key_value_heads=max(1, width // 64),
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
         max_position_embeddings=_MAX_POSITIONS,
         tie_word_embeddings=False,
     )
-    decoder = LanguageDecoder(
-        model_config=config,
-        image_dim=_IMAGE_DIM,
-        projector="mlp2x_gelu",
-        image_token_stride=1,
-        max_positions=_MAX_POSITIONS,
-    )
+    options = {"image_dim": _IMAGE_DIM, "projector": "mlp2x_gelu", "image_token_stride": 1}
+    decoder = LanguageDecoder(model_config=config, max_positions=_MAX_POSITIONS, **options)
     return decoder.eval()
 
 
 @torch.no_grad()
-def embed(decoder: LanguageDecoder, grid: torch.Tensor, prompt: Prompt) -> torch.Tensor:
-    """The <SEG> embeddings of one prompt, (P, D), as grounding with given nouns computes them."""
-    output = decoder(grid, [prompt.input_ids], [prompt.labels], [prompt.seg_positions])
-    return output.seg_embeddings[0]
-
-
 def compare_passes(
     folder: Path, *, nouns: int, side: int, layers: int, width: int, vocabulary: int, repeat: int
 ) -> dict[str, Any]:
@@ -104,13 +84,18 @@ def compare_passes(
     together, single = prompts_of(load_tokenizer(str(folder)), nouns, side * side)
     decoder = random_decoder(layers, width, vocabulary)
     grid = torch.randn(1, _IMAGE_DIM, side, side, generator=torch.Generator().manual_seed(1))
-    assert len(embed(decoder, grid, together)) == nouns  # also the pass that warms up
+
+    def embed(prompt: Prompt) -> torch.Tensor:  # (P, D), as grounding with given nouns does it
+        output = decoder(grid, [prompt.input_ids], [prompt.labels], [prompt.seg_positions])
+        return output.seg_embeddings[0]
+
+    assert len(embed(together)) == nouns  # also the pass that warms up
     times: list[list[float]] = [[], []]
     for _ in tqdm(range(repeat), "language passes", leave=False):
         for way, prompts in enumerate(([together], single)):
             start = time.perf_counter()
             for prompt in prompts:
-                embed(decoder, grid, prompt)
+                embed(prompt)
             times[way].append(time.perf_counter() - start)
     one, many = map(statistics.median, times)
     return {
