@@ -22,7 +22,6 @@ from tiny_gella import make_model
 from gella.commands import demo
 from gella.commands.demo_inputs import (
     Job,
-    Picture,
     assign,
     list_pictures,
     masks_beside,
@@ -33,6 +32,7 @@ from gella.commands.demo_inputs import (
     read_categories,
     split_nouns,
 )
+from gella.commands.inputs import Source
 from gella.entities.entity_map import id_to_rgb
 from gella.pictures.grounding import Grounding
 from gella.predictor import GellaPredictor
@@ -723,8 +723,8 @@ def test_the_page_is_there_while_the_run_goes_on(
 # -- what it reads ---------------------------------------------------------------------------------
 
 
-def picture(name: str, root: Path = Path("in"), image_id: Any = None) -> Picture:
-    return Picture(root / name, name, Path(name).stem if image_id is None else image_id)
+def picture(name: str, root: Path = Path("in"), image_id: Any = None) -> Source:
+    return Source(Path(name).stem if image_id is None else image_id, root / name, name)
 
 
 def write_ids(path: Path, *ids: int) -> None:
@@ -807,19 +807,23 @@ def test_captions_of_json_lines(tmp_path: Path) -> None:
     ("name", "text", "words"),
     [
         ("c.txt", "", "empty"),
-        ("c.txt", b"\xff\xfe", "c.txt are no UTF-8"),
+        ("c.txt", b"\xff\xfe", "c.txt is no UTF-8"),
         ("c.txt", "a\tb\nc\n", "line 1 has a tab.*line 2"),
         ("c.txt", "one\ntwo\nthree\n", "3 captions without names.*2 pictures"),
         ("c.txt", "q\tA.\n", "'q' is none of the 2 pictures"),
         ("c.txt", "x\tA.\n", "'x' could be a/x.png or b/x.png"),
         ("c.jsonl", "{", "line 1 is no JSON"),
         ("c.jsonl", "[" * 100000, "line 1 is no JSON"),
-        ("c.jsonl", "[]", "line 1 is no object"),
-        ("c.jsonl", '{"caption": "A."}', "line 1 has no 'image'"),
-        ("c.jsonl", '{"image": "a/x.png"}', "line 1 has no 'caption'"),
-        ("c.jsonl", '{"image": 3, "caption": "A."}', "'image' is no text"),
-        ("c.jsonl", '{"image": "x", "caption": "A.", "nouns": "A"}', "'nouns' is no list"),
-        ("c.jsonl", '{"image": "x", "caption": "A.", "masks": 3}', "'masks' is no name"),
+        ("c.jsonl", "[]", "line 1: there is no field 'image'"),
+        ("c.jsonl", '{"caption": "A."}', "line 1: there is no field 'image'"),
+        ("c.jsonl", '{"image": "a/x.png"}', "line 1: there is no field 'caption'"),
+        ("c.jsonl", '{"image": 3, "caption": "A."}', "'image' is '3', not text"),
+        (
+            "c.jsonl",
+            '{"image": "x", "caption": "A.", "nouns": "A"}',
+            "'nouns' is a str .*not a list",
+        ),
+        ("c.jsonl", '{"image": "x", "caption": "A.", "masks": 3}', "'masks' is '3', not text"),
     ],
 )
 def test_wrong_captions_are_told_with_file_and_line(
@@ -912,7 +916,7 @@ def test_nouns_and_categories(tmp_path: Path) -> None:
         assert read_categories(str(tmp_path / name)) == full
     (tmp_path / "c.txt").write_text("traffic light\n\nsky\n")
     assert read_categories(str(tmp_path / "c.txt")) == ["traffic light", "sky"]
-    with pytest.raises(FileNotFoundError, match="absent.txt do not exist"):
+    with pytest.raises(FileNotFoundError, match="absent.txt does not exist"):
         read_categories(str(tmp_path / "absent.txt"))
 
 
@@ -921,11 +925,11 @@ def test_nouns_and_categories(tmp_path: Path) -> None:
     [
         (" , ", "no category"),
         ("sky,cow,sky", "'sky' is there twice"),
-        ('{"a": 1}', "expected a list"),
-        ("{", "cannot be read"),
-        ("[3]", "entry 0 is neither"),
-        ('[{"name": "sky"}]', "entry 0 has no 'id'"),
-        ('["sky", {"id": 1, "name": "cow", "isthing": 1}]', "mixed"),
+        ('{"a": 1}', "no field 'categories'"),
+        ("{", "is not a JSON file"),
+        ("[3]", "entry 0 of 'categories'.*no field 'name'"),
+        ('[{"name": "sky"}]', "no field '(id|isthing)'"),
+        ('["sky", {"id": 1, "name": "cow", "isthing": 1}]', "entry 0.*no field 'name'"),
         ("[]", "no category"),
     ],
 )

@@ -37,7 +37,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from shlex import quote as shell_quote
@@ -56,7 +56,6 @@ from gella.commands.demo_inputs import (
     Job,
     Live,
     Masks,
-    Picture,
     Records,
     assign,
     dataset_jobs,
@@ -69,9 +68,9 @@ from gella.commands.demo_inputs import (
     read_categories,
     split_nouns,
 )
+from gella.commands.inputs import Source
 from gella.config import load_config
 from gella.data.register import import_modules
-from gella.entities.entity_map import EntityMap
 from gella.entities.view import read_image
 from gella.pictures.grounding import Grounding, PanopticResult
 from gella.pictures.html import grounding_html, page, panoptic_html
@@ -194,7 +193,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--captioner-model goes with --captioner only"
 
 
-def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Picture]]:
+def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Source]]:
     """Jobs of ``--input``, and its pictures.
 
     Raises:
@@ -224,7 +223,7 @@ def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Picture]]:
     return [replace(job, name=title) for job, title in zip(jobs, titles)], pictures
 
 
-def choose_masks(args: argparse.Namespace, pictures: Sequence[Picture]) -> Masks | Live:
+def choose_masks(args: argparse.Namespace, pictures: Sequence[Source]) -> Masks | Live:
     """The masks that the arguments name; wrong ones are ValueErrors."""
     if args.dataset is not None:
         return Records()
@@ -236,16 +235,6 @@ def choose_masks(args: argparse.Namespace, pictures: Sequence[Picture]) -> Masks
         return masks_from(Path(args.masks), pictures, args.masks_format, args.panoptic_json)
     # What the language model says of a picture does not depend on masks.
     return masks_beside(whole=args.task in ("describe", "extract"))
-
-
-@dataclass
-class Ready:
-    """A job with its picture and its entities in memory."""
-
-    job: Job
-    fingerprint: str
-    image: np.ndarray
-    entities: EntityMap
 
 
 class Run:
@@ -313,24 +302,22 @@ class Run:
                         text = json.dumps(self.failures, indent=2, ensure_ascii=False)
                         self._put(FAILURES, plain(text).encode("utf-8"))
 
-    def _batches(self, jobs: Sequence[Job], bar: Any, stop: StopRequest) -> Iterator[list[Ready]]:
+    def _batches(self, jobs: Sequence[Job], bar: Any, stop: StopRequest) -> Iterator[list[Job]]:
         """Read the jobs that are not finished, a batch at a time."""
-        batch: list[Ready] = []
+        batch: list[Job] = []
         for job in jobs:
             if stop.number:
                 return  # what was read, but not begun, is left for the next run
             ready = self._read(job)
-            if ready is None:
-                bar.update()
-            else:
-                batch.append(ready)
+            batch += [ready] if ready else []
+            bar.update(not ready)
             if len(batch) == self.args.batch_size:
                 yield batch
                 batch = []
         if batch and not stop.number:
             yield batch
 
-    def _read(self, job: Job) -> Ready | None:
+    def _read(self, job: Job) -> Job | None:
         """The job, ready to be asked; None if it is finished or cannot be read."""
         self._sections[job.name] = ""
         try:
@@ -345,7 +332,8 @@ class Run:
                 # Photographs lie on their side in the file; annotations are of the stored pixels.
                 image = read_image(job.picture.path, upright=job.record is None)
                 self._last = (key, (image, self.masks.load(job, image)))
-            return Ready(job, fingerprint, *self._last[1])
+            image, entities = self._last[1]
+            return replace(job, fingerprint=fingerprint, image=image, entities=entities)
         except Exception as error:  # a segmenter may raise anything; one picture stops no others
             self._fail(job, error)
             return None
@@ -390,16 +378,16 @@ class Run:
             pass  # damaged or of another tool: made again
         return None
 
-    def _do(self, batch: list[Ready], *, talkative: bool) -> None:
+    def _do(self, batch: list[Job], *, talkative: bool) -> None:
         batch = self._with_captions(batch)
-        for ready, result in zip(batch, self._ask(batch), strict=True):
+        for job, result in zip(batch, self._ask(batch), strict=True):
             if isinstance(result, Exception):
-                self._fail(ready.job, result)
+                self._fail(job, result)
                 continue
             try:
-                paths = self._write(ready, result)
+                paths = self._write(job, result)
             except (ValueError, MemoryError) as error:  # not OSError: a full disk fails them all
-                self._fail(ready.job, error)
+                self._fail(job, error)
                 continue
             self.done += 1
             if talkative:
@@ -407,55 +395,47 @@ class Run:
                 for line in (*told, *(f"wrote {shown(path)}" for path in paths)):
                     tqdm.write(line, file=sys.stdout)
 
-    def _with_captions(self, batch: list[Ready]) -> list[Ready]:
+    def _with_captions(self, batch: list[Job]) -> list[Job]:
         """The batch with texts; a job whose caption fails is left out and counted."""
+        answers: list[Any]
         if self.captioner is not None:
-            workers = 4 if hasattr(self.captioner, "address") else 1
-            with ThreadPoolExecutor(workers) as pool:
-                answers: list[Any] = list(pool.map(self._caption, batch))
+            with ThreadPoolExecutor(4 if hasattr(self.captioner, "address") else 1) as pool:
+                answers = list(pool.map(self._caption, batch))
         elif self.args.describe_first:
-            asked = [
-                Request(
-                    "describe", ready.image, ready.entities, image_id=ready.job.picture.image_id
-                )
-                for ready in batch
-            ]
-            answers = self.predictor.predict_many(asked, batch_size=self.args.batch_size)
+            answers = [(text, None) for text in self._ask(batch, task="describe")]
         else:
             return batch
         captioned = []
-        for ready, answer in zip(batch, answers, strict=True):
-            if isinstance(answer, EndpointError):
-                raise answer
-            if isinstance(answer, Exception):
-                if not isinstance(answer, StoppedError):
-                    self._fail(ready.job, answer)
-                continue
-            text, nouns = (answer, None) if isinstance(answer, str) else answer
-            captioned.append(replace(ready, job=replace(ready.job, text=text, nouns=nouns)))
+        for job, (text, nouns) in zip(batch, answers, strict=True):
+            if isinstance(text, EndpointError):
+                raise text
+            if isinstance(text, str):
+                captioned.append(replace(job, text=text, nouns=nouns))
+            elif not isinstance(text, StoppedError):
+                self._fail(job, text)
         return captioned
 
-    def _caption(self, ready: Ready) -> tuple[str, tuple[str, ...]] | Exception:
+    def _caption(self, job: Job) -> tuple[Any, tuple[str, ...] | None]:
         try:
-            caption = describe(self.captioner, load_picture(ready.image))
+            caption = describe(self.captioner, load_picture(job.image))
         except (AnswerError, RequestError, EndpointError, StoppedError, ValueError) as error:
-            return error
+            return error, None
         return caption.description, tuple(caption.nouns)
 
-    def _ask(self, batch: list[Ready]) -> list[Any]:
+    def _ask(self, batch: list[Job], task: str | None = None) -> list[Any]:
         """The results of the batch, an exception for each that failed, in order."""
         requests = [
             Request(
-                self.args.task,
-                ready.image,
-                ready.entities,
-                text=ready.job.text or "",
-                nouns=None if self.args.extract else ready.job.nouns,
-                phrases=self._phrases(ready.job),
+                task or self.args.task,
+                job.image,
+                job.entities,
+                text="" if task else job.text or "",
+                nouns=None if self.args.extract else job.nouns,
+                phrases=self._phrases(job),
                 categories=self.categories,
-                image_id=ready.job.picture.image_id,
+                image_id=job.picture.image_id,
             )
-            for ready in batch
+            for job in batch
         ]
         return self.predictor.predict_many(requests, batch_size=self.args.batch_size)
 
@@ -469,19 +449,19 @@ class Run:
         failure = {"image": job.picture.name, "caption": job.text or "", "reason": reason}
         self.failures.append(failure)
 
-    def _write(self, ready: Ready, result: Any) -> list[Path]:
+    def _write(self, job: Job, result: Any) -> list[Path]:
         """Write a result, each file whole or not at all; return its pictures and its JSON.
 
         All lies directly in the output folder or in its folder ``page``.
         """
-        job, task = ready.job, self.args.task
+        task = self.args.task
         pictures: dict[str, Image.Image] = {}
         if isinstance(result, Grounding):
             pictures[f"{job.name}_grounding.png"] = result.plot()
             pictures[f"{job.name}_colormap.png"] = result.plot_colormap()
         elif isinstance(result, PanopticResult):
             pictures[f"{job.name}_panoptic.png"] = result.plot()
-        small, data = _small(ready.image, enlarge=not pictures)
+        small, data = _small(job.image, enlarge=not pictures)
         name = f"{job.name}.json"
         html = _section(task, result, job, f"{PARTS}/{job.name}.{small}", [*pictures, name])
         parts = {f"{PARTS}/{job.name}.{small}": data}
@@ -489,7 +469,7 @@ class Run:
         content = {"image": plain(job.picture.path), **self._origin}
         if job.record is not None:
             content["image_id"] = job.record["image_id"]
-        content.update(fingerprint=ready.fingerprint, files=[*pictures, *parts])
+        content.update(fingerprint=job.fingerprint, files=[*pictures, *parts])
         content.update(_as_json(task, result, job))
         for file, picture in pictures.items():
             self._put(file, _bytes(picture, "PNG"))
@@ -613,7 +593,7 @@ def execute(args: argparse.Namespace) -> int:
         cfg.MODEL.WEIGHTS = args.weights
     if args.device is not None:
         cfg.MODEL.DEVICE = args.device
-    pictures: list[Picture] = []
+    pictures: list[Source] = []
     if args.dataset is not None:
         jobs = dataset_jobs(args.dataset, args.num, cfg, args.task)
     else:

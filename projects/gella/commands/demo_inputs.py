@@ -6,49 +6,33 @@ Nothing is decoded before its turn comes, so that a folder of thousands is liste
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from detectron2.data import DatasetCatalog
 
+from gella.commands.inputs import SUFFIXES, Source, dataset_records
 from gella.data.coco_categories import coco_panoptic_categories
+from gella.data.panoptic import read_categories as coco_categories
+from gella.data.records import Place
 from gella.data.register import choose_entities
 from gella.entities.entity_map import EntityMap
 from gella.entities.sources import FileSource, load_from_record
 from gella.predictor import image_id_of
 from gella.segmenters.segmenter import MaskLimits, load_segmenter
-from gella.utils.io import file_hash, read_json
+from gella.utils.io import file_hash, json_lines, read_json
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MASKS_BESIDE = "_masks"  # scene_masks.png is no picture, but the masks of scene.png
 RESERVED = ("failures",)  # the demo's own JSON in the output folder, without the suffix
 _MASK_SUFFIXES = (".npz", ".png")
 _LONGEST = 80  # bytes of an output name; file systems allow 255 for the whole
 # Control characters, halves of surrogate pairs (undecodable bytes), and what some system forbids.
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff<>:"/\\|?*]')
-_FORM = '{"image": "a.png", "caption": "...", "nouns": [...], "masks": "a_masks.png"}'
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture.
-
-    Attributes:
-        path: the file.
-        name: its path below the input folder with "/", such as "a/x.png"; the user sees it.
-        image_id: finds its masks in a file of many, and chooses the colours of the colormap.
-    """
-
-    path: Path
-    name: str
-    image_id: int | str
 
 
 @dataclass(frozen=True)
@@ -56,20 +40,26 @@ class Job:
     """One question about one picture.
 
     Attributes:
-        picture: the picture.
+        picture: its name is the path below the input folder with "/", such as "a/x.png"; its id
+            finds masks in a file of many, and chooses the colours of the colormap.
         name: of the output files, unlike every other job's.
         text: caption or expression; None: a model is going to write it, or none is needed.
         nouns: nouns of the caption in its order; None: the model extracts them.
         masks: mask file that the file of captions names.
         record: dataset dict that the job was made from.
+        fingerprint, image, entities: once its turn has come: what the result follows from, as a
+            hash; the picture, uint8 RGB (H, W, 3), and its entities.
     """
 
-    picture: Picture
+    picture: Source
     name: str = ""
     text: str | None = None
     nouns: tuple[str, ...] | None = None
     masks: Path | None = None
     record: dict[str, Any] | None = None
+    fingerprint: str = ""
+    image: Any = field(default=None, repr=False)
+    entities: Any = field(default=None, repr=False)
 
 
 def plain(text: object) -> str:
@@ -77,7 +67,7 @@ def plain(text: object) -> str:
     return str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def list_pictures(root: Path, leave_out: Sequence[Path] = ()) -> list[Picture]:
+def list_pictures(root: Path, leave_out: Sequence[Path] = ()) -> list[Source]:
     """The pictures of a folder and its subfolders, by name; or the one picture that ``root`` is.
 
     Hidden files and folders, other files, mask files beside their picture (``scene_masks.png``
@@ -91,7 +81,7 @@ def list_pictures(root: Path, leave_out: Sequence[Path] = ()) -> list[Picture]:
     if not root.exists():
         raise FileNotFoundError(f"image {root} does not exist; check --input")
     if not root.is_dir():
-        return [Picture(root, root.name, image_id_of(root))]
+        return [Source(image_id_of(root), root, root.name)]
     excluded = {path.resolve() for path in leave_out}
     if root.resolve() in excluded:
         raise ValueError(
@@ -107,7 +97,7 @@ def list_pictures(root: Path, leave_out: Sequence[Path] = ()) -> list[Picture]:
         found += [here / name for name in names if name.lower().endswith(SUFFIXES)]
     beside = {path.with_name(path.stem + MASKS_BESIDE) for path in found}
     pictures = [
-        Picture(path, path.relative_to(root).as_posix(), image_id_of(path))
+        Source(image_id_of(path), path, path.relative_to(root).as_posix())
         for path in sorted(found, key=lambda path: path.relative_to(root).parts)
         if path.with_suffix("") not in beside or not path.stem.endswith(MASKS_BESIDE)
     ]
@@ -157,12 +147,8 @@ def dataset_jobs(name: str, num: int, cfg: Any, task: str) -> list[Job]:
     Raises:
         ValueError: no such dataset is registered, or it has no record that the task can use.
     """
-    names = DatasetCatalog.list()
-    if name not in names:
-        known = ", ".join(sorted(item for item in names if item.startswith("gella_")))
-        raise ValueError(f"dataset {name} is not registered; there are: {known}")
     jobs: dict[str, Job] = {}
-    for record in choose_entities(DatasetCatalog.get(name), name, cfg, is_train=False):
+    for record in choose_entities(dataset_records(name), name, cfg, is_train=False):
         path = Path(record["file_name"])
         text = None  # the task needs none
         if task == "refer":
@@ -170,7 +156,7 @@ def dataset_jobs(name: str, num: int, cfg: Any, task: str) -> list[Job]:
         elif task not in ("panoptic", "describe"):
             text = (record.get("caption") or "") if record.get("phrases") else ""
         if text != "":
-            picture = Picture(path, path.name, record["image_id"])
+            picture = Source(record["image_id"], path, path.name)
             jobs.setdefault(str(path), Job(picture, text=text, record=record))
         if len(jobs) == num:
             break
@@ -221,63 +207,56 @@ def read_captions(file_name: str | Path) -> list[Entry]:
     path = Path(file_name)
     if not path.is_file():
         raise FileNotFoundError(f"captions {path} do not exist; check --captions")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"captions {path} are no UTF-8 text ({error.reason}); save them so") from (
-            error
-        )
-    # Not splitlines(): a caption may hold characters that it takes for line ends (U+2028).
-    given = {k: line.strip("\r") for k, line in enumerate(content.split("\n"), 1) if line.strip()}
-    if not given:
-        raise ValueError(f"captions {path} are empty; write a caption per line")
     if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
-        return [_json_entry(path, number, line) for number, line in given.items()]
-    tabs = {number: "\t" in line for number, line in given.items()}
-    if len({*tabs.values()}) > 1:
-        first, other = (next(k for k, tab in tabs.items() if tab is kind) for kind in (True, False))
-        raise ValueError(
-            f"captions {path}: line {first} has a tab (name<TAB>caption) but line {other} has "
-            "none; write all lines one way"
-        )
-    entries = []
-    for number, line in given.items():
-        name, tab, text = line.rpartition("\t") if "\t" not in line else line.partition("\t")
-        image = name.strip() if tab else None
-        entries.append(Entry(image, text.strip(), f"{path}, line {number}"))
+        entries = [_json_entry(path, number, item) for number, item in json_lines(path)]
+    else:
+        # Not splitlines(): a caption may hold characters that it takes for line ends (U+2028).
+        lines = _text(path).split("\n")
+        given = {number: line for number, line in enumerate(lines, 1) if line.strip()}
+        tabs = {"\t" in line: number for number, line in given.items()}
+        if len(tabs) > 1:
+            raise ValueError(
+                f"captions {path}: line {tabs[True]} has a tab (name<TAB>caption) but line "
+                f"{tabs[False]} has none; write all lines one way"
+            )
+        entries = []
+        for number, line in given.items():
+            name, tab, text = line.partition("\t") if True in tabs else ("", "", line)
+            image = name.strip() if tab else None
+            entries.append(Entry(image, text.strip(), f"{path}, line {number}"))
+    if not entries:
+        raise ValueError(f"captions {path} are empty; write a caption per line")
     return entries
 
 
-def _json_entry(path: Path, number: int, line: str) -> Entry:
-    where = f"captions {path}: line {number}"
+def _text(path: Path) -> str:
     try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON ({error}); write one object a line") from None
-    if not isinstance(item, dict):
-        raise ValueError(f"{where} is no object; write {_FORM}")
-    texts = []
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error.reason}); save it so") from error
+
+
+def _json_entry(path: Path, number: int, item: Any) -> Entry:
+    if isinstance(item, ValueError):
+        raise item
+    place, texts = Place(path, f"line {number}"), []
     for keys in (("image", "file_name"), ("caption", "description", "expression", "text")):
-        key = next((key for key in keys if key in item), None)
-        if key is None:
-            raise ValueError(f"{where} has no '{keys[0]}'; write {_FORM}")
-        if not isinstance(item[key], str):
-            raise ValueError(f"{where}: '{key}' is no text; write {_FORM}")
-        texts.append(plain(item[key]))
+        key = next((key for key in keys if isinstance(item, dict) and key in item), keys[0])
+        texts.append(plain(place.text(item, key)))
     nouns, masks = item.get("nouns"), item.get("masks")
     if nouns is not None:
-        if not isinstance(nouns, list) or not all(isinstance(noun, str) for noun in nouns):
-            raise ValueError(f"{where}: 'nouns' is no list of texts; write {_FORM}")
+        if not all(isinstance(noun, str) for noun in place.listed(item, "nouns")):
+            place.wrong("field", "'nouns' is no list of texts")
         nouns = tuple(map(plain, nouns))
     if masks is not None:
-        if not isinstance(masks, str) or not masks or "\0" in masks:
-            raise ValueError(f"{where}: 'masks' is no name of a file; write {_FORM}")
+        if not place.text(item, "masks") or "\0" in masks:
+            place.wrong("field", "'masks' is no name of a file")
         masks = path.parent / masks
     return Entry(texts[0], texts[1], f"{path}, line {number}", nouns, masks)
 
 
 def assign(
-    entries: Sequence[Entry], pictures: Sequence[Picture]
+    entries: Sequence[Entry], pictures: Sequence[Source]
 ) -> tuple[dict[int, list[Entry]], list[Entry]]:
     """Which captions each picture has.
 
@@ -442,7 +421,7 @@ def masks_beside(whole: bool = False) -> Masks:
 
 
 def masks_from(
-    path: Path, pictures: Sequence[Picture], format: str = "auto", panoptic_json: str | None = None
+    path: Path, pictures: Sequence[Source], format: str = "auto", panoptic_json: str | None = None
 ) -> Masks:
     """What ``--masks`` names: a folder, a JSON of many pictures, or one picture's file.
 
@@ -483,36 +462,36 @@ def _segments_in(panoptic_json: Path, mask_name: str) -> list[dict[str, Any]]:
         raise ValueError(f"{panoptic_json} is no COCO panoptic file ({error!r})") from error
 
 
-def _masks_of_folder(folder: Path, pictures: Sequence[Picture], format: str) -> Masks:
+def _masks_of_folder(folder: Path, pictures: Sequence[Source], format: str) -> Masks:
     """An ``.npz`` or ``.png`` per picture, in the input's subfolders or in none.
 
     Those of ``a/x.jpg`` are ``a/x.npz``, ``a/x.png``, ``a/x.jpg.npz``, ..., ``x.npz``, ..., and all
     of these with ``_masks`` before the suffix.
     """
 
-    def forms(name: str) -> tuple[list[str], list[str]]:
+    def stems(name: str) -> tuple[list[str], list[str]]:
         """Names without their suffix: below the picture's folders, and without folders."""
         path = PurePosixPath(name)
         flat = [path.stem, path.name] if len(path.parts) > 1 else []
         return list(dict.fromkeys([str(path.with_suffix("")), name])), list(dict.fromkeys(flat))
 
-    named = [forms(picture.name) for picture in pictures]
-    owners = Counter(form for own, _ in named for form in own)
+    named = [stems(picture.name) for picture in pictures]
+    claims = Counter(stem for _, flat in named for stem in flat)
     # A file without folders belongs to a picture without folders, if there is one.
-    flat_owners = Counter(form for _, flat in named for form in flat)
-    endings = (*_MASK_SUFFIXES, *(MASKS_BESIDE + suffix for suffix in _MASK_SUFFIXES))
+    owned = Counter(stem for own, _ in named for stem in own)
+    claims.update({stem: count - claims[stem] for stem, count in owned.items()})
+    endings = [mark + suffix for mark in ("", MASKS_BESIDE) for suffix in _MASK_SUFFIXES]
 
     def find(job: Job) -> dict[str, Any]:
-        own, flat = forms(job.picture.name)
-        claims = {form: owners[form] for form in own}
-        claims.update({form: flat_owners[form] for form in flat if form not in owners})
-        for form in sorted(claims, key=lambda form: claims[form] > 1):
+        own, flat = stems(job.picture.name)
+        usable = [*own, *(stem for stem in flat if stem not in owned)]
+        for stem in sorted(usable, key=lambda stem: claims[stem] > 1):
             for ending in endings:
-                path = folder / f"{form}{ending}"
-                if path.is_file() and claims[form] == 1:
+                path = folder / f"{stem}{ending}"
+                if path.is_file() and claims[stem] == 1:
                     return {"file_name": path, "format": format}
                 if path.is_file():
-                    better = next((form for form in own if claims[form] == 1), own[0])
+                    better = next((stem for stem in own if claims[stem] == 1), own[0])
                     raise ValueError(
                         f"image {job.picture.name}: its masks {path} could be those of another "
                         f"picture, too; call them {better}{ending}"
@@ -524,7 +503,7 @@ def _masks_of_folder(folder: Path, pictures: Sequence[Picture], format: str) -> 
     return Masks(find)
 
 
-def _masks_of_json(path: Path, pictures: Sequence[Picture], format: str) -> Masks:
+def _masks_of_json(path: Path, pictures: Sequence[Source], format: str) -> Masks:
     """Those of a COCO JSON, by the file names of its ``images`` first, then by image id.
 
     Two pictures of one id are a ValueError; the other errors are those of `FileSource`.
@@ -540,7 +519,7 @@ def _masks_of_json(path: Path, pictures: Sequence[Picture], format: str) -> Mask
     last = Counter(PurePosixPath(name).name for name in named)
     short = {PurePosixPath(name).name: number for name, number in named.items()}
     named = {**{name: k for name, k in short.items() if last[name] == 1}, **named}
-    owners: dict[str, Picture] = {}
+    owners: dict[str, Source] = {}
     ids: dict[str, Any] = {}
     for picture in pictures:
         by_name = named.get(picture.name, named.get(PurePosixPath(picture.name).name))
@@ -590,39 +569,22 @@ def read_categories(text: str | None) -> list[dict[str, Any] | str] | None:
     if text == "coco":
         return list(coco_panoptic_categories())
     path, where = Path(text), "--categories"
-    listed: list[Any] = [name.strip() for name in text.split(",") if name.strip()]
+    listed: Any = [name.strip() for name in text.split(",") if name.strip()]
     if "," not in text and (path.is_file() or path.suffix in (".json", ".txt")):
-        listed, where = _categories_of_file(path), f"categories {path}"
+        where = f"categories {path}"
+        if path.suffix.lower() == ".json":
+            content = read_json(path, "categories", "check --categories")
+            listed = content.get("categories") if isinstance(content, dict) else content
+            if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
+                listed = coco_categories(path)
+        elif path.is_file():
+            listed = [line.strip() for line in _text(path).splitlines() if line.strip()]
+        else:
+            raise FileNotFoundError(f"{where} does not exist; check --categories")
     names = [str(item["name"] if isinstance(item, dict) else item).strip() for item in listed]
     if not names or not all(names):
         raise ValueError(f'{where}: no category, or an empty name; write such as "sky,grass,cow"')
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{where}: category {twice!r} is there twice")
-    return listed
-
-
-def _categories_of_file(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"categories {path} do not exist; check --categories")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() != ".json":
-            return [line.strip() for line in content.splitlines() if line.strip()]
-        listed = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"categories {path} cannot be read ({error})") from error
-    listed = listed.get("categories") if isinstance(listed, dict) else listed
-    if not isinstance(listed, list):
-        raise ValueError(f"categories {path}: expected a list of names, or COCO's categories")
-    for place, item in enumerate(listed):
-        named = isinstance(item, dict) and isinstance(item.get("name"), str)
-        if named and not {"id", "isthing"} <= item.keys():
-            raise ValueError(
-                f"categories {path}: entry {place} has no 'id' or no 'isthing'; or give names only"
-            )
-        if not (named or isinstance(item, str)):
-            raise ValueError(f"categories {path}: entry {place} is neither a name nor has a 'name'")
-    if len({isinstance(item, str) for item in listed}) > 1:
-        raise ValueError(f"categories {path}: names and objects are mixed; write all one way")
     return listed

@@ -12,12 +12,15 @@ __all__ = ["category_metadata", "load_coco_panoptic", "load_instances", "read_ca
 
 
 def read_categories(panoptic_json: str | Path) -> list[dict[str, Any]]:
-    """Return the categories of a panoptic file, in its order.
+    """Return the categories of a panoptic file, or of one that lists them alone, in its order.
 
     Raises:
         ValueError: there is no ``categories``, or an id occurs twice.
     """
-    return _categories(read_json(panoptic_json), panoptic_json)
+    content = read_json(panoptic_json)
+    if isinstance(content, list):
+        content = {"categories": content}
+    return _categories(content, panoptic_json)
 
 
 def _categories(content: Any, path: str | Path) -> list[dict[str, Any]]:

@@ -127,7 +127,7 @@ def json_lines(path: str | Path, advice: str = "check the path") -> Iterator[tup
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; {advice}")
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from error
     # Not splitlines(): it also splits at line separators that may stand inside JSON text.
