@@ -25,8 +25,6 @@ from gella.entities.files import read_id_png
 from gella.entities.rle import decode_segmentation
 from gella.entities.sources import load_from_record
 
-__all__ = ["Finding", "Known", "Report", "check_dataset", "known_counts"]
-
 _SHOWN = 3  # examples of each kind in the table; the JSON has all
 
 
@@ -51,14 +49,10 @@ class Finding:
 
 @dataclass
 class Report(Problems):
-    """All findings of a dataset.
+    """All findings of a dataset, in order, and counts by what is counted.
 
-    Attributes:
-        name: of the dataset.
-        form: how its files are made, as in the metadata.
-        figures: counts by what is counted.
-        known: published counts by what is counted: ``{"value", "source", "exact"}``.
-        findings: in the order in which they were found.
+    ``form`` says how its files are made, as in the metadata; ``known`` has published counts:
+    ``{"value", "source", "exact"}`` by what is counted.
     """
 
     name: str
@@ -76,10 +70,7 @@ class Report(Problems):
         self.findings.append(Finding(kind, str(place.path), place.where, message, level))
 
     def attempt(self, kind: str, place: Place, make: Callable[..., Any], *args: Any) -> Any:
-        """The result of ``make(*args)``; what it raises is noted, and None returned.
-
-        KeyError, OSError, TypeError and ValueError count, the errors that wrong data cause.
-        """
+        """The result of ``make(*args)``; errors that wrong data cause are noted (None)."""
         try:
             return make(*args)
         except (KeyError, OSError, TypeError, ValueError) as error:
@@ -179,13 +170,8 @@ _KNOWN = {
 def known_counts(name: str, metadata: Any) -> dict[str, Known]:
     """What is known of a dataset's size, to tell a partial copy from a whole one.
 
-    Args:
-        name: in the catalogs.
-        metadata: of the dataset; the shapes say in their ``meta.json`` how many there are.
-
-    Returns:
-        Numbers by what they count: "images", "narratives", "refs", "expressions"; empty for a
-        dataset that nobody has published.
+    The shapes say in their ``meta.json`` how many there are. Returns numbers by what they count:
+    "images", "narratives", "refs", "expressions"; none for a dataset that nobody has published.
     """
     if not name.startswith("gella_shapes_"):
         return _KNOWN.get(name, {})
@@ -199,24 +185,14 @@ def known_counts(name: str, metadata: Any) -> dict[str, Known]:
 
 @dataclass
 class _ImageJob:
-    """One image to look at.
-
-    Attributes:
-        image_id: for messages.
-        image: the picture's file.
-        size: (height, width) according to ``annotation``.
-        annotation: the JSON file that says so.
-        png: the panoptic PNG file, if there is one.
-        segments: dicts ``id``, ``iscrowd``, ``area`` as far as known, and ``segmentation`` where
-            there is no PNG; None: only the picture is looked at.
-    """
+    """One image to look at."""
 
     image_id: str
-    image: str
-    size: tuple[int, int]
-    annotation: str
-    png: str | None = None
-    segments: list[dict[str, Any]] | None = None
+    image: str  # the picture's file
+    size: tuple[int, int]  # (height, width) according to the annotation
+    annotation: str  # the JSON file that says so
+    png: str | None = None  # panoptic; without one the segments have outlines
+    segments: list[dict[str, Any]] | None = None  # None: only the picture is looked at
 
 
 def check_dataset(name: str, *, limit: int | None = None, workers: int = 1) -> Report:

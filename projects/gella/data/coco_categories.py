@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["coco_panoptic_categories"]
-
 # "id name rrggbb", things (80) and stuff (53), in COCO's order.
 _THINGS = """
 1 person dc143c; 2 bicycle 770b20; 3 car 00008e; 4 motorcycle 0000e6; 5 airplane 6a00e4;

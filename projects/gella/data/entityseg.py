@@ -10,8 +10,6 @@ from gella.data.narratives import with_captions
 from gella.data.panoptic import load_instances
 from gella.data.records import STOP, Place, Problems, RecordStore
 
-__all__ = ["load_entityseg", "locate_images"]
-
 
 def load_entityseg(
     instances_json: str | Path,

@@ -31,16 +31,6 @@ from gella.text.prompts import (
 )
 from gella.text.spans import locate_phrases
 
-__all__ = [
-    "GroundingMapper",
-    "InputMaker",
-    "as_test_input",
-    "expression_phrase",
-    "mapped_input",
-    "mirrored_words",
-    "record_fields",
-]
-
 FLIP_TEXT = ("swap", "skip")  # values of INPUT.GELLA.FLIP_TEXT
 _logger = logging.getLogger(__name__)
 

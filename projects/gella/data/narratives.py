@@ -10,8 +10,6 @@ from gella.data.panoptic import load_coco_panoptic
 from gella.data.records import STOP, Place, Problems, RecordStore, json_lines, read_json
 from gella.text.spans import align_utterances, locate_phrases
 
-__all__ = ["load_captions", "load_png", "read_narratives", "with_captions"]
-
 _logger = logging.getLogger(__name__)
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from gella.data.records import STOP, Place, Problems, RecordStore, read_json
 
-__all__ = ["category_metadata", "load_coco_panoptic", "load_instances", "read_categories"]
-
 
 def read_categories(panoptic_json: str | Path) -> list[dict[str, Any]]:
     """Return the categories of a panoptic file, or of one that lists them alone, in its order.

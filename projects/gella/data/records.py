@@ -21,21 +21,6 @@ import numpy as np
 
 from gella.utils import io
 
-__all__ = [
-    "ADVICE",
-    "Place",
-    "Problems",
-    "RecordStore",
-    "Records",
-    "as_records",
-    "concatenated",
-    "indices_with_task",
-    "json_lines",
-    "mapped",
-    "read_json",
-    "selected",
-]
-
 Record = dict[str, Any]
 ADVICE = (
     "for the synthetic shapes run: python datasets/prepare_shapes.py; "

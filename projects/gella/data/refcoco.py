@@ -20,8 +20,6 @@ from gella.data.panoptic import load_coco_panoptic, load_instances
 from gella.data.records import ADVICE, STOP, Place, Problems, RecordStore, as_records, selected
 from gella.utils.io import read_pickle
 
-__all__ = ["REFCOCO_FOLDERS", "held_out_images", "load_refcoco", "read_refs", "without_held_out"]
-
 REFCOCO_FOLDERS = ("refcoco", "refcoco+", "refcocog")
 _logger = logging.getLogger(__name__)
 

@@ -33,23 +33,6 @@ from gella.data.records import STOP, Problems, RecordStore, mapped, selected
 from gella.data.refcoco import load_refcoco
 from gella.entities.sources import AnnotationSource, EntitySource, source_for
 
-__all__ = [
-    "REFCOCO_SPLITS",
-    "choose_entities",
-    "import_modules",
-    "read_dataset",
-    "refcoco_name",
-    "register_all",
-    "register_captions",
-    "register_entityseg",
-    "register_panoptic",
-    "register_png",
-    "register_refcoco",
-    "root_from_environment",
-    "use_source",
-]
-
-_NOUNS = ("extract",), "noun_extraction"  # task and evaluator of narratives whose nouns are asked
 _READERS: dict[str, Callable[..., RecordStore]] = {}
 _logger = logging.getLogger(__name__)
 
@@ -87,73 +70,65 @@ def register_all(root: str | Path) -> None:
     entry of `REFCOCO_SPLITS` with both kinds of entities.
     """
     base = Path(root).expanduser()
+    _register_narrated("shapes", base / "shapes", ("train", "val"), SHAPES_CATEGORIES)
+    splits = ("train2017", "val2017")
+    _register_narrated("coco", base / "coco", splits, coco_panoptic_categories())
+    for kind in ("panoptic", "png"):
+        # The images that DATASETS.EXCLUDE_REFCOCO_VAL_TEST looks at.
+        MetadataCatalog.get(f"gella_coco_{kind}_train2017").set(coco_train2017=True)
     _register_shapes(base / "shapes")
-    _register_coco(base / "coco")
     _register_refcoco(base)
     _register_entityseg(base / "entityseg")
 
 
-def _register_shapes(root: Path) -> None:
-    notes = root / "annotations"
-    categories = SHAPES_CATEGORIES
-    for split in ("train", "val"):
-        panoptic_json = notes / f"panoptic_{split}.json"
-        where = (root / split, notes / f"panoptic_{split}", panoptic_json)
-        narratives = notes / f"png_shapes_{split}.json"
-        register_panoptic(f"gella_shapes_panoptic_{split}", *where, categories)
-        register_png(f"gella_shapes_png_{split}", *where, narratives, categories)
-        register_refcoco(
-            f"gella_shapes_refcoco_{split}",
-            root / "refcoco",
-            "unc",
-            split,
-            root / split,
-            per="image" if split == "train" else "expression",
-            panoptic_json=panoptic_json,
-            panoptic_root=where[1],
-        )
-        if split == "train":
-            captions = notes / "captions_train.jsonl"
-            register_captions("gella_shapes_captions_train", *where, captions, categories)
-        else:
-            register_png("gella_shapes_nouns_val", *where, narratives, categories, *_NOUNS)
-
-
-def _register_coco(root: Path) -> None:
-    categories = coco_panoptic_categories()
-    for split in ("train2017", "val2017"):
-        panoptic_json = root / "annotations" / f"panoptic_{split}.json"
-        where = (root / split, _panoptic_root(root, split), panoptic_json)
-        narratives = root / "annotations" / f"png_coco_{split}.json"
-        register_panoptic(f"gella_coco_panoptic_{split}", *where, categories)
-        register_png(f"gella_coco_png_{split}", *where, narratives, categories)
-        if split == "val2017":
-            register_png("gella_coco_nouns_val2017", *where, narratives, categories, *_NOUNS)
-        else:
-            for kind in ("panoptic", "png"):
-                # The images that DATASETS.EXCLUDE_REFCOCO_VAL_TEST looks at.
-                MetadataCatalog.get(f"gella_coco_{kind}_{split}").set(coco_train2017=True)
-
-
-def _panoptic_root(root: Path, split: str) -> Path:
-    """Choose among the places where COCO, Detectron2 and the benchmark keep the PNG files."""
-    return _first_that_exists(
+def _places(root: Path, split: str) -> tuple[Path, Path, Path]:
+    """Images, panoptic PNGs (COCO, Detectron2 and PNG keep them elsewhere), and their JSON."""
+    pngs = _first_that_exists(
         root,
         f"annotations/panoptic_{split}",
         f"panoptic_{split}",
         f"annotations/panoptic_segmentation/{split}",
     )
+    return root / split, pngs, root / "annotations" / f"panoptic_{split}.json"
+
+
+def _register_narrated(
+    kind: str, root: Path, splits: Sequence[str], categories: list[dict[str, Any]]
+) -> None:
+    for split in splits:
+        where = _places(root, split)
+        narratives = root / "annotations" / f"png_{kind}_{split}.json"
+        register_panoptic(f"gella_{kind}_panoptic_{split}", *where, categories)
+        register_png(f"gella_{kind}_png_{split}", *where, narratives, categories)
+        if split.startswith("val"):
+            asked = ("extract",), "noun_extraction"
+            register_png(f"gella_{kind}_nouns_{split}", *where, narratives, categories, *asked)
+
+
+def _register_shapes(root: Path) -> None:
+    for split, per in (("train", "image"), ("val", "expression")):
+        images, pngs, panoptic_json = _places(root, split)
+        register_refcoco(
+            f"gella_shapes_refcoco_{split}",
+            root / "refcoco",
+            "unc",
+            split,
+            images,
+            per=per,
+            panoptic_json=panoptic_json,
+            panoptic_root=pngs,
+        )
+    where = (*_places(root, "train"), root / "annotations" / "captions_train.jsonl")
+    register_captions("gella_shapes_captions_train", *where, SHAPES_CATEGORIES)
 
 
 def _register_refcoco(root: Path) -> None:
     coco = root / "coco"
     # All of RefCOCO's pictures are in train2017 too, under other names: one copy is enough.
     images = _first_that_exists(coco, "train2014", "train2017")
-    panoptic: dict[str, Any] = {
-        "panoptic_json": coco / "annotations" / "panoptic_train2017.json",
-        "panoptic_root": _panoptic_root(coco, "train2017"),
-        "match": "overlap",
-    }
+    _, pngs, panoptic_json = _places(coco, "train2017")
+    panoptic: dict[str, Any] = {"panoptic_json": panoptic_json, "panoptic_root": pngs}
+    panoptic["match"] = "overlap"
     for folder, split_by, splits in REFCOCO_SPLITS:
         for split in splits:
             for entities, more in (("instances", {}), ("panoptic", panoptic)):
@@ -342,8 +317,8 @@ def choose_entities(
         records: dataset dicts; not changed.
         dataset_name: in the catalogs.
         cfg: the config.
-        is_train: images without masks may be left out (``INPUT.GELLA.LEAVE_OUT_MISSING``). Never at
-            test, where leaving out the hard images would raise the score.
+        is_train: images without masks may be left out (``INPUT.GELLA.LEAVE_OUT_MISSING``); at test
+            that would raise the score.
 
     Raises:
         FileNotFoundError: the source's path does not exist.
@@ -368,16 +343,10 @@ def use_source(
     *,
     leave_out: bool = False,
 ) -> Sequence[dict[str, Any]]:
-    """Lead the records of a dataset to a source, after a look at what it lacks.
+    """Lead the records of a dataset to a source.
 
-    Args:
-        records: dataset dicts; not changed.
-        source: of the entities.
-        dataset_name: for messages.
-        leave_out: drop records of images without masks, with a warning, instead of refusing.
-
-    Raises ValueError with the number and the first ids of the images that lack masks, or when none
-    is left.
+    Raises ValueError with the number and the first ids of the images that lack masks there; with
+    ``leave_out`` they are dropped with a warning, unless none is left.
     """
     if isinstance(source, AnnotationSource):
         return records  # datasets/check.py looks at a dataset's own files
@@ -436,11 +405,8 @@ def _import(name: str) -> ModuleType:
         lines = [f.lineno for f in frames if Path(f.filename).name == Path(name).name]
         if isinstance(error, SyntaxError):
             lines = [error.lineno]
-        line = f" (line {lines[-1]})" if lines and lines[-1] else ""
-        kind = type(error).__name__
-        raise ValueError(
-            f"DATASETS.MODULES: importing {name} failed: {kind}: {error}{line}"
-        ) from error
+        said = f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
+        raise ValueError(f"DATASETS.MODULES: importing {name} failed: {said}") from error
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -69,13 +69,12 @@ class GroundingBatchSampler(Sampler[list[SampleKey]]):
         start_iteration: int = 0,
     ) -> None:
         """Args:
-            pools: record indices per task.
-            ratios: as in `task_at`.
-            batch_size: images per iteration over all ranks, a multiple of `world_size`.
-            seed: not negative.
-            rank: of this process, 0..world_size - 1.
-            world_size: number of processes.
-            start_iteration: the first iteration to yield.
+        pools: record indices per task.
+        ratios: as in `task_at`.
+        batch_size: images per iteration over all ranks, a multiple of `world_size`.
+        seed: not negative.
+        rank, world_size: of this process and the number of all.
+        start_iteration: the first iteration to yield.
 
         Raises ValueError when the batch does not divide or a task that is to be trained has no
         record.
@@ -150,10 +149,7 @@ class GroundingDataset(Dataset):
     """Records behind a mapper, addressed by the sampler's keys."""
 
     def __init__(self, records: Sequence[dict[str, Any]], mapper: Any) -> None:
-        """Args:
-        records: dataset dicts.
-        mapper: called as `mapper(record, task=..., rng_seed=...)`.
-        """
+        """``mapper`` is called as `mapper(record, task=..., rng_seed=...)`."""
         # Bytes, which worker processes share; a list of dicts would be copied into each.
         self.records, self.mapper = as_records(records), mapper
 
@@ -177,11 +173,7 @@ class GroundingTrainLoader:
     def __init__(
         self, dataset: GroundingDataset, sampler: GroundingBatchSampler, num_workers: int
     ) -> None:
-        """Args:
-        dataset: the records with their mapper.
-        sampler: yields the batches' keys.
-        num_workers: processes that map; 0 maps in this one. Batches do not depend on it.
-        """
+        """``num_workers`` processes map; 0: this one. Batches do not depend on it."""
         self.dataset, self.sampler, self.num_workers = dataset, sampler, num_workers
 
     @property

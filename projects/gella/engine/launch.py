@@ -351,7 +351,7 @@ def record_facts(name: str, records: Any) -> dict[str, str]:
 
     Args:
         name: what the user knows them as, such as "DATASETS.TRAIN".
-        records: a sequence; where it has ``image_ids()`` (``data.record_store.Records``) the order
+        records: a sequence; where it has ``image_ids()`` (``data.records.Records``) the order
             of the images counts too.
     """
     text = f"{len(records):,} records"
