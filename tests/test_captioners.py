@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import logging
@@ -311,6 +312,9 @@ def test_answers_beyond_the_size_are_not_read(server):
     with pytest.raises(RequestError, match="larger than 4000 bytes"):
         client(server, max_bytes=4000, retries=0).ask("What?", None)
     assert len(client(server, max_bytes=6000).ask("What?", None).text) == 5000
+    server.default = status(200, gzip.compress(completion("x" * 10**6)), Content_Encoding="gzip")
+    with pytest.raises(RequestError, match="compressed"):
+        client(server, max_bytes=4000, retries=0).ask("What?", None)
 
 
 @pytest.mark.parametrize(

@@ -252,16 +252,15 @@ class EndpointCaptioner:
 
         threading.Thread(target=work, daemon=True).start()
         end = time.monotonic() + self.settings.timeout
-        while True:
+        outcome = None
+        while outcome is None:
             try:
-                outcome = outcomes.get(timeout=min(_TICK, max(end - time.monotonic(), 0.001)))
-                break
+                outcome = outcomes.get(timeout=_TICK)
             except queue.Empty:
                 if self._abort.is_set():
                     raise StoppedError("stopped") from None
                 if time.monotonic() >= end:
                     outcome = self._no_response(TimeoutError())
-                    break
         if isinstance(outcome, Exception):
             raise outcome
         return outcome.status_code, outcome.headers, outcome.text
@@ -382,6 +381,9 @@ def _open_client(
             self._stream.close()
 
     def bound(response: Any) -> None:
+        if response.headers.get("content-encoding", "identity") != "identity":
+            # A few bytes may become any number of them.
+            raise _LaterError("the answer is compressed, which nobody asked for")
         response.stream = BoundedStream(response.stream)
 
     try:
@@ -402,8 +404,11 @@ def _open_client(
         max_retries=0,
         timeout=httpx2.Timeout(settings.timeout, connect=min(settings.timeout, _CONNECT_TIMEOUT)),
         default_query=dict(parse_qsl(query, keep_blank_values=True)),
-        # What OpenAI's own variables of the environment would add.
-        default_headers={"OpenAI-Organization": nothing, "OpenAI-Project": nothing},
+        default_headers={
+            "Accept-Encoding": "identity",
+            # What OpenAI's own variables of the environment would add.
+            **{"OpenAI-Organization": nothing, "OpenAI-Project": nothing},
+        },
         http_client=httpx2.Client(
             verify=context,
             follow_redirects=False,  # the key would go to another host
