@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from caption_server import (
     KEY,
     ChatServer,
@@ -525,21 +526,19 @@ def test_certificates_are_checked_unless_told_otherwise(server, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def llava_dir(tmp_path_factory: Any, tokenizer_dir: Path) -> Path:
+def llava(tmp_path_factory: Any, tokenizer_dir: Path) -> Path:
     """A LLaVA of random weights with its processor, as transformers saves it."""
     folder = tmp_path_factory.mktemp("llava")
     save_tiny_llava(folder, tokenizer_dir)
     return folder
 
 
-def test_a_local_model_answers_about_the_picture(llava_dir):
-    captioner = LocalCaptioner(str(llava_dir), max_tokens=6)
+def test_a_local_model_answers_about_the_picture(llava):
+    captioner = LocalCaptioner(str(llava), max_tokens=6)
     pictures = [load_picture(np.full((20, 30, 3), shade, np.uint8)) for shade in (0, 250)]
     replies = [captioner.ask("What?", picture) for picture in (*pictures, None)]
-    again = captioner.ask("What?", pictures[0])
-    assert again == replies[0]  # greedy
-    with_image, text_only = replies[0].prompt_tokens, replies[2].prompt_tokens
-    assert with_image - text_only >= 4  # 2 x 2 patches
+    assert captioner.ask("What?", pictures[0]) == replies[0]  # greedy
+    assert replies[0].prompt_tokens - replies[2].prompt_tokens >= 4  # 2 x 2 patches
     for reply in replies:
         assert reply.complete == (reply.completion_tokens < 6) and reply.completion_tokens <= 6
     assert captioner.tally["requests"] == 4
@@ -548,32 +547,28 @@ def test_a_local_model_answers_about_the_picture(llava_dir):
         captioner.ask("What?", None)
 
 
-def test_a_local_model_is_asked_in_its_own_template(llava_dir, monkeypatch):
-    import torch
-
-    captioner = LocalCaptioner(str(llava_dir), max_tokens=400)
-    seen = []
+def test_a_local_model_is_asked_in_its_own_template(llava, monkeypatch):
+    captioner = LocalCaptioner(str(llava), max_tokens=400)
+    tokenizer, seen = captioner._processor.tokenizer, []
 
     def generate(input_ids: Any, **options: Any) -> Any:
-        seen.append((captioner._processor.tokenizer.decode(input_ids[0]), options))
-        answer_ids = captioner._processor.tokenizer("a star</s>")["input_ids"]
-        return torch.cat([input_ids, torch.tensor([answer_ids])], dim=1)
+        text = tokenizer.decode(input_ids[0]).replace("<image>", "").replace(" ", "")
+        seen.append((text, options["do_sample"], tuple(options["pixel_values"].shape)))
+        return torch.cat([input_ids, torch.tensor([tokenizer("a star</s>")["input_ids"]])], dim=1)
 
     monkeypatch.setattr(captioner._model, "generate", generate)
     picture = load_picture(np.zeros((20, 30, 3), np.uint8))
     reply = captioner.ask("What?", picture, attempt=1)
     assert reply.text == "a star" and reply.complete
-    text, options = seen[0]
-    assert text.replace("<image>", "").replace(" ", "").endswith("USER:\nWhat?ASSISTANT:")
-    assert options["do_sample"] and tuple(options["pixel_values"].shape) == (1, 3, 16, 16)
     captioner._processor.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{% for c in m.content %}"
         "{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
     )
     captioner.ask("What?", picture)
-    assert seen[1][0].replace("<image>", "").replace(" ", "").endswith("<user>What?")
-    assert not seen[1][1]["do_sample"]
-    assert tuple(seen[1][1]["pixel_values"].shape) == (1, 3, 16, 16)
+    for (text, sampled, shape), end, attempt in zip(
+        seen, ("USER:\nWhat?ASSISTANT:", "<user>What?"), (1, 0)
+    ):
+        assert text.endswith(end) and sampled == bool(attempt) and shape == (1, 3, 16, 16)
 
 
 def test_local_models_that_cannot_be_read(tmp_path, tokenizer_dir):
