@@ -386,14 +386,6 @@ def _open_client(
             raise _LaterError("the answer is compressed, which nobody asked for")
         response.stream = BoundedStream(response.stream)
 
-    try:
-        context = ssl.create_default_context(cafile=settings.ca_file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"certificate file {settings.ca_file} does not exist") from None
-    except ssl.SSLError as error:
-        raise ValueError(f"{settings.ca_file} holds no PEM certificate ({error.reason})") from None
-    if not settings.verify:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     for name in ("openai", "httpx2", "httpcore2"):
         # At DEBUG they tell pictures and what the server sent, which may be the key.
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -410,12 +402,24 @@ def _open_client(
             **{"OpenAI-Organization": nothing, "OpenAI-Project": nothing},
         },
         http_client=httpx2.Client(
-            verify=context,
+            verify=_tls(settings),
             follow_redirects=False,  # the key would go to another host
             trust_env=use_proxies,
             event_hooks={"response": [bound]},
         ),
     )
+
+
+def _tls(settings: EndpointSettings) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=settings.ca_file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"certificate file {settings.ca_file} does not exist") from None
+    except ssl.SSLError as error:
+        raise ValueError(f"{settings.ca_file} holds no PEM certificate ({error.reason})") from None
+    if not settings.verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 def _read_address(url: str) -> tuple[str, str, bool]:
