@@ -26,14 +26,7 @@ import argparse
 from typing import Any, NamedTuple
 
 import torch
-from cost_passes import (
-    COLUMNS,
-    TABLE_12,
-    Workload,
-    count_flops,
-    count_image_tokens,
-    saved_bytes,
-)
+from cost_passes import COLUMNS, TABLE_12, Workload, count_flops, count_image_tokens, saved_bytes
 from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
@@ -109,10 +102,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ``zero``: rows of :func:`plan_rows`.
     """
     cfg = load_config(args.config_file, args.opts)
-    load = Workload(
-        args.caption_tokens, args.nouns, args.noun_tokens, args.prompt_tokens, args.entities
-    )
-    load.check(count_image_tokens(cfg), cfg.MODEL.LANGUAGE.MAX_POSITIONS)
+    load = Workload(*(getattr(args, name) for name in Workload._fields))
+    image_tokens = count_image_tokens(cfg)
+    load.check(image_tokens, cfg.MODEL.LANGUAGE.MAX_POSITIONS)
     gpus, batch = args.zero_gpus, args.batch
     if batch is None:
         batch = max(1, cfg.SOLVER.IMS_PER_BATCH // max(1, gpus))
@@ -128,7 +120,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         flops = count_flops(model, cfg, load)
     parts.insert(-1, ("losses", 0, 0))
     counted = flops.pop("parts")
-    sums = {"flops": sum(counted.values()), "activations": sum(saved["parts"].values())}
+    counted["all"], saved["parts"]["all"] = sum(counted.values()), saved["sums"]["plain"]
     rows = {
         part: {
             "parameters": count,
@@ -138,12 +130,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         }
         for part, count, trained in parts
     }
-    rows["all"].update(sums)
     return {
         "workload": {
-            **vars(load),
+            **load._asdict(),
             "answer_tokens": load.answer,
-            "image_tokens": count_image_tokens(cfg),
+            "image_tokens": image_tokens,
             "image_size": cfg.MODEL.IMAGE_ENCODER.IMAGE_SIZE,
             "colormap_size": cfg.INPUT.GELLA.COLORMAP_SIZE,
         },

@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,23 +40,14 @@ COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What one image brings with it.
+class Workload(NamedTuple):
+    """What one image brings with it."""
 
-    Attributes:
-        caption_tokens: of the caption in the question.
-        nouns: semantic nouns, each with one ``<SEG>``.
-        noun_tokens: words of one noun, in tokens, ``<SEG>`` and the comma not included.
-        prompt_tokens: system line, roles and instruction together.
-        entities: entity masks.
-    """
-
-    caption_tokens: int = 60
-    nouns: int = 12
-    noun_tokens: int = 2
-    prompt_tokens: int = 60
-    entities: int = 20
+    caption_tokens: int = 60  # of the caption in the question
+    nouns: int = 12  # semantic nouns of the caption, each with one <SEG>
+    noun_tokens: int = 2  # words of one noun in the answer, beside <SEG> and a comma
+    prompt_tokens: int = 60  # system line, roles and instruction together
+    entities: int = 20  # entity masks
 
     @property
     def answer(self) -> int:
@@ -70,12 +60,11 @@ class Workload:
 
     def check(self, image_tokens: int, max_positions: int) -> None:
         """ValueError for numbers that make no sense or a prompt that is too long."""
-        least = {"caption_tokens": 0, "noun_tokens": 1, "prompt_tokens": 0}
-        for name, value in vars(self).items():
-            limit = least.get(name, 1)
-            if value < limit:
+        for name, value in self._asdict().items():
+            least = 0 if name in ("caption_tokens", "prompt_tokens") else 1
+            if value < least:
                 option = name.replace("_", "-")
-                raise ValueError(f"--{option} is {value}; it must be at least {limit}")
+                raise ValueError(f"--{option} is {value}; it must be at least {least}")
         length = self.length(image_tokens)
         if length > max_positions:
             raise ValueError(
@@ -98,9 +87,7 @@ def count_image_tokens(cfg: Any) -> int:
 def make_fake(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Give a module fake parameters and buffers in place; call it inside a ``FakeTensorMode``.
 
-    Args:
-        module: on any device; its values are not read. Shared tensors stay shared.
-        dtype: of all floating tensors.
+    Values are not read; shared tensors stay shared; all floating tensors become ``dtype``.
     """
     made: dict[int, Tensor] = {}
     for owner in module.modules():
@@ -270,10 +257,10 @@ def count_language(
         "given": {"passes": 1, "tokens": length, "flops": given},
         "generated": {"passes": 2, "tokens": length, "flops": generated},
     }
-    single = replace(load, nouns=1)
+    single = load._replace(nouns=1)
     for way, one in (
         ("one_noun", single),
-        ("noun_alone", replace(single, caption_tokens=load.noun_tokens)),
+        ("noun_alone", single._replace(caption_tokens=load.noun_tokens)),
     ):
         flops = load.nouns * pass_flops(model, grid, one.length(image), one.answer)
         ways[way] = {"passes": load.nouns, "tokens": one.length(image), "flops": flops}
@@ -360,17 +347,12 @@ class SavedBytes:
 def saved_bytes(
     model: nn.Module, cfg: Any, load: Workload, batch: int, half: bool
 ) -> dict[str, Any]:
-    """Bytes saved for backward in one training step; the model's tensors become fake.
+    """Bytes saved for backward in one training step of ``batch`` images with prompts as long.
 
-    Autocast is the CPU's, which runs norms in bfloat16; CUDA's keeps them in float32, so that the
-    vision side takes more there. Copies of parameters in bfloat16 that autocast makes count.
-
-    Args:
-        model: built from ``cfg``.
-        cfg: the config.
-        load: of each of ``batch`` images; all prompts are as long.
-        batch: images.
-        half: language branch in bfloat16, as ZeRO keeps it, and autocast for the rest; or float32.
+    The model's tensors become fake. ``half``: the language branch in bfloat16, as ZeRO keeps it,
+    and autocast for the rest, whose copies of parameters count; else float32. Autocast is the
+    CPU's, which runs norms in bfloat16; CUDA's keeps them in float32, so that the vision side takes
+    more there.
 
     Returns:
         ``parts``: ``{part: bytes}``, losses last; ``sums``: bytes of all parts, ``plain`` as they
@@ -408,16 +390,11 @@ def saved_bytes(
 def criterion_bytes(
     cfg: Any, entities: int, outputs: list[tuple[Any, torch.dtype]], valid: torch.Size
 ) -> int:
-    """Bytes that the losses of masks, entities and association save.
+    """Bytes that the losses of masks, entities and association save, with ``entities`` per image.
 
     Their work depends on values: they run for real, on random logits of the same shapes.
-
-    Args:
-        cfg: the config.
-        entities: of each image.
-        outputs: shape and dtype of the entity logits of every layer, of the mask logits, and of the
-            association logits per image.
-        valid: (B, Q).
+    ``outputs`` are shape and dtype of the entity logits of every layer, of the mask logits, and of
+    the association logits per image; ``valid`` is (B, Q).
     """
     side = cfg.INPUT.GELLA.COLORMAP_SIZE
     masks = torch.zeros(entities, side, side, dtype=torch.bool)
