@@ -1,4 +1,4 @@
-"""Greedy answers: against a decoder without a cache, in batches, with drafts, at the limits."""
+"""Answers: against a decoder without a cache, in batches, with drafts, prefixes, at the limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny_language import (
     make_decoder,
 )
 
-from gella.modeling.generation import Drafts
+from gella.modeling.generation import Drafts, joined_cache, read_prefix, with_drafts
 from gella.modeling.language_decoder import IGNORE_INDEX, IMAGE_TOKEN_ID, LanguageDecoder
 
 OPTIONS: dict[str, int] = dict(max_new_tokens=16, eos_token_id=EOS, pad_token_id=PAD)
@@ -83,7 +83,7 @@ def test_generated_and_teacher_forced_embeddings_are_equal():
     assert torch.allclose(forced, one_by_one[positions], atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", ["LlamaConfig", "Qwen2Config", "MistralConfig"])
 def test_drafts_give_the_tokens_of_greedy(seed, kind):
     """Drafts that are right for a while and then wrong, of random models."""
@@ -107,41 +107,42 @@ def test_drafts_give_the_tokens_of_greedy(seed, kind):
     assert len(calls.lengths) < 28 and max(calls.lengths[1:]) >= 5  # drafts were taken and refused
 
 
-def test_a_copy_takes_few_passes():
-    """An answer that stands in the prompt: the passes can be counted on paper."""
+@pytest.mark.parametrize(
+    ("prompt", "snippets", "limit", "expected", "passes"),
+    [
+        # The prompt gives 20; then 7 tokens a pass: 21..27, 28..34, and 35..39 with the end, behind
+        # which the prompt still proposes its 19.
+        ([*range(20, 40), 19], [], 30, range(20, 40), [26, 7, 7, 7]),
+        ([*range(20, 40), 19], None, 30, range(20, 40), [26] + [1] * 20),
+        # 20 and three drafted tokens; the pass gives the fifth: no draft goes beyond the limit.
+        ([*range(20, 40), 19], [], 5, range(20, 25), [26, 4]),
+        # Wrong snippets change no answer. The last is right to the end and on: what follows the end
+        # is no answer any more.
+        (
+            [*range(20, 40), 19],
+            [[20, 30], [21, 22, 23, EOS, 24], [36, 37, 38, 39, EOS, 3, 4]],
+            *(30, range(20, 40), None),
+        ),
+        ([39], [], 16, [], [6]),  # an end at once
+        ([39], None, 16, [], [6]),
+    ],
+)
+def test_an_answer_that_stands_in_the_prompt(prompt, snippets, limit, expected, passes):
+    """The passes can be counted on paper."""
     decoder = make_copier()
-    ids = torch.tensor([1, *[IMAGE_TOKEN_ID] * 4, *range(20, 40), 19])
+    ids = torch.tensor([1, *[IMAGE_TOKEN_ID] * 4, *prompt])
+    calls = Calls(decoder)
+    options = {**OPTIONS, "max_new_tokens": limit}
     grid = torch.randn(1, IMAGE_DIM, 2, 2)
-    calls = Calls(decoder)
-    options = {**OPTIONS, "max_new_tokens": 30}
-    answer = decoder.generate(grid, [ids], snippets=[], **options)[0]
-    assert answer.tolist() == list(range(20, 40))
-    # The prompt gives 20; then 7 tokens a pass: 21..27, 28..34, and 35..39 with the end, behind
-    # which the prompt still proposes its 19.
-    assert calls.lengths == [len(ids), 7, 7, 7]
-    calls.lengths.clear()
-    assert decoder.generate(grid, [ids], **options)[0].tolist() == answer.tolist()
-    assert calls.lengths == [len(ids)] + [1] * 20
-
-
-def test_several_prompts_share_their_passes_instead():
-    decoder = make_copier()
-    ids = torch.tensor([1, *[IMAGE_TOKEN_ID] * 4, *range(30, 40), 29])
-    calls = Calls(decoder)
-    grid = torch.randn(2, IMAGE_DIM, 2, 2)
-    answers = decoder.generate(grid, [ids, ids[:-1]], snippets=[], **OPTIONS)
-    assert [a.tolist() for a in answers] == [list(range(30, 40)), []]
-    assert calls.lengths == [16] + [1] * 10
-
-
-def test_a_draft_ends_before_the_context_does():
-    decoder = make_copier()
-    ids = torch.tensor([1, *[IMAGE_TOKEN_ID] * 4, *range(20, 40), 19])
-    calls = Calls(decoder)
-    options = {**OPTIONS, "max_new_tokens": 5}
-    answer = decoder.generate(torch.randn(1, IMAGE_DIM, 2, 2), [ids], snippets=[], **options)[0]
-    assert answer.tolist() == [20, 21, 22, 23, 24]
-    assert calls.lengths == [len(ids), 4]  # 20 and three drafted tokens; the pass gives the fifth
+    answer = decoder.generate(grid, [ids], snippets=snippets, **options)[0]
+    assert answer.tolist() == list(expected) and answer.dtype == torch.int64
+    assert passes is None or calls.lengths == passes
+    if len(prompt) > 1 and limit > 16:  # several prompts share their passes instead
+        calls.lengths.clear()
+        grid = torch.randn(2, IMAGE_DIM, 2, 2)
+        answers = decoder.generate(grid, [ids, ids[:-1]], snippets=snippets, **options)
+        assert [a.tolist() for a in answers] == [list(expected), []]
+        assert calls.lengths == [26] + [1] * 20
 
 
 def test_drafts_come_from_snippets_then_from_the_prompt_in_its_order():
@@ -162,20 +163,6 @@ def test_drafts_come_from_snippets_then_from_the_prompt_in_its_order():
     assert drafts.propose(6, 3) == [the, cat, on]  # the first snippet that has it
     assert drafts.propose(8, 9) == [] and drafts.propose(dog, 9) == []  # nothing behind it
     assert drafts.propose(the, 0) == []
-
-
-def test_wrong_snippets_change_no_answer():
-    decoder = make_copier()
-    ids = torch.tensor([1, *[IMAGE_TOKEN_ID] * 4, *range(20, 40), 19])
-    # The last one is right to the end and on: what follows the end is no answer any more.
-    snippets = [[20, 30], [21, 22, 23, EOS, 24], [36, 37, 38, 39, EOS, 3, 4]]
-    answer = decoder.generate(
-        torch.randn(1, IMAGE_DIM, 2, 2),
-        [ids],
-        snippets=snippets,
-        **{**OPTIONS, "max_new_tokens": 30},
-    )[0]
-    assert answer.tolist() == list(range(20, 40))
 
 
 # -- where answers end -----------------------------------------------------------------------------
@@ -218,16 +205,6 @@ def test_a_prompt_without_room_for_an_answer_is_named():
 
 
 @pytest.mark.parametrize("drafts", [False, True])
-def test_an_end_at_once_is_an_empty_answer(drafts):
-    decoder = make_copier()
-    ids = torch.tensor([1, *[IMAGE_TOKEN_ID] * 4, 39])
-    answer = decoder.generate(
-        torch.randn(1, IMAGE_DIM, 2, 2), [ids], snippets=[] if drafts else None, **OPTIONS
-    )[0]
-    assert answer.tolist() == [] and answer.dtype == torch.int64
-
-
-@pytest.mark.parametrize("drafts", [False, True])
 def test_a_streamer_gets_the_tokens_as_they_come(drafts):
     class Streamer:
         parts: list[list[int]] = []
@@ -247,3 +224,119 @@ def test_a_streamer_gets_the_tokens_as_they_come(drafts):
     decoder.generate(grid, [ids], snippets=[] if drafts else None, streamer=streamer, **OPTIONS)
     assert sum(streamer.parts[1:], []) == [*range(30, 40), EOS]  # behind the prompt
     assert streamer.ended and (len(streamer.parts) < 6) == drafts
+
+
+# -- what was read of an image before --------------------------------------------------------------
+
+COUNT = 5  # the beginning and four image tokens
+
+
+def read(decoder: LanguageDecoder, grid: torch.Tensor, ids: torch.Tensor) -> list:
+    prefixes = decoder.remember(grid, ids[:COUNT])
+    assert prefixes is not None
+    return prefixes
+
+
+@pytest.mark.parametrize("kind", ["LlamaConfig", "Qwen2Config", "MistralConfig"])
+@torch.no_grad()
+def test_embeddings_and_loss_equal_those_of_whole_prompts(kind: str) -> None:
+    config = make_config(kind, **({"sliding_window": 6} if kind == "MistralConfig" else {}))
+    decoder = make_decoder(config=config)
+    grid, input_ids, labels, positions = make_batch([9, 14, 6])
+    prefixes = read(decoder, grid, input_ids[0])
+    whole = decoder(grid, input_ids, labels, positions)
+    for _ in range(2):  # a question leaves no trace
+        rest = decoder(grid, input_ids, labels, positions, prefixes)
+        for a, b in zip(whole.seg_embeddings, rest.seg_embeddings, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+        assert torch.allclose(whole.loss_answer, rest.loss_answer, atol=1e-5)
+    # Another image's prefix gives another answer: it is not only the words that count.
+    other = decoder(grid, input_ids, labels, positions, prefixes[::-1])
+    assert (whole.seg_embeddings[0] - other.seg_embeddings[0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_only_the_rest_is_computed() -> None:
+    decoder = make_decoder(prompt_lookup_tokens=4)
+    grid, input_ids, labels, positions = make_batch([9, 14])
+    prefixes = read(decoder, grid, input_ids[0])
+    lengths: list[int] = []
+    decoder.llama.base_model.register_forward_hook(
+        lambda m, args, output: lengths.append(output.last_hidden_state.shape[1])
+    )
+    decoder(grid, input_ids, labels, positions, prefixes)
+    decoder.generate(grid, input_ids, prefixes=prefixes, **OPTIONS)
+    decoder.generate(grid[:1], input_ids[:1], prefixes=prefixes[:1], snippets=[], **OPTIONS)
+    assert lengths[:2] == [14, 14] and set(lengths[2:]) <= {9, *range(1, 6)}
+    assert lengths.count(9) == 1
+
+
+@pytest.mark.parametrize("kind", ["LlamaConfig", "Qwen2Config", "MistralConfig"])
+@pytest.mark.parametrize("drafts", [False, True])
+def test_answers_equal_those_of_whole_prompts(kind: str, drafts: bool) -> None:
+    decoder = make_decoder(config=make_config(kind), prompt_lookup_tokens=5)
+    with torch.no_grad():
+        decoder.llama.get_output_embeddings().weight[SEG] *= 2.0
+    grid, input_ids, _, _ = make_batch([4, 9, 6])
+    prefixes = read(decoder, grid, input_ids[0])
+    before = [tensor.clone() for pair in prefixes[0].keys_values for tensor in pair]
+    snippets = [[7, SEG, 8], [SEG, 9, 10]] if drafts else None
+    joint = decoder.generate(grid, input_ids, snippets=snippets, prefixes=prefixes, **OPTIONS)
+    for i in (2, 0, 1):
+        one = slice(i, i + 1)
+        plain = decoder.generate(grid[one], input_ids[one], snippets=snippets, **OPTIONS)[0]
+        known = dict(snippets=snippets, prefixes=prefixes[one])
+        again = decoder.generate(grid[one], input_ids[one], **known, **OPTIONS)[0]
+        assert plain.tolist() == again.tolist() == joint[i].tolist()
+    after = [tensor for pair in prefixes[0].keys_values for tensor in pair]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_one_image_may_have_several_questions() -> None:
+    decoder = make_decoder()
+    grid, input_ids, _, _ = make_batch([4, 9, 6])
+    (prefix,) = read(decoder, grid[:1], input_ids[0])
+    joint = decoder.generate(grid[[0, 0, 0]], input_ids, prefixes=[prefix] * 3, **OPTIONS)
+    for ids, answer in zip(input_ids, joint, strict=True):
+        assert decoder.generate(grid[:1], [ids], **OPTIONS)[0].tolist() == answer.tolist()
+
+
+def test_prompts_that_begin_otherwise_are_refused() -> None:
+    decoder = make_decoder()
+    grid, input_ids, labels, positions = make_batch([9])
+    prefixes = read(decoder, grid, input_ids[0])
+    for change, message in (
+        (torch.cat([torch.tensor([3]), input_ids[0][1:]]), "does not begin with the 5 tokens"),
+        (input_ids[0][:4], "does not begin with the 5 tokens"),
+        (input_ids[0][:COUNT], "must go on in words behind the 5 tokens"),
+        (torch.cat([input_ids[0], torch.tensor([IMAGE_TOKEN_ID])]), "must go on in words"),
+    ):
+        none = torch.full_like(change, IGNORE_INDEX)
+        with pytest.raises(ValueError, match=message):
+            decoder(grid, [change], [none], [torch.tensor([], dtype=torch.int64)], prefixes)
+    with pytest.raises(ValueError, match="A prompt holds 3 image placeholders, the image gives 4"):
+        decoder.remember(grid, input_ids[0][:4])
+    with pytest.raises(ValueError, match="MAX_POSITIONS is 64"):
+        decoder(grid, [input_ids[0].repeat(5)[:65]], labels, positions, prefixes)
+
+
+def test_an_architecture_with_other_states_is_read_anew() -> None:
+    class Recurrent:
+        """Takes no part: it must not even be called."""
+
+        config: Any = make_config("Qwen3NextConfig", num_hidden_layers=4, num_key_value_heads=2)
+
+    assert read_prefix(Recurrent(), torch.zeros(1, 5, 32), torch.arange(5)) is None
+
+
+def test_a_cache_of_one_s_own_goes_before_the_prompt() -> None:
+    decoder = make_decoder()
+    grid, (ids,), _, _ = make_batch([9])
+    embeds, _ = decoder._embed(grid, [ids], "left")
+    options = dict(num_drafted=0, max_new_tokens=8, eos_token_id=EOS)
+    whole = with_drafts(decoder.llama, embeds, Drafts([]), **options)
+    (prefix,) = read(decoder, grid, ids)
+    rest = with_drafts(
+        decoder.llama, embeds[:, COUNT:], Drafts([]), joined_cache([prefix]), **options
+    )
+    assert whole.tolist() == rest.tolist()
