@@ -19,6 +19,7 @@ GENERATION = dict(max_new_tokens=8, eos_token_id=EOS, pad_token_id=PAD)
 
 
 def lora(**changes: Any) -> dict[str, Any]:
+    pytest.importorskip("peft")
     options = dict(rank=4, alpha=8, dropout=0.0, targets=TARGETS, train_embeddings=False)
     return {**options, **changes}
 
@@ -54,13 +55,11 @@ def checkpoint_options(missing: list[str]) -> Any:
 
 
 def test_new_adapters_change_nothing():
-    pytest.importorskip("peft")
     assert torch.equal(seg_embeddings(make_decoder(lora=lora())), seg_embeddings(make_decoder()))
 
 
 @pytest.mark.parametrize("train_embeddings", [False, True])
 def test_adapters_and_named_parts_train_and_nothing_else(train_embeddings):
-    pytest.importorskip("peft")
     decoder = make_decoder(
         lora=lora(train_embeddings=train_embeddings), gradient_checkpointing=True
     )
@@ -87,7 +86,6 @@ def test_adapters_and_named_parts_train_and_nothing_else(train_embeddings):
 
 
 def test_keys_are_those_of_the_plain_decoder_and_the_adapters():
-    pytest.importorskip("peft")
     plain, adapted = make_decoder().state_dict(), make_decoder(lora=lora()).state_dict()
     assert set(plain) <= set(adapted)
     assert len(set(adapted) - set(plain)) == 8
@@ -95,42 +93,32 @@ def test_keys_are_those_of_the_plain_decoder_and_the_adapters():
     assert all(torch.equal(adapted[key], plain[key]) for key in plain)
 
 
-def test_weights_without_adapters_load_where_the_config_allows_it(tmp_path):
-    pytest.importorskip("peft")
+def save(decoder: LanguageDecoder, folder: Path) -> str:
+    torch.save({"model": Whole(decoder).state_dict()}, folder / "model.pth")
+    return str(folder / "model.pth")
+
+
+def test_checkpoints_without_and_with_adapters_load_strictly(tmp_path):
     trained = make_decoder()
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.mul_(1.1)
-    save(trained, tmp_path)
-    path = str(tmp_path / "model.pth")
+    path = save(trained, tmp_path)
     adapted = make_decoder(lora=lora())
     with pytest.raises(ValueError, match=r"8 missing: language_decoder\.llama\..*lora_A"):
         load_weights(Whole(adapted), path, checkpoint_options([]))
     load_weights(Whole(adapted), path, checkpoint_options(["*.lora_*"]))
     assert torch.equal(seg_embeddings(adapted), seg_embeddings(trained))
-
-
-def save(decoder: LanguageDecoder, folder: Path) -> None:
-    torch.save({"model": Whole(decoder).state_dict()}, folder / "model.pth")
-
-
-def test_a_checkpoint_with_adapters_loads_strictly(tmp_path):
-    pytest.importorskip("peft")
-    trained = make_decoder(lora=lora())
-    randomise_adapters(trained)
-    save(trained, tmp_path)
-    fresh = make_decoder(lora=lora())
-    load_weights(Whole(fresh), str(tmp_path / "model.pth"), checkpoint_options([]))
-    assert torch.equal(seg_embeddings(fresh), seg_embeddings(trained))
-    assert not torch.allclose(seg_embeddings(fresh), seg_embeddings(make_decoder()))
+    randomise_adapters(adapted)
+    path, fresh = save(adapted, tmp_path), make_decoder(lora=lora())
+    load_weights(Whole(fresh), path, checkpoint_options([]))
+    assert torch.equal(seg_embeddings(fresh), seg_embeddings(adapted))
+    assert not torch.allclose(seg_embeddings(fresh), seg_embeddings(trained))
     with pytest.raises(ValueError, match="8 unexpected"):
-        load_weights(
-            Whole(make_decoder()), str(tmp_path / "model.pth"), checkpoint_options(["*.lora_*"])
-        )
+        load_weights(Whole(make_decoder()), path, checkpoint_options(["*.lora_*"]))
 
 
 def test_merged_equals_unmerged_and_is_a_plain_decoder():
-    pytest.importorskip("peft")
     decoder = make_decoder(lora=lora())
     randomise_adapters(decoder)
     grid, input_ids, _, _ = make_batch([5, 14])
@@ -149,7 +137,6 @@ def test_merged_equals_unmerged_and_is_a_plain_decoder():
 
 
 def test_adapters_of_half_precision_weights_are_float32():
-    pytest.importorskip("peft")
     decoder = make_decoder(dtype="bfloat16", lora=lora()).train()
     kinds = {p.dtype for n, p in decoder.named_parameters() if ".lora_" in n}
     assert kinds == {torch.float32}
@@ -159,7 +146,6 @@ def test_adapters_of_half_precision_weights_are_float32():
 
 
 def test_wrong_adapter_options_are_named():
-    pytest.importorskip("peft")
     with pytest.raises(ValueError, match=r"TARGETS \['query'\] name no layer.*'gate_proj', "):
         make_decoder(lora=lora(targets=["q_proj", "query"]))
     with pytest.raises(ValueError, match=r"TARGETS \[\] name no layer"):
@@ -173,17 +159,13 @@ def test_wrong_adapter_options_are_named():
 
 def quantized(kind: str, **options: Any) -> LanguageDecoder:
     """A decoder whose rows are a whole number of 4-bit blocks, with fixed weights, not used yet."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
     config = make_config(hidden_size=64, intermediate_size=128)
     return make_decoder(config=config, quantization=kind, **options)
 
 
-def need_bitsandbytes() -> None:
-    pytest.importorskip("bitsandbytes")
-    pytest.importorskip("accelerate")
-
-
 def test_8_bit_weights_are_rounded_to_127_steps_a_row():
-    need_bitsandbytes()
     exact, rounded = quantized(""), quantized("8bit")
     assert 0 < float((seg_embeddings(exact) - seg_embeddings(rounded)).abs().max()) < 1.0
     state = rounded.state_dict()
@@ -205,7 +187,6 @@ NF4 += [0.07958, 0.16093, 0.24611, 0.33792, 0.44071, 0.56262, 0.72296, 1.0]
 
 
 def test_4_bit_weights_are_rounded_to_normal_floats():
-    need_bitsandbytes()
     exact, rounded = quantized(""), quantized("4bit")
     seg_embeddings(rounded)
     state = rounded.state_dict()
@@ -227,14 +208,11 @@ def test_4_bit_weights_are_rounded_to_normal_floats():
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 def test_quantised_weights_come_from_an_ordinary_checkpoint(kind, tmp_path):
-    need_bitsandbytes()
     trained = quantized("")
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.mul_(1.2)
-    save(trained, tmp_path)
-    path = str(tmp_path / "model.pth")
-    decoder = quantized(kind)
+    path, decoder = save(trained, tmp_path), quantized(kind)
     load_weights(Whole(decoder), path, checkpoint_options([]))
     first = seg_embeddings(decoder)
     # What it saves is plain again, and rounding it once more changes nothing.
@@ -253,7 +231,6 @@ def test_quantised_weights_come_from_an_ordinary_checkpoint(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 def test_quantised_generation_is_greedy(kind):
-    need_bitsandbytes()
     decoder = quantized(kind, prompt_lookup_tokens=4, dtype="bfloat16")
     grid, input_ids, _, _ = make_batch([9])
     answer = decoder.generate(grid, input_ids, **GENERATION)[0]
@@ -262,8 +239,6 @@ def test_quantised_generation_is_greedy(kind):
 
 
 def test_quantised_weights_train_with_adapters_only():
-    need_bitsandbytes()
-    pytest.importorskip("peft")
     with pytest.raises(ValueError, match=r"QUANTIZATION '4bit' cannot be trained: .*LORA.ENABLED"):
         quantized("4bit").train()(*make_batch([5]))
     decoder = quantized("4bit", lora=lora()).train()
@@ -280,7 +255,6 @@ def test_quantised_weights_train_with_adapters_only():
 
 
 def test_weights_that_wait_for_rounding_stay_off_the_device():
-    need_bitsandbytes()
     decoder = quantized("4bit").to("meta")
     assert {p.device.type for p in decoder.llama.parameters()} == {"cpu"}
     assert {p.device.type for p in decoder.projector.parameters()} == {"meta"}
