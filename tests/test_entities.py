@@ -18,7 +18,6 @@ from gella.entities.entity_map import EntityMap, Runs, id_to_rgb, rgb_to_id
 from gella.entities.view import (
     fit_image,
     fitted_size,
-    image_token_count,
     make_view,
     read_image,
     received,
@@ -380,8 +379,6 @@ def test_sizes_and_pixels_of_the_fitted_image() -> None:
     assert fitted_size(427, 640, 96) == (64, 96)
     assert fitted_size(1, 5000, 96) == (1, 96)
     assert fitted_size(48, 24, 96) == (96, 48)
-    assert image_token_count(336, 14, 1) == 576
-    assert image_token_count(96, 8, 2) == 36
     picture = rng().integers(0, 256, (41, 60, 3), dtype=np.uint8)
     square = fit_image(picture, 60)
     assert (square[:41] == picture).all() and not square[41:].any()  # nothing is scaled

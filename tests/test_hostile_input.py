@@ -102,7 +102,7 @@ PICTURES: dict[str, tuple[str, bytes]] = {
     "pages (TIFF)": ("more than 1 frame in the TIFF", animated("TIFF")),
     "floats": ("mode F", encoded(Image.fromarray(np.ones(SIZE, np.float32)), "TIFF")),
     "32 bits": ("mode I", encoded(Image.fromarray(IDS), "TIFF")),
-    "PostScript": ("no picture that Pillow can read as", encoded(FRAMES[0], "EPS")),
+    "PostScript": ("no picture that Pillow can read", encoded(FRAMES[0], "EPS")),
     "a zip archive": ("no picture", npz(masks=MASKS)),
     "empty": ("no picture", b""),
 }

@@ -26,7 +26,6 @@ from gella.text.prompts import (
     panoptic_answer,
     panoptic_sentence,
     parse_nouns,
-    question_text,
     spoken_name,
     task_text,
 )
@@ -276,11 +275,14 @@ def test_texts_of_the_tasks() -> None:
     question, answer = task_text("panoptic", "", ["dog", "cat"])
     assert question.endswith("There might exist a dog and a cat.")
     assert answer == panoptic_answer(["dog", "cat"])
-    assert question_text("describe", "", instruction_index=5) == DESCRIBE_INSTRUCTIONS[1]
-    assert question_text("extract", " A dog ") == EXTRACT_INSTRUCTIONS[0].format(caption="A dog")
-    assert question_text("panoptic", "", ["dog", "cat"]) == question
+    asked = [("describe", "", ()), ("extract", " A dog ", ()), ("panoptic", "", ["dog", "cat"])]
+    assert [task_text(*texts, 5, answered=False) for texts in asked] == [
+        (DESCRIBE_INSTRUCTIONS[1], None),
+        (EXTRACT_INSTRUCTIONS[1].format(caption="A dog"), None),
+        (EXTRACT_INSTRUCTIONS[1].format(caption="There might exist a dog and a cat."), None),
+    ]
     with pytest.raises(ValueError, match="empty"):
-        question_text("extract", " ")
+        task_text("extract", " ", (), answered=False)
     for task in ("describe", "extract", "refer"):
         with pytest.raises(ValueError, match="empty"):
             task_text(task, "  ", ["a dog"])

@@ -19,7 +19,7 @@ from detectron2.data import MetadataCatalog
 from gella.data.targets import EntityMatcher, category_phrases
 from gella.entities.entity_map import EntityMap
 from gella.entities.sources import annotation_of, load_entities, load_from_record
-from gella.entities.view import image_token_count, make_view, read_image
+from gella.entities.view import make_view, read_image
 from gella.text.prompts import (
     DESCRIBE_INSTRUCTIONS,
     EXTRACT_INSTRUCTIONS,
@@ -82,14 +82,14 @@ class InputMaker:
                 f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}, but pictures are read as RGB, the order of "
                 "the image encoder's weights; leave it at RGB"
             )
+        # One image token per cell of the pooled CLIP grid.
+        side = clip.IMAGE_SIZE // clip.PATCH_SIZE // language.IMAGE_TOKEN_STRIDE
         return {
             "tokenizer": load_tokenizer(language.TOKENIZER),
             "image_size": clip.IMAGE_SIZE,
             "colormap_size": own.COLORMAP_SIZE,
             "colors": own.COLORS,
-            "num_image_tokens": image_token_count(
-                clip.IMAGE_SIZE, clip.PATCH_SIZE, language.IMAGE_TOKEN_STRIDE
-            ),
+            "num_image_tokens": side**2,
             "system": language.SYSTEM,
             "max_length": language.MAX_POSITIONS,
             "overlong": own.OVERLONG_CAPTION,

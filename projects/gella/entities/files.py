@@ -192,7 +192,7 @@ def _decoded(
     path: str, changed: int, length: int, size: tuple[int, int] | None
 ) -> tuple[np.ndarray, str]:
     data = Path(path).read_bytes()
-    with _damage_told(), Image.open(io.BytesIO(data)) as picture:
+    with damage_told(), Image.open(io.BytesIO(data)) as picture:
         kind, mode, sides = picture.format, picture.mode, (picture.height, picture.width)
         frames = getattr(picture, "n_frames", 1)
         picture.verify()  # the check sums, which Pillow does not look at when it decodes
@@ -210,7 +210,7 @@ def _decoded(
         raise ValueError(
             f"{depth} bits per colour in mode {mode}; ids are RGB with 8, grey with 8 or 16"
         )
-    with _damage_told():
+    with damage_told():
         if mode in _GRAY_MODES:
             with Image.open(io.BytesIO(data)) as picture:
                 ids = np.asarray(picture).astype(np.int32)
@@ -224,18 +224,23 @@ def _decoded(
 
 
 @contextmanager
-def _damage_told() -> Iterator[None]:
-    # Pillow reports damaged data by errors of many types, zipfile too, and torchvision by
-    # RuntimeError.
+def damage_told(what: str = "") -> Iterator[None]:
+    """ValueError in place of the many types by which Pillow, zipfile and others report damage.
+
+    Args:
+        what: stands before the reason, for instance "image x.png is ".
+    """
     try:
         yield
     except UnidentifiedImageError as error:
-        raise ValueError("no picture that Pillow can read") from error
+        raise ValueError(f"{what}no picture that Pillow can read") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"too large to open safely ({error})") from error
+        raise ValueError(
+            f"{what}too large to open safely, more than {MAX_PIXELS} pixels ({error})"
+        ) from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        raise ValueError(f"truncated or damaged ({reason}); write or copy it again") from error
+        raise ValueError(f"{what}truncated or damaged ({reason}); copy it again") from error
 
 
 def _from_png(
@@ -269,7 +274,7 @@ def _from_png(
 def _from_npz(path: Path, size: tuple[int, int], max_entities: int) -> EntityMap:
     """From `masks` (E, H, W) or `ids` (H, W), with `scores`; other arrays are not touched."""
     _check_directory(path)
-    with _damage_told():
+    with damage_told():
         archive = zipfile.ZipFile(path)
     with archive:
         names = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -311,7 +316,7 @@ def _array(
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         # Of the others zipfile cannot bound what one piece expands to.
         raise ValueError(f"{name} is compressed in way {member.compress_type}; numpy's are 0 and 8")
-    with _damage_told(), archive.open(member) as stream:
+    with damage_told(), archive.open(member) as stream:
         version = np.lib.format.read_magic(stream)
         header = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
         shape, _, kind = header(stream)
@@ -335,7 +340,7 @@ def _array(
             f"{name} {shape} needs {count} bytes but the archive holds {room}; it is truncated or "
             "damaged"
         )
-    with _damage_told(), archive.open(member) as stream:
+    with damage_told(), archive.open(member) as stream:
         return np.lib.format.read_array(stream, allow_pickle=False)
 
 

@@ -6,16 +6,16 @@ the colormap always show the same scene in the same place.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from gella.entities.colormap import entity_colors, paint_colormap
 from gella.entities.entity_map import MAX_PIXELS, EntityMap, check_pixels
+from gella.entities.files import damage_told
 
 # Formats of photographs. Pillow knows more, of which one (EPS) runs a program on the file.
 PHOTO_FORMATS = (
@@ -47,34 +47,18 @@ def read_image(
     path = Path(file_name)
     if not path.is_file():
         raise FileNotFoundError(f"image {path} does not exist; check the path")
-    try:
-        with Image.open(path, formats=_formats()) as picture:
-            refused = _refusal(picture, max_pixels)
-            if not refused:
-                picture.load()
-                turned = ImageOps.exif_transpose(picture) if upright else picture
-                return np.array(_as_rgb(turned), dtype=np.uint8)
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"image {path} is no picture that Pillow can read as {', '.join(PHOTO_FORMATS)}"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"image {path} is too large to open safely, more than {max_pixels} pixels ({error})"
-        ) from error
-    # Pillow reports damaged data by OSError ("image file is truncated"), SyntaxError (PNG chunks),
-    # ValueError and others, according to the format and the damage.
-    except Exception as error:
-        raise ValueError(
-            f"image {path} is truncated or damaged ({error}); copy it again"
-        ) from error
-    raise ValueError(f"image {path}: {refused}")
-
-
-@lru_cache(maxsize=1)
-def _formats() -> list[str]:
     Image.init()
-    return [name for name in PHOTO_FORMATS if name in Image.OPEN]  # HEIF needs a plugin
+    formats = [name for name in PHOTO_FORMATS if name in Image.OPEN]  # HEIF needs a plugin
+    with damage_told(f"image {path} is "), Image.open(path, formats=formats) as picture:
+        refused = _refusal(picture, max_pixels)
+        if not refused:
+            picture.load()
+            turned = ImageOps.exif_transpose(picture) if upright else picture
+            if turned.mode.startswith("I;16"):  # Pillow would clip all that is over 255
+                turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
+            # A picture that is RGB already would be copied by convert() all the same.
+            return np.array(turned if turned.mode == "RGB" else turned.convert("RGB"))
+    raise ValueError(f"image {path}: {refused}")
 
 
 def _refusal(picture: Image.Image, max_pixels: int) -> str:
@@ -92,24 +76,6 @@ def _refusal(picture: Image.Image, max_pixels: int) -> str:
             "save colours with 8 or 16 bits"
         )
     return ""
-
-
-def _as_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I;16"):  # Pillow would clip all that is over 255
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    # A picture that is RGB already would be copied by convert() all the same.
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
-def image_token_count(image_size: int, patch_size: int, stride: int) -> int:
-    """Return how many tokens the image takes in the prompt: the pooled CLIP grid's cells.
-
-    Args:
-        image_size: side of CLIP's input, pixels.
-        patch_size: side of one cell, pixels.
-        stride: pooling per side before the grid becomes tokens (``IMAGE_TOKEN_STRIDE``).
-    """
-    return (image_size // patch_size // stride) ** 2
 
 
 def fitted_size(height: int, width: int, side: int) -> tuple[int, int]:

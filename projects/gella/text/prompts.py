@@ -83,14 +83,11 @@ class FittedPrompt:
 
 
 def load_tokenizer(path: str) -> Any:
-    """Read a transformers tokenizer and give it `<SEG>` as one special token.
+    """Read a transformers tokenizer (a folder, or a name on the hub) and give it one `<SEG>`.
 
-    Args:
-        path: a folder written by `save_pretrained`, or a name on the Hugging Face hub.
-
-    Returns the tokenizer; without a pad token it takes the unknown token for it (as LLaVA does), or
-    else the end of sentence. Raises FileNotFoundError when nothing readable is there and ValueError
-    when the tokenizer has no end of sentence.
+    Without a pad token it takes the unknown token for it (as LLaVA does), or else the end of
+    sentence. Raises FileNotFoundError when nothing readable is there and ValueError when the
+    tokenizer has no end of sentence.
     """
     from transformers import AddedToken, AutoTokenizer
 
@@ -167,56 +164,50 @@ def parse_nouns(answer: str) -> list[str]:
     Generated answers may deviate: what stands before a `<SEG>` is its noun, possibly empty, so the
     result always has as many entries as the answer has `<SEG>`; text after the last is ignored.
     """
-    chunks = answer.split(SEG_TOKEN)[:-1]
-    nouns = []
-    for place, chunk in enumerate(chunks):
-        if place == 0:
-            start = re.search(r"\bincluding\b|\bmight exist\b", chunk)
-            text = chunk[start.end() :] if start else chunk
-        elif chunk.lstrip().startswith(","):
-            text = chunk.lstrip()[1:]
-            if place == len(chunks) - 1:  # the template has no comma before the last "and"
-                text = re.sub(r"^\s*and\b", "", text)
-        else:
-            text = re.sub(r"^\s*and\b", "", chunk)
-        nouns.append(" ".join(text.split()))
-    return nouns
-
-
-def question_text(
-    task: str, caption: str, nouns: Sequence[str] = (), instruction_index: int = 0
-) -> str:
-    """The question of a task, as text; arguments and errors as for `task_text`.
-
-    Only "panoptic" reads the nouns; "describe" does not read the caption.
-    """
-    if task == "describe":
-        return DESCRIBE_INSTRUCTIONS[instruction_index % len(DESCRIBE_INSTRUCTIONS)]
-    if task not in (*TASKS, "panoptic", "refer"):
-        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}, panoptic, refer")
-    sentence = panoptic_sentence(nouns) if task == "panoptic" else _sentence(task, caption)
-    template = EXTRACT_INSTRUCTIONS[instruction_index % len(EXTRACT_INSTRUCTIONS)]
-    return template.replace("{caption}", sentence)
+    first, *others = answer.split(SEG_TOKEN)[:-1] or [""]
+    nouns = [re.split(r"\bincluding\b|\bmight exist\b", first, maxsplit=1)[-1]]
+    for place, chunk in enumerate(others, start=1):
+        text = chunk.strip()
+        # The template has no comma before the last "and", which may be a noun's own elsewhere.
+        joined = place == len(others) or not text.startswith(",")
+        text = text.removeprefix(",")
+        nouns.append(re.sub(r"^\s*and\b", "", text) if joined else text)
+    return [" ".join(noun.split()) for noun in nouns] if SEG_TOKEN in answer else []
 
 
 def task_text(
-    task: str, caption: str, nouns: Sequence[str], instruction_index: int = 0
-) -> tuple[str, str]:
-    """Question and answer of a task, as text: (instruction, answer).
+    task: str,
+    caption: str,
+    nouns: Sequence[str],
+    phrasing: int = 0,
+    *,
+    answered: bool = True,
+) -> tuple[str, str | None]:
+    """Question and answer of a task, as text.
 
     Args:
         task: "describe", "extract" or "ground"; also "panoptic" (`nouns` are category names, the
             caption is not read) and "refer" (`caption` is the expression and the only noun).
-        caption: the sentence; must not be blank, except for "panoptic".
+        caption: the sentence. ValueError for a blank one where it is read.
         nouns: its nouns, in order; not read by "describe" and "refer".
-        instruction_index: which phrasing, counted round; 0 is the paper's.
+        phrasing: of the question, counted round; 0 is the paper's.
+        answered: False gives no answer, and reads the caption of "describe" and the nouns of
+            "extract" and "ground" not.
     """
-    instruction = question_text(task, caption, nouns, instruction_index)
+    if task not in (*TASKS, "panoptic", "refer"):
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}, panoptic, refer")
+    sentence = caption.strip()
+    if not sentence and task != "panoptic" and (answered or task != "describe"):
+        raise ValueError(f"the caption is empty; task {task!r} needs a sentence")
     if task == "panoptic":
-        return instruction, panoptic_answer(nouns)
-    if task == "describe":
-        return instruction, _sentence(task, caption)
-    return instruction, noun_answer([caption] if task == "refer" else nouns)
+        sentence = panoptic_sentence(nouns)
+    known = DESCRIBE_INSTRUCTIONS if task == "describe" else EXTRACT_INSTRUCTIONS
+    question = known[phrasing % len(known)].replace("{caption}", sentence)
+    if not answered:
+        return question, None
+    if task in ("describe", "panoptic"):
+        return question, sentence if task == "describe" else panoptic_answer(nouns)
+    return question, noun_answer([caption] if task == "refer" else nouns)
 
 
 def build_prompt(
@@ -314,8 +305,8 @@ def fit_prompt(
 
     def attempt(end: int, count: int) -> FittedPrompt:
         texts = caption[:end], [phrase["text"] for phrase in phrases[:count]], phrasing
-        answer = task_text(task, *texts)[1] if answered else None
-        prompt = build_prompt(tokenizer, question_text(task, *texts), answer, **limits)
+        question, answer = task_text(task, *texts, answered=answered)
+        prompt = build_prompt(tokenizer, question, answer, **limits)
         if named and count != len(prompt.seg_positions):
             marks = f"{len(prompt.seg_positions)} <SEG> tokens in the answer"
             raise ValueError(f"{count} nouns but {marks}; is <SEG> one token of this tokenizer?")
@@ -377,12 +368,6 @@ def _refuse(text: str, what: str, marks: Sequence[str]) -> None:
             raise ValueError(
                 f"the {what} holds {mark!r}, which the template keeps for itself: {text[:80]!r}"
             )
-
-
-def _sentence(task: str, caption: str) -> str:
-    if not caption.strip():
-        raise ValueError(f"the caption is empty; task {task!r} needs a sentence")
-    return caption.strip()
 
 
 def _clean(noun: str) -> str:
