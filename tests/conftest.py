@@ -71,3 +71,11 @@ def gella_log(
     caplog.set_level(logging.INFO, "gella")
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(scope="session")
+def small_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six training and four held-out scenes in all formats; not to be changed."""
+    from dataset_scripts import prepare_small_shapes
+
+    return prepare_small_shapes(tmp_path_factory.mktemp("data") / "shapes")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +27,6 @@ def prepare_small_shapes(folder: Path) -> Path:
     """Six training and four held-out scenes in all formats, as `prepare_shapes.py` writes them."""
     script("prepare_shapes").prepare(folder, {"train": 6, "val": 4}, seed=2, workers=1)
     return folder
-
-
-def copied(folder: Path, target: Path) -> Path:
-    """A copy of a prepared dataset to change."""
-    shutil.copytree(folder, target)
-    return target
 
 
 @contextmanager

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import shapes
-from dataset_scripts import copied, prepare_small_shapes, registered, script
+from dataset_scripts import registered, script
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
@@ -20,78 +22,66 @@ from gella.data import register as datasets
 from gella.data.check import check_dataset, known_counts
 
 FIRST = shapes.image_id_of("val", 0)
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    return prepare_small_shapes(tmp_path_factory.mktemp("data") / "shapes")
+Damage = Callable[[Path], None]
 
 
 @pytest.fixture
-def root(prepared, tmp_path):
-    return copied(prepared, tmp_path / "shapes")
+def root(small_shapes, tmp_path):
+    """A copy to change."""
+    return shutil.copytree(small_shapes, tmp_path / "shapes")
 
 
 def check(root: Path, form: str, **options: Any) -> Any:
-    """The report on one form of the held-out scenes below a root."""
+    """The report on one form of the scenes below a root, held-out ones but for captions."""
     notes = root / "annotations"
-    where = (root / "val", notes / "panoptic_val", notes / "panoptic_val.json")
-    if form == "panoptic":
-        entered = registered(datasets.register_panoptic, *where)
-    elif form == "png":
-        entered = registered(datasets.register_png, *where, notes / "png_shapes_val.json")
-    elif form == "captions":
-        where = (root / "train", notes / "panoptic_train", notes / "panoptic_train.json")
-        entered = registered(datasets.register_captions, *where, notes / "captions_train.jsonl")
-    elif form == "entityseg":
-        entered = registered(
-            datasets.register_entityseg,
-            root / "refcoco" / "instances.json",
-            notes / "captions_train.jsonl",
+    val, train = (
+        (root / split, notes / f"panoptic_{split}", notes / f"panoptic_{split}.json")
+        for split in ("val", "train")
+    )
+    lines = notes / "captions_train.jsonl"
+    register, *where = {
+        "panoptic": (datasets.register_panoptic, *val),
+        "png": (datasets.register_png, *val, notes / "png_shapes_val.json"),
+        "captions": (datasets.register_captions, *train, lines),
+        "entityseg": (
+            *(datasets.register_entityseg, root / "refcoco" / "instances.json", lines),
             root / "train",
-        )
-    else:
-        entered = registered(
-            datasets.register_refcoco, root / "refcoco", "unc", "val", root / "val"
-        )
-    with entered as name:
+        ),
+        "refcoco": (datasets.register_refcoco, root / "refcoco", "unc", "val", root / "val"),
+    }[form]
+    with registered(register, *where) as name:
         return check_dataset(name, **options)
 
 
-@pytest.mark.parametrize("form", ["panoptic", "png", "captions", "entityseg", "refcoco"])
-def test_a_sound_dataset_has_no_error_and_is_counted(root, form):
-    report = check(root, form)
+@pytest.mark.parametrize(
+    ("form", "figure", "count", "opened"),
+    [
+        ("panoptic", "images", 4, 4),
+        ("png", "narratives", 4, 4),
+        ("captions", "captions", 12, 6),
+        ("entityseg", "captions", 12, 6),
+        ("refcoco", "images", 4, 4),
+    ],
+)
+def test_a_sound_dataset_has_no_error_and_is_counted(small_shapes, form, figure, count, opened):
+    report = check(small_shapes, form)
     assert report.findings == [] and report.number("error") == 0
-    figures = report.figures
-    expected = {
-        "panoptic": ("images", 4),
-        "png": ("narratives", 4),
-        "captions": ("captions", 12),
-        "entityseg": ("captions", 12),
-        "refcoco": ("images", 4),
-    }[form]
-    assert figures[expected[0]] == expected[1]
-    assert figures["images opened"] == (6 if form in ("captions", "entityseg") else 4)
+    assert (report.figures[figure], report.figures["images opened"]) == (count, opened)
 
 
-def edit(path: Path, change: Callable[[Any], Any]) -> None:
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(change(content) or content))
+def edited(name: str, change: Callable[[Any], Any]) -> Damage:
+    def apply(root: Path) -> None:
+        content = json.loads((root / name).read_text())
+        (root / name).write_text(json.dumps(change(content) or content))
+
+    return apply
 
 
-def panoptic(change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    return lambda root: edit(root / "annotations" / "panoptic_val.json", change)
+panoptic = partial(edited, "annotations/panoptic_val.json")
+narratives = partial(edited, "annotations/png_shapes_val.json")
 
 
-def narratives(change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    return lambda root: edit(root / "annotations" / "png_shapes_val.json", change)
-
-
-def instances(change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    return lambda root: edit(root / "refcoco" / "instances.json", change)
-
-
-def captions(change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
+def captions(change: Callable[[list[Any]], Any]) -> Damage:
     def apply(root: Path) -> None:
         path = root / "annotations" / "captions_train.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -101,7 +91,7 @@ def captions(change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
     return apply
 
 
-def refs(change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
+def refs(change: Callable[[list[Any]], Any]) -> Damage:
     def apply(root: Path) -> None:
         path = root / "refcoco" / "refs(unc).p"
         content = pickle.loads(path.read_bytes())
@@ -110,7 +100,7 @@ def refs(change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
     return apply
 
 
-def picture(change: Callable[[Image.Image], Image.Image]) -> Callable[[Path], None]:
+def picture(change: Callable[[Image.Image], Image.Image]) -> Damage:
     def apply(root: Path) -> None:
         path = root / "val" / f"{FIRST:012d}.png"
         with Image.open(path) as image:
@@ -120,7 +110,7 @@ def picture(change: Callable[[Image.Image], Image.Image]) -> Callable[[Path], No
     return apply
 
 
-def masks(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+def masks(change: Callable[[np.ndarray], np.ndarray]) -> Damage:
     def apply(root: Path) -> None:
         path = root / "annotations" / "panoptic_val" / f"{FIRST:012d}.png"
         with Image.open(path) as image:
@@ -130,7 +120,7 @@ def masks(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
     return apply
 
 
-def cut(name: str, keep: float = 0.6) -> Callable[[Path], None]:
+def cut(name: str, keep: float = 0.6) -> Damage:
     def apply(root: Path) -> None:
         path = next(root.glob(name))
         data = path.read_bytes()
@@ -139,7 +129,7 @@ def cut(name: str, keep: float = 0.6) -> Callable[[Path], None]:
     return apply
 
 
-def removed(name: str) -> Callable[[Path], None]:
+def removed(name: str) -> Damage:
     return lambda root: next(root.glob(name)).unlink()
 
 
@@ -148,191 +138,112 @@ def painted(pixels: np.ndarray) -> np.ndarray:
     return pixels
 
 
-def first_segment(content: Any) -> dict[str, Any]:
-    return content["annotations"][0]["segments_info"][0]
+def segments(content: Any) -> list[dict[str, Any]]:
+    return content["annotations"][0]["segments_info"]
+
+
+def segment(**changes: Any) -> Damage:
+    return panoptic(lambda content: segments(content)[0].update(changes))
 
 
 def with_crowds(content: Any) -> None:
-    for segment in content["annotations"][0]["segments_info"]:
-        segment["iscrowd"] = 1
+    for each in segments(content):
+        each["iscrowd"] = 1
 
 
 def first_noun(content: Any) -> dict[str, Any]:
     return next(s for s in content[0]["segments"] if s["segment_ids"])
 
 
+def noun(**changes: Any) -> Damage:
+    return narratives(lambda content: first_noun(content).update(changes))
+
+
+def caption(**changes: Any) -> Damage:
+    return captions(lambda lines: lines[0].update(changes))
+
+
 def first_of_val(content: Any) -> dict[str, Any]:
     return next(ref for ref in content if ref["split"] == "val")
 
 
-def outline(content: Any, value: Any) -> None:
-    owner = next(a for a in content["annotations"] if a["image_id"] == FIRST)
-    owner["segmentation"] = value
+def ref(**changes: Any) -> Damage:
+    return refs(lambda content: first_of_val(content).update(changes))
 
 
-EMPTY = {"size": [96, 96], "counts": [96 * 96]}
-BARE = {"size": [96, 96]}
-OTHER = {"size": [90, 96], "counts": [90 * 96]}
+def outline(value: Any) -> Damage:
+    def change(content: Any) -> None:
+        owner = next(a for a in content["annotations"] if a["image_id"] == FIRST)
+        owner["segmentation"] = value
 
-# (form, damage, kind of the finding, what its text has to say)
+    return edited("refcoco/instances.json", change)
+
+
+MASKS = "annotations/panoptic_val/"
+ABSENT = {"id": 77, "category_id": 1, "iscrowd": 0, "area": 5}
+# name: form, damage, kind of the finding, what its text has to say
+# fmt: off
 DAMAGE = {
     "no image": ("panoptic", removed("val/*01.png"), "missing-image", "does not exist"),
     "image cut": ("panoptic", cut("val/*01.png"), "damaged-image", "decoded"),
-    "image size": (
-        "panoptic",
-        picture(lambda i: i.resize((80, 96))),
-        "image-size",
-        "80x96 .* 96x96",
-    ),
-    "no masks": (
-        "panoptic",
-        removed("annotations/panoptic_val/*01.png"),
-        "missing-masks",
-        "does not exist",
-    ),
-    "masks cut": ("panoptic", cut("annotations/panoptic_val/*01.png"), "damaged-masks", "decoded"),
+    "image size": ("panoptic", picture(lambda i: i.resize((80, 96))), "image-size",
+                   "80x96 .* 96x96"),
+    "no masks": ("panoptic", removed(f"{MASKS}*01.png"), "missing-masks", "does not exist"),
+    "masks cut": ("panoptic", cut(f"{MASKS}*01.png"), "damaged-masks", "decoded"),
     "masks grey": ("panoptic", masks(lambda p: p[..., 0]), "mask-mode", "mode is L"),
     "masks size": ("panoptic", masks(lambda p: p.repeat(2, 0)), "mask-size", "96x192 .* 96x96"),
     "unlisted": ("panoptic", masks(painted), "unlisted-id", "15 pixels have id 513"),
-    "absent": (
-        "panoptic",
-        panoptic(lambda c: c["annotations"][0]["segments_info"].append(
-            {"id": 77, "category_id": 1, "iscrowd": 0, "area": 5}
-        )),
-        "absent-id",
-        "id 77",
-    ),
-    "zero area": (
-        "panoptic",
-        panoptic(lambda c: first_segment(c).update(area=0)),
-        "zero-area",
-        "area is 0",
-    ),
-    "other area": (
-        "panoptic",
-        panoptic(lambda c: first_segment(c).update(area=7)),
-        "area",
-        "pixels but area 7",
-    ),
+    "absent": ("panoptic", panoptic(lambda c: segments(c).append(ABSENT)), "absent-id", "id 77"),
+    "zero area": ("panoptic", segment(area=0), "zero-area", "area is 0"),
+    "other area": ("panoptic", segment(area=7), "area", "pixels but area 7"),
     "crowd only": ("panoptic", panoptic(with_crowds), "no-entity", "no entity among"),
-    "category": (
-        "panoptic",
-        panoptic(lambda c: first_segment(c).update(category_id=99)),
-        "unknown-category",
-        "category 99",
-    ),
-    "segment twice": (
-        "panoptic",
-        panoptic(lambda c: c["annotations"][0]["segments_info"].append(first_segment(c))),
-        "duplicate-segment",
-        "twice",
-    ),
-    "image twice": (
-        "panoptic",
-        panoptic(lambda c: c["images"].append(c["images"][0])),
-        "duplicate-image",
-        "twice",
-    ),
-    "annotated twice": (
-        "panoptic",
-        panoptic(lambda c: c["annotations"].append(c["annotations"][0])),
-        "duplicate-annotation",
-        "twice",
-    ),
-    "unannotated": (
-        "panoptic",
-        panoptic(lambda c: c["annotations"].pop(0) and None),
-        "unannotated",
-        "no annotation",
-    ),
-    "stranger": (
-        "panoptic",
-        panoptic(lambda c: c["annotations"].append({**c["annotations"][0], "image_id": 5})),
-        "unknown-image",
-        "image 5",
-    ),
-    "no field": (
-        "panoptic",
-        panoptic(lambda c: first_segment(c).pop("category_id") and None),
-        "field",
-        "category_id",
-    ),
-    "no number": (
-        "panoptic",
-        panoptic(lambda c: c["images"][0].update(height="tall")),
-        "field",
-        "'height' is 'tall'",
-    ),
+    "category": ("panoptic", segment(category_id=99), "unknown-category", "category 99"),
+    "segment twice": ("panoptic", panoptic(lambda c: segments(c).append(segments(c)[0])),
+                      "duplicate-segment", "twice"),
+    "image twice": ("panoptic", panoptic(lambda c: c["images"].append(c["images"][0])),
+                    "duplicate-image", "twice"),
+    "annotated twice": ("panoptic", panoptic(lambda c: c["annotations"].append(
+        c["annotations"][0])),
+                        "duplicate-annotation", "twice"),
+    "unannotated": ("panoptic", panoptic(lambda c: c["annotations"].pop(0) and None),
+                    "unannotated", "no annotation"),
+    "stranger": ("panoptic", panoptic(lambda c: c["annotations"].append(
+        {**c["annotations"][0], "image_id": 5})), "unknown-image", "image 5"),
+    "no field": ("panoptic", panoptic(lambda c: segments(c)[0].pop("category_id") and None),
+                 "field", "category_id"),
+    "no number": ("panoptic", panoptic(lambda c: c["images"][0].update(height="tall")),
+                  "field", "'height' is 'tall'"),
     "json cut": ("panoptic", cut("annotations/panoptic_val.json"), "file", "not a JSON file"),
     "no json": ("png", removed("annotations/png_shapes_val.json"), "file", "does not exist"),
     "no list": ("png", narratives(lambda c: {"a": c}), "file", "dict, not a list"),
-    "unknown segment": (
-        "png",
-        narratives(lambda c: first_noun(c).update(segment_ids=["513"])),
-        "phrase-without-mask",
-        "id 513 is not in",
-    ),
-    "unaligned": (
-        "png",
-        narratives(lambda c: first_noun(c).update(utterance="zebra")),
-        "unaligned",
-        "'zebra'",
-    ),
+    "unknown segment": ("png", noun(segment_ids=["513"]), "phrase-without-mask",
+                        "id 513 is not in"),
+    "unaligned": ("png", noun(utterance="zebra"), "unaligned", "'zebra'"),
     "narrative twice": ("png", narratives(lambda c: c + c[:1]), "duplicate-narrative", "again"),
-    "other split": (
-        "png",
-        narratives(lambda c: c[0].update(image_id="12")),
-        "unknown-image",
-        "image 12 is not in",
-    ),
-    "says nothing": (
-        "png",
-        narratives(lambda c: [s.update(segment_ids=[], noun=False) for s in c[0]["segments"]]
-                   and None),
-        "no-noun",
-        "names nothing",
-    ),
-    "no caption": ("png", narratives(lambda c: c[0].pop("caption") and None) , "field", "caption"),
+    "other split": ("png", narratives(lambda c: c[0].update(image_id="12")),
+                    "unknown-image", "image 12 is not in"),
+    "says nothing": ("png", narratives(lambda c: [s.update(segment_ids=[], noun=False)
+                                                  for s in c[0]["segments"]] and None),
+                     "no-noun", "names nothing"),
+    "no caption": ("png", narratives(lambda c: c[0].pop("caption") and None), "field", "caption"),
     "line": ("captions", captions(lambda v: ['{"a": ', *v]), "line", "line 1 is no JSON"),
-    "noun": (
-        "captions",
-        captions(lambda v: v[0].update(nouns=["zebra"])),
-        "noun-not-in-text",
-        "'zebra'",
-    ),
-    "no noun": ("captions", captions(lambda v: v[0].update(nouns=[])), "no-noun", "no noun"),
+    "noun": ("captions", caption(nouns=["zebra"]), "noun-not-in-text", "'zebra'"),
+    "no noun": ("captions", caption(nouns=[]), "no-noun", "no noun"),
     "caption twice": ("captions", captions(lambda v: v + v[:1]), "duplicate-caption", "again"),
-    "caption of another": (
-        "captions",
-        captions(lambda v: v[0].update(file_name="x.jpg")),
-        "other-image",
-        "x.jpg",
-    ),
-    "caption of none": (
-        "entityseg",
-        captions(lambda v: v[0].update(image_id=12)),
-        "unknown-image",
-        "no such image",
-    ),
-    "unknown object": (
-        "refcoco",
-        refs(lambda v: first_of_val(v).update(ann_id=3)),
-        "phrase-without-mask",
-        "object 3",
-    ),
-    "ref twice": (
-        "refcoco",
-        refs(lambda v: [*v, first_of_val(v)]),
-        "duplicate-ref",
-        "twice",
-    ),
-    "no sentence": ("refcoco", refs(lambda v: first_of_val(v).update(sentences=[])), "empty", "0"),
-    "empty mask": ("refcoco", instances(lambda c: outline(c, EMPTY)), "zero-area", "no pixel"),
-    "other mask": ("refcoco", instances(lambda c: outline(c, OTHER)), "bad-mask", "96x90.*96x96"),
-    "broken mask": ("refcoco", instances(lambda c: outline(c, BARE)), "bad-mask", "segment"),
-}  # fmt: skip
+    "caption of another": ("captions", caption(file_name="x.jpg"), "other-image", "x.jpg"),
+    "caption of none": ("entityseg", caption(image_id=12), "unknown-image", "no such image"),
+    "unknown object": ("refcoco", ref(ann_id=3), "phrase-without-mask", "object 3"),
+    "ref twice": ("refcoco", refs(lambda v: [*v, first_of_val(v)]), "duplicate-ref", "twice"),
+    "no sentence": ("refcoco", ref(sentences=[]), "empty", "0"),
+    "empty mask": ("refcoco", outline({"size": [96, 96], "counts": [96 * 96]}),
+                   "zero-area", "no pixel"),
+    "other mask": ("refcoco", outline({"size": [90, 96], "counts": [90 * 96]}),
+                   "bad-mask", "96x90.*96x96"),
+    "broken mask": ("refcoco", outline({"size": [96, 96]}), "bad-mask", "segment"),
+}
 WARNINGS = {"area", "unannotated", "unaligned", "duplicate-narrative", "no-noun of png",
-            "duplicate-caption"}  # fmt: skip
+            "duplicate-caption"}
+# fmt: on
 
 
 @pytest.mark.parametrize("name", DAMAGE)

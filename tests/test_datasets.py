@@ -1,30 +1,42 @@
-"""Readers of the benchmarks' files, on prepared shapes and on two real COCO images."""
+"""Readers of the benchmarks' files, on prepared shapes, on RefCOCO's layout and on two COCO images.
+
+What is wrong with files is in test_malformed.py, and all at once in test_check.py.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
-import os
 import pickle
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import shapes
-from dataset_scripts import prepare_small_shapes
+from dataset_scripts import registered, script
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from prepare_png import alignment_report
 
+import gella.data
+from gella import add_gella_config
 from gella.data import register as datasets
 from gella.data.coco_categories import coco_panoptic_categories
-from gella.data.panoptic import read_categories
-from gella.data.records import json_lines
-from gella.data.refcoco import read_refs
-from gella.entities.entity_map import rgb_to_id
+from gella.data.mapper import GroundingMapper
+from gella.data.panoptic import load_instances, read_categories
+from gella.data.records import RecordStore, json_lines
+from gella.data.refcoco import held_out_images, read_refs, without_held_out
+from gella.data.register import REFCOCO_SPLITS, refcoco_name, register_all
+from gella.engine.trainer import load_records
+from gella.entities.entity_map import id_to_rgb, rgb_to_id
 from gella.entities.sources import load_from_record
+from gella.text.prompts import load_tokenizer
+from gella.text.spans import align_utterances
 
 REFCOCO = ("refcoco", "refcocoplus")
 COCO_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "coco_sample"
@@ -33,18 +45,12 @@ needs_sample = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A small prepared dataset, as `prepare_shapes.py` writes it."""
-    return prepare_small_shapes(tmp_path_factory.mktemp("data") / "shapes")
-
-
-def places(root: Path, split: str) -> dict[str, Path]:
-    notes = root / "annotations"
+def places(small_shapes: Path, split: str) -> dict[str, Path]:
+    notes = small_shapes / "annotations"
     return {
         "panoptic_json": notes / f"panoptic_{split}.json",
         "panoptic_root": notes / f"panoptic_{split}",
-        "image_root": root / split,
+        "image_root": small_shapes / split,
     }
 
 
@@ -58,8 +64,8 @@ def sample_places() -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("split", shapes.SPLITS)
-def test_shapes_come_back_pixel_by_pixel(root, split):
-    records = datasets.load_coco_panoptic(**places(root, split))
+def test_shapes_come_back_pixel_by_pixel(small_shapes, split):
+    records = datasets.load_coco_panoptic(**places(small_shapes, split))
     assert len(records) == {"train": 6, "val": 4}[split]
     for index, record in enumerate(records):
         drawn = shapes.make_sample(2, split, index)
@@ -78,9 +84,9 @@ def test_shapes_come_back_pixel_by_pixel(root, split):
         assert [s["isthing"] for s in segments] == [bool(n["isthing"]) for n in names]
 
 
-def test_narratives_come_back(root):
+def test_narratives_come_back(small_shapes):
     records = datasets.load_png(
-        root / "annotations" / "png_shapes_train.json", **places(root, "train")
+        small_shapes / "annotations" / "png_shapes_train.json", **places(small_shapes, "train")
     )
     written = [r for i in range(6) for r in shapes.make_sample(2, "train", i).narratives]
     assert [r["caption"] for r in records] == [w["caption"] for w in written]
@@ -97,9 +103,9 @@ def test_narratives_come_back(root):
             cursor = phrase["end"]
 
 
-def test_captions_come_back(root):
+def test_captions_come_back(small_shapes):
     records = datasets.load_captions(
-        root / "annotations" / "captions_train.jsonl", **places(root, "train")
+        small_shapes / "annotations" / "captions_train.jsonl", **places(small_shapes, "train")
     )
     assert len(records) == 12 and records[0]["tasks"] == ("describe", "extract")
     for record in records:
@@ -109,10 +115,14 @@ def test_captions_come_back(root):
             assert phrase["segment_ids"] is None
 
 
-def test_refcoco_with_panoptic_entities(root):
-    where = places(root, "val")
+def refs_of(root: Path, split: str, images: str, **options: object) -> RecordStore:
+    return datasets.load_refcoco(root / "refcoco", "unc", split, root / images, **options)
+
+
+def test_refcoco_with_panoptic_entities(small_shapes):
+    where = places(small_shapes, "val")
     read = {"panoptic_json": where["panoptic_json"], "panoptic_root": where["panoptic_root"]}
-    one = datasets.load_refcoco(root / "refcoco", "unc", "val", where["image_root"], **read)
+    one = datasets.load_refcoco(small_shapes / "refcoco", "unc", "val", where["image_root"], **read)
     drawn = [ref for i in range(4) for ref in shapes.make_sample(2, "val", i).refs]
     assert [r["expressions"][0]["text"] for r in one] == [
         sentence["sent"] for ref in drawn for sentence in ref["sentences"]
@@ -125,24 +135,24 @@ def test_refcoco_with_panoptic_entities(root):
             Path(record["file_name"]).is_file() and Path(record["entities"]["file_name"]).is_file()
         )
     grouped = datasets.load_refcoco(
-        root / "refcoco", "unc", "val", where["image_root"], per="image", **read
+        small_shapes / "refcoco", "unc", "val", where["image_root"], per="image", **read
     )
     assert sum(len(r["expressions"]) for r in grouped) == len(one)
     assert len({r["image_id"] for r in grouped}) == len(grouped)
 
 
-def test_refcoco_with_its_own_objects(root):
-    records = datasets.load_refcoco(root / "refcoco", "unc", "train", root / "train")
+def test_refcoco_with_its_own_objects(small_shapes):
+    records = refs_of(small_shapes, "train", "train")
     objects = records[0]["entities"]["segments_info"]
     assert records[0]["entities"]["format"] == "coco_instances"
     assert all("segmentation" in o for o in objects)
     assert records[0]["expressions"][0]["segment_ids"][0] in [o["id"] for o in objects]
     with pytest.raises(ValueError, match="testB"):
-        datasets.load_refcoco(root / "refcoco", "unc", "testB", root / "train")
+        refs_of(small_shapes, "testB", "train")
 
 
-def test_refcoco_refuses_objects_that_are_no_segments(root, tmp_path):
-    where = places(root, "val")
+def test_refcoco_refuses_objects_that_are_no_segments(small_shapes, tmp_path):
+    where = places(small_shapes, "val")
     content = json.loads(where["panoptic_json"].read_text())
     for annotation in content["annotations"]:
         for segment in annotation["segments_info"]:
@@ -150,25 +160,7 @@ def test_refcoco_refuses_objects_that_are_no_segments(root, tmp_path):
     other = tmp_path / "panoptic.json"
     other.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="leave panoptic_json out"):
-        datasets.load_refcoco(root / "refcoco", "unc", "val", root / "val", panoptic_json=other)
-
-
-def test_pickles_run_nothing(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'owned'}",)
-
-    bad = tmp_path / "refs(unc).p"
-    bad.write_bytes(pickle.dumps([Payload()]))
-    with pytest.raises(ValueError, match=r"refs\(unc\).p: refused.*system"):
-        read_refs(bad)
-    assert not (tmp_path / "owned").exists()
-    bad.write_bytes(pickle.dumps([{"ref_id": 1}])[:-6])
-    with pytest.raises(ValueError, match="refused"):
-        read_refs(bad)
-    python2 = b"(lp0\n(dp1\nS'sent'\np2\nS'a dog'\np3\nsS'ref_id'\np4\nI7\nsa."
-    bad.write_bytes(python2)
-    assert read_refs(bad) == [{"sent": "a dog", "ref_id": 7}]
+        refs_of(small_shapes, "val", "val", panoptic_json=other)
 
 
 @needs_sample
@@ -221,8 +213,8 @@ def test_coco_categories_are_those_of_the_file():
     assert [{k: c[k] for k in keys} for c in listed] == ours
 
 
-def edited_narratives(root: Path, tmp_path: Path, change) -> Path:
-    records = json.loads((root / "annotations" / "png_shapes_val.json").read_text())
+def edited_narratives(small_shapes: Path, tmp_path: Path, change) -> Path:
+    records = json.loads((small_shapes / "annotations" / "png_shapes_val.json").read_text())
     change(records)
     path = tmp_path / "png_changed.json"
     path.write_text(json.dumps(records))
@@ -233,32 +225,13 @@ def grounded(record: dict) -> dict:
     return next(s for s in record["segments"] if s["segment_ids"])
 
 
-def test_unknown_segment_id_is_named(root, tmp_path):
-    def change(records):
-        grounded(records[1])["segment_ids"] = ["999"]
-
-    path = edited_narratives(root, tmp_path, change)
-    image_id = shapes.image_id_of("val", 1)
-    with pytest.raises(ValueError, match=rf"narrative 1, image {image_id}, .* id 999 "):
-        datasets.load_png(path, **places(root, "val"))
-
-
-def test_unknown_image_is_named(root, tmp_path):
-    def change(records):
-        records[0]["image_id"] = "12"
-
-    path = edited_narratives(root, tmp_path, change)
-    with pytest.raises(ValueError, match="image 12 is not in"):
-        datasets.load_png(path, **places(root, "val"))
-
-
-def test_unaligned_phrases_stay_and_are_counted(root, tmp_path, caplog):
+def test_unaligned_phrases_stay_and_are_counted(small_shapes, tmp_path, caplog):
     def change(records):
         grounded(records[0])["utterance"] = "zebra"
 
-    path = edited_narratives(root, tmp_path, change)
+    path = edited_narratives(small_shapes, tmp_path, change)
     with caplog.at_level(logging.WARNING, logger="gella"):
-        changed = datasets.load_png(path, **places(root, "val"))[0]["phrases"]
+        changed = datasets.load_png(path, **places(small_shapes, "val"))[0]["phrases"]
     lost = [p for p in changed if p["start"] < 0]
     assert (
         [p["text"] for p in lost] == ["zebra"] and lost[0]["end"] == -1 and lost[0]["segment_ids"]
@@ -266,41 +239,15 @@ def test_unaligned_phrases_stay_and_are_counted(root, tmp_path, caplog):
     assert "1 phrases" in caplog.text
 
 
-def test_narratives_without_nouns_are_left_out_and_counted(root, tmp_path, caplog):
+def test_narratives_without_nouns_are_left_out_and_counted(small_shapes, tmp_path, caplog):
     def change(records):
         for segment in records[0]["segments"]:
             segment.update(segment_ids=[], noun=False)
 
-    path = edited_narratives(root, tmp_path, change)
+    path = edited_narratives(small_shapes, tmp_path, change)
     with caplog.at_level(logging.WARNING, logger="gella"):
-        records = datasets.load_png(path, **places(root, "val"))
+        records = datasets.load_png(path, **places(small_shapes, "val"))
     assert len(records) == 3 and "1 narratives" in caplog.text
-
-
-def test_bad_panoptic_files(root, tmp_path):
-    where = places(root, "val")
-    content = json.loads(where["panoptic_json"].read_text())
-    where["panoptic_json"] = tmp_path / "panoptic.json"
-
-    def refused(message, **change):
-        where["panoptic_json"].write_text(json.dumps({**content, **change}))
-        with pytest.raises(ValueError, match=message):
-            datasets.load_coco_panoptic(**where)
-
-    first = content["annotations"][0]
-    segment = first["segments_info"][0]
-    refused(
-        "category 77", annotations=[{**first, "segments_info": [{**segment, "category_id": 77}]}]
-    )
-    refused("twice", annotations=[{**first, "segments_info": [segment, segment]}])
-    refused("not in 'images'", annotations=[{**first, "image_id": 1}])
-    refused("no annotation", annotations=[])
-    where["panoptic_json"].write_text('{"images": [')
-    with pytest.raises(ValueError, match="not a JSON file"):
-        datasets.load_coco_panoptic(**where)
-    where["panoptic_json"].unlink()
-    with pytest.raises(FileNotFoundError, match="panoptic.json.*prepare_shapes.py"):
-        datasets.load_coco_panoptic(**where)
 
 
 def test_names_and_metadata():
@@ -336,23 +283,23 @@ def test_names_and_metadata():
     assert coco.stuff_classes[stuff[200]] == "rug-merged"
 
 
-def entityseg_files(root: Path, folder: Path, split: str = "train") -> dict[str, Path]:
+def entityseg_files(small_shapes: Path, folder: Path, split: str = "train") -> dict[str, Path]:
     """The shapes as EntitySeg is laid out: an instance JSON, images in several folders."""
-    for index, image in enumerate(sorted((root / split).iterdir())):
+    for index, image in enumerate(sorted((small_shapes / split).iterdir())):
         place = folder / "images" / f"entity_0{index % 2 + 1}" / image.name
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(image.read_bytes())
     return {
-        "instances_json": root / "refcoco" / "instances.json",
-        "captions_jsonl": root / "annotations" / f"captions_{split}.jsonl",
+        "instances_json": small_shapes / "refcoco" / "instances.json",
+        "captions_jsonl": small_shapes / "annotations" / f"captions_{split}.jsonl",
         "image_root": folder / "images",
     }
 
 
-def test_entityseg(root, tmp_path):
-    where = entityseg_files(root, tmp_path)
+def test_entityseg(small_shapes, tmp_path):
+    where = entityseg_files(small_shapes, tmp_path)
     records = datasets.load_entityseg(**where)
-    like = datasets.load_captions(where["captions_jsonl"], **places(root, "train"))
+    like = datasets.load_captions(where["captions_jsonl"], **places(small_shapes, "train"))
     assert [r["caption"] for r in records] == [r["caption"] for r in like]
     assert [r["phrases"] for r in records] == [r["phrases"] for r in like]
     for record in records:
@@ -373,25 +320,14 @@ def test_entityseg(root, tmp_path):
         datasets.load_entityseg(**where)
 
 
-def test_captions_of_another_dataset_are_refused(root, tmp_path):
-    where = entityseg_files(root, tmp_path)
-    lines = [json.loads(line) for line in where["captions_jsonl"].read_text().splitlines()]
-    lines[3]["file_name"] = "another.jpg"
-    where["captions_jsonl"] = tmp_path / "captions.jsonl"
-    where["captions_jsonl"].write_text("\n".join(map(json.dumps, lines)))
-    message = rf"captions.jsonl: caption 4, image {lines[3]['image_id']}: it is of another.jpg"
-    with pytest.raises(ValueError, match=message):
-        datasets.load_entityseg(**where)
-
-
 def test_json_lines_may_hold_line_separators(tmp_path):
     path = tmp_path / "captions.jsonl"
     path.write_text(json.dumps({"description": "a\u2028b\x85c"}, ensure_ascii=False) + "\n\n")
     assert list(json_lines(path)) == [(1, {"description": "a\u2028b\x85c"})]
 
 
-def test_own_dataset_reads_its_categories_when_loaded(root):
-    where = places(root, "val")
+def test_own_dataset_reads_its_categories_when_loaded(small_shapes):
+    where = places(small_shapes, "val")
     name = "gella_test_own"
     datasets.register_panoptic(
         name, where["image_root"], where["panoptic_root"], where["panoptic_json"]
@@ -406,20 +342,361 @@ def test_own_dataset_reads_its_categories_when_loaded(root):
         MetadataCatalog.remove(name)
 
 
-def test_the_environment_names_the_root(root):
-    """In a fresh process: the variable is honoured, and importing reads no dataset file."""
-    code = (
-        "import gella\n"
-        "from detectron2.data import DatasetCatalog as d\n"
-        "print(len(d.get('gella_shapes_png_val')), len(d.get('gella_shapes_nouns_val')))\n"
-        "print(d.get('gella_shapes_refcoco_train')[0]['file_name'])\n"
-        "d.get('gella_coco_png_val2017')\n"
+@contextmanager
+def nothing_registered() -> Iterator[None]:
+    """The catalogs without the project's datasets, which come back at the end."""
+    before = {name: DatasetCatalog.pop(name) for name in DatasetCatalog.list() if "gella" in name}
+    metadata = {name: MetadataCatalog.pop(name) for name in before}
+    try:
+        yield
+    finally:
+        for name in [n for n in DatasetCatalog.list() if "gella" in n]:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        DatasetCatalog.update(before)
+        MetadataCatalog.update(metadata)
+
+
+def test_the_environment_names_the_root(small_shapes, monkeypatch):
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    assert datasets.root_from_environment() == "datasets"
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(small_shapes.parent))
+    with nothing_registered():
+        importlib.reload(gella.data)
+        assert len(DatasetCatalog.get("gella_shapes_png_val")) == 4
+        assert len(DatasetCatalog.get("gella_shapes_nouns_val")) == 4
+        assert Path(DatasetCatalog.get("gella_shapes_refcoco_train")[0]["file_name"]).is_file()
+        with pytest.raises(FileNotFoundError, match="datasets/README.md"):
+            DatasetCatalog.get("gella_coco_png_val2017")
+
+
+SIZE = (20, 30)
+
+
+def box_polygon(x: int, y: int, width: int, height: int) -> list[float]:
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
+@pytest.fixture
+def refcoco(tmp_path):
+    """Two train2014 images as RefCOCO has them: polygons, RLE, a crowd, suffixed ref names."""
+    names = {9: "COCO_train2014_000000000009.jpg", 25: "COCO_train2014_000000000025.jpg"}
+    (tmp_path / "coco" / "train2014").mkdir(parents=True)
+    for name in names.values():
+        Image.new("RGB", SIZE[::-1]).save(tmp_path / "coco" / "train2014" / name)
+    images = [
+        {"id": i, "file_name": name, "height": SIZE[0], "width": SIZE[1]}
+        for i, name in names.items()
+    ]
+    whole = np.zeros(SIZE, dtype=np.uint8)
+    whole[12:20, 20:30] = 1
+    runs = [int(n) for n in np.diff(np.flatnonzero(np.diff(whole.ravel(order="F"))) + 1)]
+    rle = {"size": list(SIZE), "counts": [412, *runs]}
+    rle["counts"].append(SIZE[0] * SIZE[1] - sum(rle["counts"]))
+    annotations = [
+        # Two parts that overlap are a union; the second object lies on the first.
+        {"id": 101, "image_id": 9, "iscrowd": 0, "category_id": 1, "bbox": [0, 0, 12, 10],
+         "segmentation": [box_polygon(0, 0, 8, 10), box_polygon(4, 0, 8, 10)]},
+        {"id": 102, "image_id": 9, "iscrowd": 0, "category_id": 1, "bbox": [2, 2, 4, 4],
+         "segmentation": [box_polygon(2, 2, 4, 4)]},
+        {"id": 103, "image_id": 9, "iscrowd": 1, "category_id": 1, "bbox": [20, 12, 10, 8],
+         "segmentation": rle},
+        {"id": 201, "image_id": 25, "iscrowd": 0, "category_id": 2, "bbox": [20, 12, 10, 8],
+         "segmentation": rle},
+    ]  # fmt: skip
+    for folder, split_by, _ in REFCOCO_SPLITS:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        content = {"images": images, "annotations": annotations, "categories": []}
+        (tmp_path / folder / "instances.json").write_text(json.dumps(content))
+        held_out = "testA" if split_by == "unc" else "val"
+        refs = [ref(1, 101, 9, held_out, names), ref(2, 102, 9, held_out, names)]
+        refs.append(ref(3, 201, 25, "train", names))
+        write_refs(tmp_path / folder / f"refs({split_by}).p", refs)
+    return tmp_path
+
+
+def ref(ref_id, ann_id, image_id, split, names):
+    sentences = [
+        {"sent_id": 10 * ref_id + k, "sent": text, "raw": text, "tokens": text.split()}
+        for k, text in enumerate([f"the thing {ann_id}", f"object {ann_id}"])
+    ]
+    stem = names[image_id].rsplit(".", 1)[0]
+    return {
+        "ref_id": ref_id, "ann_id": ann_id, "image_id": image_id, "category_id": 1,
+        "split": split, "file_name": f"{stem}_{ann_id}.jpg", "sentences": sentences,
+        "sent_ids": [s["sent_id"] for s in sentences],
+    }  # fmt: skip
+
+
+def write_refs(path: Path, refs: object) -> None:
+    path.write_bytes(pickle.dumps(refs, protocol=2))
+
+
+def write_panoptic(refcoco: Path) -> dict[str, Path]:
+    """Panoptic segments of image 9 with other ids than the objects': 5 covers 101, 6 the rest."""
+    ids = np.full(SIZE, 6, dtype=np.int32)
+    ids[0:10, 0:12] = 5
+    notes = refcoco / "coco" / "annotations"
+    (notes / "panoptic_train2017").mkdir(parents=True)
+    Image.fromarray(id_to_rgb(ids)).save(notes / "panoptic_train2017" / "000000000009.png")
+    segments = [
+        {"id": 5, "category_id": 1, "iscrowd": 0, "area": 120, "bbox": [0, 0, 12, 10]},
+        {"id": 6, "category_id": 2, "iscrowd": 0, "area": 480, "bbox": [0, 0, 30, 20]},
+    ]
+    image = {"id": 9, "file_name": "000000000009.jpg", "height": SIZE[0], "width": SIZE[1]}
+    content = {
+        "images": [image],
+        "annotations": [
+            {"image_id": 9, "file_name": "000000000009.png", "segments_info": segments}
+        ],
+        "categories": [
+            {"id": 1, "name": "cat", "isthing": 1},
+            {"id": 2, "name": "wall", "isthing": 0},
+        ],
+    }
+    (notes / "panoptic_train2017.json").write_text(json.dumps(content))
+    return {
+        "panoptic_json": notes / "panoptic_train2017.json",
+        "panoptic_root": notes / "panoptic_train2017",
+    }
+
+
+def of_test_a(root: Path, **options: object) -> RecordStore:
+    images = root / "coco" / "train2014"
+    return datasets.load_refcoco(root / "refcoco", "unc", "testA", images, **options)
+
+
+def test_objects_are_flattened_and_crowds_left_out(refcoco):
+    records = of_test_a(refcoco)
+    assert [r["expressions"][0]["text"] for r in records] == [
+        "the thing 101", "object 101", "the thing 102", "object 102"
+    ]  # fmt: skip
+    assert {Path(r["file_name"]).name for r in records} == {"COCO_train2014_000000000009.jpg"}
+    entities = load_from_record(records[0])
+    expected = np.zeros(SIZE, dtype=int)
+    expected[0:10, 0:12] = 101
+    expected[2:6, 2:6] = 102  # the smaller on top
+    found = np.array([0, *entities.segment_ids])[entities.ids]
+    assert np.array_equal(found, expected)
+
+
+def test_panoptic_segments_stand_for_objects_by_overlap(refcoco, tokenizer_dir):
+    panoptic = write_panoptic(refcoco)
+    with pytest.raises(ValueError, match="image 9: object 10[12] is none of its 2 segments"):
+        of_test_a(refcoco, **panoptic)
+    records = of_test_a(refcoco, match="overlap", **panoptic)
+    own = of_test_a(refcoco)
+    assert [r["expressions"] for r in records] == [r["expressions"] for r in own]
+    assert records[0]["file_name"] == own[0]["file_name"]
+    mapper = GroundingMapper(
+        is_train=False,
+        tokenizer=load_tokenizer(str(tokenizer_dir)),
+        image_size=32,
+        colormap_size=32,
+        num_image_tokens=4,
+        task="refer",
     )
-    environment = {**os.environ, "DETECTRON2_DATASETS": str(root.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    mapped = [mapper(record) for record in records]
+    assert mapped[0]["entities_full"].segment_ids == [5, 6]
+    assert mapped[0]["phrases"][0]["entity_indices"] == [0]  # object 101 is segment 5
+    assert mapped[2]["phrases"][0]["entity_indices"] == []  # nothing is like object 102
+    truth = mapped[0]["annotation"]["segments_info"]
+    assert [s["id"] for s in truth] == [101, 102, 103]  # the objects stay the truth
+
+
+def test_images_may_have_the_names_of_2017(refcoco):
+    (record,) = datasets.load_refcoco(
+        refcoco / "refcocog", "umd", "train", "pictures", per="image", names_of_2017=True
     )
-    lines = done.stdout.split()
-    assert lines[:2] == ["4", "4"] and Path(lines[2]).is_file()
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("FileNotFoundError") and "datasets/README.md" in last
+    assert record["file_name"] == "pictures/000000000025.jpg"
+    assert [e["sent_id"] for e in record["expressions"]] == [30, 31]
+
+
+def test_objects_of_different_images_may_have_one_id(refcoco):
+    path = refcoco / "refcocog" / "instances.json"
+    content = json.loads(path.read_text())
+    content["annotations"][3]["id"] = 101
+    path.write_text(json.dumps(content))
+    images = {r["image_id"]: r for r in load_instances(path, "x", ("describe",))}
+    assert [s["id"] for s in images[25]["entities"]["segments_info"]] == [101]
+    assert images[9]["entities"]["segments_info"][0]["bbox"] == [0, 0, 12, 10]
+
+
+def test_every_published_split_is_registered(refcoco):
+    expected = {
+        refcoco_name(folder, by, split, kind)
+        for folder, by, splits in REFCOCO_SPLITS
+        for split in splits
+        for kind in ("instances", "panoptic")
+    }
+    assert len(expected) == 32 and "gella_refcocoplus_unc_testB_panoptic" in expected
+    assert expected <= set(DatasetCatalog.list())
+    with nothing_registered():
+        register_all(refcoco)
+        records = DatasetCatalog.get("gella_refcocoplus_unc_testA")
+        assert Path(records[0]["file_name"]).is_file() and len(records) == 4
+        meta = MetadataCatalog.get("gella_refcocoplus_unc_testA")
+        assert (meta.form, meta.split) == ("refcoco", "testA")
+        write_panoptic(refcoco)
+        records = DatasetCatalog.get("gella_refcoco_google_val_panoptic")
+        assert records[0]["entities"]["segments_info"][0]["id"] == 5
+        assert Path(records[0]["entities"]["file_name"]).is_file()
+        (record,) = DatasetCatalog.get("gella_refcocog_umd_train")  # one per image in training
+        assert len(record["expressions"]) == 2
+
+
+def test_held_out_images_are_those_of_every_other_split_on_disk(refcoco, caplog):
+    assert held_out_images(refcoco) == {"9"}
+    path = refcoco / "refcocog" / "refs(google).p"
+    refs = pickle.loads(path.read_bytes())
+    refs[2]["split"] = "test"
+    write_refs(path, refs)
+    assert held_out_images(refcoco) == {"9", "25"}
+    path.unlink()
+    (refcoco / "refcocog" / "refs(umd).p").unlink()
+    with caplog.at_level(logging.WARNING, logger="gella"):
+        assert held_out_images(refcoco) == {"9"}
+    assert "refcocog" in caplog.text and "NOT left out" in caplog.text
+    with pytest.raises(FileNotFoundError, match="EXCLUDE_REFCOCO_VAL_TEST.*datasets/README.md"):
+        held_out_images(refcoco / "coco")
+
+
+def test_only_coco_train2017_loses_images_and_the_log_says_how_many(refcoco, caplog):
+    records = [{"image_id": i, "tasks": ("ground",), "caption": str(i)} for i in (9, 9, 25, 30)]
+    name = "gella_test_excluded"
+    try:
+        assert list(without_held_out(records, name, refcoco)) == records
+        MetadataCatalog.get(name).set(coco_train2017=True)
+        with caplog.at_level(logging.INFO, logger="gella"):
+            left = without_held_out(RecordStore.pack(records), name, refcoco)
+    finally:
+        MetadataCatalog.remove(name)
+    assert [r["image_id"] for r in left] == [25, 30]
+    assert "left out 1 of 3 images (2 of 4 records)" in caplog.text
+    marked = [n for n in DatasetCatalog.list() if MetadataCatalog.get(n).get("coco_train2017")]
+    assert sorted(marked) == ["gella_coco_panoptic_train2017", "gella_coco_png_train2017"]
+
+
+def test_the_key_is_off_by_default_and_spares_evaluation(refcoco, small_shapes, monkeypatch):
+    notes = small_shapes / "annotations"
+    where = (small_shapes / "train", notes / "panoptic_train", notes / "panoptic_train.json")
+    path = refcoco / "refcoco+" / "refs(unc).p"
+    refs = pickle.loads(path.read_bytes())
+    refs[0]["image_id"] = 2  # of the shapes
+    write_refs(path, refs)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(refcoco))
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    with registered(datasets.register_panoptic, *where) as name:
+        MetadataCatalog.get(name).set(coco_train2017=True)
+        assert len(load_records([name], "DATASETS.TRAIN", cfg)) == 6
+        cfg.DATASETS.EXCLUDE_REFCOCO_VAL_TEST = True
+        left = load_records([name], "DATASETS.TRAIN", cfg)
+        assert [r["image_id"] for r in left] == [1, 3, 4, 5, 6]
+        assert len(load_records([name], "DATASETS.TEST", cfg)) == 6
+
+
+def test_refs_of_python_2_are_text(tmp_path):
+    path = tmp_path / "refs(unc).p"
+    path.write_bytes(b"(lp0\n(dp1\nS'sent'\np2\nS'a dog'\np3\nsS'ref_id'\np4\nI7\nsa.")
+    assert read_refs(path) == [{"sent": "a dog", "ref_id": 7}]
+
+
+@pytest.fixture
+def damaged(small_shapes, tmp_path):
+    """Narratives of which one noun and one piece of plain text are not in their captions."""
+    narratives = json.loads((small_shapes / "annotations" / "png_shapes_val.json").read_text())
+    noun = next(s for s in narratives[1]["segments"] if s["segment_ids"])
+    plain = next(s for s in narratives[2]["segments"] if not s["noun"] and s["utterance"].strip())
+    noun["utterance"], plain["utterance"] = "zebra", "qqq xyz"
+    narratives[0]["segments"].append(
+        {"utterance": " ", "segment_ids": [], "plural": False, "noun": False}
+    )
+    path = tmp_path / "png.json"
+    path.write_text(json.dumps(narratives))
+    return path, narratives
+
+
+def test_what_does_not_align_is_counted_and_listed(damaged):
+    path, narratives = damaged
+    report = alignment_report(path)
+    said = [s for n in narratives for s in n["segments"] if s["utterance"].strip()]
+    assert report["narratives"] == 4 and report["utterances"] == len(said)
+    assert report["aligned"] == len(said) - 2
+    assert report["nouns"] == sum(bool(s["noun"] or s["segment_ids"]) for s in said)
+    assert report["aligned_nouns"] == report["nouns"] - 1
+    assert [
+        (u["narrative"], u["image_id"], u["utterance"], u["is_noun"]) for u in report["unaligned"]
+    ] == [
+        (1, narratives[1]["image_id"], "zebra", True),
+        (2, narratives[2]["image_id"], "qqq xyz", False),
+    ]
+    assert report["unaligned"][0]["caption"] == narratives[1]["caption"]
+
+
+def test_the_command_line_of_the_report(small_shapes, damaged, tmp_path, capsys):
+    main = script("prepare_png").main
+    path, narratives = damaged
+    out = tmp_path / "spans.json"
+    assert main(["--check", str(path), "--json", str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert "'zebra'" in printed and f"image {narratives[1]['image_id']}" in printed
+    assert json.loads(out.read_text())["unaligned"][1]["utterance"] == "qqq xyz"
+    assert main(["--check", str(path), "--allow", "1"]) == 1
+    assert main(["--check", str(path), "--allow", "2"]) == 0
+    notes = small_shapes / "annotations"
+    where = (small_shapes / "val", notes / "panoptic_val", notes / "panoptic_val.json")
+    with registered(datasets.register_png, *where, notes / "png_shapes_val.json") as name:
+        capsys.readouterr()
+        assert main(["--check", name]) == 0
+        assert f"next: python datasets/check.py {name}" in capsys.readouterr().out
+    with registered(datasets.register_panoptic, *where) as name:
+        refused(main, name, "holds no narratives", capsys)
+    refused(main, "gella_nothing", "gella_coco_png_val2017", capsys)
+    refused(main, str(tmp_path / "absent.json"), "does not exist", capsys)
+    path.write_text("[{]")
+    refused(main, str(path), "not a JSON file", capsys)
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2
+
+
+def refused(main, name, message, capsys):
+    capsys.readouterr()
+    assert main(["--check", name]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+@needs_sample
+def test_real_narratives_align():
+    report = alignment_report(COCO_SAMPLE / "annotations" / "png_coco_val2017.json")
+    assert report["narratives"] == 4 and report["unaligned"] == [] and report["utterances"] == 44
+
+
+CAPTION = "There isn't a dog, (a cat) and the man's red-brown hat ."
+
+
+@pytest.mark.parametrize(
+    "utterances",
+    [
+        ["there is", "n't", "a dog", ",", "( a cat )", "and", "the man", "'s", "red - brown hat."],
+        # the caption has signs that no utterance has
+        ["there is", "n't", "a dog", "a cat", "and", "the man", "'s", "red brown hat"],
+        # an utterance has signs that the caption has not
+        ["there is", "n't", "a dog ;", "a cat", "and", '" the man', "'s", "red brown hat", "!"],
+    ],
+)  # fmt: skip
+def test_only_case_spaces_and_signs_differ(utterances):
+    """The k-th letter is the k-th letter, whatever stands between."""
+    found = align_utterances(CAPTION, utterances)
+    letters = [i for i, c in enumerate(CAPTION) if c.isalnum()]
+    cursor = 0
+    for words, span in zip(utterances, found):
+        count = sum(c.isalnum() for c in words)
+        if not count:
+            continue
+        own = letters[cursor : cursor + count]
+        cursor += count
+        assert span is not None and [i for i in letters if span[0] <= i < span[1]] == own
+    assert cursor == len(letters)
