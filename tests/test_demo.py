@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
-import torch
 from caption_server import KEY, answer, chat_server, status
 from detectron2.data import DatasetCatalog
+from html_reader import Reader
 from PIL import Image
 from pycocotools import mask as mask_utils
 from tiny_gella import make_model
@@ -44,30 +43,9 @@ CAPTION = "A red circle lies on the sand."
 SCRIPT = "</p><script>alert(1)</script><img src=x onerror=alert(1)> & \"quotes' </svg>"
 
 
-class Page(HTMLParser):
-    """Tags with their attributes, and the text outside scripts and styles."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text, self._open = "", ""
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._open = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self._open = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._open not in ("script", "style"):
-            self.text += data
-
-    def all(self, tag: str, name: str) -> list[str]:
-        """The values of an attribute of all tags of a kind that have it."""
-        return [a[name] or "" for t, a in self.tags if t == tag and name in a]
+def page(folder: Path) -> Reader:
+    """The page of the run whose input is ``folder``."""
+    return Reader((folder.parent / "out" / "index.html").read_text(encoding="utf-8"))
 
 
 class Fake:
@@ -194,26 +172,6 @@ def test_writes_pictures_and_json(run: Any, three: Path, opts: Any) -> None:
     assert (picture[:20] == (160, 30, 30)).all(axis=2).mean() > 0.8  # "untrained weights"
 
 
-def tiny_state() -> dict[str, torch.Tensor]:
-    from detectron2.modeling import build_model
-
-    import gella  # noqa: F401  registers the model
-    from gella.config import load_config
-
-    return build_model(load_config(TINY)).state_dict()
-
-
-def test_trained_weights_are_named_and_not_labelled(run: Any, three: Path, opts: Any) -> None:
-    weights = three.parent / "model.pth"
-    torch.save({"model": tiny_state()}, weights)
-    given = ("--caption", CAPTION, "--nouns", "the sand", "--weights", weights)
-    code, out, err = run(*given, input="in/a.png", opts=opts)
-    assert code == 0 and "untrained" not in out, err
-    assert json_of(three)["weights"] == str(weights)
-    picture = np.asarray(Image.open(three.parent / "out" / "a_grounding.png"))
-    assert not (picture[:20] == (160, 30, 30)).all(axis=2).any()
-
-
 def assert_one_line(result: tuple, *words: str) -> None:
     code, out, err = result
     lines = [line for line in err.splitlines() if line and "an answer was cut off" not in line]
@@ -267,21 +225,16 @@ def test_text_mistakes(run: Any, three: Path, opts: Any) -> None:
 
 
 def test_config_and_weight_mistakes(run: Any, three: Path) -> None:
-    folder, state = three.parent, tiny_state()
-    (folder / "wrong.yaml").write_text("MODEL:\n  GELA: 1\n")
-    (folder / "broken.pth").write_bytes(b"broken")
-    key = next(iter(state))
-    torch.save({"model": {k: v for k, v in state.items() if k != key}}, folder / "less.pth")
-    torch.save({"model": {**state, "surplus": torch.zeros(1)}}, folder / "more.pth")
-    for option, name, words in (
-        ("--config-file", "no.yaml", ["no.yaml does not exist"]),
-        ("--config-file", "wrong.yaml", ["wrong.yaml", "MODEL.GELA"]),
-        ("--weights", "no.pth", ["no.pth"]),
-        ("--weights", "broken.pth", ["broken.pth"]),
-        ("--weights", "less.pth", ["less.pth", "1 missing", key]),
-        ("--weights", "more.pth", ["more.pth", "1 unexpected", "surplus"]),
+    (three / "wrong.yaml").write_text("MODEL:\n  GELA: 1\n")
+    (three / "broken.pth").write_bytes(b"broken")
+    for option, name, word in (
+        ("--config-file", "no.yaml", "no.yaml does not exist"),
+        ("--config-file", "wrong.yaml", "MODEL.GELA"),
+        ("--weights", "no.pth", "no.pth"),
+        ("--weights", "broken.pth", "broken.pth"),
     ):
-        assert_one_line(run("--caption", CAPTION, option, folder / name, input="in/a.png"), *words)
+        given = ("--caption", CAPTION, option, three / name)
+        assert_one_line(run(*given, input="in/a.png"), name, word)
     assert_one_line(run("--caption", CAPTION, opts=("MODEL.GELA", "1")), "MODEL.GELA")
 
 
@@ -428,8 +381,8 @@ def test_tasks_of_a_real_model(
     def content(*more: Any) -> dict[str, Any]:
         code, _, err = run(*more, input="in/a.png", opts=opts)
         assert code == 0, err
-        html = Page(out_dir / "index.html")
-        (place,) = html.all("image", "href") + html.all("img", "src")
+        html = page(three)
+        (place,) = html.each("href", tag="image") + html.each("src", tag="img")
         assert (out_dir / place).is_file()
         return json_of(three)
 
@@ -456,7 +409,7 @@ def test_the_model_describes_first(run: Any, three: Path, fake: type[Fake]) -> N
 def test_extracted_nouns_are_shown_at_their_places(run: Any, three: Path, fake: Any) -> None:
     assert run("--task", "extract", "--caption", CAPTION)[0] == 0
     assert json_of(three, "b")["nouns"][1] == {"noun": "the sand", "start": 21, "end": 29}
-    html = Page(three.parent / "out" / "index.html")
+    html = page(three)
     assert [tag for tag, _ in html.tags].count("mark") == 6
 
 
@@ -537,13 +490,15 @@ def test_a_folder_becomes_one_page(run: Any, three: Path, opts: Any) -> None:
     stems = ("a", "a_2", "sub__c")
     ends = ("{}.json", "{}_grounding.png", "{}_colormap.png", "page/{}.html", "page/{}.png")
     assert tree(out_dir) == {"index.html", *(end.format(s) for s in stems for end in ends)}
-    html = Page(out_dir / "index.html")
-    assert len(html.all("figure", "id")) == len(set(html.all("figure", "id"))) == 3
+    html = page(three)
+    assert len(html.each("id", tag="figure")) == len(set(html.each("id", tag="figure"))) == 3
     assert html.text.index(CAPTION.split(" lies")[1]) < html.text.index("One circle")
     assert html.text.count("a.png") == 2 and html.text.count("sub/c.png") == 1
-    places = [unquote(place) for place in html.all("a", "href") + html.all("image", "href")]
+    places = [
+        unquote(place) for place in html.each("href", tag="a") + html.each("href", tag="image")
+    ]
     assert len(places) == 12 and all((out_dir / place).is_file() for place in places)
-    assert html.all("span", "data-noun") == ["0", "1", "0", "0", "1"]
+    assert html.each("data-noun", tag="span") == ["0", "1", "0", "0", "1"]
     content = json_of(three, "sub__c")
     assert content["caption"] == "The sand and a star." and content["height"] == 30
     assert [noun["noun"] for noun in content["nouns"]] == ["The sand", "a star"]
@@ -556,7 +511,7 @@ def test_a_second_run_does_only_what_changed(run: Any, three: Path, fake: type[F
         fake.asked.clear()
         code, _, err = run("--caption", CAPTION, *more, **options)
         assert code == 0, err
-        assert len(Page(out_dir / "index.html").all("figure", "id")) == 3
+        assert len(page(three).each("id", tag="figure")) == 3
         return len(fake.asked)
 
     assert asked() == 3
@@ -613,8 +568,8 @@ def test_bad_pictures_among_good_ones(run: Any, three: Path, fake: type[Fake]) -
     names = ("bad.png", "cut.png", "huge.png", "nan.png", "unmasked.png")
     assert tuple(reasons) == names
     assert all(word in reason for word, reason in zip(words, reasons.values()))
-    html = Page(three.parent / "out" / "index.html")
-    assert len(html.all("figure", "id")) == 3 and "Failed: 5" in html.text
+    html = page(three)
+    assert len(html.each("id", tag="figure")) == 3 and "Failed: 5" in html.text
     assert reasons["bad.png"] in html.text
     assert f"failed: cut.png: {reasons['cut.png']}" in out and "next: mend these" in out
     for name in names:
@@ -624,7 +579,7 @@ def test_bad_pictures_among_good_ones(run: Any, three: Path, fake: type[Fake]) -
     code, out, _ = run("--caption", CAPTION)
     assert code == 0 and len(fake.asked) == 5 and "3 of 8 were done before" in out
     assert not (three.parent / "out" / "failures.json").exists()
-    assert "Failed" not in Page(three.parent / "out" / "index.html").text
+    assert "Failed" not in page(three).text
 
 
 def test_a_refused_caption_fails_alone(run: Any, three: Path, fake: type[Fake]) -> None:
@@ -654,15 +609,15 @@ def test_hostile_names_and_captions(run: Any, tmp_path: Path, fake: type[Fake]) 
     assert all(path.startswith("out/") for path in new)
     assert len([path for path in new if path.endswith(".json")]) == len(names) + 2
     assert {path.count("/") for path in new} == {1, 2}
-    html = Page(tmp_path / "out" / "index.html")
+    html = page(tmp_path / "in")
     tags = [tag for tag, _ in html.tags]
     assert tags.count("script") == tags.count("b") == 1 and "img" not in tags  # <b>: the failure
     assert not [name for _, a in html.tags for name in a if name.startswith("on")]
     for k, name in enumerate(names):
         assert f"{k} {SCRIPT}" in html.text and plain(name) in html.text
-    places = html.all("a", "href") + html.all("image", "href")
+    places = html.each("href", tag="a") + html.each("href", tag="image")
     assert all((tmp_path / "out" / unquote(place)).is_file() for place in places)
-    assert len(set(html.all("image", "href"))) == len(names) + 1
+    assert len(set(html.each("href", tag="image"))) == len(names) + 1
     contents = [json.loads((tmp_path / path).read_text()) for path in new if path[-5:] == ".json"]
     captions = [item["caption"] for item in contents if isinstance(item, dict)]
     assert sorted(captions)[: len(names)] == [f"{k} {SCRIPT}" for k in range(len(names))]
@@ -696,13 +651,13 @@ def test_ctrl_c_ends_after_the_batch_and_the_next_run_goes_on(
     code, out, err = go(signal.SIGINT)
     assert code == 130 and "2 done, 0 failed" in out and "stopping after" in err
     assert "next: the same command goes on" in out
-    html = Page(tmp_path / "out" / "index.html")
-    assert len(html.all("figure", "id")) == 2 and "2 of 6 done" in html.text
+    html = page(tmp_path / "in")
+    assert len(html.each("id", tag="figure")) == 2 and "2 of 6 done" in html.text
     code, out, _ = go(signal.SIGTERM)
     assert code == 143 and "2 of 6 were done before" in out and len(fake.asked) == 4
     code, out, err = go(signal.SIGINT, signal.SIGINT)
     assert code == 130 and "the same command goes on" in err and len(fake.asked) == 4
-    assert "4 of 6 done" in Page(tmp_path / "out" / "index.html").text
+    assert "4 of 6 done" in page(tmp_path / "in").text
     assert go()[0] == 0 and len(fake.asked) == 6
     assert handlers == [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
 
@@ -711,10 +666,10 @@ def test_the_page_is_there_while_the_run_goes_on(
     run: Any, three: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    page = three.parent / "out" / "index.html"
     monkeypatch.setattr(demo, "_REFRESH", 0.0)
     monkeypatch.setattr(demo, "_TIMES", 0)
-    look = lambda: seen.append(page.exists() and Page(page).text.count("lies on"))  # noqa: E731
+    file = three.parent / "out" / "index.html"
+    look = lambda: seen.append(file.exists() and page(three).text.count("lies on"))  # noqa: E731
     monkeypatch.setattr(fake, "during", look)
     assert run("--caption", CAPTION, "--batch-size", "1")[0] == 0
     assert seen == [False, 1, 2]

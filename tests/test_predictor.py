@@ -117,7 +117,6 @@ def test_ids_of_any_integer_type_and_masks_of_two_numbers(
         (np.full((2, *SIZE), np.inf, np.float32), "mask 0 holds (nan|inf)"),
         (np.random.default_rng(0).random((2, *SIZE)), "threshold them first"),
         (-np.ones(SIZE, np.int32), "holds -1; ids are 0"),
-        (-np.ones((1, *SIZE)), "mask 0 holds -1"),
         (np.random.default_rng(0).integers(0, 9, (2, *SIZE)), "beside 8.*threshold"),
         (np.ones((30, 41), int), r"int64 \(30, 41\) but the image is 40x30"),
         (np.ones((*SIZE, 3), np.uint8), r"masks go first: \(E, H, W\)"),
@@ -188,17 +187,14 @@ class StubModel(torch.nn.Module):
         return [f"image {len(self.views)}"] * len(views)
 
     def write_answers(self, batch: list[dict], encoded: list[str], on_text: Any) -> list[dict]:
-        self._note(batch, encoded)
+        self.inputs += batch
         return [{"text": self.text}] * len(batch)
 
     def find_entities(self, batch: list[dict], encoded: list[str]) -> list[dict]:
-        self._note(batch, encoded)
-        return [self._found(inputs) for inputs in batch]
-
-    def _note(self, batch: list[dict], encoded: list[str]) -> None:
         assert not self.training and not torch.is_grad_enabled()
         assert encoded == [f"image {len(self.views)}"]
         self.inputs += batch
+        return [self._found(inputs) for inputs in batch]
 
     def _found(self, inputs: dict) -> dict:
         entities = inputs["entities_full"]
@@ -279,32 +275,6 @@ def test_extracted_nouns_that_the_caption_lacks_are_dropped(cfg: Any, scene: tup
     assert predictor.describe() == text
 
 
-@pytest.mark.parametrize("text", ["", "There is one semantic noun, including a unicorn <SEG>."])
-def test_caption_without_nouns(cfg: Any, scene: tuple, text: str) -> None:
-    predictor, _ = stubbed(cfg, scene, text)
-    with pytest.raises(ValueError, match="caption without nouns.*red circle"):
-        predictor.ground(CAPTION)
-
-
-@pytest.mark.parametrize(
-    ("task", "arguments", "message"),
-    [
-        ("ground", ("  ", ["a"]), "caption is empty"),
-        ("ground", (CAPTION, []), "caption without nouns"),
-        ("ground", (CAPTION, ["A red circle", " "]), "caption without nouns"),
-        ("ground", (CAPTION * 100, ["A red circle"]), "1024"),
-        ("ground", ("a <SEG> here", ["a"]), "<SEG>"),
-        ("ground_phrases", (CAPTION, []), "caption without nouns"),
-        ("extract_nouns", ("",), "caption is empty"),
-        ("refer", ("",), "expression is empty"),
-        ("panoptic", ([],), "no category"),
-    ],
-)
-def test_wrong_texts(cfg: Any, scene: tuple, task: str, arguments: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        getattr(stubbed(cfg, scene)[0], task)(*arguments)
-
-
 def test_an_overlong_caption_may_be_cut(cfg: Any, scene: tuple, caplog: Any) -> None:
     cfg.INPUT.GELLA.OVERLONG_CAPTION = "cut"
     predictor, model = stubbed(cfg, scene)
@@ -325,20 +295,13 @@ def test_nouns_out_of_order_or_absent(cfg: Any, scene: tuple) -> None:
 def test_refer_and_panoptic(cfg: Any, scene: tuple) -> None:
     predictor, model = stubbed(cfg, scene)
     result = predictor.refer("the circle on the left")
-    assert result.task == "refer" and len(result.phrases) == 1
-    assert model.inputs[-1]["task"] == "refer"
-    categories = [
-        {"id": 4, "name": "sand", "isthing": 0},
-        {"id": 9, "name": "wall-other-merged", "isthing": 1},
-    ]
-    panoptic = predictor.panoptic(categories)
-    inputs = model.inputs[-1]
-    assert [p["category_id"] for p in inputs["phrases"]] == [4, 9]
-    assert len(inputs["seg_positions"]) == 2
-    assert panoptic.ids.dtype == np.int32
-    assert panoptic.plot().width >= 640
-    named = predictor.panoptic(["dog", "cat"])
-    assert [c["id"] for c in named.categories] == [1, 2]
+    assert result.task == model.inputs[-1]["task"] == "refer" and len(result.phrases) == 1
+    wall = {"id": 9, "name": "wall-other-merged", "isthing": 1}
+    panoptic = predictor.panoptic([{"id": 4, "name": "sand", "isthing": 0}, wall])
+    assert [p["category_id"] for p in model.inputs[-1]["phrases"]] == [4, 9]
+    assert len(model.inputs[-1]["seg_positions"]) == 2
+    assert panoptic.ids.dtype == np.int32 and panoptic.plot().width >= 640
+    assert [c["id"] for c in predictor.panoptic(["dog", "cat"]).categories] == [1, 2]
 
 
 def test_a_segmenter_by_name_is_loaded_once(
@@ -369,18 +332,6 @@ def test_colours_repeat_per_image_id(cfg: Any, scene: tuple) -> None:
         predictor.set_image(*scene, image_id=image_id)
         maps.append(predictor.refer("x").colormap)
     assert (maps[0] == maps[2]).all() and (maps[0] != maps[1]).any()
-
-
-def test_wrong_images(cfg: Any, scene: tuple, tmp_path) -> None:
-    predictor, _ = stubbed(cfg, scene)
-    image, entities = scene
-    with pytest.raises(ValueError, match="90x60.*90x59"):
-        predictor.set_image(image[:59], entities)
-    empty = EntityMap.from_id_image(np.zeros((60, 90), dtype=np.int32))
-    with pytest.raises(ValueError, match="no entity"):
-        predictor.set_image(image, empty)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        predictor.set_image(tmp_path / "nowhere.png", entities)
 
 
 def test_from_config_falls_back_to_the_cpu(tokenizer_dir: Path) -> None:
@@ -691,37 +642,37 @@ def test_bfloat16_keeps_language_weights_small_and_answers_near(
         assert isinstance(rough.describe(scene=scene), str)
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_adapters_answer_as_in_evaluation(records: list, tokenizer_dir: Path, merged: bool) -> None:
-    pytest.importorskip("peft")
-    cfg = make_cfg(tokenizer_dir, "entity", "MODEL.LANGUAGE.LORA.ENABLED", True)
-    model = make_model(cfg)
+@pytest.mark.parametrize(
+    ("needs", "key", "value", "merged", "tolerance"),
+    [
+        (["peft"], "LORA.ENABLED", True, False, TOLERANCE),
+        (["peft"], "LORA.ENABLED", True, True, TOLERANCE),
+        (["bitsandbytes", "accelerate"], "QUANTIZATION", "8bit", False, 0.02),
+    ],
+)
+def test_adapters_and_quantised_weights_answer_as_in_evaluation(
+    records: list,
+    tokenizer_dir: Path,
+    needs: list[str],
+    key: str,
+    value: Any,
+    merged: bool,
+    tolerance: float,
+) -> None:
+    for library in needs:
+        pytest.importorskip(library)
+    cfg = make_cfg(tokenizer_dir, "entity", f"MODEL.LANGUAGE.{key}", value)
+    model, record = make_model(cfg), records[0]
     if merged:
         model.language_decoder.merge_adapters()
-    _equal_to_evaluation(cfg, model, records[0])
-
-
-def test_quantised_weights_answer_as_in_evaluation(records: list, tokenizer_dir: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    pytest.importorskip("accelerate")
-    cfg = make_cfg(tokenizer_dir, "entity", "MODEL.LANGUAGE.QUANTIZATION", "8bit")
-    _equal_to_evaluation(cfg, make_model(cfg), records[0])
-
-
-def _equal_to_evaluation(cfg: Any, model: Any, record: dict[str, Any]) -> None:
     predictor, mapper = GellaPredictor(cfg, model=model), make_mapper(cfg, is_train=False)
     scene = encode(predictor, record)
     (evaluated,) = model([mapper(record, task="ground")])
     found = answer(predictor, "ground", record, scene)
     for a, b in zip(evaluated["grounding"], found.phrases, strict=True):
-        assert a["entity_ids"] == b["entity_ids"]
-        assert farthest(a["scores"], b["scores"]) < (TOLERANCE if not _rounded(cfg) else 0.02)
-        assert np.array_equal(a["mask"], b["mask"])
+        assert a["entity_ids"] == b["entity_ids"] and np.array_equal(a["mask"], b["mask"])
+        assert farthest(a["scores"], b["scores"]) < tolerance
     assert predictor.describe(scene=scene) == model([mapper(record, task="describe")])[0]["text"]
-
-
-def _rounded(cfg: Any) -> bool:
-    return bool(cfg.MODEL.LANGUAGE.QUANTIZATION)
 
 
 # -- many requests ---------------------------------------------------------------------------------
@@ -775,7 +726,7 @@ def single(predictor: GellaPredictor, request: Request) -> Any:
 def test_results_are_those_of_single_calls(batcher: GellaPredictor, pictures: list) -> None:
     requests = requests_about(pictures)
     singles = [single(batcher, request) for request in requests]
-    for batch_size in (1, 4, 7, 99):
+    for batch_size in (4, 99):
         progress: list[int] = []
         results = batcher.predict_many(
             requests, batch_size=batch_size, progress=lambda *n, to=progress: to.extend(n)
@@ -793,24 +744,19 @@ class Passes:
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images: list[int] = []
         self.prompts: list[int] = []
-        decoder = model.language_decoder
-        encode, generate, read_answers = model.encode, decoder.generate, model.read_answers
 
-        def encoding(views: list) -> Any:
-            self.images.append(len(views))
-            return encode(views)
+        def noted(owner: Any, name: str, counts: list[int], place: int) -> None:
+            method = getattr(owner, name)
 
-        def generating(grid: Any, inputs: list, **options: Any) -> Any:
-            self.prompts.append(len(inputs))
-            return generate(grid, inputs, **options)
+            def noting(*args: Any, **options: Any) -> Any:
+                counts.append(len(args[place]))
+                return method(*args, **options)
 
-        def reading(inputs: list, *args: Any) -> Any:
-            self.prompts.append(len(inputs))
-            return read_answers(inputs, *args)
+            monkeypatch.setattr(owner, name, noting)
 
-        monkeypatch.setattr(model, "encode", encoding)
-        monkeypatch.setattr(decoder, "generate", generating)
-        monkeypatch.setattr(model, "read_answers", reading)
+        noted(model, "encode", self.images, 0)
+        noted(model.language_decoder, "generate", self.prompts, 1)
+        noted(model, "read_answers", self.prompts, 0)
 
 
 def test_a_picture_is_encoded_once_and_passes_are_shared(
@@ -861,6 +807,9 @@ def test_a_bad_request_stops_no_other(
         (replace(good, image=picture[0][:9]), "60x90"),
         (replace(good, text=" "), "caption is empty"),
         (replace(good, nouns=[]), "caption without nouns"),
+        (replace(good, nouns=[nouns[0], " "]), "caption without nouns"),
+        (replace(good, phrases=[]), "caption without nouns"),
+        (replace(good, task="refer", text=""), "expression is empty"),
         (replace(good, text="long " * 3000, nouns=["long"]), "tokens"),
         (Request("panoptic", *picture), "no category"),
         (Request("paint", *picture), "unknown task 'paint'; known: ground, refer"),
@@ -895,13 +844,10 @@ def test_a_pass_that_fails_is_tried_one_by_one(
         monkeypatch.setattr(batcher.model, name, small)
     for one, other in zip(expected, batcher.predict_many(requests, batch_size=99), strict=True):
         same_answers(one, other)
-    monkeypatch.setattr(batcher.model, "encode_images", _out_of_memory)
+    monkeypatch.delattr(type(batcher.model), "encode_images")
+    monkeypatch.delattr(batcher.model, "encode_images")
     results = batcher.predict_many(requests[:3])
-    assert [str(result) for result in results] == ["out of memory"] * 3
-
-
-def _out_of_memory(*args: Any) -> Any:
-    raise RuntimeError("out of memory")
+    assert all("encode_images" in str(result) for result in results)
 
 
 def test_extracted_nouns_are_grounded_in_one_pass_with_the_given_ones(
