@@ -174,20 +174,15 @@ def build_captioner(args: argparse.Namespace, tally: Tally) -> Any:
         raise ValueError(f"--extra is no JSON ({error})") from None
     if not isinstance(extra, dict):
         raise ValueError('--extra must be an object, such as {"temperature": 0.2}')
+    same = ("timeout", "retries", "backoff", "max_wait", "max_tokens", "ca_file")
     settings = EndpointSettings(
-        timeout=args.timeout,
-        retries=args.retries,
-        backoff=args.backoff,
-        max_wait=args.max_wait,
-        max_tokens=args.max_tokens,
+        **{name: getattr(args, name) for name in same},
         max_bytes=args.max_answer_bytes,
         verify=not args.insecure,
-        ca_file=args.ca_file,
         extra=extra,
     )
-    return EndpointCaptioner.from_environment(
-        args.url, args.model, args.key, settings=settings, tally=tally
-    )
+    address = (args.url, args.model, args.key)
+    return EndpointCaptioner.from_environment(*address, settings=settings, tally=tally)
 
 
 def choose_prompts(path: str | None, wanted: Sequence[str] = ()) -> dict[str, str]:
@@ -255,12 +250,8 @@ def report_of(run: CaptionRun, args: argparse.Namespace, done: int, total: int) 
         "cost": (asked * args.price_in + answered * args.price_out) / 1e6,
         "prices_per_million_tokens": {"prompt": args.price_in, "answer": args.price_out},
         "failures": [
-            {
-                "image_id": job.image_id,
-                "file_name": job.file_name,
-                "prompt_id": job.prompt_id,
-                "reason": reason,
-            }
+            {name: getattr(job, name) for name in ("image_id", "file_name", "prompt_id")}
+            | {"reason": reason}
             for job, reason in run.failures
         ],
     }

@@ -126,12 +126,19 @@ def segment_all(
                 results[source] = str(error)
         results.update(_segment(segmenter, images, limits))
         for source, result in results.items():
-            if isinstance(result, EntityMap):
-                journal.append(entry_of(source, result))
-            else:
+            bar.update()
+            if isinstance(result, str):
                 failed[str(source.path)] = result
                 tqdm.write(f"failed: {result}", file=sys.stderr)
-            bar.update()
+                continue
+            # As in a file of COCO results; all entities are of one category.
+            fixed = {"image_id": source.image_id, "category_id": 1}
+            coded = [
+                {**fixed, "segmentation": code, "score": round(float(score), 6)}
+                for code, score in zip(result.to_rle(), result.scores)
+            ]
+            size = source.path.stat().st_size
+            journal.append({"image_id": source.image_id, "bytes": size, "results": coded})
     bar.close()
     return failed
 
@@ -188,21 +195,6 @@ def open_journal(output: Path, made_by: dict[str, Any]) -> Journal:
         return str(entry["image_id"]), (int(entry["bytes"]), len(entry["results"]))
 
     return Journal(path, note, settings=made_by, advice="delete this file to start anew")
-
-
-def entry_of(source: Source, entities: EntityMap) -> dict[str, Any]:
-    """A line of the journal: the entities of a picture as COCO results."""
-    results = [
-        {
-            "image_id": source.image_id,
-            "category_id": 1,  # class-agnostic
-            "segmentation": code,
-            "score": round(float(score), 6),
-        }
-        for code, score in zip(entities.to_rle(), entities.scores)
-    ]
-    size = source.path.stat().st_size
-    return {"image_id": source.image_id, "bytes": size, "results": results}
 
 
 def done_counts(journal: Journal, sources: Sequence[Source]) -> dict[Source, int]:

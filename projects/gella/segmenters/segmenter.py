@@ -202,7 +202,15 @@ def load_segmenter(
             what to do.
     """
     kind, parts = _split_spec(spec)
-    return kind(*parts, _checked_device(device), **kind.parse_options(options or {}))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        on_gpu = torch.device(device).type == "cuda"
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown; use cpu, cuda or cuda:NUMBER") from error
+    if on_gpu and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for but torch sees no CUDA; use --device cpu")
+    return kind(*parts, device, **kind.parse_options(options or {}))
 
 
 def _split_spec(spec: str) -> tuple[Any, list[str]]:
@@ -228,15 +236,3 @@ def one_of(*choices: str) -> Callable[[str], str]:
         return value
 
     return convert
-
-
-def _checked_device(device: str | None) -> str:
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is unknown; use cpu, cuda or cuda:NUMBER") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device} was asked for but torch sees no CUDA; use --device cpu")
-    return device
