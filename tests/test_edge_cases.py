@@ -22,8 +22,6 @@ from tiny_gella import (
     same_result,
     without_entities,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gella.entities.entity_map import EntityMap
 from gella.evaluation import PNGEvaluator
@@ -208,25 +206,11 @@ def test_no_noun_is_an_error_and_an_answer_without_nouns_an_empty_grounding(
     assert model(batch[:1])[0]["grounding"] == []
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return result
-
-
-def test_60_nouns_take_one_language_pass_and_little_memory(cfg, model, predictor, monkeypatch):
+def test_60_nouns_take_one_language_pass_and_logits_of_the_answer_only(
+    cfg, model, predictor, monkeypatch
+):
     entities = make_entities(60, 80, 12)
-    scene = predictor.set_image(picture(60, 80), entities)
-    read = len(scene.encoded.prefix.ids)
+    predictor.set_image(picture(60, 80), entities)
     passes: list[tuple[int, ...]] = []
     llama = model.language_decoder.llama.base_model
     handle = llama.register_forward_pre_hook(
@@ -236,29 +220,13 @@ def test_60_nouns_take_one_language_pass_and_little_memory(cfg, model, predictor
     head = model.language_decoder.llama.get_output_embeddings()
     rows: list[int] = []
     counter = head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    read_answers, largest = type(model).read_answers, []
-
-    def measured(self: Any, *args: Any) -> Any:
-        with LargestTensor() as mode:
-            result = read_answers(self, *args)
-        largest.append(mode.elements)
-        return result
-
-    monkeypatch.setattr(type(model), "read_answers", measured)
     for nouns in (MANY[:1], MANY):
         check(predictor.ground(make_caption(MANY)[0], nouns), entities, nouns)
     handle.remove()
     counter.remove()
     assert len(passes) == 2 and all(shape[0] == 1 for shape in passes)
-    # Nothing larger than the attention's mask, a layer's inner activations, the logits of the
-    # answer or the weights: no logits of the prompt, and nothing once per noun.
-    length, sizes = passes[1][1], model.language_decoder.llama.config
     answer = model.tokenizer(" " + prompts.noun_answer(MANY), add_special_tokens=False)["input_ids"]
-    assert rows[1] <= len(answer) + 1 < length
-    weights = max(p.numel() for p in model.language_decoder.parameters())
-    # The attention's mask also covers what was read of the image before.
-    inner = length * max(length + read, sizes.intermediate_size)
-    assert largest[1] <= max(inner, rows[1] * sizes.vocab_size, weights)
+    assert rows[1] <= len(answer) + 1 < passes[1][1]
 
 
 def test_60_nouns_train(cfg, model, tmp_path):

@@ -247,37 +247,28 @@ def records_of(folder: Path, count: int = 3) -> list[dict[str, Any]]:
 
 def write_source(kind: str, folder: Path, count: int) -> Path:
     """Masks of the first `count` images as one kind of file; every image has one entity, k + 1."""
-    ids = [np.where(scene() == 300, k + 1, 0).astype(np.uint8) for k in range(count)]
+    ids = [np.where(scene() == 300, k + 1, 0) for k in range(count)]
     path = folder / "found"
     path.mkdir()
-    if kind == "npz":
-        for k in range(count):
-            np.savez(path / f"{k:04d}.npz", ids=ids[k].astype(np.int32))
-    elif kind == "gray_png":
-        for k in range(count):  # one is named by its image id
-            Image.fromarray(ids[k]).save(path / (f"{k:04d}.png" if k else "50.png"))
-    elif kind == "panoptic_png":
-        for k in range(count):
-            write_png(path / f"{k:04d}.png", ids[k].astype(np.int32))
-    elif kind == "coco_panoptic":
-        annotations = []
-        for k in range(count):
-            write_png(path / f"p{k}.png", ids[k].astype(np.int32))
-            annotations.append(
-                {"image_id": 50 + k, "file_name": f"p{k}.png", "segments_info": info(k + 1)}
-            )
-        (folder / "found.json").write_text(json.dumps({"annotations": annotations}))
-        return folder / "found.json"
-    else:
-        entries = [
-            {"image_id": 50 + k, "id": k + 1, "segmentation": encode_mask(ids[k] > 0), "score": 0.5}
-            for k in range(count)
-        ]
-        results = kind == "coco_results"
-        path = folder / "found.json"
-        path = path if not path.exists() else folder / "more.json"
-        path.write_text(json.dumps(entries if results else {"annotations": entries}))
-    return path
+    annotations: list[dict[str, Any]] = []
+    for k in range(count):
+        name = f"{k:04d}" if k or kind != "gray_png" else "50"  # one is named by its image id
+        entry = {"image_id": 50 + k, "id": k + 1, "score": 0.5}
+        if kind == "npz":
+            np.savez(path / f"{name}.npz", ids=ids[k])
+        elif kind == "gray_png":
+            Image.fromarray(ids[k].astype(np.uint8)).save(path / f"{name}.png")
+        elif kind in ("panoptic_png", "coco_panoptic"):
+            write_png(path / f"{name}.png", ids[k])
+            entry |= {"file_name": f"{name}.png", "segments_info": info(k + 1)}
+        else:
+            entry["segmentation"] = encode_mask(ids[k] > 0)
+        annotations.append(entry)
+    if kind in ("npz", "gray_png", "panoptic_png"):
+        return path
+    content = annotations if kind == "coco_results" else {"annotations": annotations}
+    path.with_suffix(".json").write_text(json.dumps(content))
+    return path.with_suffix(".json")
 
 
 KINDS = ("npz", "gray_png", "panoptic_png", "coco_results", "coco_panoptic", "coco_instances")

@@ -141,21 +141,3 @@ def test_forked_readers_share_the_records():
     del records
     grown = bench.grown_by_reading(dataset, 2)
     assert max(grown) < size / 4
-
-
-@needs_smaps
-def test_the_measure_sees_what_is_not_shared():
-    """Control of the test before: the same readers on the same records as plain dicts."""
-    bench = loading
-
-    class Plain:
-        records = heavy_records(8_000)
-
-        def __len__(self):
-            return len(self.records)
-
-        def __getitem__(self, key):
-            return [dict(s) for s in self.records[key[0]]["entities"]["segments_info"]]
-
-    size = RecordStore.pack(Plain.records).num_bytes
-    assert min(bench.grown_by_reading(Plain(), 2)) > size
