@@ -152,7 +152,8 @@ class _Unpickler(pickle.Unpickler):
         # NumPy 2 renamed numpy.core; the old name still works but warns.
         module = module.replace("numpy.core.", "numpy._core.")
         if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
+            read = "plain data and NumPy arrays are" if self.allowed else "plain data is"
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, but only {read} read")
         return super().find_class(module, name)
 
 
@@ -178,7 +179,7 @@ def read_pickle(
             return unpickler.load()
         except Exception as error:  # a damaged pickle may raise nearly anything
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"no pickle of plain data: {reason}") from error
+            raise ValueError(f"no pickle that is read: {reason}") from error
 
 
 def file_hash(path: str | Path, on_block: Callable[[int], object] = lambda size: None) -> str:
