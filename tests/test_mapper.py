@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from gella import add_gella_config
-from gella.data.mapper import GroundingMapper, mirrored_words
+from gella.data.mapper import GroundingMapper, InputMaker, mirrored_words
+from gella.data.narratives import load_png
+from gella.data.panoptic import read_categories
 from gella.data.sampling import build_train_loader
 from gella.data.targets import EntityMatcher, category_phrases, segment_iou
 from gella.entities.entity_map import EntityMap, id_to_rgb
@@ -29,7 +30,6 @@ from gella.text.prompts import (
     noun_answer,
     panoptic_answer,
 )
-from gella.text.spans import align_utterances
 
 HEIGHT, WIDTH = 40, 60
 CATEGORIES = [
@@ -215,14 +215,14 @@ def test_flip_mirrors_image_and_entities_together_but_not_left_and_right(
         assert torch.equal(view["image"][:, :20], plain["image"][:, :20].flip(-1))
         assert view["phrases"] == plain["phrases"]
     assert 8 < mirrored < 32
-    for words in ("on the Left", "the rightmost one", "its right-hand side"):
-        said = {**record, "caption": record["caption"] + words}
-        for i in range(10):
-            view = mapper(said, task="ground", rng_seed=(0, i))
-            np.testing.assert_array_equal(view["entities"].ids, plain["entities"].ids)
-    for i in range(10):
-        view = make(flip=True, is_train=False)({**record, "image_id": i}, task="ground")
-        np.testing.assert_array_equal(view["entities"].ids, plain["entities"].ids)
+    said = [
+        {**record, "caption": record["caption"] + words}
+        for words in ("on the Left", "the rightmost one", "its right-hand side")
+    ]
+    kept = [mapper(one, task="ground", rng_seed=(0, i)) for one in said for i in range(10)]
+    test = make(flip=True, is_train=False)
+    kept += [test({**record, "image_id": i}, task="ground") for i in range(10)]
+    assert all(np.array_equal(v["entities"].ids, plain["entities"].ids) for v in kept)
 
 
 SIDES = [
@@ -465,58 +465,56 @@ def test_unknown_category_is_an_error() -> None:
         category_phrases(segments, CATEGORIES, -1, np.random.default_rng(0))
 
 
-def spoil(record: dict[str, Any], case: str) -> None:
-    """Make one thing wrong with a good record."""
-    image, masks = Path(record["file_name"]), Path(record["entities"]["file_name"])
-    if case == "missing image":
-        image.unlink()
-    elif case == "truncated image":
-        image.write_bytes(image.read_bytes()[:90])
-    elif case == "swapped sides":
-        record["height"], record["width"] = WIDTH, HEIGHT
-    elif case == "masks of another size":
-        Image.fromarray(id_to_rgb(IDS[:-1])).save(masks)
-    elif case == "no entity":
-        Image.fromarray(id_to_rgb(np.where(IDS == 41, IDS, 0))).save(masks)
-        record["entities"]["segments_info"] = SEGMENTS[3:]
-    elif case == "empty caption":
-        record["caption"] = " "
-    elif case == "no noun":
-        record["phrases"] = []
-    elif case == "unknown id":
-        record["phrases"][0]["segment_ids"] = [70, 12345]
-    elif case == "seg in caption":
-        record["caption"] = "Two circles <SEG>"
-    elif case == "too long":
-        record["caption"] *= 40
+def masks(record: dict[str, Any], ids: np.ndarray) -> None:
+    Image.fromarray(id_to_rgb(ids)).save(record["entities"]["file_name"])
 
 
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("missing image", "scene.png.*exist"),
-        ("truncated image", "scene.png.*truncated"),
-        ("swapped sides", "scene.png is 60x40.*40x60"),
-        ("masks of another size", "image 17.*ids.png.*60x39.*60x40"),
-        ("no entity", "image 17.*ids.png.*no entity"),
-        ("empty caption", "image 17.*empty"),
-        ("no noun", "image 17.*no noun"),
-        ("unknown id", r"image 17.*\[12345\]"),
-        ("seg in caption", "image 17.*<SEG>"),
-        ("too long", "image 17.*tokens.*500"),
-    ],
-)
-def test_one_clear_error(record: dict, make: Any, case: str, message: str) -> None:
-    spoil(record, case)
+def without_entity(record: dict[str, Any]) -> None:
+    masks(record, np.where(IDS == 41, IDS, 0))
+    record["entities"]["segments_info"] = SEGMENTS[3:]
+
+
+def cut_image(record: dict[str, Any]) -> None:
+    path = Path(record["file_name"])
+    path.write_bytes(path.read_bytes()[:90])
+
+
+# task, what is done to a good record, what the error says
+WRONG = {
+    "missing image": ("ground", lambda r: Path(r["file_name"]).unlink(), "scene.png.*exist"),
+    "truncated image": ("ground", cut_image, "scene.png.*truncated"),
+    "swapped sides": (
+        *("ground", lambda r: r.update(height=WIDTH, width=HEIGHT)),
+        "scene.png is 60x40.*40x60",
+    ),
+    "masks of another size": (
+        *("ground", lambda r: masks(r, IDS[:-1])),
+        "image 17.*ids.png.*60x39.*60x40",
+    ),
+    "no entity": ("ground", without_entity, "image 17.*ids.png.*no entity"),
+    "empty caption": ("ground", lambda r: r.update(caption=" "), "image 17.*empty"),
+    "no noun": ("ground", lambda r: r.update(phrases=[]), "image 17.*no noun"),
+    "unknown id": (
+        *("ground", lambda r: r["phrases"][0].update(segment_ids=[70, 12345])),
+        r"image 17.*\[12345\]",
+    ),
+    "seg in caption": ("ground", lambda r: r.update(caption="Two <SEG>"), "image 17.*<SEG>"),
+    "too long": (
+        *("ground", lambda r: r.update(caption=r["caption"] * 40)),
+        "image 17.*tokens.*500",
+    ),
+    "no categories": ("panoptic", lambda r: None, "image 17.*categories"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_one_clear_error(record: dict, make: Any, case: str) -> None:
+    task, spoil, message = WRONG[case]
+    spoil(record)
     error = FileNotFoundError if case == "missing image" else ValueError
     with pytest.raises(error, match=message) as caught:
-        make()(record, task="ground", rng_seed=(0,))
+        make(categories=[])(record, task=task, rng_seed=(0,))
     assert "\n" not in str(caught.value)
-
-
-def test_panoptic_without_categories_says_what_is_missing(record: dict, make: Any) -> None:
-    with pytest.raises(ValueError, match="image 17.*categories"):
-        make(categories=[])(record, task="panoptic", rng_seed=(0,))
 
 
 def test_the_config_builds_it(record: dict, tokenizer_dir: Path) -> None:
@@ -538,43 +536,22 @@ def test_the_config_builds_it(record: dict, tokenizer_dir: Path) -> None:
         GroundingMapper(cfg, is_train=False)
     tester = GroundingMapper(cfg, is_train=False, task="ground", dataset_names=names[2:])
     assert len(tester.categories) == 2 and tester.task == "ground" and not tester.flip
+    cfg.INPUT.FORMAT = "BGR"
+    with pytest.raises(ValueError, match="INPUT.FORMAT is 'BGR'"):
+        InputMaker(cfg)
 
 
-def test_real_narratives_with_crowd_and_void(coco_sample: Path, make: Any, tokenizer: Any) -> None:
-    folder = coco_sample / "annotations"
-    panoptic = json.loads((folder / "panoptic_val2017.json").read_text())
-    annotations = {a["image_id"]: a for a in panoptic["annotations"]}
-    images = {image["id"]: image for image in panoptic["images"]}
-    mapper = make(is_train=False, max_length=4000, categories=panoptic["categories"])
-    for narrative in json.loads((folder / "png_coco_val2017.json").read_text()):
-        image = images[int(narrative["image_id"])]
-        annotation = annotations[image["id"]]
-        parts = narrative["segments"]
-        spans = align_utterances(narrative["caption"], [part["utterance"] for part in parts])
-        nouns = [(part, span) for part, span in zip(parts, spans) if part["noun"]]
-        record = {
-            "file_name": str(coco_sample / "val2017" / image["file_name"]),
-            "image_id": image["id"],
-            "height": image["height"],
-            "width": image["width"],
-            "entities": {
-                "format": "panoptic_png",
-                "file_name": str(folder / "panoptic_val2017" / annotation["file_name"]),
-                "segments_info": annotation["segments_info"],
-            },
-            "caption": narrative["caption"],
-            "phrases": [
-                phrase(part["utterance"], [int(i) for i in part["segment_ids"]])
-                for part, _ in nouns
-            ],
-            "tasks": ("ground",),
-        }
-        mapped = mapper(record)
-        assert len(mapped["seg_positions"]) == len(nouns) and mapped["num_unmatched"] == 0
-        full = mapped["entities_full"]
-        for said, (part, _) in zip(mapped["phrases"], nouns):
-            ids = [full.segment_ids[index] for index in said["entity_indices"]]
-            assert sorted(ids) == sorted(map(int, part["segment_ids"]))
+def test_real_narratives_with_crowd_and_void(coco_sample: Path, make: Any) -> None:
+    notes = coco_sample / "annotations"
+    where = (notes / "panoptic_val2017.json", notes / "panoptic_val2017", coco_sample / "val2017")
+    mapper = make(is_train=False, max_length=4000, categories=read_categories(where[0]))
+    for record in load_png(notes / "png_coco_val2017.json", *where):
+        mapped, full = mapper(record), load_from_record(record)
+        assert len(mapped["seg_positions"]) == len(record["phrases"])
+        assert mapped["num_unmatched"] == 0
+        for phrase in mapped["phrases"]:
+            ids = [full.segment_ids[index] for index in phrase["entity_indices"]]
+            assert sorted(ids) == sorted(phrase["segment_ids"])
         listed = mapper(record, task="panoptic")
         assert len(listed["phrases"]) == len(listed["seg_positions"]) == 133
         placed = [index for p in listed["phrases"] for index in p["entity_indices"]]

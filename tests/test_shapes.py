@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import filecmp
-import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import prepare_shapes
 import pytest
 import shapes
 from pycocotools import mask as coco_mask
 from shapes_scene import COLOURS, HELD_OUT_PAIRS, KINDS, STUFF, TEXTURES, draw_scene
-from shapes_text import COUNT_WORDS, STUFF_NOUNS, kind_plural
+from shapes_text import (
+    COUNT_WORDS,
+    STUFF_NOUNS,
+    VOCABULARY_SIZE,
+    kind_plural,
+    template_texts,
+    train_tokenizer,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
+from gella.text.prompts import load_tokenizer
+
 SAMPLES = 40
-
-
-@pytest.fixture(scope="module")
-def prepare_shapes():
-    """The script, which is no module of a package."""
-    spec = importlib.util.spec_from_file_location(
-        "prepare_shapes", ROOT / "datasets" / "prepare_shapes.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -261,14 +256,13 @@ def files_below(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def test_preparation_is_the_same_for_any_number_of_workers(prepare_shapes, tmp_path, capsys):
+def test_preparation_is_the_same_for_any_number_of_workers(tmp_path, capsys):
     counts = {"train": 20, "val": 5}
     one, two = tmp_path / "one", tmp_path / "two"
     assert prepare_shapes.prepare(one, counts, seed=1, workers=1)
-    script = [sys.executable, prepare_shapes.__file__, "--output", str(two)]
     options = ["--train", "20", "--val", "5", "--seed", "1", "--workers", "2"]
-    done = subprocess.run([*script, *options], capture_output=True, text=True, check=True)
-    assert "next: python tools/train_net.py" in done.stdout
+    assert prepare_shapes.main(["--output", str(two), *options]) == 0
+    assert "next: python tools/train_net.py" in capsys.readouterr().out
     names = files_below(one)
     assert names == files_below(two)
     different = [n for n in names if not filecmp.cmp(one / n, two / n, shallow=False)]
@@ -282,7 +276,7 @@ def test_preparation_is_the_same_for_any_number_of_workers(prepare_shapes, tmp_p
     assert len(list((one / "train").iterdir())) == 3
 
 
-def test_held_out_scenes_alone_are_those_of_the_whole_dataset(prepare_shapes, tmp_path, capsys):
+def test_held_out_scenes_alone_are_those_of_the_whole_dataset(tmp_path, capsys):
     whole, alone = tmp_path / "whole", tmp_path / "alone"
     prepare_shapes.prepare(whole, {"train": 3, "val": 4}, seed=1, workers=1)
     argv = ["--val", "4", "--seed", "1", "--workers", "1", "--train"]
@@ -302,7 +296,7 @@ def test_held_out_scenes_alone_are_those_of_the_whole_dataset(prepare_shapes, tm
     assert files_below(alone) == files_below(whole)
 
 
-def test_preparation_spares_foreign_folders(prepare_shapes, tmp_path, capsys):
+def test_preparation_spares_foreign_folders(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("words")
     status = prepare_shapes.main(["--output", str(tmp_path), "--train", "2", "--val", "1"])
     assert status == 1
@@ -313,7 +307,7 @@ def test_preparation_spares_foreign_folders(prepare_shapes, tmp_path, capsys):
 @pytest.mark.parametrize(
     "option", [["--train", "-1"], ["--val", "0"], ["--size", "20"], ["--workers", "0"]]
 )
-def test_preparation_refuses_bad_settings(prepare_shapes, tmp_path, option, capsys):
+def test_preparation_refuses_bad_settings(tmp_path, option, capsys):
     assert prepare_shapes.main(["--output", str(tmp_path / "x"), *option]) == 1
     assert option[1] in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
@@ -321,10 +315,6 @@ def test_preparation_refuses_bad_settings(prepare_shapes, tmp_path, option, caps
 
 def test_tokenizer(samples, tmp_path):
     """One token a word, with its leading space; any text comes back; a constant size."""
-    from shapes_text import VOCABULARY_SIZE, template_texts, train_tokenizer
-
-    from gella.text.prompts import load_tokenizer
-
     captions = [r["description"] for s in samples["train"] for r in s.descriptions]
     assert train_tokenizer(captions, str(tmp_path)) == VOCABULARY_SIZE
     tokenizer = load_tokenizer(str(tmp_path))
