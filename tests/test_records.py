@@ -22,10 +22,6 @@ from gella.data.records import (
 )
 from gella.data.sampling import GroundingDataset
 
-needs_smaps = pytest.mark.skipif(
-    not Path("/proc/self/smaps_rollup").exists(), reason="/proc/self/smaps_rollup is Linux's"
-)
-
 
 def plain_records(images: int = 3, each: int = 2) -> list[dict]:
     """Dicts as readers of one's own may return them: several of one image hold one ``entities``."""
@@ -130,14 +126,15 @@ def heavy_records(count: int) -> list[dict]:
     ]
 
 
-@needs_smaps
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="/proc/self/smaps_rollup is Linux's"
+)
 def test_forked_readers_share_the_records():
     """A list of dicts would be copied into each reader: every look at an object is a write."""
-    bench = loading
     records = heavy_records(8_000)
     dataset = GroundingDataset(records, lambda record, **key: len(record["caption"]))
     size = dataset.records.num_bytes
     assert size > 3 * 2**20
     del records
-    grown = bench.grown_by_reading(dataset, 2)
+    grown = loading.grown_by_reading(dataset, 2)
     assert max(grown) < size / 4
