@@ -138,46 +138,45 @@ def describe_run(
     return described
 
 
-_COLUMNS = ("all", *SUBSETS)
-_ALL, _BY_SUBSET = ("",), ("", *(f"_{name}" for name in SUBSETS))
-# Per task a title, and per row its label, metric and the metric's suffixes in the columns.
-_SECTIONS: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...]]]]] = {
+# Per task its title, what its rows are called and their metrics, and suffixes of the columns.
+_SECTIONS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
     "png": (
         "Panoptic narrative grounding, average recall, protocol {protocol}",
-        [
-            ("GELLA AR", "AR", _BY_SUBSET),
-            ("oracle: best union of the given entities", "oracle_AR", _BY_SUBSET),
-            ("blind: a random entity per noun", "random_AR", _BY_SUBSET),
-            ("blind: the largest entity", "largest_AR", _BY_SUBSET),
-            ("blind: all entities", "all_AR", _BY_SUBSET),
-            ("acc@0.5", "acc@0.5", _ALL),
-            ("nouns (n)", "n", _BY_SUBSET),
-        ],
+        {
+            "GELLA AR": "AR",
+            "oracle: best union of the given entities": "oracle_AR",
+            "blind: a random entity per noun": "random_AR",
+            "blind: the largest entity": "largest_AR",
+            "blind: all entities": "all_AR",
+            "acc@0.5": "acc@0.5",
+            "nouns (n)": "n",
+        },
+        ("", *(f"_{name}" for name in SUBSETS)),
     ),
     "panoptic_seg": (
         "Panoptic segmentation",
-        [
-            *((name, name, ("", "_th", "_st")) for name in ("PQ", "SQ", "RQ")),
-            ("categories (n)", "n", ("", "_th", "_st")),
-        ],
+        {"PQ": "PQ", "SQ": "SQ", "RQ": "RQ", "categories (n)": "n"},
+        ("", "_th", "_st"),
     ),
     "entity": (
         "Entity masks before snapping, class-agnostic",
-        [*((name, name, _ALL) for name in ("AP", "AP50", "AP75")), ("entities (n)", "n", _ALL)],
+        {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "entities (n)": "n"},
+        ("",),
     ),
     "nouns": (
         "Noun extraction from generated answers",
-        [*((name, name, _ALL) for name in ("recall", "precision")), ("nouns (n)", "n", _ALL)],
+        {"recall": "recall", "precision": "precision", "nouns (n)": "n"},
+        ("",),
     ),
     "refer": (
         "Referring expressions",
-        [
-            *((name, name, _ALL) for name in ("cIoU", "gIoU")),
-            *((f"P@{t}", f"P@{t}", _ALL) for t in (0.5, 0.6, 0.7, 0.8, 0.9)),
-            ("no target, none found", "N_acc", _ALL),
-            ("of these (n)", "n_no_target", _ALL),
-            ("expressions (n)", "n", _ALL),
-        ],
+        {
+            **{name: name for name in ("cIoU", "gIoU", *(f"P@0.{k}" for k in range(5, 10)))},
+            "no target, none found": "N_acc",
+            "of these (n)": "n_no_target",
+            "expressions (n)": "n",
+        },
+        ("",),
     ),
 }
 
@@ -199,17 +198,16 @@ def format_results(results: Mapping[str, Any]) -> str:
             tasks |= {f"{task}@{name}": metrics for task, metrics in value.items()}
         elif value:
             tasks[name] = value
-    table = [["score (percent)", *_COLUMNS]]
+    table = [["score (percent)", "all", *SUBSETS]]
     for name, metrics in tasks.items():
         task, _, dataset = name.partition("@")
-        title, rows = _SECTIONS.get(task, (task, [(key, key, _ALL) for key in metrics]))
+        title, rows, suffixes = _SECTIONS.get(task, (task, dict(zip(metrics, metrics)), ("",)))
         protocol = next((rule for rule in PROTOCOLS if metrics.get(f"protocol_{rule}")), "unknown")
         table.append([title.format(protocol=protocol) + (f" on {dataset}" if dataset else "")])
-        for label, key, suffixes in rows:
-            if key in metrics:
-                count = key.split("_")[0] == "n"
-                cells = (_cell(metrics.get(key + suffix), count) for suffix in suffixes)
-                table.append([f"  {label}", *cells])
+        for label, key in rows.items():
+            values = [metrics[key + suffix] for suffix in suffixes if key + suffix in metrics]
+            if values:
+                table.append([f"  {label}", *(_cell(v, key.split("_")[0] == "n") for v in values)])
     columns = zip_longest(*(row for row in table if len(row) > 1), fillvalue="")
     first, *widths = (max(map(len, column)) for column in columns)
     lines = []
