@@ -146,7 +146,7 @@ def test_no_entity_is_an_error_for_users_and_an_empty_answer_for_the_model(
 # -- shapes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(1, 1), (8, 8), (1, 40), (40, 160), (160, 40), (2, 700)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (160, 40), (2, 700)])
 def test_sizes_and_shapes(cfg, model, predictor, tmp_path, size):
     entities = make_entities(*size, min(3, size[0] * size[1]))
     nouns = list(NOUNS[:2])

@@ -16,11 +16,9 @@ import contextlib
 import datetime
 import functools
 import hashlib
-import importlib.metadata
 import logging
 import multiprocessing
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -28,13 +26,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import detectron2
 import torch
 import torch.distributed as dist
 from detectron2.engine import defaults, launch
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from gella.utils.io import versions
 from gella.utils.stopping import SIGNALS
 
 __all__ = [
@@ -321,13 +319,7 @@ def config_facts(cfg: Any) -> dict[str, str]:
             file, the language model's and the tokenizer belong to the config.
     """
     facts = {f"config key {name}": value for name, value in _flat(cfg, "")}
-    facts["Python"] = platform.python_version()
-    facts["detectron2"] = str(detectron2.__version__)
-    for name in PACKAGES:
-        try:
-            facts[f"version of {name}"] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            facts[f"version of {name}"] = "not installed"
+    facts |= {f"version of {name}": version for name, version in versions(PACKAGES).items()}
     facts |= file_facts("code of gella", Path(__file__).parents[1], "*.py")
     for module in cfg.DATASETS.MODULES:
         facts |= file_facts(f"code of DATASETS.MODULES {module}", module)
