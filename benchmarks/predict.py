@@ -193,7 +193,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name, least in LEAST.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name} is {getattr(args, name)}; give at least {least}")
-    before = torch.get_num_threads()
+    before = torch.get_num_threads()  # given back: the tests' process goes on with its own
     torch.set_num_threads(args.threads)
     try:
         with tempfile.TemporaryDirectory() as folder:

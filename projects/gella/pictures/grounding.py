@@ -51,6 +51,7 @@ def cut_caption(caption: str, nouns: Sequence[Noun]) -> list[tuple[str, int | No
     """
     pieces: list[tuple[str, int | None]] = []
     cursor = 0
+    # By their start, since nouns may come in any order and inside one another.
     for index in sorted(range(len(nouns)), key=lambda k: nouns[k].start):
         start, end = nouns[index].start, min(nouns[index].end, len(caption))
         if cursor <= start < end:
@@ -174,7 +175,7 @@ class Grounding:
         """
         nouns, panels = self.nouns(), Panels(self.image)
         colors = palette(1 + max((noun.color for noun in nouns), default=0))
-        masks: dict[int, list[np.ndarray]] = {}  # by colour: a repeated noun is not striped
+        masks: dict[int, list[np.ndarray]] = {}  # by colour
         owners: dict[int, list[Color]] = {}
         made = []  # masks that the model made itself belong to no input entity
         for noun, item in zip(nouns, self.phrases, strict=True):
@@ -184,6 +185,7 @@ class Grounding:
                 made.append((layer, [color]))
             for number in noun.numbers:
                 owners.setdefault(number, []).append(color)
+        # A pixel of two like-coloured nouns is no stripe, so their masks are united first.
         united = {color: np.logical_or.reduce(group) for color, group in masks.items()}
         layers = {color: panels.layer(mask) for color, mask in united.items()}
         panels.blend([(layer, colors[k]) for k, layer in layers.items() if layer is not None])
@@ -195,6 +197,7 @@ class Grounding:
             Piece(part, None if index is None else colors[nouns[index].color])
             for part, index in cut_caption(self.caption, nouns)
         ]
+        # "not in the caption": a reader would look for the chip there.
         items = [
             [
                 Piece(noun.text, colors[noun.color]),

@@ -65,6 +65,7 @@ def answer_requests(
         keys = [_key(request) for request in batch]
         _add_scenes(predictor, {k: r for k, r in zip(keys, batch) if k not in scenes}, scenes)
         outcomes += _answer_batch(predictor, batch, [scenes[key] for key in keys])
+        # A scene holds the picture's features: kept only while a request to come is about it.
         to_come.subtract(keys)
         scenes = {key: scene for key, scene in scenes.items() if to_come[key]}
         if progress is not None:
@@ -120,6 +121,7 @@ def _answer_batch(
 
     for place in range(len(batch)):
         ask(place)
+    # Texts first: nouns that the model extracts are grounded in one pass with the given ones.
     for task in ("describe", "extract"):
         places = [place for place, one in asked.items() if one.question.task == task]
         texts = _together(predictor._write, [asked.pop(place) for place in places])
@@ -140,7 +142,7 @@ def _together(function: Callable[[list], list], items: list) -> list:
         return []
     try:
         return function(items)
-    except Exception as error:
+    except Exception as error:  # one bad item, or too many for the memory: each has its own try
         if len(items) == 1:
             return [error]
         return [_together(function, [item])[0] for item in items]

@@ -43,6 +43,9 @@ _logger = logging.getLogger(__name__)
 class GellaPredictor:
     """Ground captions, expressions and category names in the entities of pictures.
 
+    Every question is about ``scene``, by default this thread's current one. Without any it raises
+    RuntimeError, and ValueError for a text that is empty, names nothing or is too long.
+
     Args:
         cfg: a complete config. ``MODEL.WEIGHTS`` "" leaves the model untrained; every result then
             says so. ``MODEL.DEVICE`` "cuda" falls back to the CPU where there is none.
@@ -157,7 +160,7 @@ class GellaPredictor:
             caption: the sentence.
             nouns: its noun phrases in the order of the caption; a noun that is not in it is
                 grounded all the same and has the span -1. None: the model extracts them.
-            scene: what it is about; None: this thread's current one.
+            scene: what it is about.
 
         A caption that is too long is an error, or cut (``INPUT.GELLA.OVERLONG_CAPTION``): the
         result then lists the nouns that were left out.
@@ -179,21 +182,11 @@ class GellaPredictor:
         Args:
             caption: the sentence.
             phrases: per noun ``text``, ``start`` and ``end``; other keys are not looked at.
-            scene: what it is about; None: this thread's current one.
-
-        Raises:
-            ValueError: the caption is empty, there is no noun, or the text is too long.
-            RuntimeError: no image was set.
         """
         return self._find_one(_phrases_question(caption, phrases), scene)
 
     def refer(self, expression: str, *, scene: Scene | None = None) -> Grounding:
-        """Find what a referring expression names; the result has one phrase, the expression.
-
-        Raises:
-            ValueError: the expression is empty or too long.
-            RuntimeError: no image was set.
-        """
+        """Find what a referring expression names; the result has one phrase, the expression."""
         return self._find_one(_referring_question(expression), scene)
 
     def panoptic(
@@ -204,11 +197,6 @@ class GellaPredictor:
         Args:
             categories: COCO's form (``id``, ``name``, ``isthing``), or names only: these are then
                 things with the ids 1, 2, ...
-            scene: what it is about; None: this thread's current one.
-
-        Raises:
-            ValueError: there is no category, or the list is too long for the model.
-            RuntimeError: no image was set.
         """
         return self._find_one(_panoptic_question(categories), scene)
 
@@ -217,12 +205,7 @@ class GellaPredictor:
     ) -> str:
         """Return a description of the picture, generated greedily.
 
-        Args:
-            scene: what it is about; None: this thread's current one.
-            on_text: gets the text so far, again and again while it is generated.
-
-        Raises:
-            RuntimeError: no image was set.
+        ``on_text`` gets the text so far, again and again while it is generated.
         """
         return self._write_one(Question("describe"), scene, on_text)
 
@@ -237,12 +220,7 @@ class GellaPredictor:
 
         Args:
             caption: the sentence.
-            scene: what it is about; None: this thread's current one.
             on_text: gets the answer so far, with ``<SEG>`` behind each noun, while it is generated.
-
-        Raises:
-            ValueError: the caption is empty or too long.
-            RuntimeError: no image was set.
         """
         question = Question("extract", _told("caption", caption))
         return prompts.parse_nouns(self._write_one(question, scene, on_text))
@@ -365,6 +343,7 @@ class GellaPredictor:
     def _find(self, asked: Sequence[Asked]) -> list[Grounding | PanopticResult]:
         """The answers to questions of the other tasks, which may be mixed."""
         encoded = [one.scene.encoded for one in asked]
+        # No lock: the language side keeps nothing between passes, so threads may ask side by side.
         with self._computing():
             found = self.model.find_entities([one.inputs for one in asked], encoded)
         model = self.cfg.MODEL

@@ -120,6 +120,7 @@ def _from_array(array: np.ndarray, height: int, width: int) -> EntityMap:
             f"the entity array is {form} but the image is {width}x{height} (width x height){hint}; "
             "give ids or masks of the image's size"
         )
+    # Two dimensions are ids only if they are whole numbers: a bool or float array is one mask.
     if array.ndim == 2 and array.dtype.kind in "iu":
         return EntityMap.from_id_image(array)
     return EntityMap.from_masks(array.reshape(-1, height, width))
