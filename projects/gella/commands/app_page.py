@@ -506,12 +506,12 @@ def _inputs(desk: Desk, visitor: Any, figure: Any) -> tuple[Any, Any, Any]:
     """Picture, masks, and the line that says how things are."""
     limits = desk.limits
     sources: Any = ["upload", "clipboard"]
-    picture = gr.Image(
+    picture: Any = gr.Image(
         label="Picture", type="filepath", sources=sources, height=320, buttons=[], elem_id="picture"
     )
     # Gradio would open the file, whatever it is, before anything here could look at its size. (A
     # subclass would make it write a .pyi file beside this one.)
-    picture.preprocess = lambda payload: None if payload is None else payload.path
+    picture.preprocess = lambda file: file and file.path
     label = "Entity masks" + " (none: they are found)" * (desk.finder is not None)
     kinds = [*MASK_SUFFIXES]
     masks = gr.File(

@@ -267,6 +267,7 @@ def run(args: Any) -> None:
         cfg = setup(args)
         check_agreement(config_facts(cfg))
     started = time.perf_counter()
+    results: dict[str, dict[str, float]] | None
     run: dict[str, Any] | None = None
     outcome = None
     if args.eval_only:
