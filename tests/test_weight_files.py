@@ -173,30 +173,39 @@ def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path):
         read_weights(tmp_path / "ViT-L-14.pt")
 
 
-def test_a_missing_shard_is_named(shards):
-    name = weight_files(shards)[1].name
-    (shards / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"1 are missing: {name}"):
-        read_weights(shards)
+def lose(folder, shard, index):
+    """A shard is gone."""
+    (folder / shard).unlink()
 
 
-def test_an_index_that_names_absent_keys(shards):
-    path = shards / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    shard = index["weight_map"]["a.weight"]
+def name_a_ghost(folder, shard, index):
+    """The index names a key that its shard does not have."""
     index["weight_map"]["ghost"] = shard
-    path.write_text(json.dumps(index))
-    message = rf"{shard} do not fit: 1 keys of the index are not in the shard \(ghost\), 0 of"
-    with pytest.raises(ValueError, match=message):
-        read_weights(shards)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def test_a_shard_with_more_than_the_index_says(shards):
-    path = shards / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
+def hide_a_key(folder, shard, index):
+    """A shard has a key that the index does not name."""
+    save_file({**load_file(folder / shard), "more": torch.ones(1)}, folder / shard)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lose, "1 are missing: {shard}"),
+        (
+            name_a_ghost,
+            r"{shard} do not fit: 1 keys of the index are not in .* \(ghost\), 0",
+        ),
+        (hide_a_key, r"1 of the shard are not in the index \(more\)"),
+    ],
+)
+def test_shards_that_do_not_fit_their_index(shards, damage, message):
+    index = json.loads((shards / "model.safetensors.index.json").read_text())
     shard = index["weight_map"]["a.weight"]
-    save_file({**load_file(shards / shard), "more": torch.ones(1)}, shards / shard)
-    with pytest.raises(ValueError, match=r"1 of the shard are not in the index \(more\)"):
+    damage(shards, shard, index)
+    error = FileNotFoundError if damage is lose else ValueError
+    with pytest.raises(error, match=message.format(shard=shard)):
         read_weights(shards)
 
 

@@ -41,11 +41,26 @@ from gella.weights.llava import EMBEDDINGS, fit_words
 
 TRAIN = "python tools/train_net.py --config-file"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
-HELP = {
-    "llava": "LLaVA-1.5, of transformers or of the LLaVA repository: file, index or folder",
-    "mask2former": "Mask2Former with a Swin backbone: mask decoder and colormap encoder",
-    "clip": "CLIP, where the LLaVA has no vision tower of its own, or instead of that one",
-    "colormap-encoder": "a timm or Swin classifier, instead of Mask2Former's backbone",
+OPTIONS = {
+    "from public weights": {
+        "--llava PATH": "LLaVA-1.5, of transformers or of its repository: file, index or folder",
+        "--mask2former PATH": "Mask2Former with a Swin backbone: mask decoder, colormap encoder",
+        "--clip PATH": "CLIP, where the LLaVA has no vision tower, or instead of that one",
+        "--colormap-encoder PATH": "a timm or Swin classifier, instead of Mask2Former's backbone",
+        "--seg-row N": "row of the LLaVA's embedding that holds <SEG>; default: what its "
+        "config.json says, else none: the mean of the words",
+        "--output PATH": "a .pth file, or a new folder for safetensors shards",
+    },
+    "from a training run": {
+        "--from-zero DIR": "a folder OUTPUT_DIR/checkpoints/iter_*, of any ZeRO stage or none: "
+        "--output gets its weights whole, what was under ZeRO in float32",
+    },
+    "from GELLA's weights": {
+        "--weights PATH": "a checkpoint or exported folder",
+        "--export DIR": "GELLA's weights as safetensors shards",
+        "--export-llava DIR": "its LLaVA, in transformers' layout",
+        "--export-llava-original DIR": "its LLaVA, in the repository's layout",
+    },
 }
 
 
@@ -56,35 +71,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config-file", required=True, metavar="YAML", help="config of the model")
-    group = parser.add_argument_group("from public weights")
-    for kind in FORMATS:
-        group.add_argument(f"--{kind}", metavar="PATH", help=HELP[kind])
-        names = [layout.name for layout in FORMATS[kind]]
-        group.add_argument(f"--{kind}-format", choices=names, help="default: by its keys")
-    group.add_argument(
-        "--seg-row",
-        type=int,
-        metavar="N",
-        help="row of the LLaVA's embedding that holds <SEG>; default: what its config.json says, "
-        "else none: the mean of the words",
-    )
-    group.add_argument(
-        "--output", metavar="PATH", help="a .pth file, or a new folder for safetensors shards"
-    )
-    group = parser.add_argument_group("from a training run")
-    group.add_argument(
-        "--from-zero",
-        metavar="DIR",
-        help="a folder OUTPUT_DIR/checkpoints/iter_*, of any ZeRO stage or none: --output gets its "
-        "weights whole, what was under ZeRO in float32",
-    )
-    group = parser.add_argument_group("from GELLA's weights")
-    group.add_argument("--weights", metavar="PATH", help="a checkpoint or exported folder")
-    group.add_argument("--export", metavar="DIR", help="GELLA's weights as safetensors shards")
-    group.add_argument("--export-llava", metavar="DIR", help="its LLaVA, in transformers' layout")
-    group.add_argument(
-        "--export-llava-original", metavar="DIR", help="its LLaVA, in the repository's layout"
-    )
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for option, text in options.items():
+            name, metavar = option.split()
+            kind = int if name == "--seg-row" else str
+            group.add_argument(name, metavar=metavar, help=text, type=kind)
+            if name[2:] in FORMATS:
+                names = [layout.name for layout in FORMATS[name[2:]]]
+                group.add_argument(f"{name}-format", choices=names, help="default: by its keys")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of safetensors (default 5GB)")
     add("--dtype", choices=DTYPES, help="of what is written; default: as in the sources")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
@@ -318,33 +313,12 @@ def hash_files(paths: Iterable[str]) -> list[tuple[str, str]]:
 # -- what is written -------------------------------------------------------------------------------
 
 
-def from_zero(args: argparse.Namespace, cfg: Any) -> None:
-    """Put the weights of a training checkpoint together, check them, and write them."""
-    print(f"reading {args.from_zero}", flush=True)
-    state = consolidate(args.from_zero)
-    check_against(build_on_meta(cfg), state, cfg, args.from_zero)
-    write_gella(args, args.output, state, cfg, [(args.from_zero, file_hash(args.from_zero))])
-    print(f"next: {TRAIN} {args.config_file} --eval-only MODEL.WEIGHTS {args.output}")
-
-
-def export(args: argparse.Namespace, cfg: Any) -> None:
-    """Write GELLA's weights, or the LLaVA inside, as folders of safetensors shards."""
-    state = read_weights(args.weights)
+def hand_out(args: argparse.Namespace, cfg: Any) -> None:
+    """Write the weights of a training checkpoint whole, or GELLA's weights and the LLaVA inside."""
+    source, target = args.from_zero or args.weights, args.output or args.export
+    print(f"reading {source}", flush=True)
+    state = consolidate(source) if args.from_zero else read_weights(source)
     model = build_on_meta(cfg)
-    check_against(model, state, cfg, args.weights)
-    if args.export:
-        write_gella(args, args.export, state, cfg, hash_files([args.weights]))
-        print(f"next: {TRAIN} {args.config_file} --eval-only MODEL.WEIGHTS {args.export}")
-    for folder, original in ((args.export_llava, False), (args.export_llava_original, True)):
-        if folder:
-            write_llava(args, folder, state, model, cfg, original)
-            print(f"wrote {folder}")
-            if not original:
-                print(f"next: LlavaForConditionalGeneration.from_pretrained({folder!r})")
-
-
-def check_against(model: nn.Module, state: Mapping[str, Tensor], cfg: Any, source: str) -> None:
-    """ValueError for weights that are not the model's; see ``check_state_dict``."""
     check_state_dict(
         state,
         model,
@@ -352,6 +326,16 @@ def check_against(model: nn.Module, state: Mapping[str, Tensor], cfg: Any, sourc
         allow_missing=cfg.MODEL.WEIGHTS_ALLOW_MISSING,
         allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
     )
+    if target:
+        sources = [(source, file_hash(source))] if args.from_zero else hash_files([source])
+        write_gella(args, target, state, cfg, sources)
+        print(f"next: {TRAIN} {args.config_file} --eval-only MODEL.WEIGHTS {target}")
+    for folder, original in ((args.export_llava, False), (args.export_llava_original, True)):
+        if folder:
+            write_llava(args, folder, state, model, cfg, original)
+            print(f"wrote {folder}")
+            if not original:
+                print(f"next: LlavaForConditionalGeneration.from_pretrained({folder!r})")
 
 
 def write_gella(
@@ -535,7 +519,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_arguments(args)
         cfg = load_config(args.config_file, args.opts)
         import_modules(cfg)
-        run = from_zero if args.from_zero else export if args.weights else convert
-        run(args, cfg)
+        (hand_out if args.from_zero or args.weights else convert)(args, cfg)
 
     return exit_status(work, interrupted="stopped; nothing was written")

@@ -73,15 +73,6 @@ class TimmColormapEncoder(Backbone):
         channels = 3 if input_shape is None else input_shape.channels or 3
         return dict(arch=cfg.MODEL.COLORMAP_ENCODER.ARCH, in_channels=channels)
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of res2 ... res5."""
-        return {
-            name: ShapeSpec(
-                channels=self._out_feature_channels[name], stride=self._out_feature_strides[name]
-            )
-            for name in self._out_features
-        }
-
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Encode normalised colormaps.
 

@@ -107,16 +107,16 @@ class CLIPImageEncoder(Backbone):
 
 
 def _check_sizes(image_size: int, patch_size: int, width: int, layers: int, head: int) -> None:
-    if image_size % patch_size:
-        raise ValueError(
-            f"MODEL.IMAGE_ENCODER.IMAGE_SIZE {image_size} is no multiple of PATCH_SIZE {patch_size}"
-        )
-    if width % head:
-        raise ValueError(f"MODEL.IMAGE_ENCODER.WIDTH {width} is no multiple of HEAD_WIDTH {head}")
-    if layers < 2:
-        raise ValueError(
-            f"MODEL.IMAGE_ENCODER.LAYERS is {layers}; the penultimate layer needs at least 2"
-        )
+    for wrong, message in (
+        (
+            image_size % patch_size,
+            f"IMAGE_SIZE {image_size} is no multiple of PATCH_SIZE {patch_size}",
+        ),
+        (width % head, f"WIDTH {width} is no multiple of HEAD_WIDTH {head}"),
+        (layers < 2, f"LAYERS is {layers}; the penultimate layer needs at least 2"),
+    ):
+        if wrong:
+            raise ValueError(f"MODEL.IMAGE_ENCODER.{message}")
 
 
 def _build_tower(

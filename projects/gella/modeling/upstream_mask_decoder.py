@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from gella.modeling.mask_decoder import MaskDecoderOutput
 
-__all__ = ["UPSTREAM_NAME", "UpstreamMaskDecoder", "build_mask_decoder", "maskformer_config"]
-
 #: ``MODEL.SEM_SEG_HEAD.NAME`` of upstream's head; the registry's entry is made by upstream itself.
 UPSTREAM_NAME = "MaskFormerHead"
 _ENCODER_FFN_DIM = 1024  # fixed in upstream's pixel decoder

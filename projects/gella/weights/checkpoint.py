@@ -15,7 +15,6 @@ data classes of DeepSpeed that its files hold allowed by name.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import hashlib
 import io
 import json
@@ -31,22 +30,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from gella.weights.files import read_torch, read_weights
-
-__all__ = [
-    "check_sample",
-    "check_state_dict",
-    "consolidate",
-    "deepspeed_folder",
-    "first_unreadable",
-    "is_checkpoint",
-    "load_state",
-    "load_weights",
-    "read_parts",
-    "reading_deepspeed",
-    "read_state",
-    "sample_digest",
-    "why_incomplete",
-]
+from gella.weights.layout import matches_any, some
 
 STATE_FILE, MODEL_FILE, TRAINER_FILE = "state.json", "model.pth", "trainer.pth"
 FORMAT = 1
@@ -54,9 +38,6 @@ FORMAT = 1
 PART_FOLDER, DEEPSPEED_TAG = "language", "zero"
 FOLDER_NAME = re.compile(r"iter_(\d{7,})")
 LEFT_OVER = re.compile(r"\.iter_\d{7,}\.(tmp|old)")
-# Keys of each kind that an error message lists before it only counts.
-_LISTED_KEYS = 10
-
 _logger = logging.getLogger(__name__)
 
 
@@ -110,7 +91,9 @@ def load_state(
     missing = [key for key in misfit.missing_keys if not key.startswith(f"{without}.")]
     for kind, keys in (("missing", missing), ("unexpected", misfit.unexpected_keys)):
         if keys:
-            _logger.warning("weights %s, allowed: %s", source, _list_keys(kind, keys))
+            _logger.warning(
+                "weights %s, allowed: %d %s: %s", source, len(keys), kind, some(keys, 10)
+            )
     _logger.info("loaded %s", source)
 
 
@@ -136,33 +119,26 @@ def check_state_dict(
             unexpected, and of another shape (never allowed: such a tensor cannot be copied).
     """
     expected = model.state_dict()
-    missing = _outside(expected.keys() - state.keys(), allow_missing)
-    unexpected = _outside(state.keys() - expected.keys(), allow_unexpected)
+    missing, unexpected = (
+        sorted(k for k in keys if not matches_any(k, allowed))
+        for keys, allowed in (
+            (expected.keys() - state.keys(), tuple(allow_missing)),
+            (state.keys() - expected.keys(), tuple(allow_unexpected)),
+        )
+    )
     reshaped = [
         f"{key} {tuple(state[key].shape)} in the file, {tuple(expected[key].shape)} in the model"
         for key in sorted(state.keys() & expected.keys())
         if state[key].shape != expected[key].shape
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-    problems = [_list_keys(kind, keys) for kind, keys in kinds if keys]
+    problems = [f"{len(keys)} {kind}: {some(keys, 10)}" for kind, keys in kinds if keys]
     if problems:
         raise ValueError(
             f"weights {source} do not fit the model: {'; '.join(problems)}. Use the config that the"
             " weights were trained with, or name the keys (shell patterns) in"
             " MODEL.WEIGHTS_ALLOW_MISSING / MODEL.WEIGHTS_ALLOW_UNEXPECTED"
         )
-
-
-def _outside(keys: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    patterns = tuple(patterns)
-    return sorted(k for k in keys if not any(fnmatch.fnmatchcase(k, p) for p in patterns))
-
-
-def _list_keys(kind: str, keys: list[str]) -> str:
-    rest = len(keys) - _LISTED_KEYS
-    return f"{len(keys)} {kind}: {', '.join(keys[:_LISTED_KEYS])}" + (
-        f" and {rest} more" if rest > 0 else ""
-    )
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -22,23 +22,13 @@ import torch
 from torch import Tensor
 
 from gella.utils.io import NUMPY_PARTS, read_json, read_pickle
+from gella.weights.layout import some
 
 # The names of transformers, then what else is found in a folder of weights.
 _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
 _TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 _SUFFIXES = (".safetensors", *_TORCH_SUFFIXES, ".pkl")
-# Keys and files that an error message lists before it only counts.
-_LISTED = 5
-
-__all__ = [
-    "main_file",
-    "new_folder",
-    "read_torch",
-    "read_weights",
-    "weight_files",
-    "write_shards",
-]
 
 
 def main_file(path: str | Path) -> Path:
@@ -62,7 +52,7 @@ def main_file(path: str | Path) -> Path:
     if not found:
         raise FileNotFoundError(f"the folder {path} holds no weights ({', '.join(_SUFFIXES)})")
     raise ValueError(
-        f"the folder {path} holds {len(found)} weight files ({_some([p.name for p in found])}) and"
+        f"the folder {path} holds {len(found)} weight files ({some([p.name for p in found])}) and"
         f" no {_INDEX_NAMES[0]}: restore the index, or name one file"
     )
 
@@ -239,7 +229,7 @@ def _read_index(path: Path) -> dict[str, str]:
     absent = sorted(name for name in names if not (path.parent / name).is_file())
     if absent:
         raise FileNotFoundError(
-            f"{path} names {len(names)} shards, {len(absent)} are missing: {_some(absent)}"
+            f"{path} names {len(names)} shards, {len(absent)} are missing: {some(absent)}"
         )
     return weight_map
 
@@ -254,8 +244,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         if absent or extra:
             raise ValueError(
                 f"{index} and its shard {name} do not fit: {len(absent)} keys of the index are not"
-                f" in the shard ({_some(absent)}), {len(extra)} of the shard are not in the index"
-                f" ({_some(extra)}). Take both from the same model"
+                f" in the shard ({some(absent)}), {len(extra)} of the shard are not in the index"
+                f" ({some(extra)}). Take both from the same model"
             )
         state.update(shard)
     return state
@@ -281,8 +271,3 @@ def _tensors(loaded: Any, path: Path) -> dict[str, Tensor]:
 def _is_torchscript(path: str | Path) -> bool:
     with zipfile.ZipFile(path) as archive:
         return any(n.endswith("/constants.pkl") or "/code/" in n for n in archive.namelist())
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
