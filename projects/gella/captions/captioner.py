@@ -90,14 +90,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer.
-
-    Attributes:
-        text: what the model wrote.
-        prompt_tokens: tokens of the question and the picture, None if not told.
-        completion_tokens: tokens of the answer, None if not told.
-        complete: False if the answer was cut at the limit of tokens.
-    """
+    """One answer: its text, the tokens of question and answer (None: not told), and whether it is
+    complete: False if it was cut at the limit of tokens."""
 
     text: str
     prompt_tokens: int | None = None
@@ -127,8 +121,7 @@ class Captioner(Protocol):
     def ask(self, text: str, picture: Picture | None, *, attempt: int = 0) -> Reply:
         """Answer a question; ``attempt`` > 0 asks for another answer than the time before.
 
-        Raises:
-            AnswerError, RequestError, EndpointError, StoppedError.
+        Raises AnswerError, RequestError, EndpointError or StoppedError.
         """
         ...
 
@@ -175,9 +168,7 @@ def load_picture(
         upright: as :func:`gella.entities.view.read_image`; off for datasets, whose masks lie in the
             frame of the stored pixels, on for photographs.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no picture or is damaged.
+    Raises FileNotFoundError without the file, ValueError if it is no picture or damaged.
     """
     pixels = source if isinstance(source, np.ndarray) else read_image(source, upright=upright)
     picture = Image.fromarray(pixels)
@@ -201,8 +192,7 @@ def describe(
     """Ask for a description with nouns until an answer can be used.
 
     Args:
-        captioner: the model.
-        picture: what to describe.
+        captioner, picture: who describes what.
         prompt: what kind of description; the rules of the answer are added here.
         mode: "json": description and nouns in one answer. "two-steps": the description first, then
             its nouns, for models that write no JSON; two requests each. None: the captioner's.
@@ -268,12 +258,8 @@ def _accepted(description: str, listed: list[str], min_found: float, tally: Tall
 def parse_json_answer(text: str) -> tuple[str, list[str]]:
     """Description and nouns (as the model wrote them) of an answer that should be one JSON object.
 
-    Code fences, text before and after, raw line breaks in strings and trailing commas are passed
-    over.
-
-    Raises:
-        AnswerError: no object with a description and a list of nouns, for instance because the
-            answer was cut; the message says which.
+    Code fences, text around it, raw line breaks in strings and trailing commas are passed over.
+    Raises AnswerError, which says why, for an answer without a description and a list of nouns.
     """
     for answer in _objects(text):
         if isinstance(answer.get("description"), str):
@@ -296,11 +282,7 @@ def parse_noun_list(text: str) -> list[str]:
 
 
 def clean_description(text: str) -> str:
-    """One line with single blanks.
-
-    Raises:
-        AnswerError: no letter in it, or a token that training prompts keep for themselves.
-    """
+    """One line with single blanks; AnswerError if it has no letter, or a token of the prompts."""
     # Lone halves of surrogate pairs ("\ud83d" cut off) cannot be written as UTF-8.
     whole = text.encode("utf-8", "replace").decode("utf-8")
     line = " ".join(whole.replace("\x00", " ").split())

@@ -146,14 +146,14 @@ class EndpointCaptioner:
     ) -> EndpointCaptioner:
         """Build one; what is None comes from ``GELLA_API_URL``, ``_MODEL`` and ``_KEY``.
 
-        Raises:
-            ValueError: no address or no model is given; and as the class.
+        Raises ValueError without address or model, and what the class raises.
         """
         url, model = url or os.getenv("GELLA_API_URL"), model or os.getenv("GELLA_API_MODEL")
         if not url or not model:
             name = "model" if url else "url"
-            advice = f"use --{name} or set GELLA_API_{name.upper()}"
-            raise ValueError(f"the endpoint's {name} is not given: {advice}")
+            raise ValueError(
+                f"the endpoint's {name} is not given: use --{name} or set GELLA_API_{name.upper()}"
+            )
         return cls(url, model, os.getenv("GELLA_API_KEY") if key is None else key, **options)
 
     def __repr__(self) -> str:
@@ -170,22 +170,16 @@ class EndpointCaptioner:
         self._abort.set()
 
     def ask(self, text: str, picture: Picture | None, *, attempt: int = 0) -> Reply:
-        """Answer a question about a picture (or about nothing but the text).
+        """Answer a question about a picture, or about nothing but the text.
 
         Failures that may pass (no connection, a broken or late answer, 408, 409, 425, 429, 5xx)
-        are retried.
-
-        Args:
-            text: the question.
-            picture: sent as a data URL; None sends the text only.
-            attempt: above 0, a temperature set in ``extra`` is at least 0.7, lest the same answer
-                come back.
+        are retried. With ``attempt`` above 0 a temperature set in ``extra`` is at least 0.7, lest
+        the same answer come back.
 
         Raises:
             AnswerError: there is an answer without text (a refusal, a filter).
             RequestError: refused for good, or still failing after all retries.
-            EndpointError: no question can be answered (key, model, address, quota, a wait longer
-                than ``max_wait``).
+            EndpointError: no question can be answered (key, model, address, quota, a long wait).
             StoppedError: :meth:`stop` or :meth:`abort` was called.
         """
         request = self._request(text, picture, attempt)

@@ -49,9 +49,6 @@ def open_captions(path: str | Path) -> Journal:
     """Open a file of captions to continue it (docs/FORMATS.md 4).
 
     Its keys are (image_id, prompt_id) as text; it remembers (file_name, model).
-
-    Raises:
-        ValueError, OSError: as `Journal`.
     """
 
     def note(record: Any) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -111,14 +108,8 @@ class CaptionRun:
         """Ask, and write what comes, until all jobs are done or the run has to stop.
 
         The first Ctrl-C lets the requests under way finish, for they are paid; the second cuts
-        them.
-
-        Args:
-            jobs: what to do.
-            done: how many were done before, for the progress bar.
-
-        Raises:
-            OSError: the file cannot be written.
+        them. ``done`` jobs were done before, for the progress bar. Raises OSError when the file
+        cannot be written.
         """
         results: queue.Queue[tuple[Job, Caption | Exception] | None] = queue.Queue()
         waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()

@@ -116,12 +116,7 @@ def _add_patience(add: Any) -> None:
 
 
 def read_sources(args: argparse.Namespace) -> list[Source]:
-    """The pictures that the arguments name, each once.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: no image at all, or two files with one id; the message names both.
-    """
+    """The pictures that the arguments name, each once; wrong ones are the errors of the user."""
     if args.dataset:
         named = _from_dataset(args.dataset)
     elif args.images_json:
@@ -186,15 +181,10 @@ def build_captioner(args: argparse.Namespace, tally: Tally) -> Any:
 
 
 def choose_prompts(path: str | None, wanted: Sequence[str] = ()) -> dict[str, str]:
-    """The prompts to use, by id.
+    """The prompts to use, by id: those wanted, or all, of a JSON file ``{prompt_id: text}``.
 
-    Args:
-        path: JSON file ``{prompt_id: text}``; None: the prompts that come with GELLA.
-        wanted: ids of those to use; none: all.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no such JSON, a text is empty, or there is no prompt of an id; says which.
+    Without a path they are those that come with GELLA. Raises FileNotFoundError without the file,
+    ValueError if it is no such JSON, a text is empty, or there is no prompt of an id.
     """
     prompts = PROMPTS if path is None else read_any_json(path, "prompt file")
     if not isinstance(prompts, dict) or not prompts:
@@ -209,11 +199,7 @@ def choose_prompts(path: str | None, wanted: Sequence[str] = ()) -> dict[str, st
 
 
 def open_jobs(sources: Sequence[Source], prompts: Sequence[str], file: Journal) -> list[Job]:
-    """What the file lacks.
-
-    Raises:
-        ValueError: a caption in the file is of another picture with the same id.
-    """
+    """What the file lacks; ValueError if it has a caption of another picture of the same id."""
     jobs = []
     for source in sources:
         for prompt_id in prompts:
@@ -231,11 +217,7 @@ def open_jobs(sources: Sequence[Source], prompts: Sequence[str], file: Journal) 
 def report_of(run: CaptionRun, args: argparse.Namespace, done: int, total: int) -> dict[str, Any]:
     """Counts, cost and failures of a run, ready for JSON.
 
-    Args:
-        run: at its end.
-        args: give the prices of a million tokens of questions and of answers.
-        done: captions that were there before.
-        total: how many there shall be in the end.
+    ``done`` captions were there before, ``total`` there shall be in the end.
     """
     counts = Counter(run.tally.as_dict())
     asked, answered = counts["prompt_tokens"], counts["completion_tokens"]

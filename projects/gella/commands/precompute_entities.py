@@ -83,11 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def list_pictures(args: argparse.Namespace) -> list[Source]:
-    """The pictures of a folder by name, or of a dataset in its order.
-
-    Raises FileNotFoundError without the folder, ValueError without pictures, for an unknown dataset
-    and when two pictures have one id.
-    """
+    """The pictures of a folder by name, or of a dataset in its order; none is a ValueError."""
     if args.images:
         folder = Path(args.images)
         if not folder.is_dir():
@@ -178,10 +174,8 @@ def _segment(
 def open_journal(output: Path, made_by: dict[str, Any]) -> Journal:
     """The journal of an output file: one line a picture, with all its results.
 
-    It remembers the size of the picture's file, in bytes, and the number of entities.
-
-    Raises:
-        ValueError: the output is complete; and as `Journal`.
+    It remembers the size of the picture's file, in bytes, and the number of entities. Raises
+    ValueError if the output is complete, and what `Journal` raises.
     """
     path = output.with_name(output.name + ".journal")
     if output.is_dir():

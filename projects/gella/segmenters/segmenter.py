@@ -29,7 +29,6 @@ __all__ = ["KINDS", "SPECS", "MaskLimits", "Segmenter", "SegmenterSource", "load
 
 SPECS = "sam:PATH, transformers:PATH or detectron2:CONFIG:WEIGHTS"
 
-
 KINDS: dict[str, type[Segmenter]] = {}
 """The kinds of specs; the siblings of this file enter theirs when the package is imported."""
 
@@ -112,8 +111,7 @@ class Segmenter:
     ) -> list[EntityMap]:
         """Entities of several uint8 RGB images (H, W, 3), one map per image.
 
-        Raises ValueError for other arrays, and for a model that answers with masks of another size
-        or with scores that are no numbers.
+        Raises ValueError for other arrays and for a model that answers nonsense.
         """
         for image in images:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
