@@ -60,27 +60,22 @@ def locate_images(image_root: str | Path, file_names: Iterable[str]) -> dict[str
     Raises:
         ValueError: two folders hold a file of that name.
     """
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     index: dict[str, list[str]] | None = None
     for name in file_names:
-        found[name] = name
+        paths[name] = name
         if os.path.isfile(name):
             continue
         if index is None:
-            index = _files_by_name(image_root)
+            index = {}
+            for folder, _, files in os.walk(image_root):
+                for file in files:
+                    index.setdefault(file, []).append(os.path.join(folder, file))
         options = index.get(os.path.basename(name), [])
         if len(options) > 1:
             raise ValueError(
                 f"{os.path.basename(name)} lies in {len(options)} folders below {image_root}, for "
                 f"instance {options[0]} and {options[1]}; keep the copy that the annotation is of"
             )
-        found[name] = options[0] if options else name
-    return found
-
-
-def _files_by_name(root: str | Path) -> dict[str, list[str]]:
-    index: dict[str, list[str]] = {}
-    for folder, _, names in os.walk(root):
-        for name in names:
-            index.setdefault(name, []).append(os.path.join(folder, name))
-    return index
+        paths[name] = options[0] if options else name
+    return paths

@@ -18,7 +18,7 @@ from detectron2.data import MetadataCatalog
 
 from gella.data.targets import EntityMatcher, category_phrases
 from gella.entities.entity_map import EntityMap
-from gella.entities.sources import annotation_of, load_entities, load_from_record
+from gella.entities.sources import annotation_of, load_from_record
 from gella.entities.view import make_view, read_image
 from gella.text.prompts import (
     DESCRIBE_INSTRUCTIONS,
@@ -237,12 +237,8 @@ class GroundingMapper(InputMaker):
     ) -> dict[str, Any]:
         """Arguments from a config.
 
-        Args:
-            cfg: the config.
-            is_train: as in the constructor.
-            dataset_names: whose categories to use; None: `DATASETS.TRAIN` or `DATASETS.TEST`.
-
-        Raises ValueError when these datasets have different categories.
+        The categories are those of ``dataset_names``; None: of `DATASETS.TRAIN` or
+        `DATASETS.TEST`. Raises ValueError when these datasets have different ones.
         """
         if dataset_names is None:
             dataset_names = cfg.DATASETS.TRAIN if is_train else cfg.DATASETS.TEST
@@ -275,7 +271,12 @@ class GroundingMapper(InputMaker):
             ValueError: naming the image, for unreadable files, sizes that disagree, no entity, an
                 empty caption, a caption without nouns, unknown segment ids, a prompt too long.
         """
-        task = self._resolve(record, task or self.task or record["tasks"][0])
+        task = task or self.task or record["tasks"][0]
+        if task == "ground" and "caption" not in record:  # datasets can train it in their own way
+            if record.get("expressions"):
+                task = "refer"
+            elif "panoptic" in record.get("tasks", ()):
+                task = "panoptic"
         seed = zlib.crc32(str(record["image_id"]).encode()) if rng_seed is None else rng_seed
         rng = np.random.default_rng(seed)
         image = read_image(record["file_name"])
@@ -301,31 +302,11 @@ class GroundingMapper(InputMaker):
             picture.update(record_fields(record), entities_full=entities)
         return mapped_input(picture, task, fitted, caption, phrases)
 
-    def _resolve(self, record: dict[str, Any], task: str) -> str:
-        """The concrete task: datasets without captions can train grounding in their own way."""
-        if task == "ground" and "caption" not in record:
-            if record.get("expressions"):
-                return "refer"
-            if "panoptic" in record.get("tasks", ()):
-                return "panoptic"
-        return task
-
     def _matcher(self, record: dict[str, Any], entities: EntityMap) -> EntityMatcher:
-        source = record["entities"]
-        targets = source.get("targets")
-        if targets is None:
-            return EntityMatcher(entities, source.get("segments_info"))
-        annotated = load_entities(
-            targets["file_name"],
-            record["height"],
-            record["width"],
-            format=targets.get("format", "auto"),
-            segments_info=targets.get("segments_info"),
-            image_id=record["image_id"],
-        )
-        return EntityMatcher(
-            entities, targets.get("segments_info"), annotated, min_iou=self.target_iou
-        )
+        truth, annotated = annotation_of(record), None
+        if truth is not record["entities"]:  # the entities come from elsewhere
+            annotated = load_from_record({**record, "entities": truth})
+        return EntityMatcher(entities, truth.get("segments_info"), annotated, self.target_iou)
 
     def _words(
         self, record: dict[str, Any], task: str, matcher: EntityMatcher, rng: np.random.Generator
@@ -337,7 +318,8 @@ class GroundingMapper(InputMaker):
         mirrored = self.flip and rng.random() < 0.5
         if mirrored:
             texts = (caption, *(phrase["text"] for phrase in phrases))
-            mirrored = not any(_names_a_side(text, self.flip_text) for text in texts)
+            wrong = _SIDES if self.flip_text == "skip" else _UNSURE
+            mirrored = not any(_UNSURE.search(text) or wrong.search(text) for text in texts)
         if mirrored and self.flip_text == "swap":
             caption, phrases = mirrored_words(caption, phrases)
         # Outside training, descriptions and extracted nouns are the model's to say.
@@ -386,7 +368,14 @@ class GroundingMapper(InputMaker):
                 phrase["start"], phrase["end"] = span or (-1, -1)
             return sentence, phrases
         if task == "refer":
-            return self._expression(record, rng)
+            expressions = record.get("expressions") or []
+            if not expressions or (len(expressions) > 1 and not self.is_train):
+                raise ValueError(
+                    f"the record has {len(expressions)} expressions; evaluation takes one record "
+                    "per expression and training at least one"
+                )
+            phrase = expression_phrase(expressions[int(rng.integers(len(expressions)))])
+            return phrase["text"], [phrase]
         caption = record.get("caption") or ""
         if not caption.strip():
             raise ValueError("the caption is empty; give a sentence")
@@ -394,18 +383,6 @@ class GroundingMapper(InputMaker):
         if task != "describe" and not phrases:
             raise ValueError(f"the caption has no noun: {caption[:80]!r}; at least one is needed")
         return caption, phrases
-
-    def _expression(
-        self, record: dict[str, Any], rng: np.random.Generator
-    ) -> tuple[str, list[dict[str, Any]]]:
-        expressions = record.get("expressions") or []
-        if not expressions or (len(expressions) > 1 and not self.is_train):
-            raise ValueError(
-                f"the record has {len(expressions)} expressions; evaluation takes one record per "
-                "expression and training at least one"
-            )
-        phrase = expression_phrase(expressions[int(rng.integers(len(expressions)))])
-        return phrase["text"], [phrase]
 
 
 def expression_phrase(expression: dict[str, Any]) -> dict[str, Any]:
@@ -417,18 +394,15 @@ def expression_phrase(expression: dict[str, Any]) -> dict[str, Any]:
 
 def _shared_categories(dataset_names: Sequence[str]) -> list[dict[str, Any]]:
     """Categories that all datasets with categories agree on; empty when none has any."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name in dataset_names:
-        listed = MetadataCatalog.get(name).get("categories", None)
-        if listed:
-            found[name] = list(listed)
-    key = [[(c["id"], c["name"]) for c in listed] for listed in found.values()]
-    if any(entry != key[0] for entry in key):
+    listed = {name: MetadataCatalog.get(name).get("categories", None) for name in dataset_names}
+    listed = {name: list(categories) for name, categories in listed.items() if categories}
+    keys = [[(c["id"], c["name"]) for c in categories] for categories in listed.values()]
+    if any(key != keys[0] for key in keys):
         raise ValueError(
-            f"datasets {', '.join(found)} have different categories; name datasets of one set of "
+            f"datasets {', '.join(listed)} have different categories; name datasets of one set of "
             "categories, or give the mapper dataset_names"
         )
-    return next(iter(found.values()), [])
+    return next(iter(listed.values()), [])
 
 
 # "left", "Rightmost", "right-hand", "topleft"; not "bright", "leftover", "righteous".
@@ -441,11 +415,6 @@ _SIDES = re.compile(
 _UNSURE = re.compile(
     r"\b(?:l|r|lt|rt|lft|rgt|lhs|rhs|(?:counter|anti)?-?clockwise|o.?clock)\b", re.IGNORECASE
 )
-
-
-def _names_a_side(text: str, mode: str) -> bool:
-    """Whether a mirrored picture would make a text wrong, after `mirrored_words` if it swaps."""
-    return bool(_UNSURE.search(text) or (mode == "skip" and _SIDES.search(text)))
 
 
 def mirrored_words(

@@ -57,8 +57,7 @@ class EntityMatcher:
                 f"segment ids {unknown[:5]} are not in the image's annotation; the narrative and "
                 "the annotation belong to different versions"
             )
-        found = {index for i in segment_ids for index in self._indices.get(int(i), [])}
-        return sorted(found)
+        return sorted({index for i in segment_ids for index in self._indices.get(int(i), [])})
 
 
 def segment_iou(a: EntityMap, b: EntityMap) -> np.ndarray:
@@ -103,17 +102,12 @@ def category_phrases(
         chosen = {absent[k] for k in rng.choice(len(absent), size=negatives, replace=False)}
     else:
         chosen = set(absent)
-    return [
-        {
-            "text": spoken_name(category["name"]),
-            "start": -1,
-            "end": -1,
-            "segment_ids": members[int(category["id"])],
-            "is_plural": len(members[int(category["id"])]) > 1,
-            "is_thing": bool(category["isthing"]),
-            "category_id": int(category["id"]),
-            "isthing": bool(category["isthing"]),
-        }
-        for category in categories
-        if members[int(category["id"])] or int(category["id"]) in chosen
-    ]
+    phrases = []
+    for category in categories:
+        category_id, thing = int(category["id"]), bool(category["isthing"])
+        ids = members[category_id]
+        if ids or category_id in chosen:
+            phrase = {"text": spoken_name(category["name"]), "start": -1, "end": -1}
+            phrase.update(segment_ids=ids, is_plural=len(ids) > 1, is_thing=thing)
+            phrases.append({**phrase, "category_id": category_id, "isthing": thing})
+    return phrases
