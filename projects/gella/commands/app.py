@@ -303,4 +303,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     stop = threading.Event()
     with StopRequest(first=lambda number: stop.set()):
-        return exit_status(lambda: run(args, stop), errors=(ValueError, OSError, ImportError))
+        errors = (ValueError, OSError, ImportError)
+        return exit_status(lambda: run(args, stop), errors=errors, interrupted="stopped")
