@@ -121,6 +121,10 @@ CHANGES: dict[str, dict[str, str]] = {
         " --num-machines 2 --machine-rank 1": "",
         "tcp://10.0.0.1:29500": "tcp://127.0.0.1:@PORT@",
         "--nnodes 2 --nproc-per-node 8": "--nproc-per-node 2",
+        "--nnodes $SLURM_NNODES --nproc-per-node 8": "--nproc-per-node 2",
+        "--rdzv-id $SLURM_JOB_ID --rdzv-endpoint $SLURMD_NODENAME:29500": (
+            "--rdzv-endpoint 127.0.0.1:@PORT@"
+        ),
         "10.0.0.1:29500": "127.0.0.1:@PORT@",
         "TEST.EVAL_PERIOD 2000": "TEST.EVAL_PERIOD 1",
     },

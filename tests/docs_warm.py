@@ -2,7 +2,7 @@
 
     docs_warm.py serve SOCKET                 imports the libraries once, listens until it is killed
     docs_warm.py run SOCKET [-c CODE | -m MODULE | SCRIPT] [ARGUMENTS]
-    docs_warm.py srun COMMAND                 two tasks with SLURM's variables, as `srun` starts
+    docs_warm.py srun COMMAND                 one task with SLURM's variables, as `srun` starts
     docs_warm.py visit SCRIPT [ARGUMENTS]     asks a server for its page and stops it with Ctrl-C
 
 ``run`` has the current folder, the environment, the streams and the exit status of an ordinary
@@ -21,7 +21,6 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from typing import Any
 
 IMPORTS = ("torch", "transformers", "timm", "detectron2.modeling", "gella", "PIL.Image")
 
@@ -98,17 +97,11 @@ def free_port() -> int:
 
 
 def srun(arguments: list[str]) -> int:
-    """Run a command twice at once; the first exit status that is not 0, else 0."""
+    """Run a command as the one task of a step; its exit status."""
     while arguments[0].startswith("--"):
         arguments = arguments[1:]
-    step = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_NODELIST": "localhost"}
-    step |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "MASTER_PORT": str(free_port())}
-    tasks: list[Any] = []
-    for task in ("0", "1"):
-        own = {"SLURM_PROCID": task, "SLURM_LOCALID": task}
-        tasks.append(subprocess.Popen(arguments, env={**os.environ, **step, **own}))
-    codes = [task.wait() for task in tasks]
-    return next((code for code in codes if code), 0)
+    step = {"SLURM_JOB_ID": "77", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
+    return subprocess.run(arguments, env={**os.environ, **step}, check=False).returncode
 
 
 def visit(arguments: list[str]) -> int:
