@@ -32,7 +32,7 @@ from gella.engine.evaluation_hooks import (
     build_even_loader,
     evenly_spaced,
     undisturbed,
-    with_subset,
+    with_keys,
 )
 from gella.engine.trainer import GellaTrainer
 
@@ -314,9 +314,9 @@ def test_scores_are_stored_under_names_of_their_own(cfg, tmp_path):
     assert saved["iteration"] == 4 and "language_decoder.weight" in saved["model"]
 
 
-def test_with_subset_leaves_the_config_alone(cfg):
+def test_with_keys_leaves_the_config_alone(cfg):
     cfg.freeze()
-    changed = with_subset(cfg, 5)
+    changed = with_keys(cfg, {"TEST.SUBSET": 5})
     assert (changed.TEST.SUBSET, cfg.TEST.SUBSET) == (5, 0) and changed.is_frozen()
 
 

@@ -62,7 +62,15 @@ def exit_status(
         print(interrupted, file=sys.stderr)
         return 130
     except errors as error:
-        if os.getenv("GELLA_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        tell_error(error)
         return 2
+
+
+def tell_error(error: BaseException) -> None:
+    """Print ``error: ...`` on stderr, with ``GELLA_TRACEBACK=1`` after the traceback."""
+    if os.getenv("GELLA_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    text = one_line(error)
+    if isinstance(error, KeyError) and " " not in text:  # a key alone says nothing
+        text = f"KeyError {text} (GELLA_TRACEBACK=1 shows where)"
+    print(f"error: {text}", file=sys.stderr, flush=True)

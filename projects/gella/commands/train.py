@@ -31,7 +31,6 @@ import logging
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,6 +42,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from gella import load_config
+from gella.commands.console import USER_ERRORS, tell_error
 from gella.data.register import import_modules
 from gella.engine.checkpoint import FOLDER as CHECKPOINTS
 from gella.engine.checkpoint import CheckpointStore
@@ -50,13 +50,12 @@ from gella.engine.evaluate import (
     Evaluation,
     calibrated,
     check_expected,
-    count_records,
     evaluate_config,
     evaluate_table,
+    read_test_sets,
     save_evaluation,
-    without_expected,
 )
-from gella.engine.evaluation_hooks import with_subset
+from gella.engine.evaluation_hooks import with_keys
 from gella.engine.hooks import RunStopped
 from gella.engine.launch import (
     LaunchError,
@@ -68,39 +67,31 @@ from gella.engine.launch import (
     record_facts,
     resume_command,
 )
-from gella.engine.trainer import GellaTrainer, load_records
+from gella.engine.trainer import GellaTrainer
 from gella.evaluation import format_results
-from gella.evaluation.results import describe_run
+from gella.evaluation.results import by_dataset, describe_run
 from gella.evaluation.tables import TABLES
 from gella.weights.checkpoint import load_weights
 
 LOGGER = logging.getLogger("detectron2")
-# What a wrong file, name or value raises while a run is set up. Other exceptions are bugs.
-USER_ERRORS = (KeyError, ValueError, OSError, ImportError)
 
 
 @contextlib.contextmanager
 def user_errors(types: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
     """End the process with one line and status 2 if a user's mistake is met inside.
 
-    Args:
-        types: the exceptions that are one.
-
     Only the set-up runs in here; the training loop does not, so that its errors keep their
-    traceback. ``GELLA_TRACEBACK=1`` shows the traceback of the set-up too.
+    traceback.
+
+    Args:
+        types: the exceptions that are a mistake of the user.
     """
     try:
         yield
     except types as error:
-        if os.getenv("GELLA_TRACEBACK") == "1":
-            traceback.print_exc()
-        # str() of a KeyError quotes its message
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        if isinstance(error, KeyError) and " " not in text:
-            text = f"KeyError {text} (GELLA_TRACEBACK=1 shows where)"
         shared = isinstance(error, UnequalRanks)  # raised on all ranks
         if comm.is_main_process() or not shared:
-            print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+            tell_error(error)
         if shared:
             comm.synchronize()  # the first to end takes the others down
         raise SystemExit(2) from None
@@ -125,9 +116,8 @@ def setup(args: Any) -> CfgNode:
     default_setup(cfg, args)
     # Detectron2 sets its own loggers up only.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gella")
-    LOGGER.info(
-        "detectron2 %s from %s", detectron2.__version__, os.path.dirname(detectron2.__file__)
-    )
+    folder = os.path.dirname(detectron2.__file__)
+    LOGGER.info("detectron2 %s from %s", detectron2.__version__, folder)
     LOGGER.info("device: %s", cfg.MODEL.DEVICE)
     return cfg
 
@@ -149,13 +139,20 @@ def evaluate(
     with user_errors():
         weights = cfg.MODEL.WEIGHTS
         if resume:
-            weights = newest_checkpoint(cfg.OUTPUT_DIR)
+            checkpoints = os.path.join(cfg.OUTPUT_DIR, CHECKPOINTS)
+            newest = CheckpointStore(checkpoints).newest()
+            if newest is None:
+                raise FileNotFoundError(
+                    f"{checkpoints} has no checkpoint: nothing was trained in OUTPUT_DIR"
+                    f" {cfg.OUTPUT_DIR}"
+                )
+            weights = str(newest.path)
         if not weights:
             raise ValueError(
                 "--eval-only has nothing to evaluate: give MODEL.WEIGHTS FILE at the end of the"
                 " command, or --resume for the newest checkpoint of OUTPUT_DIR"
             )
-        cfg, calibration = calibrated(with_subset(cfg, 0), weights)
+        cfg, calibration = calibrated(with_keys(cfg, {"TEST.SUBSET": 0}), weights)
         facts, counts = read_test_sets(cfg)
         check_agreement({**facts, **file_facts("the weights", weights)})
         model = GellaTrainer.build_model(cfg)
@@ -170,92 +167,41 @@ def evaluate(
     return Evaluation(), weights
 
 
-def read_test_sets(cfg: CfgNode) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
-    """Read the annotations of ``DATASETS.TEST`` once, so that wrong ones end a run at its start.
-
-    Returns:
-        what must be equal on all ranks, for ``check_agreement``, and the datasets' counts, for
-        ``results.json``.
-
-    Raises:
-        OSError, KeyError, ValueError: what the readers refuse, naming file and record.
-    """
-    facts: dict[str, str] = {}
-    counts = {}
-    for name in cfg.DATASETS.TEST:
-        records = load_records([name], "DATASETS.TEST", cfg)
-        facts |= record_facts(f"test set {name}", records)
-        counts[name] = count_records(records)
-    return facts, counts
-
-
-def train_facts(trainer: GellaTrainer, *, resume: bool) -> dict[str, str]:
-    """What of the training data and the weights must be equal on all ranks."""
-    facts = record_facts("DATASETS.TRAIN", trainer.data_loader.dataset.records)
-    facts |= file_facts("MODEL.WEIGHTS", trainer.cfg.MODEL.WEIGHTS)
-    if resume:
-        newest = trainer.checkpoints.store.newest()
-        facts |= file_facts("the checkpoint to resume from", newest.path if newest else "")
-    return facts
-
-
-def newest_checkpoint(folder: str) -> str:
-    """Path of the newest complete checkpoint of an output folder.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: there are checkpoints, and none is complete.
-    """
-    newest = CheckpointStore(os.path.join(folder, CHECKPOINTS)).newest()
-    if newest is None:
-        raise FileNotFoundError(
-            f"{os.path.join(folder, CHECKPOINTS)} has no checkpoint: nothing was trained in"
-            f" OUTPUT_DIR {folder}"
-        )
-    return str(newest.path)
-
-
-def train(
-    cfg: CfgNode, *, resume: bool
-) -> tuple[dict[str, dict[str, float]] | None, str, dict[str, dict[str, int]]]:
+def train(cfg: CfgNode, *, resume: bool, config_file: str = "") -> tuple[Evaluation, str]:
     """Train, and evaluate at the end.
 
     Args:
         cfg: a frozen config.
         resume: continue from the newest checkpoint of ``OUTPUT_DIR`` if there is one.
+        config_file: its file, for the record.
 
     Returns:
-        ``{task: {metric: score}}`` (None on other processes than the main one), the path of the
-        final weights, and the counts of the test sets.
+        the scores (empty on other processes than the main one) and the path of the final weights.
     """
+    started = time.perf_counter()
     with user_errors():
-        trainer = GellaTrainer(without_expected(cfg))
+        # Detectron2 compares with expected results before anybody sees the scores.
+        trainer = GellaTrainer(with_keys(cfg, {"TEST.EXPECTED_RESULTS": []}))
         facts, counts = read_test_sets(cfg)
-        check_agreement({**train_facts(trainer, resume=resume), **facts})
+        facts |= record_facts("DATASETS.TRAIN", trainer.data_loader.dataset.records)
+        facts |= file_facts("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
+        if resume:
+            newest = trainer.checkpoints.store.newest()
+            facts |= file_facts("the checkpoint to resume from", newest.path if newest else "")
+        check_agreement(facts)
         trainer.resume_or_load(resume=resume)
-    return trainer.train(), os.path.join(cfg.OUTPUT_DIR, "model_final.pth"), counts
-
-
-def report(
-    cfg: CfgNode,
-    config_file: str,
-    results: dict[str, Any] | None,
-    weights: str,
-    run: dict[str, Any] | None = None,
-    outcome: dict[str, Any] | None = None,
-) -> None:
-    """Print the one table, write ``results.json`` and ``results.md``, say what to type next."""
-    lines = [f"Weights:  {weights}"]
-    if results:
-        path = save_evaluation(cfg.OUTPUT_DIR, results, run, outcome)
-        print(f"\n{format_results(results)}\n")
-        lines.append(f"Results:  {path}")
-    dataset = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "NAME"
-    lines.append(
-        f"Next:     python tools/demo.py --config-file {config_file} --weights {weights}"
-        f" --dataset {dataset} --num 3 --output {os.path.join(cfg.OUTPUT_DIR, 'demo')}"
+    results = trainer.train()
+    weights = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    if not results:
+        return Evaluation(), weights
+    run = describe_run(
+        cfg,
+        config_file=config_file,
+        weights=weights,
+        seconds=time.perf_counter() - started,
+        datasets=counts,
     )
-    print("\n".join(lines), flush=True)
+    return Evaluation(by_dataset(results, list(counts)), run), weights
 
 
 def run(args: Any) -> None:
@@ -266,34 +212,31 @@ def run(args: Any) -> None:
             raise ValueError(f"--table {table} evaluates weights: add --eval-only")
         cfg = setup(args)
         check_agreement(config_facts(cfg))
-    started = time.perf_counter()
-    results: dict[str, dict[str, float]] | None
-    run: dict[str, Any] | None = None
-    outcome = None
-    if args.eval_only:
-        done, weights = evaluate(cfg, resume=args.resume, config_file=args.config_file, table=table)
-        results, run, outcome = done.results, done.run, done.outcome
-    else:
-        try:
-            results, weights, counts = train(cfg, resume=args.resume)
-        except RunStopped as stopped:
-            if comm.is_main_process():
-                print(f"{stopped}\nNext:     {resume_command(sys.argv)}", flush=True)
-            return
+    try:
+        options = {"resume": args.resume, "config_file": args.config_file}
+        if args.eval_only:
+            done, weights = evaluate(cfg, table=table, **options)
+        else:
+            done, weights = train(cfg, **options)
+    except RunStopped as stopped:
+        if comm.is_main_process():
+            print(f"{stopped}\nNext:     {resume_command(sys.argv)}", flush=True)
+        return
     if not comm.is_main_process():
         return
-    if results and run is None:
-        run = describe_run(
-            cfg,
-            config_file=args.config_file,
-            weights=weights,
-            seconds=time.perf_counter() - started,
-            datasets=counts,
-        )
-    report(cfg, args.config_file, results, weights, run, outcome)
-    if results:
+    lines = [f"Weights:  {weights}"]
+    if done.results:
+        lines.append(f"Results:  {save_evaluation(cfg.OUTPUT_DIR, done)}")
+        print(f"\n{format_results(done.results)}\n")
+    dataset = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "NAME"
+    lines.append(
+        f"Next:     python tools/demo.py --config-file {args.config_file} --weights {weights}"
+        f" --dataset {dataset} --num 3 --output {os.path.join(cfg.OUTPUT_DIR, 'demo')}"
+    )
+    print("\n".join(lines), flush=True)
+    if done.results:
         with user_errors():
-            check_expected(cfg, results)
+            check_expected(cfg, done.results)
 
 
 def main() -> None:

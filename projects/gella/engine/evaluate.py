@@ -14,8 +14,9 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from torch import nn
 
-from gella.data.records import Records
 from gella.data.register import root_from_environment
+from gella.engine.evaluation_hooks import with_keys
+from gella.engine.launch import record_facts
 from gella.engine.trainer import GellaTrainer, load_records
 from gella.evaluation.calibration import read_calibration
 from gella.evaluation.results import (
@@ -32,11 +33,10 @@ __all__ = [
     "Evaluation",
     "calibrated",
     "check_expected",
-    "dataset_counts",
     "evaluate_config",
     "evaluate_table",
+    "read_test_sets",
     "save_evaluation",
-    "without_expected",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Evaluation:
         run: `run_info.describe_run`, likewise.
     """
 
-    outcome: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    outcome: Mapping[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -68,32 +68,29 @@ def calibrated(cfg: Any, weights: str) -> tuple[Any, dict[str, Any] | None]:
     if not cfg.TEST.CALIBRATION:
         return cfg, None
     calibration = read_calibration(cfg.TEST.CALIBRATION, weights)
-    copy = cfg.clone()
-    copy.defrost()
-    for name, value in calibration["thresholds"].items():
-        setattr(copy.MODEL.GELLA, name, value)
-    copy.freeze()
-    _logger.info("%s sets MODEL.GELLA: %s", cfg.TEST.CALIBRATION, calibration["thresholds"])
-    return copy, calibration
+    thresholds = calibration["thresholds"]
+    _logger.info("%s sets MODEL.GELLA: %s", cfg.TEST.CALIBRATION, thresholds)
+    return with_keys(cfg, {f"MODEL.GELLA.{k}": v for k, v in thresholds.items()}), calibration
 
 
-def dataset_counts(cfg: Any) -> dict[str, dict[str, int]]:
-    """Numbers of ``records`` and of ``images`` of each dataset of ``DATASETS.TEST``.
+def read_test_sets(cfg: Any) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
+    """Read the annotations of ``DATASETS.TEST`` once, so that wrong ones end a run at its start.
 
-    Reads the annotations, so that wrong ones end a run at its start.
+    Returns:
+        what must be equal on all ranks, for ``check_agreement``, and for ``results.json`` by
+        dataset the numbers of ``records`` and of the ``images`` that they are about.
 
     Raises:
         OSError, KeyError, ValueError: what the readers refuse, naming file and record.
     """
+    facts: dict[str, str] = {}
     counts = {}
     for name in cfg.DATASETS.TEST:
-        counts[name] = count_records(load_records([name], "DATASETS.TEST", cfg))
-    return counts
-
-
-def count_records(records: Records) -> dict[str, int]:
-    """Numbers of ``records`` and of the ``images`` that they are about."""
-    return {"records": len(records), "images": len(set(records.image_ids().tolist()))}
+        records = load_records([name], "DATASETS.TEST", cfg)
+        facts |= record_facts(f"test set {name}", records)
+        images = len(set(records.image_ids().tolist()))
+        counts[name] = {"records": len(records), "images": images}
+    return facts, counts
 
 
 def evaluate_config(
@@ -111,21 +108,17 @@ def evaluate_config(
         cfg: a frozen config; its ``MODEL.GELLA`` is what the model goes by.
         model: with its weights loaded.
         config_file, weights, calibration: for the record.
-        counts: of `dataset_counts`, to spare reading the annotations once more.
+        counts: of `read_test_sets`, to spare reading the annotations once more.
     """
     inner = model.module if hasattr(model, "module") else model
     inner.inference_options = cfg.MODEL.GELLA
-    counts = dataset_counts(cfg) if counts is None else counts
+    counts = read_test_sets(cfg)[1] if counts is None else counts
     outcome: dict[str, dict[str, dict[str, float]]] = {}
     seconds: dict[str, float] = {}
     started = time.perf_counter()
     for name in cfg.DATASETS.TEST:
         began = time.perf_counter()
-        one = cfg.clone()
-        one.defrost()
-        one.DATASETS.TEST = (name,)
-        one.freeze()
-        outcome[name] = GellaTrainer.test(one, model)
+        outcome[name] = GellaTrainer.test(with_keys(cfg, {"DATASETS.TEST": (name,)}), model)
         seconds[name] = round(time.perf_counter() - began, 1)
     if not comm.is_main_process():
         return Evaluation()
@@ -140,43 +133,25 @@ def evaluate_config(
     return Evaluation(outcome, run)
 
 
-def save_evaluation(
-    folder: str | Path,
-    results: Mapping[str, Mapping[str, float]],
-    run: Mapping[str, Any] | None = None,
-    outcome: Mapping[str, Any] | None = None,
-) -> str:
-    """Write ``results.json`` and ``results.md``, the paper's rows beside ours; return the former.
+def save_evaluation(folder: str | Path, evaluation: Evaluation) -> str:
+    """Write ``results.json`` and ``results.md``, the paper's rows beside ours, into a folder.
 
-    Args:
-        folder: ``OUTPUT_DIR``.
-        results: ``{task: {metric: score}}``.
-        run: how they came about.
-        outcome: the same by dataset; None: as far as ``results`` tells.
+    Returns the path of the former.
     """
     path = os.path.join(folder, "results.json")
-    save_results(results, path, run)
-    datasets = list((run or {}).get("datasets", {}))
-    text = compared_markdown(by_dataset(results, datasets) if outcome is None else outcome)
+    save_results(evaluation.results, path, evaluation.run)
+    text = compared_markdown(evaluation.outcome)
     if text:
         write_text(os.path.join(folder, "results.md"), text)
     return path
 
 
-def evaluate_table(
-    cfg: Any,
-    model: nn.Module,
-    table: str,
-    *,
-    config_file: str,
-    weights: str,
-    calibration: dict[str, Any] | None = None,
-) -> tuple[str, Path]:
+def evaluate_table(cfg: Any, model: nn.Module, table: str, **record: Any) -> tuple[str, Path]:
     """Run all evaluations that a table needs; every process must call this.
 
     Each run has a folder ``OUTPUT_DIR/table_<table>/<run>`` with its config, predictions and
     ``results.json``; beside the folders stand the whole table as ``results.md`` and all scores as
-    ``results.json``.
+    ``results.json``. ``record`` is what `evaluate_config` takes for the record.
 
     Returns:
         the table as Markdown ("" on other processes than the main one), and its folder.
@@ -187,24 +162,15 @@ def evaluate_table(
     folder = Path(cfg.OUTPUT_DIR) / f"table_{table}"
     runs = plan_table(cfg, table, root_from_environment())
     configs = [changed(cfg, run, str(folder / run.name)) for run in runs]
-    counts = [dataset_counts(run_cfg) for run_cfg in configs]
+    counts = [read_test_sets(run_cfg)[1] for run_cfg in configs]
     done = []
     for number, (run, run_cfg) in enumerate(zip(runs, configs, strict=True)):
         _logger.info("table %s, run %d of %d: %s", table, number + 1, len(runs), run.name)
-        evaluation = evaluate_config(
-            run_cfg,
-            model,
-            config_file=config_file,
-            weights=weights,
-            calibration=calibration,
-            counts=counts[number],
-        )
+        evaluation = evaluate_config(run_cfg, model, counts=counts[number], **record)
         done.append(evaluation)
         if comm.is_main_process():
             write_text(Path(run_cfg.OUTPUT_DIR) / "config.yaml", run_cfg.dump())
-            save_evaluation(
-                run_cfg.OUTPUT_DIR, evaluation.results, evaluation.run, evaluation.outcome
-            )
+            save_evaluation(run_cfg.OUTPUT_DIR, evaluation)
     if not comm.is_main_process():
         return "", folder
     outcomes: list[Any] = [evaluation.outcome for evaluation in done]
@@ -224,9 +190,9 @@ def _earlier(output: str, table: str) -> list[tuple[Run, dict[str, Any]]]:
         return []
     parent = Path(output).parent
     pattern = f"table{int(table):02d}*/results.json"
-    found = sorted({*parent.glob(pattern), *(parent / "ablations").glob(pattern)})
+    paths = sorted({*parent.glob(pattern), *(parent / "ablations").glob(pattern)})
     rows = []
-    for path in found:
+    for path in paths:
         results, run = load_results(path)
         datasets = tuple(run.get("datasets", ()))
         label = f"ours, {path.parent.name}"
@@ -234,21 +200,10 @@ def _earlier(output: str, table: str) -> list[tuple[Run, dict[str, Any]]]:
     return rows
 
 
-def without_expected(cfg: Any) -> Any:
-    """The config without ``TEST.EXPECTED_RESULTS``.
-
-    Detectron2's trainer checks them within ``train``, before anybody sees the scores; here they are
-    checked by `check_expected`, after the table was printed.
-    """
-    copy = cfg.clone()
-    copy.defrost()
-    copy.TEST.EXPECTED_RESULTS = []
-    copy.freeze()
-    return copy
-
-
 def check_expected(cfg: Any, results: Mapping[str, Mapping[str, float]]) -> None:
     """Compare with ``TEST.EXPECTED_RESULTS`` by Detectron2's ``verify_results``: status 1 if off.
+
+    To be called when the scores were shown: Detectron2's trainer would end before that.
 
     Raises:
         ValueError: an entry is malformed, or of a task that was not evaluated.

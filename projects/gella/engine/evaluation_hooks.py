@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ __all__ = [
     "build_even_loader",
     "evenly_spaced",
     "undisturbed",
-    "with_subset",
+    "with_keys",
 ]
 
 BEST_NAME = "model_best"
@@ -167,11 +167,11 @@ class RealSamples(DatasetEvaluator):
         return self._evaluator.evaluate()
 
 
-def with_subset(cfg: Any, num_images: int) -> Any:
-    """A frozen copy of a config whose test loaders take so many images per dataset, 0 for all."""
+def with_keys(cfg: Any, values: Mapping[str, Any]) -> Any:
+    """A frozen copy of a config with other values, by the keys' dotted names."""
     changed = cfg.clone()
     changed.defrost()
-    changed.TEST.SUBSET = num_images
+    changed.merge_from_list([part for pair in values.items() for part in pair])
     changed.freeze()
     return changed
 

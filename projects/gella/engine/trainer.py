@@ -25,7 +25,7 @@ from gella.engine.evaluation_hooks import (
     build_even_loader,
     evenly_spaced,
     undisturbed,
-    with_subset,
+    with_keys,
 )
 from gella.engine.hooks import GradientClipper, NonFiniteGuard, RunScalars, StopOnSignal
 from gella.engine.launch import data_parallel_on
@@ -143,7 +143,7 @@ class GellaTrainer(DefaultTrainer):
         return [hook for hook in hooks if hook]
 
     def _evaluate(self, num_images: int) -> dict[str, dict[str, float]]:
-        return self.test(with_subset(self.cfg, num_images), self.model)
+        return self.test(with_keys(self.cfg, {"TEST.SUBSET": num_images}), self.model)
 
     def _compute_epochs(self) -> None:
         """Set ``MAX_ITER`` and ``STEPS`` from ``SOLVER.EPOCHS``, now that the data are known."""
