@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from detectron2.engine import HookBase
 from detectron2.utils.file_io import PathManager
 from torch import nn
 from toy_run import toy_config, toy_run
 
+from gella.data.sampling import GroundingBatchSampler, GroundingTrainLoader
 from gella.engine.checkpoint import CheckpointStore
+from gella.engine.resume import RunCheckpoints, fitted_optimizer_state
+from gella.text.prompts import TASKS
 from gella.utils.io import write_atomically
 from gella.weights.checkpoint import (
     consolidate,
@@ -189,6 +195,140 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint_whole(run, tmp_path, mon
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
         assert toy_run(toy_config(tmp_path), resume=True).start_iter == 4
     assert names(tmp_path / "checkpoints")[1:] == ["iter_0000002", "iter_0000003"]
+
+
+# -- going on --------------------------------------------------------------------------------------
+
+
+def states(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def unequal(a, b):
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+@pytest.mark.parametrize("seed", [7, -1])
+def test_random_generators_go_on(tmp_path, seed):
+    """The toy has dropout, which without a seed draws from wherever the generator stands."""
+
+    def train(folder, iterations, resume=False):
+        cfg = toy_config(tmp_path / folder, 6)
+        cfg.SEED = seed
+        trainer = toy_run(cfg, resume=resume)  # sets the generator, after loading none matters
+        torch.manual_seed(1234 + resume), np.random.seed(resume), random.seed(resume)
+        drawn = Drawn(iterations)
+        trainer.register_hooks([drawn])
+        try:
+            trainer.train()
+        except KeyboardInterrupt:
+            pass
+        return states(trainer), drawn.numbers
+
+    whole, numbers = train("whole", 6)
+    train("cut", 5)  # saved after iteration 2
+    again, later = train("cut", 6, resume=True)
+    assert later == numbers[3:] and unequal(whole, again) == []
+
+
+class Drawn(HookBase):
+    """Draws from every generator in every step, and ends the run after some."""
+
+    def __init__(self, iterations):
+        self.numbers, self.iterations = [], iterations
+
+    def before_step(self):
+        self.numbers.append((random.random(), np.random.rand(), float(torch.rand(1))))
+
+    def after_step(self):
+        if self.trainer.iter + 1 == self.iterations < self.trainer.max_iter:
+            raise KeyboardInterrupt
+
+
+def test_the_place_of_the_data_is_saved_and_compared(tmp_path, gella_log):
+    caplog = gella_log
+
+    def loader(seed=3, batch=4, ratios=(0, 0.5, 0.5), records=5):
+        pools = {task: range(records) for task in TASKS}
+        sampler = GroundingBatchSampler(pools, ratios, batch, seed)
+        return GroundingTrainLoader([], sampler, 0)
+
+    def checkpoints(loader, seed=3):
+        cfg = toy_config(tmp_path)
+        cfg.SEED = seed
+        hook = RunCheckpoints(cfg, loader=loader)
+        hook.trainer = toy_run(cfg)
+        return hook
+
+    checkpoints(loader()).save(9)
+    folder = tmp_path / "checkpoints" / "iter_0000009"
+    data = json.loads((folder / "state.json").read_text())["data"]
+    assert data["iteration"] == 10 and sum(data["batches"].values()) == 10
+    assert data["batches"]["describe"] == 0 and data["records"]["ground"] == 5
+    assert "SEED: 3" in (folder / "config.yaml").read_text()
+    checkpoints(loader()).resume(folder)
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    checkpoints(loader(batch=8, records=6)).resume(folder)
+    assert "trained with batch 4, this run has 8" in caplog.text
+    assert "'ground': 5}, this run has {" in caplog.text and "seed" not in caplog.text
+    drawn = loader(seed=99)
+    checkpoints(drawn, seed=-1).resume(folder)
+    assert drawn.sampler.seed == 3  # a seed that was drawn is drawn once
+
+
+def test_an_optimiser_s_state_for_other_groups():
+    a, b, c = (torch.nn.Parameter(torch.ones(1)) for _ in range(3))
+
+    def optimizer(**groups):
+        return torch.optim.AdamW(
+            [{"params": p, "role": role, "name": role} for role, p in groups.items()], lr=1.0
+        )
+
+    whole = optimizer(heads=[a], language=[b], vision=[c])
+    for place, parameter in enumerate((a, b, c)):
+        parameter.grad = torch.full((1,), float(place + 1))
+    whole.step()
+    saved = whole.state_dict()
+    assert fitted_optimizer_state(saved, whole) == saved
+    part = optimizer(heads=[a], language=[b], vision=[c])
+    part.param_groups[1]["params"] = []
+    part.load_state_dict(fitted_optimizer_state(saved, part))
+    assert part.state[c]["exp_avg"] == whole.state[c]["exp_avg"] and b not in part.state
+    back = optimizer(heads=[a], language=[b], vision=[c])
+    back.load_state_dict(fitted_optimizer_state(part.state_dict(), back))
+    assert back.state[c]["exp_avg"] == whole.state[c]["exp_avg"] and b not in back.state
+    more = [c, torch.nn.Parameter(torch.ones(1))]
+    with pytest.raises(ValueError, match="has 1 parameters in the group vision, this run's 2"):
+        fitted_optimizer_state(saved, optimizer(heads=[a], language=[b], vision=more))
+    with pytest.raises(ValueError, match="has 3 groups of parameters, this run's 1"):
+        fitted_optimizer_state(saved, optimizer(heads=[a]))
+
+
+def test_a_finished_run_is_resumed_for_more_iterations(tmp_path):
+    cfg = toy_config(tmp_path, 4)
+    toy_run(cfg).train()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["iter_0000002", "iter_0000003"]
+    file = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert set(file) == {"model", "iteration"} and file["iteration"] == 3
+    more = toy_config(tmp_path, 6)
+    trainer = toy_run(more, resume=True)
+    assert trainer.start_iter == 4
+    trainer.train()
+    straight = toy_run(toy_config(tmp_path / "straight", 6))
+    straight.train()
+    assert unequal(states(trainer), states(straight)) == []
+
+
+def test_the_last_folder_is_written_after_the_final_weights(tmp_path, monkeypatch):
+    """A run that is killed in between is resumed, and would not write them any more otherwise."""
+    calls = []
+    monkeypatch.setattr(
+        RunCheckpoints, "save", lambda self, iteration, name="": calls.append((iteration, name))
+    )
+    toy_run(toy_config(tmp_path, 6)).train()
+    assert calls == [(2, ""), (5, "model_final"), (5, "")]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -433,76 +429,3 @@ def test_wrong_keys(cfg, tmp_path):
     hook.trainer = SimpleNamespace(iter=0, max_iter=3)
     with pytest.raises(ValueError, match="a/b is 'much', not a number"):
         hook.after_step()
-
-
-# -- two processes under ZeRO stage 3 --------------------------------------------------------------
-
-needs_no_single_gpu = pytest.mark.skipif(
-    0 < torch.cuda.device_count() < 2, reason="each process needs a GPU of its own, here is one"
-)
-
-
-def run(*command, timeout=1800, **variables):
-    """Run Python in a process group of its own; a hang is a failure. Returns what it printed."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-        start_new_session=True,
-    )
-    try:
-        printed, _ = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, printed[-3000:]
-    return printed
-
-
-@needs_no_single_gpu
-def test_answers_of_unequal_length_under_zero_3(tmp_path):
-    pytest.importorskip("deepspeed", reason="the extra 'zero' is not installed")
-    run(Path(__file__).with_name("zero3_generation.py"), tmp_path)
-    # rank 1's last prompt leaves room for 8 tokens, which limits all answers of that call
-    for rank, (alone, together) in enumerate([([3, 10], [3, 8]), ([9, 10, 8], [9, 8, 8])]):
-        before, after = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        assert [len(x) for x in before] == alone and [len(x) for x in after] == together
-        assert [x[: len(y)] for x, y in zip(before, after)] == after
-
-
-@needs_no_single_gpu
-def test_unequal_shares_under_zero_3(tmp_path):
-    """One image for two ranks, three at the end; one process finds the same scores."""
-    pytest.importorskip("deepspeed", reason="the extra 'zero' is not installed")
-    shapes = tmp_path / "shapes"
-    run(ROOT / "datasets" / "prepare_shapes.py", "--output", shapes, "--train", 8, "--val", 3)
-    keys = {
-        **{"MODEL.IMAGE_ENCODER.WIDTH": 32, "MODEL.IMAGE_ENCODER.LAYERS": 2},
-        **{"MODEL.RESOBLEND.DIM": 32, "MODEL.MASK_DECODER.HIDDEN_DIM": 32},
-        **{"MODEL.MASK_DECODER.MASK_DIM": 32, "MODEL.MASK_DECODER.DECODER_LAYERS": 1},
-        **{"MODEL.LANGUAGE.HIDDEN_SIZE": 32, "MODEL.LANGUAGE.INTERMEDIATE_SIZE": 64},
-        **{"MODEL.LANGUAGE.NUM_LAYERS": 1, "MODEL.LANGUAGE.MAX_NEW_TOKENS": 8},
-        **{"MODEL.LANGUAGE.TOKENIZER": shapes / "tokenizer", "MODEL.DEVICE": "cpu"},
-        **{"SOLVER.IMS_PER_BATCH": 2, "SOLVER.MAX_ITER": 2, "DATALOADER.NUM_WORKERS": 0},
-        **{"TEST.IMS_PER_BATCH": 1, "TEST.EVAL_PERIOD": 1, "TEST.SUBSET": 1},
-        "DATASETS.TEST": "('gella_shapes_png_val','gella_shapes_nouns_val')",
-        "TEST.BEST_METRIC": "png/AR",
-    }
-    train_net = (ROOT / "tools" / "train_net.py", "--config-file", CONFIG)
-    pairs = [item for pair in keys.items() for item in pair]
-    scenes = {"DETECTRON2_DATASETS": str(tmp_path)}
-    stage3 = ("SOLVER.ZERO.CONFIG", ROOT / "configs" / "zero" / "stage3.json")
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    two = ("--num-gpus", 2, "--dist-url", "auto")
-    run(*train_net, *two, *pairs, *stage3, "OUTPUT_DIR", whole, **scenes)
-    results = json.loads((whole / "results.json").read_text())
-    assert results["png"]["n_captions"] == results["nouns"]["n_captions"] == 3.0
-    assert json.loads((whole / "best.json").read_text())["iteration"] in (0, 1)
-    last = ("MODEL.WEIGHTS", whole / "model_final.pth", "OUTPUT_DIR", again)
-    run(*train_net, "--eval-only", *pairs, *last, **scenes)
-    repeated = json.loads((again / "results.json").read_text())
-    for scores in (results, repeated):
-        scores.pop("run")  # when, and in how many processes
-    assert repeated == results

@@ -2,12 +2,19 @@
 
 What is random or differs between a batch and its parts by design (sampled points, batch statistics)
 is held fixed, and what jumps with rounding is left out, so that two processes and one must agree.
+
+Called with a JSON list [tokenizer, folder, blocks]; a block is [processes, runs], a run {"name",
+"options"} and, where needed, "refusing", or "from", the name of a run: its output folder is copied
+as if it had ended after iteration 1, and resumed. A run's folder gets ``report.json`` and, apart
+from all checkpoints, whole weights before its first step (``start.pth``) and after iteration 1
+(``middle.pth``). Processes of a block with two also generate; see `test_zero.py`.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,12 +28,15 @@ from torch import nn
 
 from gella import add_gella_config
 from gella.data.sampling import task_at
+from gella.engine.evaluation_hooks import undisturbed
 from gella.engine.trainer import GellaTrainer
+from gella.engine.zero import ZeroHook
+from gella.modeling.language_decoder import IMAGE_TOKEN_ID, LanguageDecoder
 from gella.modeling.meta_arch import GELLA
 
 ROOT = Path(__file__).resolve().parents[1]
 RATIOS = [0.34, 0.33, 0.33]
-STEPS = 3
+STEPS, MIDDLE = 4, 1
 SMALL = [
     *("MODEL.DEVICE", "cpu", "MODEL.IMAGE_ENCODER.WIDTH", 32, "MODEL.IMAGE_ENCODER.LAYERS", 2),
     *("MODEL.RESOBLEND.DIM", 32, "MODEL.MASK_DECODER.HIDDEN_DIM", 32),
@@ -35,7 +45,16 @@ SMALL = [
     *("MODEL.LANGUAGE.NUM_LAYERS", 2, "DATALOADER.NUM_WORKERS", 0),
     *("SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", STEPS, "SOLVER.WARMUP_ITERS", 2),
     *("SOLVER.BASE_LR", 5e-3, "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR"),
-    *("SOLVER.STEPS", (2,), "SOLVER.WARMUP_FACTOR", 0.5, "SOLVER.WEIGHT_DECAY", 0.1),
+    *(
+        "SOLVER.STEPS",
+        (2,),
+        "SOLVER.CHECKPOINT_PERIOD",
+        2,
+        "SOLVER.WARMUP_FACTOR",
+        0.5,
+        "SOLVER.WEIGHT_DECAY",
+        0.1,
+    ),
     *("SOLVER.HEADS_MULTIPLIER", 3.0, "DATASETS.TEST", ()),
 ]
 
@@ -125,15 +144,31 @@ class RefusingTrainer(SteadyTrainer):
         return [*super().build_hooks(), Refusals()]
 
 
-class Record(HookBase):
-    """Keeps the scalars of every step."""
+class Watch(HookBase):
+    """Keeps the scalars of every step, and whole weights apart from all checkpoints."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.rows = folder, []
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self.trainer.start_iter:
+            self.keep("start")
 
     def after_step(self) -> None:
         latest = self.trainer.storage.latest()
         self.rows.append({k: v for k, (v, _) in latest.items() if not k.endswith("time")})
+        if self.trainer.iter == MIDDLE:
+            self.keep("middle")
+
+    def keep(self, name: str) -> None:
+        trainer: Any = self.trainer
+
+        def save() -> None:
+            if comm.is_main_process():
+                model = getattr(trainer.model, "module", trainer.model)
+                torch.save(model.state_dict(), self.folder / f"{name}.pth")
+
+        save() if trainer._zero is None else trainer._zero.save_whole(save)
 
 
 def seed_of_all_tasks(steps: int = STEPS) -> int:
@@ -154,44 +189,109 @@ def make_cfg(tokenizer: str, output: str, options: list[Any]) -> Any:
     return cfg
 
 
-def train(cfg: Any, trainer_class: type = SteadyTrainer) -> tuple[Any, list[dict[str, float]]]:
-    """Train to the end; returns the trainer and the scalars of every step."""
-    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    # Every rank starts from other weights: they must become those of rank 0.
-    torch.manual_seed(5 + comm.get_rank())
-    trainer = trainer_class(cfg)
-    record = Record()
-    trainer.register_hooks([record])
-    trainer.resume_or_load(resume=False)
+def run(job: dict[str, Any], tokenizer: str, folder: str) -> None:
+    """One run; every process calls it."""
+    output = Path(folder, job["name"])
+    if comm.is_main_process():
+        if "from" in job:
+            left_out = shutil.ignore_patterns("model_final.pth", "iter_0000003", "start.pth")
+            shutil.copytree(Path(folder, job["from"]), output, ignore=left_out)
+        output.mkdir(exist_ok=True)
+    comm.synchronize()
+    cfg = make_cfg(tokenizer, str(output), job["options"])
+    # Every rank and every resumed run starts from other weights: they must become rank 0's, or
+    # those of the checkpoint.
+    torch.manual_seed((50 if "from" in job else 5) + comm.get_rank())
+    notes: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("gella").addHandler(handler)
+    trainer = (RefusingTrainer if job.get("refusing") else SteadyTrainer)(cfg)
+    watch = Watch(output)
+    trainer.register_hooks([watch])
+    trainer.resume_or_load(resume="from" in job)
     trainer.train()
-    return trainer, record.rows
+    logging.getLogger("gella").removeHandler(handler)
+    report = {"rows": watch.rows, "notes": notes, "start": trainer.start_iter}
+    if trainer._zero is not None:
+        module = trainer._zero.engine.module
+        report["training"] = all(part.training for part in module.modules())
+        report["dtype"] = str(next(module.parameters()).dtype)
+        report["buffers"] = sorted({str(b.dtype) for b in module.buffers()})
+        shares = [
+            (getattr(p, "ds_tensor", p).numel(), getattr(p, "ds_numel", p.numel()))
+            for p in module.parameters()
+        ]
+        report["shares"] = sum(own for own, _ in shares) / sum(whole for _, whole in shares)
+    if comm.is_main_process():
+        (output / "report.json").write_text(json.dumps(report))
+    comm.synchronize()
 
 
-def run_all(runs: dict[str, dict[str, Any]], tokenizer: str, folder: str) -> None:
-    """Train once per entry of ``runs``; each of several processes calls it."""
+def run_all(jobs: list[dict[str, Any]], tokenizer: str, folder: str) -> None:
+    """One run after the other; every process calls it."""
     torch.set_num_threads(1)
-    for name, run in runs.items():
-        cfg = make_cfg(tokenizer, f"{folder}/{name}", run["options"])
-        trainer, rows = train(cfg, RefusingTrainer if run.get("refusing") else SteadyTrainer)
-        report = {"rows": rows}
-        if trainer._zero is not None:
-            module = trainer._zero.engine.module
-            report["dtype"] = str(next(module.parameters()).dtype)
-            report["buffers"] = sorted({str(b.dtype) for b in module.buffers()})
-            report["shares"] = sum(
-                getattr(p, "ds_tensor", p).numel() for p in module.parameters()
-            ) / sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
-        if comm.is_main_process():
-            Path(folder, name, "report.json").write_text(json.dumps(report))
-        comm.synchronize()
+    for job in jobs:
+        run(job, tokenizer, folder)
+    if comm.get_world_size() > 1:
+        answer_together(folder)
 
 
-def weights(folder: str | Path, name: str) -> dict[str, torch.Tensor]:
-    """The final weights of a run."""
-    return torch.load(Path(folder, name, "model_final.pth"), weights_only=True)["model"]
+# -- answers of unequal length ---------------------------------------------------------------------
+
+
+def tiny_decoder() -> nn.Module:
+    """A model that is nothing but a tiny language decoder, with room for 20 tokens."""
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    node = cfg.MODEL.LANGUAGE
+    node.VOCAB_SIZE, node.HIDDEN_SIZE, node.INTERMEDIATE_SIZE, node.INIT_STD = 50, 16, 32, 0.5
+    node.NUM_LAYERS, node.NUM_HEADS, node.NUM_KEY_VALUE_HEADS = 2, 2, 2
+    node.MAX_POSITIONS, node.PROJECTOR = 20, "linear"
+    torch.manual_seed(3)
+    model = nn.Module()
+    model.language_decoder = LanguageDecoder(cfg, 8)
+    return model.eval()
+
+
+def generate(model: Any, lengths: list[int], most: int) -> list[list[int]]:
+    """Answers to prompts of these lengths, image tokens included; no end token ends one."""
+    ids = [torch.tensor([1, *[IMAGE_TOKEN_ID] * 4, *range(5, n)]) for n in lengths]
+    grid = torch.full((len(ids), 8, 2, 2), 0.1 + comm.get_rank())
+    options = dict(max_new_tokens=most, eos_token_id=60, pad_token_id=0, snippets=[[7, 8, 9]])
+    return [x.tolist() for x in model.language_decoder.generate(grid, ids, **options)]
+
+
+def all_answers(model: nn.Module) -> list[list[int]]:
+    """First answers of unequal length; then one rank has a prompt that leaves room for 8 only."""
+    rank = comm.get_rank()
+    first = generate(model, [6 + rank], (3, 9)[rank])
+    return [*first, *generate(model, ([6], [6, 12])[rank], 10)]
+
+
+def answer_together(folder: str) -> None:
+    """Each process generates, before the engine of stage 3 and under it, and writes what it got.
+
+    Without the switch of ``undisturbed`` the longer answer waits for ever.
+    """
+    model, rank = tiny_decoder(), comm.get_rank()
+    model.norm = nn.BatchNorm1d(2)
+    model.norm.running_mean.fill_(1.0 + rank)
+    before = all_answers(model)
+    optimizer = torch.optim.AdamW(model.language_decoder.parameters())
+    config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    hook = ZeroHook(model, "language_decoder", optimizer, optimizer.param_groups, config)
+    hook.before_train()
+    with torch.no_grad(), undisturbed(model):
+        after = all_answers(model)
+        assert model.norm.running_mean.tolist() == [1.0, 1.0]  # rank 0's, on both
+    assert model.norm.running_mean.tolist() == [1.0 + rank] * 2
+    decoder = hook.engine.module
+    assert "generate" not in vars(decoder) and "generate" not in vars(decoder.llama)
+    Path(folder, f"answers{rank}.json").write_text(json.dumps([before, after]))
 
 
 if __name__ == "__main__":
-    ONE, TWO, TOKENIZER, FOLDER = json.loads(sys.argv[1])
-    run_all(ONE, TOKENIZER, FOLDER)
-    launch(run_all, 2, dist_url="auto", args=(TWO, TOKENIZER, FOLDER))
+    TOKENIZER, FOLDER, BLOCKS = json.loads(sys.argv[1])
+    for processes, jobs in BLOCKS:
+        launch(run_all, processes, dist_url="auto", args=(jobs, TOKENIZER, FOLDER))
