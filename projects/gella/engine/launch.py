@@ -20,7 +20,6 @@ import logging
 import multiprocessing
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,19 +27,18 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import defaults, launch
+from detectron2.engine import launch
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from gella.utils.io import versions
-from gella.utils.stopping import SIGNALS
+from gella.utils.stopping import StopRequest
 
 __all__ = [
     "LaunchError",
     "UnequalRanks",
     "check_agreement",
     "config_facts",
-    "data_parallel_on",
     "file_facts",
     "forwarded_signals",
     "launch_from_environment",
@@ -89,7 +87,28 @@ def launch_from_environment(main: Callable[[Any], Any], args: Any) -> None:
             f"srun has started {os.environ['SLURM_STEP_NUM_TASKS']} tasks, which would train apart:"
             " start one task per machine, with torchrun in it (docs/TRAINING.md)"
         )
-    _launch(main, args)
+    gpus = torch.cuda.device_count()
+    if args.num_gpus > gpus > 0:
+        raise LaunchError(f"--num-gpus is {args.num_gpus} but this machine has {gpus} GPUs")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise LaunchError(
+            f"--machine-rank is {args.machine_rank} but --num-machines {args.num_machines}: number"
+            " the machines from 0"
+        )
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise LaunchError(
+            f"--dist-url is {args.dist_url} but there are {args.num_machines} machines: give"
+            " tcp://HOST:PORT, a free port of machine 0, the same on all"
+        )
+    machines = {"num_machines": args.num_machines, "machine_rank": args.machine_rank}
+    machines["dist_url"] = args.dist_url
+    try:
+        with forwarded_signals(args.num_gpus * args.num_machines):
+            launch(functools.partial(_run, main), args.num_gpus, args=(args,), **machines)
+    except ProcessExitedException as error:
+        if error.exit_code == USER_ERROR:  # that process has printed its one line
+            raise SystemExit(USER_ERROR) from None
+        raise
 
 
 def _join_torchrun(args: Any) -> bool:
@@ -176,55 +195,6 @@ def _end(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _launch(main: Callable[[Any], Any], args: Any) -> None:
-    gpus = torch.cuda.device_count()
-    if args.num_gpus > gpus > 0:
-        raise LaunchError(f"--num-gpus is {args.num_gpus} but this machine has {gpus} GPUs")
-    if not 0 <= args.machine_rank < args.num_machines:
-        raise LaunchError(
-            f"--machine-rank is {args.machine_rank} but --num-machines {args.num_machines}: number"
-            " the machines from 0"
-        )
-    if args.num_machines > 1 and args.dist_url == "auto":
-        raise LaunchError(
-            f"--dist-url is {args.dist_url} but there are {args.num_machines} machines: give"
-            " tcp://HOST:PORT, a free port of machine 0, the same on all"
-        )
-    try:
-        with forwarded_signals(args.num_gpus * args.num_machines):
-            launch(
-                functools.partial(_run, main),
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args,),
-            )
-    except ProcessExitedException as error:
-        if error.exit_code == USER_ERROR:  # that process has printed its one line
-            raise SystemExit(USER_ERROR) from None
-        raise
-
-
-@contextlib.contextmanager
-def data_parallel_on(device: str) -> Iterator[None]:
-    """Let Detectron2's default trainer be made for a model on the CPU, in several processes.
-
-    Its wrapper for distributed training names a GPU unless told otherwise, and the trainer does not
-    tell it.
-
-    Args:
-        device: ``MODEL.DEVICE``; nothing changes for "cuda...".
-    """
-    plain = defaults.create_ddp_model
-    if not device.startswith("cuda"):
-        defaults.create_ddp_model = functools.partial(plain, device_ids=None)
-    try:
-        yield
-    finally:
-        defaults.create_ddp_model = plain
-
-
 @contextlib.contextmanager
 def forwarded_signals(processes: int) -> Iterator[None]:
     """Let the process that starts others pass SIGTERM and SIGINT on, and wait for their end.
@@ -242,26 +212,21 @@ def forwarded_signals(processes: int) -> Iterator[None]:
     if processes <= 1:
         yield
         return
-    received: list[int] = []
 
-    def forward(number: int, frame: Any) -> None:
-        received.append(number)
+    def forward(number: int) -> None:
         for child in multiprocessing.active_children():
             with contextlib.suppress(ProcessLookupError):
                 if child.pid is not None:
                     os.kill(child.pid, number)
 
-    previous = {number: signal.signal(number, forward) for number in SIGNALS}
-    try:
-        yield
-    except Exception as error:
-        if not received:
-            raise
-        print(f"ended by a signal: {' '.join(str(error).split())[-300:]}", file=sys.stderr)
-        raise SystemExit(128 + received[-1]) from error
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with StopRequest(forward, forward) as request:
+        try:
+            yield
+        except Exception as error:
+            if not request.number:
+                raise
+            print(f"ended by a signal: {' '.join(str(error).split())[-300:]}", file=sys.stderr)
+            raise SystemExit(request.status) from error
 
 
 def resume_command(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
@@ -319,7 +284,7 @@ def config_facts(cfg: Any) -> dict[str, str]:
             file, the language model's and the tokenizer belong to the config.
     """
     facts = {f"config key {name}": value for name, value in _flat(cfg, "")}
-    facts |= {f"version of {name}": version for name, version in versions(PACKAGES).items()}
+    facts |= {f"version of {name}": text for name, text in versions(PACKAGES).items()}
     facts |= file_facts("code of gella", Path(__file__).parents[1], "*.py")
     for module in cfg.DATASETS.MODULES:
         facts |= file_facts(f"code of DATASETS.MODULES {module}", module)
@@ -343,14 +308,10 @@ def record_facts(name: str, records: Any) -> dict[str, str]:
 
     Args:
         name: what the user knows them as, such as "DATASETS.TRAIN".
-        records: a sequence; where it has ``image_ids()`` (``data.records.Records``) the order
-            of the images counts too.
+        records: `gella.data.records.Records`.
     """
-    text = f"{len(records):,} records"
-    if hasattr(records, "image_ids"):
-        digest = hashlib.sha256("\n".join(records.image_ids().tolist()).encode())
-        text += f" (order {digest.hexdigest()[:8]})"
-    return {name: text}
+    order = hashlib.sha256("\n".join(records.image_ids().tolist()).encode()).hexdigest()
+    return {name: f"{len(records):,} records (order {order[:8]})"}
 
 
 def file_facts(name: str, path: str | Path, pattern: str = "*") -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import weakref
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine import DefaultTrainer, HookBase, defaults
 from detectron2.utils import comm
 from torch import nn
 
@@ -28,7 +29,6 @@ from gella.engine.evaluation_hooks import (
     with_keys,
 )
 from gella.engine.hooks import GradientClipper, NonFiniteGuard, RunScalars, StopOnSignal
-from gella.engine.launch import data_parallel_on
 from gella.engine.optimizer import build_optimizer, split_off, with_epochs
 from gella.engine.picture_panel import PicturePanel
 from gella.engine.resume import RunCheckpoints
@@ -101,8 +101,14 @@ class GellaTrainer(DefaultTrainer):
                 f" {comm.get_world_size()} process(es): make the batch a multiple of their product"
             )
         self._zero: ZeroHook | None = None
-        with data_parallel_on(str(cfg.MODEL.DEVICE)):
+        wrap = defaults.create_ddp_model
+        if not str(cfg.MODEL.DEVICE).startswith("cuda"):
+            # Detectron2's wrapper names a GPU unless told otherwise, which its trainer does not.
+            defaults.create_ddp_model = functools.partial(wrap, device_ids=None)
+        try:
             super().__init__(cfg)
+        finally:
+            defaults.create_ddp_model = wrap
 
     def build_hooks(self) -> list[HookBase | None]:
         """The hooks in their order, Detectron2's among them by name.
