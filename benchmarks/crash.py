@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,6 @@ OPTIONS = [
     *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.CHECKPOINT_PERIOD", 1, "SEED", 3),
     *("DATALOADER.TASK_RATIOS", "[0.3,0.3,0.4]"),
 ]
-COLUMNS = (
-    "kill",
-    "moment",
-    "reached",
-    "resumed from",
-    "passed over",
-    "equal",
-    "difference",
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--kills", type=int, default=20, metavar="N", help="default 20")
     add("--processes", type=int, default=1, metavar="N", help="of each run (default 1)")
-    add(
-        "--zero-stage", type=int, choices=range(4), help="of the language decoder; default: no ZeRO"
-    )
+    add("--zero-stage", type=int, choices=range(4), help="of the language decoder; default: none")
     add("--iterations", type=int, default=12, metavar="N", help="of each run (default 12)")
     add("--seed", type=int, default=0, help="of the moments (default 0)")
     add("--folder", metavar="DIR", help="keep data and runs there; default: a temporary folder")
@@ -77,38 +66,26 @@ class Run:
     def __init__(self, command: Sequence[Any], folder: Path, data: Path) -> None:
         """Start it; ``data`` holds the drawn scenes."""
         folder.mkdir(exist_ok=True)
-        self.checkpoints = folder / "checkpoints"
-        self._printed = folder / "printed.txt"
-        environment = {**os.environ, "DETECTRON2_DATASETS": str(data), "OMP_NUM_THREADS": "1"}
+        self.checkpoints, self._printed = folder / "checkpoints", folder / "printed.txt"
+        environment = {"DETECTRON2_DATASETS": str(data), "OMP_NUM_THREADS": "1"}
         with open(self._printed, "w", encoding="utf-8") as stream:
             # A group of its own: a kill must hit the workers and the other processes too.
             self._process = subprocess.Popen(
                 [*map(str, command), "OUTPUT_DIR", str(folder)],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                env={**environment, "CUDA_VISIBLE_DEVICES": ""},
+                env={**os.environ, **environment, "CUDA_VISIBLE_DEVICES": ""},
                 start_new_session=True,
             )
         self._deadline = time.monotonic() + PATIENCE
 
-    def printed(self) -> str:
-        """What it has printed so far."""
-        return self._printed.read_text(encoding="utf-8", errors="replace")
-
-    def wait(self, until: Callable[[], bool]) -> bool:
-        """Wait for something; False if the run ended before it.
-
-        Raises:
-            ValueError: it took too long.
-        """
-        while not until():
-            if self._process.poll() is not None:
-                return until()
+    def wait(self, *paths: Path) -> None:
+        """Wait until one of these is there, or the run has ended; ValueError if it hangs."""
+        while not any(path.exists() for path in paths) and self._process.poll() is None:
             if time.monotonic() > self._deadline:
                 self.kill()
                 raise ValueError(f"the run in {self._printed.parent} hangs; see {self._printed}")
             time.sleep(POLL)
-        return True
 
     def kill(self) -> None:
         """End all its processes at once."""
@@ -118,12 +95,13 @@ class Run:
 
     def finish(self) -> str:
         """Wait for its good end; returns what it printed. ValueError if it failed."""
-        self.wait(lambda: self._process.poll() is not None)
+        self.wait()
         self.kill()  # loader processes that outlive it
+        printed = self._printed.read_text(encoding="utf-8", errors="replace")
         if self._process.returncode:
-            last = self.printed().strip().splitlines()[-1:]
+            last = printed.strip().splitlines()[-1:]
             raise ValueError(f"the run in {self._printed.parent} failed: {''.join(last)}")
-        return self.printed()
+        return printed
 
 
 class Trial:
@@ -163,10 +141,9 @@ class Trial:
     def whole(self) -> None:
         """Train to the end once, and take the time from the first save on."""
         run = self._start("whole")
-        run.wait(run.checkpoints.exists)
+        run.wait(run.checkpoints)
         start = time.monotonic()
-        last = run.checkpoints / f"iter_{self._args.iterations - 1:07d}"
-        run.wait(last.exists)
+        run.wait(run.checkpoints / f"iter_{self._args.iterations - 1:07d}")
         self._seconds = time.monotonic() - start
         run.finish()
         self._expected = _weights(self._folder / "whole")
@@ -176,9 +153,19 @@ class Trial:
         name = f"kill{number:02d}"
         run = self._start(name)
         if number % 2:
-            moment = self._kill_anywhere(run)
+            # DeepSpeed takes seconds to start, in which nothing happens.
+            delay, begun = self._random.uniform(0.0, self._seconds), [run.checkpoints]
+            moment = f"{delay:.2f} s after the first save began"
         else:
-            moment = self._kill_while_saving(run)
+            iteration = self._random.randrange(self._args.iterations)
+            delay = self._random.uniform(0.0, IN_SAVE)
+            begun = [
+                run.checkpoints / n.format(iteration) for n in (".iter_{:07}.tmp", "iter_{:07}")
+            ]
+            moment = f"{1000 * delay:.0f} ms into saving {iteration}"
+        run.wait(*begun)
+        time.sleep(delay)
+        run.kill()
         present = sorted(p.name for p in run.checkpoints.glob("*iter_*"))
         complete = [n for n in present if n.startswith("iter_")]
         printed = self._start(name, "--resume").finish()
@@ -195,25 +182,6 @@ class Trial:
             "equal": "yes" if equal and right else "NO" if right else "NO: wrong checkpoint",
             "difference": difference,
         }
-
-    def _kill_anywhere(self, run: Run) -> str:
-        delay = self._random.uniform(0.0, self._seconds)
-        # DeepSpeed takes seconds to start, in which nothing happens.
-        run.wait(run.checkpoints.exists)
-        end = time.monotonic() + delay
-        run.wait(lambda: time.monotonic() >= end)
-        run.kill()
-        return f"{delay:.2f} s after the first save began"
-
-    def _kill_while_saving(self, run: Run) -> str:
-        iteration = self._random.randrange(self._args.iterations)
-        delay = self._random.uniform(0.0, IN_SAVE)
-        writing = run.checkpoints / f".iter_{iteration:07d}.tmp"
-        run.wait(lambda: writing.exists() or writing.with_name(writing.stem[1:]).exists())
-        end = time.monotonic() + delay
-        run.wait(lambda: time.monotonic() >= end)
-        run.kill()
-        return f"{1000 * delay:.0f} ms into saving {iteration}"
 
 
 def compared(
@@ -249,7 +217,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "equal": sum(row["equal"] == "yes" for row in rows),
         "kills": rows,
     }
-    print(tabulate([[row[c] for c in COLUMNS] for row in rows], COLUMNS, floatfmt=".1e"))
+    print(tabulate(rows, "keys", floatfmt=".1e"))
     print(f"\n{figures['runs']}: {figures['equal']} of {len(rows)} equal to the whole run")
     if args.json:
         write_json(args.json, figures)

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.engine import HookBase, launch
+from detectron2.engine import launch
 from detectron2.utils import comm
 from scipy.stats import permutation_test
 from tabulate import tabulate
@@ -61,30 +61,8 @@ def move_weights(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(torch.nextafter(parameter, target))
 
 
-class Recorder(HookBase):
-    """Keeps the losses and the gradient's norm of every iteration; the main process writes them."""
-
-    def __init__(self, path: str) -> None:
-        """``path``: JSON file, written when the training ends."""
-        self._path = path
-        self._curves: Curves = {}
-
-    def after_step(self) -> None:
-        """Take this iteration's values, which are means over the processes."""
-        if not comm.is_main_process():
-            return
-        for name, (value, iteration) in self.trainer.storage.latest().items():
-            if iteration == self.trainer.iter and ("loss" in name or name == "grad_norm"):
-                self._curves.setdefault(name, []).append(float(value))
-
-    def after_train(self) -> None:
-        """Write the file."""
-        if comm.is_main_process():
-            write_json(self._path, self._curves)
-
-
 def train(config_file: str, options: list[Any], output: str, moved: int) -> None:
-    """Train in this process, one of those that ``launch`` made, and record.
+    """Train in this process, one of those that ``launch`` made; the main one writes curves.json.
 
     Args:
         config_file, options, output: the config, and where its run goes.
@@ -100,11 +78,16 @@ def train(config_file: str, options: list[Any], output: str, moved: int) -> None
     os.makedirs(output, exist_ok=True)
     torch.manual_seed(max(cfg.SEED, 0))  # the same initial weights in all runs
     trainer = GellaTrainer(cfg)
-    trainer.register_hooks([Recorder(os.path.join(output, "curves.json"))])
     trainer.resume_or_load(resume=False)
     if moved:  # before DeepSpeed, which starts with the training, copies the weights
         move_weights(trainer.model, moved)
     trainer.train()
+    if comm.is_main_process():  # values are means over the processes
+        histories = trainer.storage.histories().items()
+        curves = {name: history.values() for name, history in histories}
+        kept = {n: v for n, v in curves.items() if "loss" in n or n == "grad_norm"}
+        values = {name: [value for value, _ in pairs] for name, pairs in kept.items()}
+        write_json(os.path.join(output, "curves.json"), values)
     leave_process_group()
 
 

@@ -13,9 +13,8 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gella.weights.checkpoint import FOLDER_NAME, FORMAT, LEFT_OVER, STATE_FILE, why_incomplete
 
@@ -27,8 +26,7 @@ FOLDER = "checkpoints"
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FoundCheckpoint:
+class FoundCheckpoint(NamedTuple):
     """A complete checkpoint of a store: its folder, iteration, and place in the order of saving."""
 
     path: Path
@@ -151,11 +149,7 @@ class CheckpointStore:
 
     def prune(self) -> None:
         """Delete the checkpoints that need not be kept; incomplete ones are left to the user."""
-        if not self._keep:
-            complete = []
-        else:
-            complete = self.found()[0][self._keep :]
-        for item in complete:
+        for item in self.found()[0][self._keep :] if self._keep else []:
             if not (self._keep_every and (item.iteration + 1) % self._keep_every == 0):
                 os.replace(item.path, self._being_deleted(item.path))
         for path in self.folder.glob(".iter_*.old"):

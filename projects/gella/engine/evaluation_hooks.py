@@ -184,50 +184,54 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     of rank 0, which are those that checkpoints hold: BatchNorm's statistics are of a rank's own
     images, and scores must not depend on which rank an image falls to. And generation works under
     ZeRO stage 3: all ranks take as many forward passes as the longest of their answers. All ranks
-    must then evaluate equally many batches (``evaluation_split.EvenLoader``).
+    must then evaluate equally many batches (:class:`EvenLoader`).
     """
-    decoder = _language_decoder(model)
+    inner = getattr(model, "module", model)  # without the distributed wrapper
+    decoder = getattr(inner, "language_decoder", None)
     # Under ZeRO the decoder is no submodule of the model.
+    decoder = getattr(getattr(decoder, "engine", None), "module", decoder)
     modules = {*model.modules(), *(decoder.modules() if decoder is not None else ())}
     flags = [(module, module.training) for module in modules]
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        random_numbers = torch.random.fork_rng(devices=devices)
-        with random_numbers, _buffers_of_rank_0(model), _generation_in_step(model):
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-        for module, flag in flags:
-            module.training = flag
-
-
-@contextlib.contextmanager
-def _buffers_of_rank_0(model: nn.Module) -> Iterator[None]:
-    if comm.get_world_size() == 1:
-        yield
-        return
-    buffers = list(model.buffers())
-    own = [buffer.clone() for buffer in buffers]
+    buffers = list(model.buffers()) if comm.get_world_size() > 1 else []
+    before = [buffer.clone() for buffer in buffers]
+    states = random_states()
     for buffer in buffers:
         torch.distributed.broadcast(buffer, 0)
     try:
-        yield
+        with _generation_in_step(decoder):
+            yield
     finally:
-        for buffer, before in zip(buffers, own, strict=True):
-            buffer.copy_(before)
+        set_random_states(states)
+        for module, flag in flags:
+            module.training = flag
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
 
 
-def _language_decoder(model: nn.Module) -> nn.Module | None:
-    inner = getattr(model, "module", model)  # without the distributed wrapper
-    decoder = getattr(inner, "language_decoder", None)
-    return getattr(getattr(decoder, "engine", None), "module", decoder)
+def random_states() -> dict[str, Any]:
+    """States of the random generators of torch (CPU, current GPU), NumPy and Python; plain data."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Give the random generators the states that :func:`random_states` returned."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
 
 
 @contextlib.contextmanager
-def _generation_in_step(model: nn.Module) -> Iterator[None]:
-    decoder: Any = _language_decoder(model)
+def _generation_in_step(decoder: Any) -> Iterator[None]:
     # DeepSpeed gives each parameter that it has partitioned a number.
     if decoder is None or not any(hasattr(p, "ds_id") for p in decoder.parameters()):
         yield
@@ -283,9 +287,17 @@ class BestCheckpoint:
             start_iteration: where the run goes on. A best of later iterations, which the resumed
                 run will reach again, or of another metric counts no more.
         """
-        known = self._read() if comm.is_main_process() and start_iteration > 0 else None
+        known: dict[str, Any] = {}
+        if comm.is_main_process() and start_iteration > 0 and self._path.is_file():
+            try:
+                known = json.loads(self._path.read_text(encoding="utf-8"))
+                known = {name: known[name] for name in ("metric", "mode", "value", "iteration")}
+            except (ValueError, KeyError, TypeError) as error:
+                text = "%s cannot be read (%s): the best is looked for anew"
+                _logger.warning(text, self._path, error)
+                known = {}
         known = comm.all_gather(known)[0]
-        if known is None:
+        if not known:
             return
         if (known["metric"], known["mode"]) != (self._metric, self._mode):
             _logger.warning(
@@ -330,18 +342,6 @@ class BestCheckpoint:
             *(self._metric, value, iteration, before, BEST_NAME),
         )
         return True
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            known = json.loads(self._path.read_text(encoding="utf-8"))
-            return {k: known[k] for k in ("metric", "mode", "value", "iteration")}
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            _logger.warning(
-                "%s cannot be read (%s): the best is looked for anew", self._path, error
-            )
-            return None
 
 
 class EvaluationInTraining(HookBase):
@@ -413,16 +413,14 @@ class EvaluationInTraining(HookBase):
             # Detectron2's name, which its verification of expected results reads.
             trainer._last_eval_results = results
             self._is_done = trainer.iter + 1 >= trainer.max_iter
-        flat = {name: _number(name, x) for name, x in flatten_results_dict(results).items()}
+        flat = {}
+        for name, value in flatten_results_dict(results).items():
+            try:
+                flat[name] = float(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"evaluation: {name} is {value!r}, not a number") from error
         prefix = SUBSET_PREFIX if num_images else ""
         named = {prefix + name: value for name, value in flat.items()}
         trainer.storage.put_scalars(**named, smoothing_hint=False)
         comm.synchronize()  # ranks may differ in evaluation time
         return flat
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"evaluation: {name} is {value!r}, not a number") from error

@@ -10,11 +10,9 @@ and loaded exactly, and its optimiser starts anew, which is said.
 from __future__ import annotations
 
 import logging
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from gella.engine import zero_checkpoint
 from gella.engine.checkpoint import FOLDER, CheckpointStore
+from gella.engine.evaluation_hooks import random_states, set_random_states
 from gella.utils.io import versions, write_atomically
 from gella.weights.checkpoint import (
     MODEL_FILE,
@@ -33,7 +32,7 @@ from gella.weights.checkpoint import (
 )
 from gella.weights.files import read_torch
 
-__all__ = ["RunCheckpoints", "fitted_optimizer_state", "random_states", "set_random_states"]
+__all__ = ["RunCheckpoints", "fitted_optimizer_state"]
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 """Whose versions ``state.json`` tells."""
@@ -63,9 +62,8 @@ class RunCheckpoints(HookBase):
             keep=solver.CHECKPOINT_KEEP,
             keep_every=solver.CHECKPOINT_KEEP_EVERY,
         )
-        self._period, self._zero, self._loader, self._cfg = (
-            *(solver.CHECKPOINT_PERIOD, zero, loader, cfg),
-        )
+        self._period, self._cfg = solver.CHECKPOINT_PERIOD, cfg
+        self._zero, self._loader = zero, loader
         self._facts: dict[str, Any] = {}  # of the checkpoint that is being resumed from
         self._folder: Path | None = None
         self._exact = False  # DeepSpeed reads its own files
@@ -84,16 +82,37 @@ class RunCheckpoints(HookBase):
     def save(self, iteration: int, name: str = "") -> None:
         """Save a checkpoint to resume from, or with a name whole weights; all ranks call it."""
         if name:
-            self._save_file(iteration, name)
+            path = Path(self._cfg.OUTPUT_DIR) / f"{name}.pth"
+
+            def save_weights() -> None:
+                _logger.info("Saving weights to %s", path)
+                data = {"model": self._model.state_dict(), "iteration": iteration}
+                write_atomically(path, lambda stream: torch.save(data, stream))
+
+            if self._zero is not None:
+                self._zero.save_whole(save_weights)
+            elif comm.is_main_process():
+                save_weights()
             return
         if comm.is_main_process():
             self.store.begin(iteration)
         comm.synchronize()
         folder = self.store.being_written(iteration)
-        torch.save(random_states(), folder / _random_file(comm.get_rank()))
-        facts = self._new_facts(iteration)
+        torch.save(random_states(), folder / f"random_{comm.get_rank():04d}.pth")
+        facts: dict[str, Any] = {
+            "processes": comm.get_world_size(),
+            "zero": None,
+            "data": self._position(iteration + 1),
+            "versions": versions(PACKAGES),
+        }
         if self._zero is not None:
-            zero_checkpoint.save_engine(self._zero.engine, folder)
+            engine = self._zero.engine
+            zero_checkpoint.save_engine(engine, folder)
+            facts["zero"] = {
+                "part": self._zero.part,
+                "layout": zero_checkpoint.part_layout(self._zero.config, engine.module),
+                "sample": zero_checkpoint.sample_weights(engine),
+            }
         if comm.is_main_process():
             states = {"trainer": self.trainer.state_dict(), "iteration": iteration}
             torch.save({"model": self._model.state_dict()}, folder / MODEL_FILE)
@@ -109,36 +128,6 @@ class RunCheckpoints(HookBase):
         model = self.trainer.model  # type: ignore[attr-defined]
         return getattr(model, "module", model)  # without the distributed wrapper
 
-    def _save_file(self, iteration: int, name: str) -> None:
-        path = f"{self._cfg.OUTPUT_DIR}/{name}.pth"
-
-        def save() -> None:
-            if comm.is_main_process():
-                _logger.info("Saving weights to %s", path)
-                data = {"model": self._model.state_dict(), "iteration": iteration}
-                write_atomically(path, lambda stream: torch.save(data, stream))
-
-        if self._zero is None:
-            save()
-        else:
-            self._zero.save_whole(save)
-
-    def _new_facts(self, iteration: int) -> dict[str, Any]:
-        facts: dict[str, Any] = {
-            "processes": comm.get_world_size(),
-            "zero": None,
-            "data": self._position(iteration + 1),
-            "versions": versions(PACKAGES),
-        }
-        if self._zero is not None:
-            engine = self._zero.engine
-            facts["zero"] = {
-                "part": self._zero.part,
-                "layout": zero_checkpoint.part_layout(self._zero.config, engine.module),
-                "sample": zero_checkpoint.sample_weights(engine),
-            }
-        return facts
-
     def _position(self, iteration: int) -> dict[str, Any]:
         position = getattr(self._loader, "position", None)
         return position(iteration) if position is not None else {}
@@ -151,6 +140,7 @@ class RunCheckpoints(HookBase):
         Raises:
             ValueError: it is incomplete or damaged, or does not fit; names the file.
         """
+        _logger.info("Loading checkpoint %s", path)
         self._facts, weights, states = read_parts(path)
         self._folder = Path(path)
         self._check_position(self._facts.get("data", {}))
@@ -236,7 +226,7 @@ class RunCheckpoints(HookBase):
         """Before the first step of a resumed run, give the random generators their states back."""
         if self._folder is None:
             return
-        file = self._folder / _random_file(comm.get_rank())
+        file = self._folder / f"random_{comm.get_rank():04d}.pth"
         if self._facts.get("processes") == comm.get_world_size() and file.is_file():
             set_random_states(read_torch(file))
         self._folder = None
@@ -256,13 +246,13 @@ def fitted_optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimiz
     Raises:
         ValueError: the groups differ in another way; names the group and both numbers.
     """
-    now = optimizer.state_dict()["param_groups"]
-    before = saved["param_groups"]
+    now, before = optimizer.state_dict()["param_groups"], saved["param_groups"]
+    advice = "other parts of the model are trained. Start from its weights instead (MODEL.WEIGHTS,"
+    advice += " without --resume)"
     if len(before) != len(now):
         raise ValueError(
             f"the checkpoint's optimiser has {len(before)} groups of parameters, this run's"
-            f" {len(now)}: other parts of the model are trained. Start from its weights instead"
-            " (MODEL.WEIGHTS, without --resume)"
+            f" {len(now)}: {advice}"
         )
     states: dict[int, Any] = {}
     groups = []
@@ -273,34 +263,7 @@ def fitted_optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimiz
         elif old.get("role") != "language" or (old["params"] and new["params"]):
             raise ValueError(
                 f"the checkpoint's optimiser has {len(old['params'])} parameters in the group"
-                f" {old.get('name')}, this run's {len(new['params'])}: other parts of the model are"
-                " trained. Start from its weights instead (MODEL.WEIGHTS, without --resume)"
+                f" {old.get('name')}, this run's {len(new['params'])}: {advice}"
             )
         groups.append({**old, "params": new["params"]})
     return {"state": states, "param_groups": groups}
-
-
-def random_states() -> dict[str, Any]:
-    """States of the random generators of torch (CPU, current GPU), NumPy and Python; plain data."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-        "python": random.getstate(),
-    }
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Give the random generators the states that :func:`random_states` returned."""
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-
-
-def _random_file(rank: int) -> str:
-    return f"random_{rank:04d}.pth"

@@ -257,16 +257,10 @@ class ZeroHook(HookBase):
         """
         keep = dist.get_rank() == 0
         weights: dict[str, Tensor] = {}
-        done: dict[int, Tensor] = {}  # tied weights are gathered once
         for name, parameter in self.engine.module.named_parameters(remove_duplicate=False):
-            if id(parameter) in done:
-                weights[name] = done[id(parameter)]
-                continue
             full = full_parameter(parameter)
             if keep:
-                weights[name] = done[id(parameter)] = full
-            else:
-                done[id(parameter)] = full.new_empty(0)
+                weights[name] = full
         if not keep:
             return {}
         state = self.engine.module.state_dict()

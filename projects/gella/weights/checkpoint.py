@@ -57,6 +57,7 @@ def load_weights(model: nn.Module, path: str | Path, cfg: Any) -> None:
     if not path:
         _logger.warning("no weights were given: the model is untrained")
         return
+    _logger.info("loading weights %s", path)
     if is_checkpoint(path):
         state = consolidate(path)
     else:
@@ -94,7 +95,6 @@ def load_state(
             _logger.warning(
                 "weights %s, allowed: %d %s: %s", source, len(keys), kind, some(keys, 10)
             )
-    _logger.info("loaded %s", source)
 
 
 def check_state_dict(
