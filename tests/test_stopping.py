@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,123 +14,51 @@ import pytest
 import torch
 from detectron2.engine import TrainerBase, launch
 from detectron2.utils import comm
-from toy_run import CONFIG, SCRIPT, SMALL
+from toy_run import PAUSE, finish, start_script
 
 from gella.data.sampling import start_worker
 from gella.engine.evaluation_hooks import build_even_loader
 from gella.engine.hooks import RunStopped, StopOnSignal
 from gella.engine.launch import forwarded_signals
 
-# Stops every process in iteration 3 until the file "go" appears, so that signals hit that step.
-PAUSE = """
-import os, time
-from detectron2.engine import HookBase
-from detectron2.utils import comm
-from gella.engine.trainer import GellaTrainer
 
-class Pause(HookBase):
-    def before_step(self):
-        if self.trainer.iter == 3:
-            folder = self.trainer.cfg.OUTPUT_DIR
-            open(os.path.join(folder, f"paused_{comm.get_rank()}"), "w").close()
-            while not os.path.exists(os.path.join(folder, "go")):
-                time.sleep(0.02)
+def test_a_stopped_run_of_two_processes_goes_on_to_the_same_weights(scenes, tmp_path):
+    """A signal to the whole group, as ``scancel`` and ``timeout`` send it; the parent passes it on.
 
-build_hooks = GellaTrainer.build_hooks
-GellaTrainer.build_hooks = lambda self: [*build_hooks(self), Pause()]
-"""
-
-
-def started(scenes, output, processes, *options, pause=False):
-    """Start the script on a config without evaluation; what it prints goes to files."""
-    output.mkdir(exist_ok=True)
-    pairs = [*SMALL, "MODEL.LANGUAGE.TOKENIZER", scenes / "shapes" / "tokenizer"]
-    pairs += ["OUTPUT_DIR", output, "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "100"]
-    if pause:
-        (output / "pause.py").write_text(PAUSE)
-        pairs += ["DATASETS.MODULES", f"('{output}/pause.py',)"]
-    command = [sys.executable, SCRIPT, "--config-file", CONFIG, "--num-gpus", processes]
-    # One port per run, since a socket of the last one may linger.
-    command += ["--dist-url", "auto", *options, *pairs]
-    environment = {
-        **os.environ,
-        "DETECTRON2_DATASETS": str(scenes),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    with open(output / "out.txt", "w") as out, open(output / "err.txt", "w") as err:
-        # A group of its own, as a shell or a cluster makes one.
-        return subprocess.Popen(
-            [str(part) for part in command],
-            stdout=out,
-            stderr=err,
-            env=environment,
-            start_new_session=True,
-        )
+    `test_train_net.py` does the same with one process.
+    """
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    two = ("--num-gpus", 2, "--dist-url", "auto")
+    keys = ("DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "100")
+    uninterrupted = start_script(scenes, whole, *two, *keys)
+    status, out, err = stopped(scenes, cut, 2, signal.SIGTERM, *two, *keys)
+    assert status == 0 and "Traceback" not in err, err[-3000:]
+    assert "stopped by SIGTERM after iteration 3 (of 0 to 5), which is saved" in out
+    assert [path.name for path in (cut / "checkpoints").iterdir()] == ["iter_0000003"]
+    for process, folder in (
+        (uninterrupted, whole),
+        (start_script(scenes, cut, "--resume", *two, *keys), cut),
+    ):
+        status, _, err = finish(process, folder)
+        assert status == 0, err[-3000:]
+    assert "Starting training from iteration 4" in (cut / "log.txt").read_text()
+    expected, found = (
+        torch.load(folder / "model_final.pth", weights_only=True)["model"]
+        for folder in (whole, cut)
+    )
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
 
 
-def finished(process, output):
-    """Wait for the end; returns the status and the printed lines."""
-    try:
-        status = process.wait(timeout=1800)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return status, (output / "out.txt").read_text().strip().splitlines()
-
-
-def stopped(scenes, output, processes, send):
-    """Run, call ``send(process)`` in iteration 3, and return the status and the printed lines."""
-    process = started(scenes, output, processes, pause=True)
-    deadline = time.monotonic() + 1800
+def stopped(scenes, output, processes, number, *arguments):
+    """Start the script, send its group a signal in iteration 3, and wait for its end."""
+    process = start_script(scenes, output, *arguments, plugin=PAUSE)
     while not all((output / f"paused_{rank}").exists() for rank in range(processes)):
         assert process.poll() is None, (output / "err.txt").read_text()[-3000:]
-        assert time.monotonic() < deadline
         time.sleep(0.05)
-    send(process)
+    os.killpg(process.pid, number)
     time.sleep(0.3)
     (output / "go").touch()
-    return finished(process, output)
-
-
-def terminal(process):
-    """Ctrl-C in a terminal: the whole group is hit, the loader's workers too."""
-    os.killpg(process.pid, signal.SIGINT)
-
-
-def cluster(process):
-    """What ``scancel`` and ``timeout`` do: the whole group is hit, the parent passes it on too."""
-    os.killpg(process.pid, signal.SIGTERM)
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_stopped_run_goes_on_to_the_same_weights(scenes, tmp_path, processes):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    uninterrupted = started(scenes, whole, processes)
-    send, name = (terminal, "SIGINT") if processes == 1 else (cluster, "SIGTERM")
-    status, printed = stopped(scenes, cut, processes, send)
-    assert status == 0, (cut / "err.txt").read_text()[-3000:]
-    assert f"stopped by {name} after iteration 3 (of 0 to 5), which is saved" in printed
-    assert [path.name for path in (cut / "checkpoints").iterdir()] == ["iter_0000003"]
-    assert not (cut / "model_final.pth").exists()
-    following = shlex.split(printed[-1].removeprefix("Next:"))
-    assert following[:3] == ["python", str(SCRIPT), "--resume"]
-    assert "Traceback" not in (cut / "err.txt").read_text()
-
-    status, _ = finished(uninterrupted, whole)
-    assert status == 0, (whole / "err.txt").read_text()[-3000:]
-    status, _ = finished(started(scenes, cut, processes, "--resume"), cut)
-    assert status == 0, (cut / "err.txt").read_text()[-3000:]
-    assert "Starting training from iteration 4" in (cut / "log.txt").read_text()
-    expected, found = weights(whole / "model_final.pth"), weights(cut / "model_final.pth")
-    assert expected.keys() == found.keys()
-    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
-    before = weights(cut / "checkpoints" / "iter_0000003" / "model.pth")
-    assert any(not torch.equal(before[key], found[key]) for key in before)  # it did go on
+    return finish(process, output)
 
 
 # -- a process that waits in a library -------------------------------------------------------------

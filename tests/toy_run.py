@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from detectron2.config import get_cfg
@@ -29,6 +35,32 @@ SMALL = [
     # every task within six iterations
     *("DATALOADER.TASK_RATIOS", "[0.3,0.3,0.4]"),
 ]
+# A module for DATASETS.MODULES that adds a hook to the script's trainer.
+PLUGIN = """
+import os, signal, time
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from gella.engine.trainer import GellaTrainer
+
+class Extra(HookBase):
+    def {moment}(self):
+        folder = self.trainer.cfg.OUTPUT_DIR
+        if self.trainer.iter == {iteration}:
+            {action}
+
+build_hooks = GellaTrainer.build_hooks
+GellaTrainer.build_hooks = lambda self: [*build_hooks(self), Extra()]
+"""
+# Without warning, after iteration 4, whose last checkpoint is that of iteration 3.
+KILL = {"moment": "after_step", "iteration": 4, "action": "os.kill(os.getpid(), signal.SIGKILL)"}
+# Every process waits in iteration 3 for the file "go", so that signals hit that step.
+PAUSE = {
+    "moment": "before_step",
+    "iteration": 3,
+    "action": """open(os.path.join(folder, f"paused_{comm.get_rank()}"), "w").close()
+            while not os.path.exists(os.path.join(folder, "go")):
+                time.sleep(0.02)""",
+}
 TASKS = ("describe", "extract", "ground", "refer")
 
 
@@ -125,3 +157,47 @@ def toy_run(cfg, poisoned=None, resume=False):
     trainer = run_class(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer
+
+
+class Ended(NamedTuple):
+    """How the script ended, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+def start_script(scenes, output, *arguments, plugin=None):
+    """Start tools/train_net.py with the smallest model, in a process group of its own.
+
+    ``arguments`` are flags of the command line, and behind them keys and values of the config.
+    """
+    output.mkdir(exist_ok=True)
+    pairs = [*SMALL, "MODEL.LANGUAGE.TOKENIZER", scenes / "shapes" / "tokenizer"]
+    pairs += ["OUTPUT_DIR", output]
+    if plugin:
+        (output / "plugin.py").write_text(PLUGIN.format(**plugin))
+        pairs += ["DATASETS.MODULES", f"('{output}/plugin.py',)"]
+    place = next((i for i, a in enumerate(arguments) if str(a).isupper()), len(arguments))
+    flags, keys = arguments[:place], arguments[place:]
+    command = [sys.executable, SCRIPT, "--config-file", CONFIG, *flags, *pairs, *keys]
+    environment = {"DETECTRON2_DATASETS": str(scenes), "OMP_NUM_THREADS": "1"}
+    # Files, not pipes: loader processes outlive a killed parent.
+    with open(output / "out.txt", "w") as out, open(output / "err.txt", "w") as err:
+        return subprocess.Popen(
+            [str(part) for part in command],
+            stdout=out,
+            stderr=err,
+            env={**os.environ, **environment, "CUDA_VISIBLE_DEVICES": ""},
+            start_new_session=True,
+        )
+
+
+def finish(process, output):
+    """Wait for the end of a script, and end what it leaves behind."""
+    try:
+        status = process.wait(timeout=3600)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return Ended(status, (output / "out.txt").read_text(), (output / "err.txt").read_text())
