@@ -352,8 +352,13 @@ def test_an_expression_without_a_target_is_right_if_nothing_is_taken(tmp_path):
     sample = {**record, "phrases": record["expressions"], "caption": "a cat"}
     run(ReferringEvaluator(tmp_path / "refer"), [sample], [{"grounding": []}])
     predictions = find_predictions(tmp_path / "refer")[0]
+    assert list(analyze.figures_of(predictions, predictions.cases)["groups"]) == [
+        "words of the phrase",
+        "words of position",
+    ]
     cases = compare(predictions, [record], {})
     assert cases.iou.tolist() == [1.0] and cases.error.tolist() == ["right"]
+    assert "size of what is named" not in analyze.figures_of(predictions, cases)["groups"]
     assert len(analyze.choose(cases, 2)[0]) == 0
 
 

@@ -80,6 +80,12 @@ NOTES = {
 """Ways to sort cases, in the order of the page, and how a group is told."""
 
 
+def _named(cases: pd.DataFrame) -> pd.Series:
+    """How many segments each phrase names; NaN where the file does not tell."""
+    counts = cases.segment_ids.map(lambda ids: len(set(ids)), na_action="ignore")
+    return counts.astype(float)
+
+
 def labels_of(cases: pd.DataFrame) -> dict[str, pd.Series]:
     """The group of each case by each way of ``NOTES``, as categoricals in the order of the page.
 
@@ -93,10 +99,9 @@ def labels_of(cases: pd.DataFrame) -> dict[str, pd.Series]:
     def flagged(flags: pd.Series, labels: dict[Any, str]) -> pd.Series:
         return flags.map(labels).astype(pd.CategoricalDtype(list(labels.values())))
 
-    named = cases.segment_ids.map(set, na_action="ignore").str.len()
     ways = {
         "words of the phrase": counted(cases.text.str.split().str.len().clip(lower=1), 1, 6),
-        "entities that the phrase names": counted(named, 0, 5),
+        "entities that the phrase names": counted(_named(cases), 0, 5),
         "thing or stuff": flagged(cases.is_thing, {True: "thing", False: "stuff"}),
         "singular or plural": flagged(cases.is_plural, {False: "singular", True: "plural"}),
         "words of position": flagged(
@@ -221,11 +226,8 @@ def choose(cases: pd.DataFrame, count: int) -> tuple[pd.DataFrame, pd.DataFrame]
     """
     keys = pd.DataFrame({"iou": cases.iou, "image": cases.image_id.astype(str)})
     keys["doubt"], keys["right"] = -cases.score.astype(float).fillna(-1.0), -cases.iou
-    named = cases.segment_ids.map(set, na_action="ignore").str.len()
-    keys["few"], keys["area"] = (
-        -named.fillna(0),
-        cases.get("area_share", pd.Series(0.0, keys.index)),
-    )
+    keys["few"] = -_named(cases).fillna(0)
+    keys["area"] = cases.get("area_share", pd.Series(0.0, keys.index))
     worst = keys[keys.iou < 1].sort_values(["iou", "doubt"], kind="stable")
     worst = worst.drop_duplicates("image").head(count)
     # With few cases, none is to be shown as a good and a bad one.

@@ -306,9 +306,9 @@ def case_facts(segment_ids: Sequence[int], segmentation: Any, scene: Scene) -> d
     Returns:
         ``error``, a key of ``ERRORS``; ``pixel_iou`` (two empty masks have 1); ``area_share`` of
         the image, covered by the truth; the category names of segments ``meant`` and ``taken``;
-        ``rivals``, segments of a meant one's category that are not meant (None if nothing is);
+        ``rivals``, segments of a meant one's category that are not meant (NaN if nothing is);
         ``confused``, (missed, wrongly taken) categories; and ``wrong``: for each wrongly taken
-        segment, which of ``RELATIONS`` hold with any of the meant ones, and as ``by_chance`` the
+        segment, which of ``RELATIONS`` hold with any of the meant ones, and by chance, which is the
         share of the image's other segments for which each does.
     """
     regions, areas = scene.regions, scene.regions.areas()
@@ -330,17 +330,18 @@ def case_facts(segment_ids: Sequence[int], segmentation: Any, scene: Scene) -> d
         ],
         axis=1,
     )
-    chance = [f"{name} by chance" for name in RELATIONS], holds[others].mean(axis=0).tolist()
+    chance = holds[others].mean(axis=0).tolist() if wrong else []
     return {
         "error": _error(set(meant), set(taken), bool(mask.any())),
         "pixel_iou": inter / union if union else 1.0,
         "area_share": size / regions.ids.size,
         "meant": [scene.categories[i] for i in meant],
         "taken": [scene.categories[i] for i in taken],
-        "rivals": int(holds[others, 0].sum()) if meant else None,
+        "rivals": int(holds[others, 0].sum()) if meant else math.nan,
         "confused": sorted((a, b) for a in missed for b in {scene.categories[i] for i in wrong}),
         "wrong": [
-            {**dict(zip(RELATIONS, holds[i].tolist())), **dict(zip(*chance))}
+            {name: bool(holds[i, k]) for k, name in enumerate(RELATIONS)}
+            | {f"{name} by chance": share for name, share in zip(RELATIONS, chance)}
             for i in (wrong if meant else [])
         ],
     }
