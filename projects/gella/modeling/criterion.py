@@ -84,15 +84,10 @@ class GellaCriterion(nn.Module):
         oversample_ratio: float = 3.0,
         importance_sample_ratio: float = 0.75,
     ) -> None:
-        """Keep the weights and build transformers' loss.
+        """Build transformers' loss; arguments but the first two are ``MODEL.MASK_DECODER``'s keys.
 
-        Args:
-            queries: ``learned`` or ``entity``, as in the mask decoder.
-            weights: of every loss by its name without a layer's number; a loss that is not named
-                here is an error when it is computed.
-            no_object_weight: of queries that are no entity, in the entity loss.
-            deep_supervision: whether the earlier layers have losses too.
-            num_points, oversample_ratio, importance_sample_ratio: of the point sampling.
+        ``weights`` are by a loss's name without a layer's number; a loss that is not named there is
+        an error when it is computed.
         """
         super().__init__()
         from transformers import Mask2FormerConfig
@@ -195,12 +190,10 @@ class GellaCriterion(nn.Module):
     def match(
         self, decoder_output: Any, target_masks: list[Tensor], layer: int = -1
     ) -> list[Match]:
-        """Pair queries with entities, by the output of one layer.
+        """Pair queries with entities by one layer's output: per image the indices of both.
 
-        Returns:
-            per image the query and the entity indices. ``entity`` queries: every entity with its
-            own query. ``learned``: the cheapest pairing of entities that have a pixel; with more
-            entities than queries, the surplus stays unpaired.
+        ``entity`` queries: every entity with its own query. ``learned``: the cheapest pairing of
+        entities that have a pixel; with more entities than queries, the surplus stays unpaired.
         """
         valid = decoder_output.query_valid
         if len(target_masks) != len(valid):

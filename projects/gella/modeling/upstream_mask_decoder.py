@@ -26,13 +26,8 @@ def build_mask_decoder(cfg: Any, input_shape: dict[str, ShapeSpec]) -> nn.Module
 
     ``MaskFormerHead`` is imported and wrapped; every other name is looked up as Detectron2 does.
 
-    Args:
-        cfg: a config with GELLA's keys.
-        input_shape: channels and stride of every level of ``Z_vc``.
-
-    Returns:
-        A module from features to :class:`MaskDecoderOutput`, with ``queries``,
-        ``num_queries`` (None for entity queries) and ``num_outputs``.
+    It maps features with these shapes to :class:`MaskDecoderOutput`, and has ``queries``,
+    ``num_queries`` (None for entity queries) and ``num_outputs``.
     """
     if cfg.MODEL.SEM_SEG_HEAD.NAME == UPSTREAM_NAME:
         return UpstreamMaskDecoder(cfg, input_shape)
@@ -57,12 +52,7 @@ class UpstreamMaskDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: Any, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """Import upstream and build its head from ``MODEL.MASK_DECODER``.
-
-        Raises:
-            ImportError: Mask2Former, or what it needs, is not importable.
-            ValueError: entity queries, or a size that upstream cannot have.
-        """
+        """Import upstream and build its head; errors are those of :func:`maskformer_config`."""
         upstream_cfg = maskformer_config(cfg)
         shapes = {name: input_shape[name] for name in cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES}
         return dict(head=SEM_SEG_HEADS_REGISTRY.get(UPSTREAM_NAME)(upstream_cfg, shapes))
@@ -117,11 +107,8 @@ def maskformer_config(cfg: Any) -> CfgNode:
     upstream.defrost()
     _import_upstream().add_maskformer2_config(upstream)
     head, former = upstream.MODEL.SEM_SEG_HEAD, upstream.MODEL.MASK_FORMER
-    head.NUM_CLASSES = 1
-    head.IGNORE_VALUE = 255
-    head.LOSS_WEIGHT = 1.0
-    head.NORM = "GN"
-    head.COMMON_STRIDE = 4
+    fixed = {"NUM_CLASSES": 1, "IGNORE_VALUE": 255, "LOSS_WEIGHT": 1.0, "NORM": "GN"}
+    head.update(fixed, COMMON_STRIDE=4)
     head.CONVS_DIM = ours.HIDDEN_DIM
     head.MASK_DIM = ours.MASK_DIM
     head.PIXEL_DECODER_NAME = "MSDeformAttnPixelDecoder"
@@ -134,9 +121,7 @@ def maskformer_config(cfg: Any) -> CfgNode:
     former.NHEADS = ours.NUM_HEADS
     former.DIM_FEEDFORWARD = ours.DECODER_FFN_DIM
     former.DEC_LAYERS = ours.DECODER_LAYERS + 1  # upstream builds one less
-    former.DROPOUT = 0.0
-    former.PRE_NORM = False
-    former.ENFORCE_INPUT_PROJ = False
+    former.update(DROPOUT=0.0, PRE_NORM=False, ENFORCE_INPUT_PROJ=False)
     return upstream
 
 
