@@ -111,8 +111,8 @@ class Runs(NamedTuple):
         picked = np.zeros(len(rows) + 1, dtype=np.intp)
         np.cumsum(counts, out=picked[1:])
         # Each new row is a range of the old runs.
-        places = kept[np.arange(picked[-1]) + np.repeat(offsets[rows] - picked[:-1], counts)]
-        return Runs(self.values[places], lengths[places], picked, len(columns))
+        runs = kept[np.arange(picked[-1]) + np.repeat(offsets[rows] - picked[:-1], counts)]
+        return Runs(self.values[runs], lengths[runs], picked, len(columns))
 
     def pad(self, height: int, width: int) -> Runs:
         """Runs of the image with zeros added below and right, to height x width pixels."""
@@ -130,8 +130,8 @@ class Runs(NamedTuple):
     def flip(self) -> Runs:
         """Runs of the image mirrored left to right."""
         ends = np.repeat(self.offsets[:-1] + self.offsets[1:] - 1, np.diff(self.offsets))
-        places = ends - np.arange(len(self.values))
-        return self._replace(values=self.values[places], lengths=self.lengths[places])
+        order = ends - np.arange(len(self.values))
+        return self._replace(values=self.values[order], lengths=self.lengths[order])
 
 
 @dataclass
@@ -400,13 +400,14 @@ def binary_masks(masks: Any) -> np.ndarray:
     if masks.dtype.kind == "b":
         return masks
     result = masks != 0
-    for place, mask in enumerate(masks):
+    for number, mask in enumerate(masks):
         highest = mask.max()  # NaN if one is among them
-        odd = mask[result[place] & (mask != highest)]
+        odd = mask[result[number] & (mask != highest)]
         if odd.size or not np.isfinite(highest):
+            wrong = odd[0] if odd.size else highest
             raise ValueError(
-                f"mask {place} holds {odd[0] if odd.size else highest} beside {highest}; masks are "
-                "0 outside and one value inside: threshold them first"
+                f"mask {number} holds {wrong} beside {highest}; masks are 0 outside and one value "
+                "inside: threshold them first"
             )
     return result
 

@@ -264,8 +264,8 @@ def _from_png(
     if unlisted.any():
         extra = [int(i) for i in np.unique(ids[unlisted])]
         raise ValueError(f"pixels have ids {extra[:5]} that segments_info does not list")
-    own = [number for number, crowd, _ in segments if not crowd]
-    return entities if own == listed else EntityMap.from_id_image(ids, own)
+    uncrowded = [number for number, crowd, _ in segments if not crowd]
+    return entities if uncrowded == listed else EntityMap.from_id_image(ids, uncrowded)
 
 
 # -- archives of numpy -----------------------------------------------------------------------------
@@ -298,11 +298,11 @@ def _check_directory(path: Path) -> None:
     with open(path, "rb") as stream:
         stream.seek(max(0, path.stat().st_size - (22 + 65535 + 20)))  # record, comment, locator
         tail = stream.read()
-    place = tail.rfind(b"PK\x05\x06")
-    if place < 0 or len(tail) < place + 22:
+    record = tail.rfind(b"PK\x05\x06")
+    if record < 0 or len(tail) < record + 22:
         raise ValueError("truncated or no npz archive; write it again with numpy.savez")
-    count, room = struct.unpack_from("<HI", tail, place + 10)
-    if b"PK\x06\x07" in tail[max(0, place - 20) : place]:
+    count, room = struct.unpack_from("<HI", tail, record + 10)
+    if b"PK\x06\x07" in tail[max(0, record - 20) : record]:
         raise ValueError(f"a 64-bit zip directory; at most {MAX_MEMBERS} arrays are read")
     if count > MAX_MEMBERS or room > MAX_MEMBERS * (46 + 3 * 65535):  # the longest entries
         raise ValueError(f"holds {count} arrays, more than the {MAX_MEMBERS} that are read")
@@ -405,9 +405,9 @@ def _entries(
     if not isinstance(entries, list):
         raise ValueError(f"expected a list of {key}, found {type(content).__name__}")
     groups: dict[str, list[dict[str, Any]]] = {}
-    for place, entry in enumerate(entries):
+    for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or type(entry.get("image_id")) not in (int, str):
-            raise ValueError(f"entry {place} of {key} has no image_id that is a number or text")
+            raise ValueError(f"entry {number} of {key} has no image_id that is a number or text")
         groups.setdefault(str(entry["image_id"]), []).append(entry)
     if kind == "coco_panoptic":
         twice = next((i for i, group in groups.items() if len(group) > 1), None)
@@ -433,15 +433,15 @@ def _checked_segments(segments_info: Any) -> list[tuple[int, bool, dict[str, Any
     if not isinstance(segments_info, (list, tuple)):
         raise ValueError(f"segments_info is a {type(segments_info).__name__}, not a list")
     checked = []
-    for place, segment in enumerate(segments_info):
+    for index, segment in enumerate(segments_info):
         if not isinstance(segment, dict) or "id" not in segment:
-            raise ValueError(f"entry {place} of segments_info has no 'id'")
+            raise ValueError(f"entry {index} of segments_info has no 'id'")
         number = segment["id"]
         whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
         text = isinstance(number, str) and number.isascii() and number.isdigit()
         if not (whole or (text and len(number) < 20)) or not -(1 << 63) <= int(number) < 1 << 63:
             raise ValueError(
-                f"id of entry {place} of segments_info is {short(number)}; ids are whole numbers "
+                f"id of entry {index} of segments_info is {short(number)}; ids are whole numbers "
                 "of at most 63 bits"
             )
         crowd = segment.get("iscrowd", 0)
@@ -458,8 +458,8 @@ def _from_segmentations(
     if scored:
         named = [(k, f"result {k - 1} of the image", e) for k, e in enumerate(entries, start=1)]
     else:
-        own = [(i, entry) for i, crowd, entry in _checked_segments(entries) if not crowd]
-        named = [(i, f"segment {i}", entry) for i, entry in own]
+        checked = _checked_segments(entries)
+        named = [(i, f"segment {i}", entry) for i, crowd, entry in checked if not crowd]
     check_count(len(named), max_entities)
     codes, scores = [], []
     for _, name, entry in named:

@@ -86,11 +86,11 @@ def _checked_code(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     return coco_mask.frPyObjects(code, *size) if isinstance(counts, list) else code
 
 
-def check_size(found: Sequence[int], size: tuple[int, int]) -> None:
-    """ValueError with both sizes unless masks of (H, W) `found` are of the image's `size`."""
-    if tuple(found) != size:
+def check_size(sides: Sequence[int], size: tuple[int, int]) -> None:
+    """ValueError with both sizes unless masks of (H, W) `sides` are of the image's `size`."""
+    if tuple(sides) != size:
         raise ValueError(
-            f"masks are {found[1]}x{found[0]} pixels but the image is {size[1]}x{size[0]} (width x "
+            f"masks are {sides[1]}x{sides[0]} pixels but the image is {size[1]}x{size[0]} (width x "
             "height); give masks of the image's size"
         )
 
@@ -133,8 +133,8 @@ def _covered(counts: Any) -> int:
     lengths = ends - starts + 1
     if lengths.max() > 7:  # 35 bits: more than any image has pixels
         raise damaged
-    place = np.arange(digits.size) - np.repeat(starts, lengths)
-    values = np.add.reduceat((digits & 31) << (5 * place), starts)
+    digit = np.arange(digits.size) - np.repeat(starts, lengths)
+    values = np.add.reduceat((digits & 31) << (5 * digit), starts)
     values -= np.where(digits[ends] & 16, np.int64(1) << (5 * lengths), 0)
     for first in (1, 2):
         values[first::2] = np.cumsum(values[first::2])

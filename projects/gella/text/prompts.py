@@ -166,10 +166,10 @@ def parse_nouns(answer: str) -> list[str]:
     """
     first, *others = answer.split(SEG_TOKEN)[:-1] or [""]
     nouns = [re.split(r"\bincluding\b|\bmight exist\b", first, maxsplit=1)[-1]]
-    for place, chunk in enumerate(others, start=1):
+    for number, chunk in enumerate(others, start=1):
         text = chunk.strip()
         # The template has no comma before the last "and", which may be a noun's own elsewhere.
-        joined = place == len(others) or not text.startswith(",")
+        joined = number == len(others) or not text.startswith(",")
         text = text.removeprefix(",")
         nouns.append(re.sub(r"^\s*and\b", "", text) if joined else text)
     return [" ".join(noun.split()) for noun in nouns] if SEG_TOKEN in answer else []
@@ -201,8 +201,8 @@ def task_text(
         raise ValueError(f"the caption is empty; task {task!r} needs a sentence")
     if task == "panoptic":
         sentence = panoptic_sentence(nouns)
-    known = DESCRIBE_INSTRUCTIONS if task == "describe" else EXTRACT_INSTRUCTIONS
-    question = known[phrasing % len(known)].replace("{caption}", sentence)
+    phrasings = DESCRIBE_INSTRUCTIONS if task == "describe" else EXTRACT_INSTRUCTIONS
+    question = phrasings[phrasing % len(phrasings)].replace("{caption}", sentence)
     if not answered:
         return question, None
     if task in ("describe", "panoptic"):
@@ -342,11 +342,11 @@ def _cuts(
     first = next((int(p["end"]) for p in phrases if p["start"] >= 0), len(caption))
     reach = list(accumulate(ends, max, initial=first))[1:]
     if at_nouns:
-        places = sorted(set(reach))
+        cuts = sorted(set(reach))
     else:
         matches = [match.end() for match in _SENTENCE_END.finditer(caption)]
-        places = [m for m in matches if not any(p["start"] < m < p["end"] for p in phrases)]
-    return [(place, sum(r <= place for r in reach)) for place in places]
+        cuts = [m for m in matches if not any(p["start"] < m < p["end"] for p in phrases)]
+    return [(cut, sum(r <= cut for r in reach)) for cut in cuts]
 
 
 def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:

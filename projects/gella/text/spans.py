@@ -101,10 +101,10 @@ def _pair(right: str, left: str) -> list[int]:
     # the k-th, and between two of them signs are paired in order.
     start = cursor = 0
     for right_end, left_end in zip([*letters[0], len(right)], [*letters[1], len(left)]):
-        for place in range(start, right_end):
-            twin = left.find(right[place], cursor, left_end)
+        for sign in range(start, right_end):
+            twin = left.find(right[sign], cursor, left_end)
             if twin >= 0:
-                partners[place], cursor = twin, twin + 1
+                partners[sign], cursor = twin, twin + 1
         if right_end < len(right):
             partners[right_end] = left_end
         start, cursor = right_end + 1, left_end + 1
