@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import InferenceSampler
-from detectron2.engine import HookBase, TrainerBase
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.engine import TrainerBase
+from detectron2.evaluation import inference_on_dataset
 from PIL import Image
 from torch import nn
+from toy_run import Seen, toy_config, toy_run
 
-from gella import add_gella_config
 from gella.engine.evaluation_hooks import (
     BestCheckpoint,
     EvaluationInTraining,
@@ -31,11 +27,6 @@ from gella.engine.evaluation_hooks import (
     with_keys,
 )
 from gella.engine.trainer import GellaTrainer
-
-ROOT = Path(__file__).resolve().parents[1]
-CONFIG = str(ROOT / "configs" / "gella_tiny_shapes.yaml")
-TOY = "EvaluationInTrainingToy"
-
 
 # -- which samples ---------------------------------------------------------------------------------
 
@@ -73,21 +64,6 @@ def test_shares_are_equally_long_and_miss_nothing(world, monkeypatch):
 def test_an_empty_test_set_is_refused():
     with pytest.raises(ValueError, match="without a record"):
         build_even_loader([], dict, batch_size=1, num_workers=0, name="D")
-
-
-class Seen(DatasetEvaluator):
-    """Remembers the numbers it is shown."""
-
-    def reset(self):
-        self.numbers, self.calls = [], 0
-
-    def process(self, inputs, outputs):
-        assert [i["number"] for i in inputs] == outputs
-        self.numbers += outputs
-        self.calls += 1
-
-    def evaluate(self):
-        return {"seen": {"n": float(len(self.numbers))}}
 
 
 def answers(batch):
@@ -158,8 +134,7 @@ def test_the_test_loader_leads_records_to_their_source(tmp_path, tokenizer_dir, 
     name = "gella_unmatched_test"
     DatasetCatalog.register(name, lambda: [record])
     MetadataCatalog.get(name).evaluator_type = "png"
-    cfg = get_cfg()
-    add_gella_config(cfg)
+    cfg = toy_config(tmp_path)
     cfg.MODEL.LANGUAGE.TOKENIZER = str(tokenizer_dir)
     cfg.DATASETS.TEST, cfg.DATALOADER.NUM_WORKERS = (name,), 0
     cfg.INPUT.GELLA.TARGET_IOU = 0.6
@@ -192,97 +167,23 @@ def test_generators_and_training_flags_come_back():
     assert [m.training for m in model.modules()] == [True, True, False]
 
 
-class Toy(nn.Module):
-    """Draws dropout's numbers, in training and (as a bad guest would) in evaluation."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.language_decoder = nn.Linear(4, 4)
-        self.norm = nn.BatchNorm1d(4)
-
-    def forward(self, batch):
-        x = torch.tensor([[float(item["number"])] * 4 for item in batch])
-        y = nn.functional.dropout(self.norm(self.language_decoder(x)), 0.5, training=True)
-        if not self.training:
-            np.random.rand(), random.random()
-            return [item["number"] for item in batch]
-        return {"loss_toy": (y * torch.rand(())).square().mean()}
-
-
-if TOY not in META_ARCH_REGISTRY:
-    META_ARCH_REGISTRY._do_register(TOY, Toy)
-
-
-class Batches:
-    """Three numbers per iteration."""
-
-    start_iteration = 0
-
-    def __iter__(self):
-        for i in itertools.count(self.start_iteration):
-            yield [{"number": 3 * i + k} for k in range(3)]
-
-
-class ToyTrainer(GellaTrainer):
-    """Our trainer with the toy's data; the test loader starts a worker, which draws a number."""
-
-    @classmethod
-    def build_train_loader(cls, cfg):
-        return Batches()
-
-    @classmethod
-    def build_test_loader(cls, cfg, dataset_name):
-        records = evenly_spaced([{"image_id": i} for i in range(6)], cfg.TEST.SUBSET)
-        mapper = by_number
-        return build_even_loader(records, mapper, batch_size=2, num_workers=1, name=dataset_name)
-
-    @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
-        return RealSamples(Seen())
-
-
-def by_number(record):
-    """A mapper for the toys."""
-    return {"number": record["image_id"]}
-
-
 @pytest.fixture
 def cfg(tmp_path):
-    """Ten iterations of the toy."""
-    cfg = get_cfg()
-    add_gella_config(cfg)
-    cfg.MODEL.META_ARCHITECTURE = TOY
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.SEED = 7
+    """Ten iterations of the toy, with a test set of six numbers."""
+    cfg = toy_config(tmp_path, 10)
     cfg.DATASETS.TEST = ("only",)
-    cfg.SOLVER.IMS_PER_BATCH = 3
-    cfg.SOLVER.BASE_LR = 0.05
-    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = 10, (), 0
-    cfg.OUTPUT_DIR = str(tmp_path)
     return cfg
 
 
-class Losses(HookBase):
-    """Remembers every loss, exactly."""
-
-    def __init__(self):
-        self.values = []
-
-    def after_step(self):
-        self.values.append(self.trainer.storage.history("total_loss").latest())
-
-
 def trained(cfg, folder, **test):
-    """The losses and the final state of a run with these keys below TEST, and its trainer."""
+    """The losses of a run with these keys below TEST, exactly, and its trainer."""
     cfg = cfg.clone()
     cfg.OUTPUT_DIR = str(folder)
     for key, value in test.items():
         cfg.TEST[key] = value
-    torch.manual_seed(0), np.random.seed(0), random.seed(0)
-    trainer, losses = ToyTrainer(cfg), Losses()
-    trainer.register_hooks([losses])
+    trainer = toy_run(cfg)
     trainer.train()
-    return losses.values, trainer
+    return [value for value, _ in trainer.storage.history("total_loss").values()], trainer
 
 
 @pytest.mark.parametrize("seed", [7, -1])
@@ -419,7 +320,7 @@ def test_wrong_keys(cfg, tmp_path):
         for key, value in test.items():
             changed.TEST[key] = value
         with pytest.raises(ValueError, match=message):
-            ToyTrainer(changed)
+            toy_run(changed)
 
     refused("TEST.BEST_MODE is 'most'", BEST_METRIC="a/b", BEST_MODE="most", EVAL_PERIOD=1)
     refused("TEST.EVAL_PERIOD is 0, so nothing is compared", BEST_METRIC="a/b")

@@ -8,173 +8,37 @@ import random
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
-from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.evaluation import DatasetEvaluator
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.engine import HookBase
 from detectron2.solver import build_lr_scheduler
 from torch import nn
+from toy_run import ToyRunLoader, toy_config, toy_run
 
-from gella import add_gella_config
 from gella.engine.optimizer import build_optimizer, role_of, split_off, with_epochs
 from gella.engine.step import StepTrainer
-from gella.engine.trainer import GellaTrainer, load_records
-
-TOY = "GellaTrainerToy"
+from gella.engine.trainer import load_records
 
 
-class Toy(nn.Module):
-    """Dropout makes it draw random numbers, so a resume that restores none of them shows."""
+@pytest.fixture
+def cfg(tmp_path):
+    """A config of ten iterations of the toy, with two test sets and clipping."""
+    cfg = toy_config(tmp_path, 10)
+    cfg.DATASETS.TEST = ("first", "second")
+    cfg.SOLVER.STEPS, cfg.SOLVER.CLIP_GRADIENTS.ENABLED = (8,), True
+    return cfg
 
-    def __init__(self, cfg):
+
+class Parts(nn.Module):
+    """Parameters of every kind."""
+
+    def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(10, 6)
         self.level_embed = nn.Parameter(torch.randn(2, 6))
         self.norm = nn.LayerNorm(6)
         self.frozen = nn.Linear(6, 6)
         self.frozen.requires_grad_(False)
-        self.dropout = nn.Dropout(0.4)
         self.language_decoder = nn.Linear(6, 1)
-
-    def forward(self, batch):
-        numbers = torch.tensor([item["number"] for item in batch])
-        x = self.norm(self.embedding(numbers % 10) + self.level_embed.sum(0) + self.frozen.bias)
-        y = self.language_decoder(self.dropout(x))[:, 0]
-        if not self.training:
-            return [{"value": float(v)} for v in y]
-        return {"loss_toy": (y - numbers / 10).square().mean()}
-
-
-if TOY not in META_ARCH_REGISTRY:
-    META_ARCH_REGISTRY._do_register(TOY, Toy)
-
-
-class ToyLoader:
-    """Batch i holds numbers that depend on i alone; worker processes read ahead."""
-
-    def __init__(self, workers):
-        self.start_iteration = 0
-        self._workers = workers
-
-    def __iter__(self):
-        batches = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(self.start_iteration, 40)]
-        return iter(
-            torch.utils.data.DataLoader(
-                [{"number": n} for n in range(120)],
-                batch_sampler=batches,
-                collate_fn=list,
-                num_workers=self._workers,
-            )
-        )
-
-
-class Counter(DatasetEvaluator):
-    """Counts the images that it is shown."""
-
-    def __init__(self, task):
-        self._task = task
-
-    def reset(self):
-        self._count = 0
-
-    def process(self, inputs, outputs):
-        self._count += len(outputs)
-
-    def evaluate(self):
-        return {self._task: {"n": float(self._count)}}
-
-
-class ToyTrainer(GellaTrainer):
-    """Our trainer with the toy's data."""
-
-    @classmethod
-    def build_train_loader(cls, cfg):
-        return ToyLoader(cfg.DATALOADER.NUM_WORKERS)
-
-    @classmethod
-    def build_test_loader(cls, cfg, dataset_name):
-        return [[{"number": 1}], [{"number": 2}]]
-
-    @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
-        return Counter("toy")
-
-
-@pytest.fixture
-def cfg(tmp_path):
-    """A config of ten iterations on the CPU."""
-    cfg = get_cfg()
-    add_gella_config(cfg)
-    cfg.MODEL.META_ARCHITECTURE = TOY
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.SEED = 7
-    cfg.DATALOADER.NUM_WORKERS = 0
-    cfg.DATASETS.TEST = ("first", "second")
-    cfg.SOLVER.BASE_LR = 0.05
-    cfg.SOLVER.MAX_ITER = 10
-    cfg.SOLVER.STEPS = (8,)
-    cfg.SOLVER.WARMUP_ITERS = 2
-    cfg.SOLVER.CHECKPOINT_PERIOD = 3
-    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
-    cfg.OUTPUT_DIR = str(tmp_path / "whole")
-    return cfg
-
-
-class DieAt(HookBase):
-    """Ends the run in the middle, between two checkpoints."""
-
-    def __init__(self, iteration):
-        self._iteration = iteration
-
-    def after_step(self):
-        if self.trainer.iter == self._iteration:
-            raise KeyboardInterrupt
-
-
-def start(cfg, seed=0):
-    """A trainer whose initial weights depend on ``seed`` alone."""
-    torch.manual_seed(seed)
-    return ToyTrainer(cfg)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_continues_to_exactly_the_same_weights(cfg, tmp_path, workers):
-    cfg.DATALOADER.NUM_WORKERS = workers
-    whole = start(cfg)
-    whole.resume_or_load(resume=False)
-    whole.train()
-
-    cfg.OUTPUT_DIR = str(tmp_path / "cut")
-    cut = start(cfg)
-    cut.register_hooks([DieAt(7)])
-    with pytest.raises(KeyboardInterrupt):
-        cut.train()
-    torch.rand(17)  # the generators are elsewhere when the run is resumed
-    again = start(cfg, seed=99)
-    again.resume_or_load(resume=True)
-    assert again.start_iter == 6  # the checkpoint of iteration 5, not the death at 7
-    again.train()
-
-    for (name, a), b in zip(whole.model.state_dict().items(), again.model.state_dict().values()):
-        assert torch.equal(a, b), name
-    rates = [[g["lr"] for g in t.optimizer.param_groups] for t in (whole, again)]
-    assert rates[0] == rates[1]
-
-
-def test_without_the_start_iteration_the_resume_would_differ(cfg, tmp_path, monkeypatch):
-    """The test above is able to fail: the same run with the wrong data gives other weights."""
-    whole = start(cfg)
-    whole.train()
-    cfg.OUTPUT_DIR = str(tmp_path / "cut")
-    cut = start(cfg)
-    cut.register_hooks([DieAt(7)])
-    with pytest.raises(KeyboardInterrupt):
-        cut.train()
-    again = start(cfg)
-    again.resume_or_load(resume=True)
-    DefaultTrainer.train(again)  # skips our train()
-    assert not torch.equal(whole.model.embedding.weight, again.model.embedding.weight)
 
 
 def draws(monkeypatch, seed=1, iteration=5, rank=0, accumulate=1):
@@ -221,7 +85,7 @@ def test_optimizer_groups(cfg):
     cfg.SOLVER.LANGUAGE_MULTIPLIER = 2.0
     cfg.SOLVER.VISION_MULTIPLIER = 0.5
     cfg.SOLVER.HEADS_MULTIPLIER = 3.0
-    model = Toy(cfg)
+    model = Parts()
     model.association = nn.Linear(1, 1, bias=False)
     optimizer = build_optimizer(cfg, model)
     assert isinstance(optimizer, torch.optim.AdamW)
@@ -259,7 +123,7 @@ def test_roles():
 
 def test_split_off_keeps_the_schedule_in_one_place(cfg):
     cfg.SOLVER.LANGUAGE_MULTIPLIER = 2.0
-    model = Toy(cfg)
+    model = Parts()
     whole = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, whole)
     language, sources = split_off(whole, "language")
@@ -295,57 +159,44 @@ def test_epochs_become_iterations(cfg):
             with_epochs(cfg, 25)
 
 
-def test_epochs_end_the_run(cfg, monkeypatch, caplog):
-    monkeypatch.setattr(ToyLoader, "dataset", range(12), raising=False)
-    cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.SOLVER.IMS_PER_BATCH = 3, (2,), 3
-    cfg.SOLVER.WARMUP_ITERS = 0
-    with caplog.at_level("INFO", "gella.engine.trainer"):
-        trainer = start(cfg)
-    assert "3 epochs of 12 images" in caplog.text and "SOLVER.MAX_ITER 12" in caplog.text
-    rates = []
-
-    class Watch(HookBase):
-        def before_step(self):
-            rates.append(self.trainer.optimizer.param_groups[0]["lr"])
-
-    trainer.register_hooks([Watch()])
+def test_epochs_end_the_run(cfg, monkeypatch, gella_log):
+    monkeypatch.setattr(ToyRunLoader, "dataset", range(12), raising=False)
+    cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.SOLVER.WARMUP_ITERS = 3, (2,), 0
+    trainer = toy_run(cfg)
+    assert "3 epochs of 12 images" in gella_log.text and "SOLVER.MAX_ITER 9" in gella_log.text
     trainer.train()
-    assert rates == pytest.approx([0.1 / 2] * 8 + [0.005] * 4)
+    rates = [rate for rate, _ in trainer.storage.history("lr_vision").values()]
+    assert rates == pytest.approx([0.05] * 6 + [0.005] * 3)
 
 
 def test_accumulation_makes_the_step_of_the_whole_batch(cfg, tmp_path):
-    cfg.SOLVER.IMS_PER_BATCH = 3
-    losses = {1: [], 3: []}
-    trained = {}
-    for accumulate, seen in losses.items():
-
-        class Watch(HookBase):
-            def after_step(self, seen=seen):
-                seen.append(self.trainer.storage.latest()["total_loss"][0])
-
-        cfg.OUTPUT_DIR, cfg.SOLVER.ACCUMULATE = str(tmp_path / str(accumulate)), accumulate
-        trainer = trained[accumulate] = start(cfg)
-        trainer.model.dropout.p = 0.0
-        trainer.register_hooks([Watch()])
+    trainers = []
+    for cfg.SOLVER.ACCUMULATE in (1, 4):
+        cfg.OUTPUT_DIR = str(tmp_path / str(cfg.SOLVER.ACCUMULATE))
+        trainer = toy_run(cfg)
+        trainer.model.dropout.p, trainer.model.norm = 0.0, nn.Identity()
         trainer.train()
-    for a, b in zip(trained[1].model.parameters(), trained[3].model.parameters()):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
-    assert len(losses[1]) == 10 and losses[1] == pytest.approx(losses[3], rel=1e-4)
+        trainers.append(trainer)
+    one, four = (dict(trainer.model.named_parameters()) for trainer in trainers)
+    for name, value in one.items():
+        torch.testing.assert_close(value, four[name], rtol=0, atol=2e-6)
+    one, four = ([v for v, _ in t.storage.history("total_loss").values()] for t in trainers)
+    assert len(one) == 10 and one == pytest.approx(four, rel=1e-4)
 
 
 def test_a_batch_that_cannot_be_divided(cfg):
-    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE = 4, 3
+    cfg.SOLVER.ACCUMULATE = 3
     with pytest.raises(ValueError, match="IMS_PER_BATCH is 4, SOLVER.ACCUMULATE 3 and 1 process"):
-        ToyTrainer(cfg)
+        toy_run(cfg)
 
 
 def test_optimizer_refuses_what_it_does_not_know(cfg):
     cfg.SOLVER.OPTIMIZER = "LION"
     with pytest.raises(ValueError, match=r"SOLVER.OPTIMIZER is 'LION'"):
-        build_optimizer(cfg, Toy(cfg))
+        build_optimizer(cfg, Parts())
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     with pytest.raises(ValueError, match="frozen"):
-        build_optimizer(cfg, Toy(cfg).requires_grad_(False))
+        build_optimizer(cfg, Parts().requires_grad_(False))
 
 
 def test_training_clips_logs_and_evaluates(cfg):
@@ -360,11 +211,11 @@ def test_training_clips_logs_and_evaluates(cfg):
             grads = [p.grad.flatten() for p in parameters if p.grad is not None]
             norms.append(float(torch.cat(grads).norm()))
 
-    trainer = start(cfg)
+    trainer = toy_run(cfg)
     trainer.register_hooks([Watch()])
     results = trainer.train()
     assert len(norms) == 10 and max(norms) <= 1.01e-6
-    assert results == {"toy": {"n": 2.0}, "toy@second": {"n": 2.0}}
+    assert results == {"seen": {"n": 6.0}, "seen@second": {"n": 6.0}}
     with open(f"{cfg.OUTPUT_DIR}/metrics.json", encoding="utf-8") as stream:
         lines = [json.loads(line) for line in stream]
     assert any(line.get("grad_norm", 0) > 1e-4 for line in lines)  # before clipping
@@ -373,14 +224,14 @@ def test_training_clips_logs_and_evaluates(cfg):
 
 def test_results_of_one_dataset_are_by_task(cfg):
     cfg.DATASETS.TEST = ("only",)
-    trainer = start(cfg)
-    assert trainer.test(cfg, trainer.model) == {"toy": {"n": 2.0}}
+    trainer = toy_run(cfg)
+    assert trainer.test(cfg, trainer.model) == {"seen": {"n": 6.0}}
 
 
 def test_amp_needs_cuda(cfg):
     cfg.SOLVER.AMP.ENABLED = True
     with pytest.raises(ValueError, match="AMP.ENABLED needs a CUDA device"):
-        ToyTrainer(cfg)
+        toy_run(cfg)
 
 
 def test_load_records():

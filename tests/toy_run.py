@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from detectron2.config import get_cfg
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from torch import nn
 
 from gella import add_gella_config
+from gella.engine.evaluation_hooks import RealSamples, build_even_loader, evenly_spaced
 from gella.engine.trainer import GellaTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +44,7 @@ PLUGIN = """
 import os, signal, time
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from gella.engine.evaluation_hooks import RealSamples, build_even_loader, evenly_spaced
 from gella.engine.trainer import GellaTrainer
 
 class Extra(HookBase):
@@ -67,7 +72,8 @@ TASKS = ("describe", "extract", "ground", "refer")
 class ToyRunModel(nn.Module):
     """A line on numbers, with dropout, batch statistics and a language side.
 
-    An item's "poison" makes the loss NaN, or its gradient infinite while the loss stays finite.
+    An item's "poison" makes the loss NaN, or its gradient infinite while the loss stays finite. In
+    evaluation it draws random numbers, as a bad guest would, and answers with the numbers.
     """
 
     def __init__(self, cfg):
@@ -81,7 +87,8 @@ class ToyRunModel(nn.Module):
         numbers = torch.tensor([[float(item["number"])] for item in batch])
         y = self.language_decoder(self.dropout(self.norm(self.layer(numbers / 40))))
         if not self.training:
-            return y.tolist()
+            torch.rand(1), np.random.rand(), random.random()
+            return [item["number"] for item in batch]
         loss = (y - numbers / 40).square().mean()
         for item in batch:
             if item["poison"] == "loss":
@@ -122,14 +129,43 @@ class ToyRunLoader:
         }
 
 
+class Seen(DatasetEvaluator):
+    """Remembers the numbers it is shown."""
+
+    def reset(self):
+        self.numbers, self.calls = [], 0
+
+    def process(self, inputs, outputs):
+        assert [i["number"] for i in inputs] == outputs
+        self.numbers += outputs
+        self.calls += 1
+
+    def evaluate(self):
+        return {"seen": {"n": float(len(self.numbers))}}
+
+
+def by_number(record):
+    """A mapper for the toys."""
+    return {"number": record["image_id"]}
+
+
 class ToyRun(GellaTrainer):
-    """Our trainer with the toy's data."""
+    """Our trainer with the toy's data; the test loader starts a worker, which draws a number."""
 
     poisoned: dict = {}
 
     @classmethod
     def build_train_loader(cls, cfg):
         return ToyRunLoader(cls.poisoned)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        records = evenly_spaced([{"image_id": i} for i in range(6)], cfg.TEST.SUBSET)
+        return build_even_loader(records, by_number, batch_size=2, num_workers=1, name=dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return RealSamples(Seen())
 
 
 def toy_config(folder, iterations=8):
@@ -152,7 +188,7 @@ def toy_config(folder, iterations=8):
 
 def toy_run(cfg, poisoned=None, resume=False):
     """A trainer of the toy with fixed initial weights, ready to train."""
-    torch.manual_seed(0)
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
     run_class = type("ToyRun", (ToyRun,), {"poisoned": dict(poisoned or {})})
     trainer = run_class(cfg)
     trainer.resume_or_load(resume=resume)
