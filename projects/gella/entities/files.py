@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
-from torchvision.io import ImageReadMode, decode_png
 
 from gella.entities.entity_map import (
     MAX_ENTITIES,
@@ -215,6 +214,9 @@ def _decoded(
             with Image.open(io.BytesIO(data)) as picture:
                 ids = np.asarray(picture).astype(np.int32)
         else:
+            # Importing it takes 2 s and 170 MiB: not before a mask is read.
+            from torchvision.io import ImageReadMode, decode_png
+
             # torchvision's libpng takes a fifth less time than Pillow, and not Python's lock. torch
             # reads bytes without a copy but wants memory that may be written to.
             stream = torch.frombuffer(bytearray(data), dtype=torch.uint8)
