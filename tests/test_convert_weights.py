@@ -313,14 +313,14 @@ def test_a_config_beside_counts_only_for_its_own_model():
 
     cfg = load_config(tiny.CONFIG, tiny.OPTS)
     llama = {"model_type": "llava_llama", "num_attention_heads": 32, "hidden_act": "silu"}
-    convert_weights.check_hyperparameters(llama, cfg, "clip.pth", "clip")
+    convert_weights.check_hyperparameters(llama, cfg, "clip")
     with pytest.raises(ValueError, match=r"num_attention_heads is 4 there and 2 here"):
         convert_weights.check_hyperparameters(
-            {"model_type": "clip_vision_model", "num_attention_heads": 4}, cfg, "clip is", "clip"
+            {"model_type": "clip_vision_model", "num_attention_heads": 4}, cfg, "clip"
         )
     original = {"mm_vision_select_layer": -1, "num_attention_heads": 2, "rope_theta": 1e6}
     with pytest.raises(ValueError, match=r"mm_vision_select_layer is -1.*rope_theta is 1000000\.0"):
-        convert_weights.check_hyperparameters(original, cfg, "llava", "llava")
+        convert_weights.check_hyperparameters(original, cfg, "llava")
 
 
 def break_shard(folder):

@@ -216,7 +216,7 @@ def read_piece(
     try:
         converted = layout.to_gella(state)
         if kind in ("llava", "clip"):
-            check_hyperparameters(beside, cfg, path, kind)
+            check_hyperparameters(beside, cfg, kind)
         if kind == "llava":
             if cfg.MODEL.LANGUAGE.TIE_EMBEDDINGS and EMBEDDINGS[0] in converted:
                 # files of models with one matrix for both hold it once
@@ -229,7 +229,7 @@ def read_piece(
     return Piece(path, layout.name, converted, tuple(layout.fresh), dropped), notes
 
 
-def check_hyperparameters(beside: Mapping[str, Any], cfg: Any, path: str, kind: str) -> None:
+def check_hyperparameters(beside: Mapping[str, Any], cfg: Any, kind: str) -> None:
     """Compare what no tensor's shape shows with a file's own config.json, as far as it says so.
 
     ``beside`` is {} where there is none. Raises ValueError with all values that differ, each with
@@ -262,9 +262,7 @@ def check_hyperparameters(beside: Mapping[str, Any], cfg: Any, path: str, kind: 
         if there.get(name) is not None and there[name] != here
     ]
     if wrong:
-        raise ValueError(
-            f"the config.json of {path} differs from the model's config: {'; '.join(wrong)}"
-        )
+        raise ValueError(f"its config.json differs from the model's config: {'; '.join(wrong)}")
 
 
 def report(result: Assembly, notes: Sequence[str], keys: Iterable[str]) -> str:
