@@ -125,6 +125,7 @@ def summarise(cases: pd.DataFrame, label: str = "all") -> dict[str, Any]:
         interval of the mean, taking cases for independent; NaN for n < 2), ``accuracy`` (share of
         IoUs above 0.5) and ``oracle`` (of the best union of the given entities, or None).
     """
+    # NumPy's sums, whose last digit pandas does not promise.
     ious, oracle = cases.iou.to_numpy(), cases.oracle.to_numpy(float)
     margin = 1.96 * float(ious.std(ddof=1)) / math.sqrt(len(ious)) if len(ious) > 1 else math.nan
     return {
@@ -228,6 +229,7 @@ def choose(cases: pd.DataFrame, count: int) -> tuple[pd.DataFrame, pd.DataFrame]
     keys["doubt"], keys["right"] = -cases.score.astype(float).fillna(-1.0), -cases.iou
     keys["few"] = -_named(cases).fillna(0)
     keys["area"] = cases.get("area_share", pd.Series(0.0, keys.index))
+    # Stable sorts: what is equal in all keys stays in the order of the file.
     worst = keys[keys.iou < 1].sort_values(["iou", "doubt"], kind="stable")
     worst = worst.drop_duplicates("image").head(count)
     # With few cases, none is to be shown as a good and a bad one.
@@ -296,6 +298,7 @@ def _plain(figure: Figure) -> Figure:
 
 
 def _figure(figure: Figure, title: str, caption: str) -> str:
+    # As an image, not inline: names inside several SVGs of one page would clash.
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     return _picture("svg+xml", stream.getvalue(), title, caption)

@@ -120,6 +120,7 @@ def _cases(rows: list[dict[str, Any]], task: str, path: Path) -> pd.DataFrame:
     cases = cases.reindex(
         columns=list(dict.fromkeys([*columns, "start", "end", "ref_id", "sent_id"]))
     )
+    # None and not NaN where the file tells nothing, so that masks and lists are told from it.
     cases = cases.astype(object).where(cases.notna(), None)
     for row in cases.itertuples():
         for name in needed:
@@ -230,6 +231,7 @@ def scenes(
     cases: pd.DataFrame, records: Iterable[dict[str, Any]], names: Mapping[Any, str]
 ) -> Iterator[tuple[Any, Scene]]:
     """Each case, as a named tuple, with its scene; ValueError for an image that has no record."""
+    # As text: files and datasets differ in the id's type. Of several records the first is kept.
     by_image = {str(record["image_id"]): record for record in reversed(list(records))}
     reader, scene, last = TruthReader(), None, ""
     for case in cases.itertuples():
@@ -313,6 +315,7 @@ def case_facts(segment_ids: Sequence[int], segmentation: Any, scene: Scene) -> d
     """
     regions, areas = scene.regions, scene.regions.areas()
     meant, mask = scene.indices(segment_ids), scene.predicted(segmentation)
+    # Pixels under the mask by segment; what lies on void is in [0] and only enlarges the union.
     covered = np.bincount(regions.ids[mask], minlength=regions.num_entities + 1)
     inter, size = int(covered[1:][meant].sum()), int(areas[meant].sum())
     union = size + int(covered.sum()) - inter

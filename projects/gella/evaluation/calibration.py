@@ -152,6 +152,7 @@ class _Prefixes:
 
     def __init__(self, nouns: list[tuple], referring: bool) -> None:
         width = max(len(noun[0]) for noun in nouns)
+        # Padding scores -1, under every threshold, and its union of 1 divides safely.
         self.scores = np.full((len(nouns), width), -1.0)
         self.unions = np.ones((len(nouns), width + 1), np.int64)
         inters = np.zeros_like(self.unions)
@@ -250,6 +251,7 @@ def read_calibration(path: str | Path, weights: str) -> dict[str, Any]:
         made_for, _ = content["weights_sha256"], content["datasets"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"TEST.CALIBRATION {path} is no calibration ({error!r})") from error
+    # By content, not by name: thresholds fit the weights they were picked for and no others.
     given = file_hash(weights)
     if made_for != given:
         raise ValueError(

@@ -79,6 +79,7 @@ class GatheringEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return {}
         keys = ("image_id", "caption", "phrase", "ref_id", "sent_id")
+        # The same order whatever process saw which sample, so that files are equal byte for byte.
         rows = [row for part in gathered for row in part]
         rows.sort(key=lambda row: tuple(str(row.get(key, "")) for key in keys))
         results = self._score(rows)
@@ -116,6 +117,7 @@ class ReferringEvaluator(GatheringEvaluator):
             )
         phrase = sample["phrases"][0]
         target = sized_mask(self._truth.mask(sample, phrase["segment_ids"] or []), sample)
+        # A model may find nothing: an empty mask, which is right where nothing was meant.
         entry = next(iter(output["grounding"]), {"mask": np.zeros_like(target)})
         mask = sized_mask(entry["mask"], sample)
         return {
@@ -327,7 +329,8 @@ class PNGEvaluator(GatheringEvaluator):
                 f"image {sample['image_id']}: entities of size {entities.ids.shape}, truth "
                 f"{truth.ids.shape}: give entity masks at the original image size"
             )
-        # Pixels of each (annotated segment, entity) pair; 0 is neither.
+        # Pixels of each (annotated segment, entity) pair; 0 is neither. Oracle and baselines are
+        # sums over this table: no mask is painted for them.
         pairs, pixels = panoptic_quality.joint_counts(truth.regions.ids, entities.ids)
         shape = (truth.regions.num_entities + 1, entities.num_entities + 1)
         overlap = np.zeros(shape, np.int64)
@@ -341,6 +344,7 @@ class PNGEvaluator(GatheringEvaluator):
             fields = ("text", "start", "end", "segment_ids", "is_thing", "is_plural")
             noun = {name: phrase[name] for name in fields}
             target = truth.mask(phrase["segment_ids"])
+            # A phrase may name a segment twice; its pixels count once.
             rows = sorted({i + 1 for i in truth.indices(phrase["segment_ids"])})
             area, areas = int(overlap[rows].sum()), overlap[:, 1:].sum(axis=0)
             inter = overlap[rows, 1:].sum(axis=0)

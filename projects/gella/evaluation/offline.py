@@ -62,6 +62,7 @@ class SavedPredictions:
             path = self._folder / name
             if not path.is_file():
                 continue
+            # A list per key: several captions of an image may be the same text.
             waiting = self._waiting[name] = defaultdict(list)
             try:
                 content = read_json(path)
@@ -109,6 +110,7 @@ class SavedPredictions:
             except (OSError, ValueError) as error:
                 raise ValueError(f"{path} cannot be read ({error}); evaluate again") from error
         if name == "png_predictions.json":
+            # Nouns without a place were not answered; the places restore the answer's order.
             said = [noun for noun in (*row["nouns"], *row["others"]) if "place" in noun]
             said.sort(key=lambda noun: noun["place"])
             return {"grounding": [_entry(noun, sample) for noun in said], "text": row["text"]}

@@ -103,6 +103,7 @@ def build_evaluator(cfg: Any, dataset_name: str, output_folder: str) -> DatasetE
             f"dataset {dataset_name}: no evaluator for evaluator_type {kind!r}: set it to one of "
             f"{', '.join(sorted(EVALUATORS))} or add it with gella.evaluation.register_evaluator"
         )
+    # A factory gives None where the config does not ask for its evaluator.
     made = [make(cfg, dataset_name, output_folder) for make in EVALUATORS[kind]]
     return DatasetEvaluators([evaluator for evaluator in made if evaluator is not None])
 

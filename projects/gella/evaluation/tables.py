@@ -246,6 +246,7 @@ def _all_modes(cfg: Any, root: str) -> list[Run]:
     for mode, (masks, entries), snap in product(
         ("given", "extracted"), _mask_sources(cfg, root).items(), (True, False)
     ):
+        # Only narratives have nouns to extract.
         kinds = ["png"] if mode == "extracted" else ["png", "coco_panoptic_seg", "refcoco"]
         if _family(cfg) == "own":
             kinds = [kind for kind in kinds if kind in present]
@@ -265,6 +266,7 @@ def changed(cfg: Any, run: Run, output: str) -> Any:
     """A frozen copy of ``cfg`` for a run, whose files go to ``output``."""
     copy = cfg.clone()
     copy.defrost()
+    # yacs checks that each key exists and keeps its type.
     copy.merge_from_list([part for change in run.changes.items() for part in change])
     copy.DATASETS.TEST, copy.OUTPUT_DIR = tuple(run.datasets), output
     copy.freeze()
@@ -304,7 +306,7 @@ def table_markdown(table: str, runs: Sequence[Run], outcomes: Sequence[Outcome])
         columns += [Column(name, columns[0].task, columns[0].metric, name) for name in own]
     rows = []
     for name, figures in paper.rows.items():
-        padding = [None] * (len(columns) - len(figures))
+        padding = [None] * (len(columns) - len(figures))  # the paper has no such datasets
         rows.append([f"{name} (paper)", paper.data, *map(_figure, [*figures, *padding])])
     for run, outcome in zip(runs, outcomes, strict=True):
         rows.append([f"**{run.label}**", ", ".join(run.datasets), *_scores(outcome, columns)])

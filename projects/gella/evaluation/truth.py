@@ -74,7 +74,7 @@ class TruthReader:
         key = (str(_annotation(sample)["file_name"]), sample["image_id"])
         if key not in self._kept:
             self._kept[key] = _read(sample)
-            if len(self._kept) > _KEPT:
+            if len(self._kept) > _KEPT:  # a dict keeps its order: the first is the oldest
                 del self._kept[next(iter(self._kept))]
         return self._kept[key]
 
