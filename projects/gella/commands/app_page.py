@@ -33,7 +33,7 @@ from gella.captions import describe, load_picture
 from gella.captions.captioner import AnswerError, EndpointError, RequestError
 from gella.commands.demo_inputs import Entry
 from gella.entities.entity_map import EntityMap
-from gella.entities.files import entries_by_image, forget_files, json_format
+from gella.entities.files import entries_by_image, forget_files
 from gella.entities.sources import load_entities
 from gella.entities.view import read_image
 from gella.pictures.grounding import Grounding, PanopticResult
@@ -127,7 +127,7 @@ def read_masks(
             )
         listed, chosen = sorted(paths, key=lambda path: path.suffix.lower())
         segments = _segments_of(listed, chosen.name)
-    elif suffixes == [".json"] and json_format(chosen) == "coco_panoptic":
+    elif suffixes == [".json"] and entries_by_image(chosen)[0] == "coco_panoptic":
         # Its PNGs are named by the file itself: a stranger's JSON must not choose what is read.
         raise ValueError(
             f"{names} is a COCO panoptic JSON, whose masks are in PNG files: upload this "
@@ -157,9 +157,10 @@ def read_masks(
 
 def _segments_of(panoptic_json: Path, png: str) -> list[dict[str, Any]]:
     """``segments_info`` of the annotation whose PNG has this name."""
-    if json_format(panoptic_json) != "coco_panoptic":
+    kind, groups = entries_by_image(panoptic_json)
+    if kind != "coco_panoptic":
         raise ValueError(f"{panoptic_json.name} is no COCO panoptic JSON; upload one mask file.")
-    for entries in entries_by_image(panoptic_json, "coco_panoptic").values():
+    for entries in groups.values():
         for entry in entries:
             segments = entry.get("segments_info")
             if Path(str(entry.get("file_name"))).name == png and isinstance(segments, list):

@@ -70,7 +70,7 @@ class Runs(NamedTuple):
         flat, width = image.reshape(-1), image.shape[1]
         first = np.empty(flat.size, dtype=bool)  # does a run begin here?
         np.not_equal(flat[1:], flat[:-1], out=first[1:])
-        first[::width] = True
+        first[::width] = True  # none goes over the end of a row, so that rows can be picked
         starts = np.flatnonzero(first)
         offsets = np.searchsorted(starts, np.arange(len(image) + 1) * width)
         return cls(flat[starts], np.diff(starts, append=flat.size), offsets, width)
@@ -208,6 +208,7 @@ class EntityMap:
         for end in (int(values[0]), int(values[-1])):
             if not 0 <= end <= MAX_SEGMENT_ID:
                 raise ValueError(f"the id image holds {end}; ids are 0 (void) to {MAX_SEGMENT_ID}")
+        # A few values stand for a million pixels: they are renumbered, and painted once.
         wanted = [int(i) for i in (values[values > 0] if segment_ids is None else segment_ids)]
         check_count(len(wanted), max_entities)
         number = {segment_id: k for k, segment_id in enumerate(wanted, start=1)}
@@ -258,7 +259,7 @@ class EntityMap:
             raise ValueError(f"{count} masks but {len(names)} segment_ids; give one id per mask")
         canvas = np.zeros(size, dtype=np.int32)
         for k in np.lexsort((-areas, ranks)):
-            canvas[mask_of(int(k))] = k + 1
+            canvas[mask_of(int(k))] = k + 1  # over what was painted before
         visible = np.unique(Runs.of(canvas).values)
         visible = visible[visible > 0]
         numbers = np.zeros(count + 1, dtype=np.int32)

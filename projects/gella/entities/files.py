@@ -129,7 +129,7 @@ def _load(
     if kind == "auto" and suffix == ".npz":
         kind = "npz"
     elif kind == "auto" and suffix == ".json":
-        kind = json_format(path)
+        kind = entries_by_image(path)[0]
     elif kind == "auto" and suffix == ".png":
         kind = "gray_png" if _open_png(path, size)[1] in _GRAY_MODES else "panoptic_png"
     elif kind == "auto":
@@ -349,20 +349,20 @@ def _array(
 # -- JSON files of many images ---------------------------------------------------------------------
 
 
-def json_format(path: Path) -> str:
-    """Which of `JSON_FORMATS` a file has, by its content; errors of `entries_by_image`."""
-    return _entries(*_stamp(path), "auto")[0]
-
-
-def entries_by_image(path: Path, kind: str = "auto") -> dict[str, list[dict[str, Any]]]:
-    """Results or annotations of a file by image id; `kind` is one of `JSON_FORMATS`, or "auto".
+def entries_by_image(path: Path, kind: str = "auto") -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    """Format of a file, one of `JSON_FORMATS`, and its results or annotations by image id.
 
     Ids become text, since files use both forms. Do not change what is returned: it is kept, and
     read again only after the file has changed.
 
+    Args:
+        path: the file.
+        kind: its format; "auto": by its content.
+
     Raises ValueError for a file that is cut off, of another form, or without image ids.
     """
-    return _entries(*_stamp(path), kind)[1]
+    status = path.stat()  # with time and size as parts of the key, a rewritten file is read again
+    return _entries(str(path), status.st_mtime_ns, status.st_size, kind)
 
 
 def forget_files() -> None:
@@ -383,12 +383,6 @@ def panoptic_annotation(panoptic_json: Path, annotation: dict[str, Any]) -> tupl
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
         raise ValueError(f"file_name {short(name)} is no name in the folder beside the JSON")
     return panoptic_json.with_suffix("") / name, annotation["segments_info"]
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    # With time and size as parts of the key, a rewritten file is read again.
-    status = path.stat()
-    return str(path), status.st_mtime_ns, status.st_size
 
 
 @lru_cache(maxsize=2)
@@ -421,7 +415,7 @@ def _entries(
 def _entries_of(path: Path, kind: str, image_id: int | str | None) -> list[dict[str, Any]]:
     if image_id is None:
         raise ValueError("a file of many images needs image_id; give the image's id")
-    kind, groups = _entries(*_stamp(path), kind)
+    kind, groups = entries_by_image(path, kind)
     if str(image_id) not in groups:
         raise ValueError(
             f"no {_LISTS[kind]} for this image (the file covers {len(groups)} others); make its "

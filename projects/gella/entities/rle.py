@@ -57,7 +57,7 @@ def encode_segmentation(segmentation: Any, size: tuple[int, int]) -> dict[str, A
             polygons.append(points)
     if polygons:
         codes += coco_mask.frPyObjects(polygons, *size)
-    if not codes:
+    if not codes:  # no part, or only parts without area: a mask of no pixel
         codes = [coco_mask.encode(np.zeros(size, dtype=np.uint8, order="F"))]
     return coco_mask.merge(codes) if len(codes) > 1 else codes[0]
 
@@ -80,6 +80,7 @@ def _checked_code(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     else:
         covered = _covered(counts)
     if covered != pixels:
+        # JSON's whole numbers have any length.
         told = str(covered) if covered < 1 << 63 else "far more"
         raise ValueError(f"runs cover {told} of {pixels} pixels")
     code = {"size": list(size), "counts": counts}

@@ -23,7 +23,6 @@ from gella.entities.files import (
     PICTURE_FORMATS,
     entries_by_image,
     forget_files,
-    json_format,
     load_entities,
     panoptic_annotation,
 )
@@ -112,15 +111,13 @@ class FileSource(EntitySource):
         # As bytes per image: forked processes share them, and would copy what they only look at
         # of objects, whose counts of references they change.
         try:
-            groups = entries_by_image(self.path, self.format)
-            if self.format == "auto":
-                self.format = json_format(self.path)
+            self.format, groups = entries_by_image(self.path, self.format)
         except ValueError as error:
             raise ValueError(f"entity file {self.path}: {error}") from error
         parts = [pickle.dumps(entries, pickle.HIGHEST_PROTOCOL) for entries in groups.values()]
         self._bytes, self._ends = b"".join(parts), np.cumsum([0, *map(len, parts)])
         self._numbers = {image_id: k for k, image_id in enumerate(groups)}
-        forget_files()
+        forget_files()  # as objects the entries take 20 times their bytes
 
     def __str__(self) -> str:
         return str(self.path)
@@ -163,6 +160,7 @@ class FileSource(EntitySource):
         if self._folder:
             auto = self.format == "auto"
             suffixes = (".npz", ".png") if auto else (f".{self.format.split('_')[-1]}",)
+            # Segmenters name their files after pictures; COCO's own tools after ids.
             stems = (Path(record["file_name"]).stem, image_id)
             names = [stem + suffix for stem in stems for suffix in suffixes]
             name = next((name for name in names if name in self._names), None)
@@ -239,6 +237,7 @@ def source_for(entries: Sequence[Sequence[str]], dataset_name: str) -> EntitySou
                 f"INPUT.GELLA.ENTITY_SOURCES: kind {entry[1]!r} of {entry[0]} is unknown; known: "
                 f"{', '.join(SOURCE_KINDS)}"
             )
+    # All entries were checked first: a mistake in one that is not reached would show up late.
     for pattern, kind, path in entries:
         if fnmatchcase(dataset_name, pattern):
             status = os.stat(path) if os.path.exists(path) else None

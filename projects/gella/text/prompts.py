@@ -94,6 +94,7 @@ def load_tokenizer(path: str) -> Any:
     # Single sentences gain nothing from its threads, and they do not survive a worker's fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     advice = "set MODEL.LANGUAGE.TOKENIZER to a folder that holds tokenizer.json"
+    # The hub's names are "owner/name"; anything else would be asked of it in vain.
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if not path or (looks_local and not os.path.isdir(os.path.expanduser(path))):
         raise FileNotFoundError(

@@ -97,7 +97,7 @@ def other_numbers(noun: str) -> list[str]:
     word = last.lower()
     if word in _PLURALS or word in _SINGULARS:
         others = [_PLURALS.get(word) or _SINGULARS[word]]
-    else:
+    else:  # candidates, of which the text decides: "buses" may come of "bus" and of "buse"
         others = [f"{word}s", f"{word}es"]
         if re.search(r"[^aeiou]y$", word):
             others.append(f"{word[:-1]}ies")
@@ -123,6 +123,7 @@ def names_several(noun: str) -> bool:
         return True
     if "and" in words[1:-1] or any(w in _GROUPS and v == "of" for w, v in zip(words, words[1:])):
         return True
+    # The head noun stands before the first preposition: "the wall with windows" is one wall.
     end = next((k for k, word in enumerate(words) if k and word in _PREPOSITIONS), len(words))
     head = words[end - 1]
     ending = head.endswith("s") and not head.endswith(("ss", "us", "is", "'s"))
