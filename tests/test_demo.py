@@ -830,7 +830,7 @@ def test_masks_of_one_json_go_by_file_name_then_by_id(tmp_path: Path) -> None:
     masks, image = masks_from(file, pictures), np.zeros((1, 2, 3), np.uint8)
     assert [masks.load(job, image).segment_ids for job in jobs] == [[1], [2]]
     assert masks.key(jobs[0]) != masks.key(jobs[1])
-    with pytest.raises(ValueError, match="a/7.png and b/7.png have one image id"):
+    with pytest.raises(ValueError, match="a/7.png and in/b/7.png have one image id, 7"):
         masks_from(file, [picture(f"{folder}/7.png", image_id=7) for folder in "ab"])
     with pytest.raises(ValueError, match="image 8: no masks in"):
         eight = picture("8.png", image_id=8)

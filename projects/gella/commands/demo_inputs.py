@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gella.commands.inputs import SUFFIXES, Source, dataset_records
+from gella.commands.inputs import SUFFIXES, Source, dataset_records, distinct
 from gella.data.coco_categories import coco_panoptic_categories
 from gella.data.panoptic import read_categories as coco_categories
 from gella.data.records import Place
@@ -519,20 +519,15 @@ def _masks_of_json(path: Path, pictures: Sequence[Source], format: str) -> Masks
     last = Counter(PurePosixPath(name).name for name in named)
     short = {PurePosixPath(name).name: number for name, number in named.items()}
     named = {**{name: k for name, k in short.items() if last[name] == 1}, **named}
-    owners: dict[str, Source] = {}
-    ids: dict[str, Any] = {}
+    sources = {}
     for picture in pictures:
         by_name = named.get(picture.name, named.get(PurePosixPath(picture.name).name))
-        ids[picture.name] = picture.image_id if by_name is None else by_name
-        other = owners.setdefault(str(ids[picture.name]), picture)
-        if other is not picture:
-            raise ValueError(
-                f"{other.name} and {picture.name} have one image id in {path}, "
-                f"{ids[picture.name]}; rename one, or give masks by a folder"
-            )
+        image_id = picture.image_id if by_name is None else by_name
+        sources[picture.name] = replace(picture, image_id=image_id)
+    distinct(sources.values(), f"in {path} they could not be told apart: give masks by a folder")
 
     def find(job: Job) -> dict[str, Any]:
-        name, image_id = str(job.picture.path), ids[job.picture.name]
+        name, image_id = str(job.picture.path), sources[job.picture.name].image_id
         record = {"image_id": image_id, "file_name": name, "entities": {}}
         place = source.lead(record)["entities"]
         return {key: place[key] for key in ("file_name", "format", "segments_info")}
