@@ -398,19 +398,15 @@ def test_tasks_of_a_real_model(
     assert content("--task", "describe")["text"] == text["text"]
 
 
-def test_the_model_describes_first(run: Any, three: Path, fake: type[Fake]) -> None:
-    assert run("--describe-first")[0] == 0
-    assert sorted(task for task, *_ in fake.asked) == ["describe"] * 3 + ["ground"] * 3
+def test_the_model_describes_first_and_extracts(run: Any, three: Path, fake: type[Fake]) -> None:
+    for _ in range(2):  # the second time nothing is left to do
+        assert run("--describe-first")[0] == 0
+        assert sorted(task for task, *_ in fake.asked) == ["describe"] * 3 + ["ground"] * 3
     assert {text for task, text, _ in fake.asked if task == "ground"} == {CAPTION}
     assert json_of(three)["caption"] == CAPTION
-    assert run("--describe-first")[0] == 0 and len(fake.asked) == 6
-
-
-def test_extracted_nouns_are_shown_at_their_places(run: Any, three: Path, fake: Any) -> None:
     assert run("--task", "extract", "--caption", CAPTION)[0] == 0
     assert json_of(three, "b")["nouns"][1] == {"noun": "the sand", "start": 21, "end": 29}
-    html = page(three)
-    assert [tag for tag, _ in html.tags].count("mark") == 6
+    assert [tag for tag, _ in page(three).tags].count("mark") == 6
 
 
 def test_captions_of_an_endpoint(
@@ -542,15 +538,6 @@ def test_a_second_run_does_only_what_changed(run: Any, three: Path, fake: type[F
         assert asked("--weights", weights) == times
 
 
-def test_extracting_is_not_taken_for_given_nouns(run: Any, three: Path, fake: type[Fake]) -> None:
-    line = {"image": "a.png", "caption": CAPTION, "nouns": ["the sand"]}
-    file = json_lines(three.parent / "c.jsonl", line)
-    run("--captions", file)
-    assert run("--captions", file, "--extract")[0] == 0
-    assert len(fake.asked) == 2
-    assert [noun["noun"] for noun in json_of(three)["nouns"]] == ["circle"]
-
-
 def test_bad_pictures_among_good_ones(run: Any, three: Path, fake: type[Fake]) -> None:
     masks = (three / "a_masks.png").read_bytes()
     (three / "bad.png").write_bytes(b"no picture")
@@ -582,10 +569,18 @@ def test_bad_pictures_among_good_ones(run: Any, three: Path, fake: type[Fake]) -
     assert "Failed" not in page(three).text
 
 
-def test_a_refused_caption_fails_alone(run: Any, three: Path, fake: type[Fake]) -> None:
-    (three.parent / "c.txt").write_text(f"a.png\t{CAPTION}\nb.png\traise\n")
-    code, out, _ = run("--captions", three.parent / "c.txt")
+def test_a_refused_caption_fails_alone_and_given_nouns_are_no_extracted_ones(
+    run: Any, three: Path, fake: type[Fake]
+) -> None:
+    file = json_lines(
+        three.parent / "c.jsonl",
+        {"image": "a.png", "caption": CAPTION, "nouns": ["the sand"]},
+        {"image": "b.png", "caption": "raise"},
+    )
+    code, out, _ = run("--captions", file)
     assert code == 1 and "failed: b.png: this caption is not liked" in out
+    assert run("--captions", file, "--extract")[0] == 1 and len(fake.asked) == 4
+    assert [noun["noun"] for noun in json_of(three)["nouns"]] == ["circle"]
     code, _, err = run("--caption", "raise", input="in/a.png")  # of one picture it is an error
     assert code == 2 and err == "error: this caption is not liked\n"
 
