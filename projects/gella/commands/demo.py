@@ -322,9 +322,7 @@ class Run:
         self._sections[job.name] = ""
         try:
             fingerprint = self._fingerprint(job)
-            html = None if self.args.overwrite else self._finished(job, fingerprint)
-            if html is not None:
-                self._sections[job.name] = html
+            if not self.args.overwrite and self._finished(job, fingerprint):
                 self.skipped += 1
                 return None
             key = (job.picture, job.masks)
@@ -365,18 +363,20 @@ class Run:
             return None
         return job.record["phrases"]
 
-    def _finished(self, job: Job, fingerprint: str) -> str | None:
-        """The HTML of a job whose files are all there and were made from the same input."""
+    def _finished(self, job: Job, fingerprint: str) -> bool:
+        """Whether a job's files are all there, made from the same input; takes its HTML then."""
         try:
             content = json.loads((self.folder / f"{job.name}.json").read_text(encoding="utf-8"))
             names = [Path(name) for name in content["files"]]
             inside = all(not name.is_absolute() and ".." not in name.parts for name in names)
-            if content["fingerprint"] == fingerprint and inside:
-                if all((self.folder / name).is_file() for name in names):
-                    return (self.folder / PARTS / f"{job.name}.html").read_text(encoding="utf-8")
+            there = inside and all((self.folder / name).is_file() for name in names)
+            if content["fingerprint"] == fingerprint and there:
+                html = (self.folder / PARTS / f"{job.name}.html").read_text(encoding="utf-8")
+                self._sections[job.name] = html
+                return True
         except (OSError, ValueError, KeyError, TypeError):
             pass  # damaged or of another tool: made again
-        return None
+        return False
 
     def _do(self, batch: list[Job], *, talkative: bool) -> None:
         batch = self._with_captions(batch)
@@ -390,10 +390,15 @@ class Run:
                 self._fail(job, error)
                 continue
             self.done += 1
-            if talkative:
-                told = [f"  {line}" for line in _headline(self.args.task, result)]
-                for line in (*told, *(f"wrote {shown(path)}" for path in paths)):
-                    tqdm.write(line, file=sys.stdout)
+            if isinstance(result, Grounding):
+                told = [f"{p['phrase']}: entities {p['entity_ids']}" for p in result.phrases]
+            elif isinstance(result, PanopticResult):
+                told = [f"{noun.text}: {len(noun.numbers)}" for noun in result.nouns()]
+            else:
+                told = [result if isinstance(result, str) else ", ".join(result)]
+            lines = [f"  {shown(line)}" for line in told] + [f"wrote {shown(p)}" for p in paths]
+            for line in lines if talkative else ():
+                tqdm.write(line, file=sys.stdout)
 
     def _with_captions(self, batch: list[Job]) -> list[Job]:
         """The batch with texts; a job whose caption fails is left out and counted."""
@@ -530,15 +535,6 @@ def _as_json(task: str, result: Any, job: Job) -> dict[str, Any]:
         for noun, span in zip(result, locate_phrases(caption, list(result)), strict=True)
     ]
     return {"task": task, "caption": caption, "nouns": nouns}
-
-
-def _headline(task: str, result: Any) -> list[str]:
-    """What a terminal shows of a result, a line each."""
-    if isinstance(result, Grounding):
-        return [f"{shown(p['phrase'])}: entities {p['entity_ids']}" for p in result.phrases]
-    if isinstance(result, PanopticResult):
-        return [f"{shown(noun.text)}: {len(noun.numbers)}" for noun in result.nouns()]
-    return [shown(result)] if task == "describe" else [shown(", ".join(result))]
 
 
 def _small(image: np.ndarray, *, enlarge: bool) -> tuple[str, bytes]:

@@ -442,24 +442,19 @@ def masks_from(
             f"masks {path} are one picture's file, but there are {len(pictures)} pictures; give "
             "a folder with a file per picture, or a COCO JSON"
         )
-    segments = panoptic_json and _segments_in(Path(panoptic_json), path.name)
+    segments = None
+    if panoptic_json is not None:
+        try:
+            annotations = read_json(panoptic_json, "panoptic JSON")["annotations"]
+            segments = next(a["segments_info"] for a in annotations if a["file_name"] == path.name)
+        except StopIteration:
+            raise ValueError(
+                f"panoptic JSON {panoptic_json} has no annotation with file_name {path.name}"
+            ) from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{panoptic_json} is no COCO panoptic file ({error!r})") from error
     place = {"file_name": path, "format": format, "segments_info": segments}
     return Masks(lambda job: place)
-
-
-def _segments_in(panoptic_json: Path, mask_name: str) -> list[dict[str, Any]]:
-    """``segments_info`` of the annotation whose PNG is ``mask_name``."""
-    if not panoptic_json.is_file():
-        raise FileNotFoundError(f"panoptic JSON {panoptic_json} does not exist; check the path")
-    try:
-        annotations = read_json(panoptic_json)["annotations"]
-        return next(a["segments_info"] for a in annotations if a["file_name"] == mask_name)
-    except StopIteration:
-        raise ValueError(
-            f"panoptic JSON {panoptic_json} has no annotation with file_name {mask_name}"
-        ) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{panoptic_json} is no COCO panoptic file ({error!r})") from error
 
 
 def _masks_of_folder(folder: Path, pictures: Sequence[Source], format: str) -> Masks:
@@ -528,7 +523,7 @@ def _masks_of_json(path: Path, pictures: Sequence[Source], format: str) -> Masks
 
     def find(job: Job) -> dict[str, Any]:
         name, image_id = str(job.picture.path), sources[job.picture.name].image_id
-        record = {"image_id": image_id, "file_name": name, "entities": {}}
+        record: dict[str, Any] = {"image_id": image_id, "file_name": name, "entities": {}}
         place = source.lead(record)["entities"]
         return {key: place[key] for key in ("file_name", "format", "segments_info")}
 

@@ -105,7 +105,13 @@ def wrap_pieces(line: Sequence[Piece], font: Any, width: int) -> list[list[Piece
     rows: list[list[Piece]] = [[]]
     used = 0.0
     for piece in line:
-        for word in _words(piece.text, font, width):
+        words = re.findall(r"[^ ]* |[^ ]+", re.sub(r"[\n\t]", " ", piece.text))[::-1]
+        while words:
+            word = words.pop()
+            if font.getlength(word) > width and len(word) > 1:
+                cut = max(1, int(len(word) * width / font.getlength(word)) - 1)
+                words.append(word[cut:])
+                word = word[:cut]
             if used and used + font.getlength(word.rstrip()) > width:
                 rows.append([])
                 used = 0.0
@@ -117,18 +123,6 @@ def wrap_pieces(line: Sequence[Piece], font: Any, width: int) -> list[list[Piece
                 rows[-1].append(Piece(word, piece.color))
             used += Piece(word, piece.color).width(font)
     return rows
-
-
-def _words(text: str, font: Any, width: int) -> list[str]:
-    """Cut text after each white space; words wider than ``width`` are cut as well."""
-    words = []
-    for word in re.findall(r"[^ ]* |[^ ]+", re.sub(r"[\n\t]", " ", text)):
-        while font.getlength(word) > width and len(word) > 1:
-            cut = max(1, int(len(word) * width / font.getlength(word)) - 1)
-            words.append(word[:cut])
-            word = word[cut:]
-        words.append(word)
-    return words
 
 
 def flow_items(

@@ -212,7 +212,14 @@ def _figure(
 ) -> str:
     if not _KEY.fullmatch(key):
         raise ValueError(f"key {key!r} is not 1 to 64 letters, digits, '_' or '-'; give another")
-    source = _embedded(result.image) if image_src is None else image_src
+    source = image_src or ""
+    if image_src is None:  # embedded: small pictures exact, large ones as JPEG of bounded size
+        picture = Image.fromarray(np.ascontiguousarray(result.image))
+        picture.thumbnail((_EMBEDDED, _EMBEDDED))
+        buffer = io.BytesIO()
+        kind = "png" if max(result.image.shape[:2]) <= _EXACT else "jpeg"
+        picture.save(buffer, kind, quality=90)
+        source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
     scheme = _SCHEME.match(source)
     named = scheme.group(1).lower() if scheme else ""
     if named not in ("", "http", "https", "blob") and not _DATA.fullmatch(source):
@@ -227,16 +234,6 @@ def _figure(
         f'<figure class="gella" id="gella-{key}">{warning}{svg}'
         f"<figcaption>{''.join(parts)}{status}</figcaption></figure>"
     )
-
-
-def _embedded(image: np.ndarray) -> str:
-    """The picture as a data URI: small ones exact, large ones as JPEG of bounded size."""
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    picture.thumbnail((_EMBEDDED, _EMBEDDED))
-    buffer = io.BytesIO()
-    kind = "png" if max(image.shape[:2]) <= _EXACT else "jpeg"
-    picture.save(buffer, kind, quality=90)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _chip(noun: Noun, place: int, text: str) -> str:

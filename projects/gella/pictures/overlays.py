@@ -194,20 +194,17 @@ def place_labels(
         if not free.any():
             continue
         cost = np.abs((centers - anchor) / size).max(axis=1)
-        cost += _HIDING * hidden(boxes) + 0.7 * ~_inside(layer, centers)
+        columns, rows = (np.floor(centers) - [layer.x, layer.y]).astype(np.intp).T
+        bottom, right = layer.mask.shape
+        inside = (rows >= 0) & (rows < bottom) & (columns >= 0) & (columns < right)
+        inside[inside] = layer.mask[rows[inside], columns[inside]]
+        cost += _HIDING * hidden(boxes) + 0.7 * ~inside
         best = int(np.where(free, cost, np.inf).argmin())
         x, y = centers[best].tolist()
         within = bool((np.abs(centers[best] - anchor) <= half).all())
         placed[index] = PlacedLabel(x, y, (float(anchor[0]), float(anchor[1])), not within)
         taken = np.vstack([taken, boxes[best]])
     return placed
-
-
-def _inside(layer: Layer, points: np.ndarray) -> np.ndarray:
-    columns, rows = (np.floor(points) - [layer.x, layer.y]).astype(np.intp).T
-    height, width = layer.mask.shape
-    known = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    return known & layer.mask[np.clip(rows, 0, height - 1), np.clip(columns, 0, width - 1)]
 
 
 def _hiding(layers: Sequence[Layer], frame: tuple[int, int]) -> Callable[[np.ndarray], np.ndarray]:

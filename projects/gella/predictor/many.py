@@ -63,7 +63,15 @@ def answer_requests(
     for start in range(0, len(requests), batch_size):
         batch = requests[start : start + batch_size]
         keys = [_key(request) for request in batch]
-        _add_scenes(predictor, {k: r for k, r in zip(keys, batch) if k not in scenes}, scenes)
+        read: dict[tuple, Scene] = {}
+        for key, request in {k: r for k, r in zip(keys, batch) if k not in scenes}.items():
+            names = ("image_id", "masks_format", "segments_info")
+            options = {name: getattr(request, name) for name in names}
+            try:
+                read[key] = predictor._read(request.image, request.entities, **options)
+            except Exception as error:  # kept in its place, for every request about this picture
+                scenes[key] = error
+        scenes.update(zip(read, _together(predictor._encode, list(read.values()))))
         outcomes += _answer_batch(predictor, batch, [scenes[key] for key in keys])
         # A scene holds the picture's features: kept only while a request to come is about it.
         to_come.subtract(keys)
@@ -83,25 +91,6 @@ def _key(request: Request) -> tuple:
 
     parts = (request.image, request.entities, request.image_id, request.segments_info)
     return (*map(name, parts), request.masks_format)
-
-
-def _add_scenes(
-    predictor: Any, new: dict[tuple, Request], scenes: dict[tuple, Scene | Exception]
-) -> None:
-    """Encode new pictures together; failures are kept in their place."""
-    read: dict[tuple, Scene] = {}
-    for key, request in new.items():
-        try:
-            read[key] = predictor._read(
-                request.image,
-                request.entities,
-                masks_format=request.masks_format,
-                segments_info=request.segments_info,
-                image_id=request.image_id,
-            )
-        except Exception as error:
-            scenes[key] = error
-    scenes.update(zip(read, _together(predictor._encode, list(read.values()))))
 
 
 def _answer_batch(
