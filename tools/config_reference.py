@@ -19,9 +19,8 @@ import re
 import sys
 import tokenize
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 from detectron2.config import CfgNode, get_cfg
@@ -72,19 +71,12 @@ DETECTRON2 = {
 }
 
 
-@dataclass(frozen=True)
-class Key:
-    """A key of the config.
+class Key(NamedTuple):
+    """A key of the config."""
 
-    Attributes:
-        name: with all its sections, such as "MODEL.GELLA.SNAP".
-        meaning: the comment's words; "" where there is none.
-        shared: the key above whose comment this is, if it is not this key's own.
-    """
-
-    name: str
-    meaning: str
-    shared: str = ""
+    name: str  # with all its sections, such as "MODEL.GELLA.SNAP"
+    meaning: str  # the comment's words; "" where there is none
+    shared: str = ""  # the key above whose comment this is, if it is not this key's own
 
 
 def read_keys(source: str) -> list[Key]:
@@ -120,11 +112,9 @@ def read_keys(source: str) -> list[Key]:
 
 
 def _assigned(source: str, prefixes: dict[int, str]) -> list[tuple[CfgNode, str, int]]:
-    """Runs a file's `add_gella_config`: every assignment with its node, name and line.
+    """Run a file's `add_gella_config`: every assignment with its node, name and line.
 
-    Args:
-        source: text of the file.
-        prefixes: gets the sections of each node by its id, with a dot behind.
+    ``prefixes`` gets the sections of each node by its id, with a dot behind.
     """
     made, plain = [], CfgNode.__setattr__
 
