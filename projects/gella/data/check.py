@@ -237,6 +237,7 @@ def check_dataset(name: str, *, limit: int | None = None, workers: int = 1) -> R
 def _file_jobs(report: Report, metadata: Any) -> list[_ImageJob]:
     """Read a dataset's files to their ends; a job for every image and annotation that it uses."""
     records = read_dataset(report.name, report)
+    # Several narratives tell of one image: its files are opened once.
     _, first = np.unique(records.image_ids(), return_index=True)
     used = [records[place] for place in sorted(first.tolist())]
     jobs = [_job(record, record["entities"], metadata) for record in used]
@@ -288,6 +289,7 @@ def _opened(jobs: list[_ImageJob], workers: int) -> Iterable[list[Finding]]:
     if workers <= 1 or len(jobs) < 2:
         yield from map(_check_image, jobs)
         return
+    # Decoding is all the work; findings are small to send back.
     with Pool(workers) as pool:
         yield from pool.imap(_check_image, jobs, chunksize=max(1, min(32, len(jobs) // workers)))
 

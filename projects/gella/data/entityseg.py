@@ -66,7 +66,7 @@ def locate_images(image_root: str | Path, file_names: Iterable[str]) -> dict[str
         paths[name] = name
         if os.path.isfile(name):
             continue
-        if index is None:
+        if index is None:  # walking tens of thousands of files only if it is needed
             index = {}
             for folder, _, files in os.walk(image_root):
                 for file in files:

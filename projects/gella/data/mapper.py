@@ -113,6 +113,7 @@ class InputMaker:
             rng: draws the colours; None: from the image id, so that results repeat.
         """
         if rng is None:
+            # As text: an id that a file writes as a number and another as text is one image.
             rng = np.random.default_rng(zlib.crc32(str(image_id).encode()))
         options = {"image_size": self.image_size, "colormap_size": self.colormap_size}
         view = make_view(image, entities, assignment=self.colors, rng=rng, **options)
@@ -295,10 +296,12 @@ class GroundingMapper(InputMaker):
             raise ValueError(
                 f"image {record['image_id']} ({record['file_name']}), task {task}: {error}"
             ) from error
+        # Mirrored together: the colormap has to show the same scene in the same place.
         shown = (image[:, ::-1], entities.flip()) if mirrored else (image, entities)
         names = {"image_id": record["image_id"], "file_name": record["file_name"]}
         picture = self.picture(*shown, **names, rng=rng)
         if not self.is_train:
+            # Scores are taken at the original size; the truth stays the annotation's.
             picture.update(record_fields(record), entities_full=entities)
         return mapped_input(picture, task, fitted, caption, phrases)
 
@@ -312,12 +315,14 @@ class GroundingMapper(InputMaker):
         self, record: dict[str, Any], task: str, matcher: EntityMatcher, rng: np.random.Generator
     ) -> tuple[FittedPrompt, str, list[dict[str, Any]], bool]:
         """Prompt, caption and phrases with their entities, and whether to mirror the pixels."""
+        # The order of these draws is part of what a seed means: names, phrasing, mirror, colours.
         caption, phrases = self._caption_and_phrases(record, task, matcher, rng)
         choices = DESCRIBE_INSTRUCTIONS if task == "describe" else EXTRACT_INSTRUCTIONS
         phrasing = int(rng.integers(len(choices))) if self.is_train else 0
         mirrored = self.flip and rng.random() < 0.5
         if mirrored:
             texts = (caption, *(phrase["text"] for phrase in phrases))
+            # With "swap" only those words are in the way that no rule turns over.
             wrong = _SIDES if self.flip_text == "skip" else _UNSURE
             mirrored = not any(_UNSURE.search(text) or wrong.search(text) for text in texts)
         if mirrored and self.flip_text == "swap":

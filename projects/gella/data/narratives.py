@@ -102,6 +102,7 @@ def _with_narrative(
 
 def read_narratives(png_json: str | Path) -> list[dict[str, Any]]:
     """The narratives of a PNG file as they are, or a ValueError when it holds something else."""
+    # The two JSON files are easily swapped; the panoptic one holds a dict.
     narratives = read_json(png_json)
     if not isinstance(narratives, list):
         raise ValueError(
@@ -143,6 +144,7 @@ def _phrases(
                 "file was made for",
             )
         plural = bool(segment.get("plural", len(ids) > 1))
+        # The benchmark's rule for a plural's kind is the category of its last segment.
         thing = bool(annotated[ids[-1]]["isthing"]) if ids else None
         phrases.append(_phrase(segment["utterance"], caption, span, ids, plural, thing))
         crowd = bool(ids) and all(annotated[i]["iscrowd"] for i in ids)

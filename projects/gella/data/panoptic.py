@@ -115,6 +115,7 @@ def _annotated(
             place.wrong("duplicate-annotation", "it is annotated twice; keep one annotation")
             continue
         done.add(image_id)
+        # Without a name a check looks for the usual one, and may find more that is wrong.
         name = place.key(annotation, "file_name")
         entities = {
             "format": "panoptic_png",
@@ -127,7 +128,7 @@ def _annotated(
         if fields and image_id not in done:
             file.at(f"image {image_id}").note("unannotated", "it has no annotation")
     file.problems.count("images", len(store))
-    if not annotations:
+    if not annotations:  # else a run would start, and fail at its first batch
         file.wrong("empty", "there is no annotation in it; nothing to train or evaluate")
     return store
 
@@ -190,6 +191,7 @@ def _segments(
             not isinstance(box, list) or [type(v) in (int, float) for v in box] != [True] * 4
         ):
             place.wrong("field", f"bbox is {box!r}, not [x, y, width, height]")
+        # Whoever reads segments later need not ask whether the file says iscrowd.
         own = {"id": number, "category_id": category, "isthing": (isthing or {}).get(category)}
         segments[number] = {"iscrowd": 0, **segment, **own}
         image.problems.count("crowd segments", int(bool(crowd)))

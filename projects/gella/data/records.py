@@ -70,7 +70,7 @@ class Place:
         problems: what is wrong goes there; see there for what the methods return then.
     """
 
-    __slots__ = ("path", "problems", "where")
+    __slots__ = ("path", "problems", "where")  # one is made for each of a million segments
 
     def __init__(
         self, path: str | Path, where: str = "the file", problems: Problems = STOP
@@ -209,6 +209,7 @@ class RecordStore(Records):
         """An empty store; ``shared`` is of another store, see `derived`."""
         self._shared = _Shared() if shared is None else shared
         self._own = _Blobs()
+        # Arrays, not lists: a list's numbers are objects, which every reader would write to.
         self._numbers = array("q")  # of the shared fields, for every record
 
     @classmethod
@@ -299,6 +300,7 @@ class _View(Records):
         return len(self._places)
 
     def _make(self, index: int) -> Record:
+        # Views of views stay cheap: a place is looked up in each, and only the last one unpickles.
         place = int(self._places[index])
         part = int(np.searchsorted(self._ends, place, side="right"))
         record = self._parts[part]._make(place - (int(self._ends[part - 1]) if part else 0))

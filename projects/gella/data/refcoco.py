@@ -116,7 +116,7 @@ def _said(
     refs = file.read(read_refs)
     for number, ref in enumerate(refs or []):
         splits.add(name := file.at(f"ref {number}").field(ref, "split"))
-        if name != split:
+        if name != split:  # one file holds all splits
             continue
         ref_id = file.at(f"ref {number}").field(ref, "ref_id")
         image_id = file.at(f"ref {ref_id}").key(ref, "image_id")
@@ -213,6 +213,7 @@ def held_out_images(root: str | Path) -> frozenset[str]:
             root,
             ", ".join(absent),
         )
+    # A hundred thousand refs take seconds to read, and several datasets ask for them.
     stamps = [(str(path), path.stat().st_mtime_ns) for found in files.values() for path in found]
     return _images_of(tuple(stamps))
 

@@ -274,6 +274,7 @@ def _register(
     json_file: str | Path,
     **paths: str,
 ) -> None:
+    # A check reads with a report of its own, for which the catalog has no argument.
     _READERS[name] = reader
     DatasetCatalog.register(name, reader)
     what = {"form": form, "evaluator_type": evaluator_type, "json_file": str(json_file)}
@@ -291,7 +292,7 @@ def _register_over(
 
     def load_and_describe(problems: Problems = STOP) -> RecordStore:
         records = reader(problems=problems)
-        if problems is STOP:
+        if problems is STOP:  # a check has told already what is wrong with them
             metadata.set(**category_metadata(read_categories(paths[0])))
         return records
 
@@ -350,6 +351,7 @@ def use_source(
     """
     if isinstance(source, AnnotationSource):
         return records  # datasets/check.py looks at a dataset's own files
+    # Before training starts, not in the middle of an epoch.
     absent = source.missing(records)
     if absent:
         ids = [record["image_id"] for record in records]

@@ -139,6 +139,7 @@ class GroundingBatchSampler(Sampler[list[SampleKey]]):
         order = self._orders.get((task, epoch))
         if order is None:
             key = (self.seed, _ORDER_STREAM + TASKS.index(task), epoch)
+            # Of the epoch alone, so that a resumed run need not replay those before.
             order = self._orders[task, epoch] = np.random.default_rng(key).permutation(len(pool))
             if len(self._orders) > 2 * len(TASKS):  # the current epochs and those just left
                 self._orders.popitem(last=False)

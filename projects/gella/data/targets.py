@@ -33,6 +33,7 @@ class EntityMatcher:
         annotated: the annotation's own map if `entities` come from elsewhere, same frame.
         min_iou: least IoU of a match, used with `annotated` only.
         """
+        # Crowds are in the list and not in the map: known ids that match no entity.
         own = entities if annotated is None else annotated
         listed = None if segments_info is None else [int(s["id"]) for s in segments_info]
         self.segments_info = list(segments_info or [])
@@ -64,6 +65,7 @@ def segment_iou(a: EntityMap, b: EntityMap) -> np.ndarray:
     """IoU of every entity of `a` with every entity of `b`: float64 (E_a, E_b), one image pass."""
     if a.size != b.size:
         raise ValueError(f"entity maps of {a.size} and {b.size} pixels cannot be compared")
+    # One number for each pair of labels: a single histogram holds all intersections.
     columns = b.num_entities + 1
     joint = a.ids.ravel().astype(np.int64) * columns + b.ids.ravel()
     counts = np.bincount(joint, minlength=(a.num_entities + 1) * columns).reshape(-1, columns)
