@@ -84,22 +84,29 @@ def check(result: Any, entities: EntityMap, nouns: list[str]) -> None:
     assert result.plot().width > 0
 
 
+def walk(
+    cfg: Any, model: Any, predictor: Any, folder: Path, entities: EntityMap, nouns: Any
+) -> Any:
+    """A scene through predictor and training: its training view, losses, and test view."""
+    predictor.set_image(picture(*entities.size), entities)
+    check(predictor.ground(make_caption(nouns)[0], nouns), entities, nouns)
+    record = make_record(folder, "scene", entities.size, entities, nouns)
+    mapped = make_mapper(cfg, is_train=True)(record, task="ground", rng_seed=(0,))
+    assert mapped["entities"].num_entities == entities.num_entities
+    losses = train(model, [mapped])
+    return mapped, losses, make_mapper(cfg, is_train=False)(record, task="ground")
+
+
 # -- entities --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 300])
 def test_one_and_300_entities(cfg, model, predictor, tmp_path, caplog, count):
     entities = make_entities(120, 90, count)
-    predictor.set_image(picture(120, 90), entities)
-    nouns = list(NOUNS[:3])
     with caplog.at_level(logging.WARNING):
-        check(predictor.ground(make_caption(nouns)[0], nouns), entities, nouns)
-        panoptic = predictor.panoptic(["circle", "sand"])
-    assert panoptic.ids.shape == (120, 90)
-    record = make_record(tmp_path, "scene", (120, 90), entities, nouns)
-    mapped = make_mapper(cfg, is_train=True)(record, task="ground", rng_seed=(0,))
-    assert mapped["entities"].num_entities == count
-    assert train(model, [mapped])["loss_association"] > 0
+        _, losses, view = walk(cfg, model, predictor, tmp_path, entities, list(NOUNS[:3]))
+        assert predictor.panoptic(["circle", "sand"]).ids.shape == (120, 90)
+    assert losses["loss_association"] > 0
     # 8 learned queries can find 8 of 300 entities: said once, with both numbers and what to do.
     said = [r.getMessage() for r in caplog.records if "NUM_QUERIES" in r.getMessage()]
     if model.mask_decoder.queries == "learned" and count == 300:
@@ -107,7 +114,7 @@ def test_one_and_300_entities(cfg, model, predictor, tmp_path, caplog, count):
         assert all(w in said[0] for w in ("300 entities", "NUM_QUERIES is 8", "QUERIES to entity"))
     else:
         assert said == []
-        result = model([make_mapper(cfg, is_train=False)(record, task="ground")])[0]
+        (result,) = model([view])
         if model.mask_decoder.queries == "entity":
             assert len(result["instances"]) == count
 
@@ -149,15 +156,10 @@ def test_no_entity_is_an_error_for_users_and_an_empty_answer_for_the_model(
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (160, 40), (2, 700)])
 def test_sizes_and_shapes(cfg, model, predictor, tmp_path, size):
     entities = make_entities(*size, min(3, size[0] * size[1]))
-    nouns = list(NOUNS[:2])
-    predictor.set_image(picture(*size), entities)
-    check(predictor.ground(make_caption(nouns)[0], nouns), entities, nouns)
-    record = make_record(tmp_path, "scene", size, entities, nouns)
-    mapped = make_mapper(cfg, is_train=True)(record, task="ground", rng_seed=(0,))
+    mapped, _, _ = walk(cfg, model, predictor, tmp_path, entities, list(NOUNS[:2]))
     height, width = mapped["valid_size"]
     assert max(height, width) == 96
     assert min(height, width) == max(1, round(96 * min(size) / max(size)))
-    train(model, [mapped])
 
 
 def test_an_entity_of_one_pixel_and_one_that_is_everything(cfg, model, predictor, tmp_path):
@@ -166,17 +168,10 @@ def test_an_entity_of_one_pixel_and_one_that_is_everything(cfg, model, predictor
     ids[123, 321] = 2  # of 12,000 pixels the colormap shows every twelfth
     speck = EntityMap(ids, [5, 9])
     for entities in (whole, speck):
-        predictor.set_image(picture(300, 400), entities)
-        nouns = ["the speck"]
-        result = predictor.ground("See the speck", nouns)
-        check(result, entities, nouns)
-        record = make_record(tmp_path, "scene", (300, 400), entities, nouns)
-        mapped = make_mapper(cfg, is_train=True)(record, task="ground", rng_seed=(0,))
-        assert mapped["entities"].num_entities == entities.num_entities
-        train(model, [mapped])
+        mapped, _, view = walk(cfg, model, predictor, tmp_path, entities, ["the speck"])
     assert mapped["entities"].areas()[1] == 0  # gone from the colormap, not from the answer
     if model.mask_decoder.queries == "entity":
-        (result,) = model([make_mapper(cfg, is_train=False)(record, task="ground")])
+        (result,) = model([view])
         assert len(result["instances"]) == 2
         shown = {i for g in result["grounding"] for i in g["entity_ids"]}
         assert shown <= {5, 9}
@@ -207,10 +202,12 @@ def test_no_noun_is_an_error_and_an_answer_without_nouns_an_empty_grounding(
 
 
 def test_60_nouns_take_one_language_pass_and_logits_of_the_answer_only(
-    cfg, model, predictor, monkeypatch
+    cfg, model, predictor, tmp_path
 ):
     entities = make_entities(60, 80, 12)
-    predictor.set_image(picture(60, 80), entities)
+    mapped, losses, _ = walk(cfg, model, predictor, tmp_path, entities, MANY)
+    assert len(mapped["seg_positions"]) == len(mapped["phrases"]) == 60
+    assert losses["loss_association"] > 0
     passes: list[tuple[int, ...]] = []
     llama = model.language_decoder.llama.base_model
     handle = llama.register_forward_pre_hook(
@@ -227,13 +224,6 @@ def test_60_nouns_take_one_language_pass_and_logits_of_the_answer_only(
     assert len(passes) == 2 and all(shape[0] == 1 for shape in passes)
     answer = model.tokenizer(" " + prompts.noun_answer(MANY), add_special_tokens=False)["input_ids"]
     assert rows[1] <= len(answer) + 1 < passes[1][1]
-
-
-def test_60_nouns_train(cfg, model, tmp_path):
-    record = make_record(tmp_path, "scene", (60, 80), 12, MANY)
-    mapped = make_mapper(cfg, is_train=True)(record, task="ground", rng_seed=(0,))
-    assert len(mapped["seg_positions"]) == len(mapped["phrases"]) == 60
-    assert train(model, [mapped])["loss_association"] > 0
 
 
 def test_equal_nouns_are_nouns_of_their_own(predictor):
