@@ -62,21 +62,6 @@ def test_panoptic_png_keeps_ids_order_and_leaves_crowd_out(tmp_path: Path, forma
     assert_same(load_entities(path, *SIZE, format=format), ids)
 
 
-@pytest.mark.parametrize("kind", ["L", "I;16", "P"])
-def test_gray_png(tmp_path: Path, kind: str) -> None:
-    ids = np.where(scene() == 70000, 200, scene() % 256)
-    if kind == "I;16":
-        ids = ids * 250
-        picture = Image.fromarray(ids.astype(np.uint16))
-    else:
-        picture = Image.fromarray(ids.astype(np.uint8))
-        if kind == "P":
-            picture.putpalette(list(range(256)) * 3)
-    picture.save(tmp_path / "g.png")
-    for format in ("auto", "gray_png"):
-        assert_same(load_entities(tmp_path / "g.png", *SIZE, format=format), ids)
-
-
 def test_npz_with_masks_or_ids(tmp_path: Path) -> None:
     masks = np.zeros((3, *SIZE), dtype=bool)
     masks[0, :6], masks[1, 4:9], masks[2, 5, 5] = True, True, True
@@ -155,17 +140,6 @@ def test_a_rewritten_file_is_read_again(tmp_path: Path) -> None:
         assert load_entities(path, *SIZE, image_id=1).num_entities == count
 
 
-def test_panoptic_json_finds_the_picture_of_the_image(tmp_path: Path) -> None:
-    (tmp_path / "panoptic_val").mkdir()
-    write_png(tmp_path / "panoptic_val" / "x.png", scene())
-    annotation = {"image_id": 8, "file_name": "x.png", "segments_info": info(9, 300, 70000)}
-    path = tmp_path / "panoptic_val.json"
-    path.write_text(json.dumps({"annotations": [annotation], "images": []}))
-    assert_same(load_entities(path, *SIZE, image_id=8), scene())
-    with pytest.raises(ValueError, match="image 9.*no annotations"):
-        load_entities(path, *SIZE, image_id=9)
-
-
 def test_real_coco_sample_equals_a_comparison_per_segment(coco_sample: Path) -> None:
     folder = coco_sample / "annotations"
     panoptic = json.loads((folder / "panoptic_val2017.json").read_text())
@@ -174,17 +148,7 @@ def test_real_coco_sample_equals_a_comparison_per_segment(coco_sample: Path) -> 
         path = folder / "panoptic_val2017" / annotation["file_name"]
         height, width = sizes[annotation["image_id"]]
         segments = annotation["segments_info"]
-        record = {
-            "image_id": annotation["image_id"],
-            "height": height,
-            "width": width,
-            "entities": {
-                "format": "panoptic_png",
-                "file_name": str(path),
-                "segments_info": segments,
-            },
-        }
-        entities = load_from_record(record)
+        entities = load_entities(path, height, width, segments_info=segments)
         ids = rgb_to_id(np.asarray(Image.open(path)))
         own = [segment for segment in segments if not segment["iscrowd"]]
         assert len(own) < len(segments)  # the sample has crowd
