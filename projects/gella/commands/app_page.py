@@ -64,21 +64,13 @@ _numbers = itertools.count(1)  # figures of all visitors: their keys never meet 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a visitor may send.
+    """What a visitor may send."""
 
-    Attributes:
-        max_upload: bytes of one file.
-        max_pixels: of a picture, width times height.
-        max_caption: characters of a caption, an expression or a list of nouns or categories.
-        max_entities: masks of one picture.
-        max_phrases: nouns of one caption, and categories.
-    """
-
-    max_upload: int = 20_000_000
-    max_pixels: int = 16_000_000
-    max_caption: int = 2000
-    max_entities: int = 1000
-    max_phrases: int = 200
+    max_upload: int = 20_000_000  # bytes of one file
+    max_pixels: int = 16_000_000  # of a picture, width times height
+    max_caption: int = 2000  # characters of a caption, an expression, a list of nouns or categories
+    max_entities: int = 1000  # masks of one picture
+    max_phrases: int = 200  # nouns of one caption, and categories
 
     def check_text(self, what: str, text: str | None) -> str:
         """The text without blanks around it; ValueError for an empty or too long one."""
@@ -190,22 +182,15 @@ def _told(error: Exception) -> str:
 
 @dataclass
 class Visitor:
-    """What is kept for one visitor: a picture, encoded once.
+    """What is kept for one visitor: a picture, encoded once."""
 
-    Attributes:
-        paths: of picture and masks. Gradio's hold the content's hash, so another path is another
-            file, and the same file uploaded again is the same.
-        scene: the predictor's ``Scene``.
-        shown: whether the page has shown it.
-        extracted: a caption and the list of its nouns that a model made.
-        folder: of the last result's files.
-    """
-
+    # Of picture and masks. Gradio's hold the content's hash: another path is another file, and the
+    # same file uploaded again is the same.
     paths: tuple[str, ...] = ()
-    scene: Any = None
-    shown: bool = False
-    extracted: tuple[str, str] = ("", "")
-    folder: Path = Path()
+    scene: Any = None  # the predictor's `Scene`
+    shown: bool = False  # whether the page has shown it
+    extracted: tuple[str, str] = ("", "")  # a caption and the list of its nouns that a model made
+    folder: Path = Path()  # of the last result's files
 
     @property
     def summary(self) -> str:
@@ -248,30 +233,19 @@ class Visitor:
         yield *shown, *(gr.update(value=str(path), interactive=True) for path in (png, listed))
 
 
+@dataclass
 class Desk:
     """Answers the page's questions about the picture that a visitor has.
 
     Questions are generators: they get the visitor and texts as typed, and yield what is shown, the
     visitor first, so that Gradio counts the time from the last question.
-
-    Args:
-        predictor: a ``GellaPredictor``.
-        limits: what a visitor may send.
-        folder: where downloads are written; in Gradio's own, which serves no other.
-        finder: has ``segment(image)``, makes masks where none were uploaded; None: they are needed.
-        captioner: writes captions besides the model; None: there is none.
     """
 
-    def __init__(
-        self,
-        predictor: Any,
-        limits: Limits,
-        folder: Path,
-        finder: Any = None,
-        captioner: Any = None,
-    ) -> None:
-        self.predictor, self.limits, self.folder = predictor, limits, folder
-        self.finder, self.captioner = finder, captioner
+    predictor: Any  # a `GellaPredictor`
+    limits: Limits
+    folder: Path  # where downloads are written; in Gradio's own, which serves no other
+    finder: Any = None  # has `segment(image)`, for pictures without masks; None: they are needed
+    captioner: Any = None  # writes captions besides the model
 
     def look(
         self, visitor: Visitor, picture: str | None, masks: Sequence[str] | None, blind: bool
