@@ -273,25 +273,16 @@ def _written(numbers: Mapping[str, float]) -> dict[str, float | str]:
 
 
 class RunStopped(SystemExit):
-    """A run ended before its last iteration because it was asked to; status 0.
+    """A run ended before its last iteration because it was asked to; status 0, and a line on it."""
 
-    Attributes:
-        signal_name: "SIGTERM" or "SIGINT", "a signal to another process" on a rank that got none.
-        iteration: the last one done, saved.
-        max_iter: of the whole run.
-    """
-
-    def __init__(self, signal_name: str, iteration: int, max_iter: int) -> None:
-        """See the attributes."""
+    def __init__(self, text: str) -> None:
+        """``text``: for people."""
         super().__init__(0)
-        self.signal_name, self.iteration, self.max_iter = signal_name, iteration, max_iter
+        self._text = text
 
     def __str__(self) -> str:
-        """One line for people."""
-        return (
-            f"stopped by {self.signal_name} after iteration {self.iteration} (of 0 to"
-            f" {self.max_iter - 1}), which is saved"
-        )
+        """The line."""
+        return self._text
 
 
 class StopOnSignal(HookBase):
@@ -327,7 +318,10 @@ class StopOnSignal(HookBase):
         self.request.end_patience()
         self._save(iteration)
         name = signal.Signals(number).name if number else "a signal to another process"
-        raise RunStopped(name, iteration, max_iter)
+        raise RunStopped(
+            f"stopped by {name} after iteration {iteration} (of 0 to {max_iter - 1}), which is"
+            " saved"
+        )
 
     def after_train(self) -> None:
         """Give the signals back."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from gella.engine.evaluation_hooks import with_keys
+
 __all__ = ["ROLES", "build_optimizer", "role_of", "split_off", "with_epochs"]
 
 # Parts without public pretrained weights start from nothing and may want a higher rate.
@@ -64,17 +66,12 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
         members.setdefault((role_of(name), decays), []).append(parameter)
     if not members:
         raise ValueError("every parameter of the model is frozen: there is nothing to train")
-    multipliers = {
-        "heads": solver.HEADS_MULTIPLIER,
-        "language": solver.LANGUAGE_MULTIPLIER,
-        "vision": solver.VISION_MULTIPLIER,
-    }
     groups = [
         {
             "params": parameters,
             "name": role if decays else f"{role}_no_decay",
             "role": role,
-            "lr": solver.BASE_LR * multipliers[role],
+            "lr": solver.BASE_LR * solver[f"{role.upper()}_MULTIPLIER"],
             "weight_decay": solver.WEIGHT_DECAY if decays else 0.0,
         }
         for (role, decays), parameters in sorted(members.items(), key=lambda item: item[0])
@@ -137,9 +134,5 @@ def with_epochs(cfg: Any, num_records: int) -> Any:
     def iteration(epoch: float) -> int:
         return math.ceil(epoch * size / solver.IMS_PER_BATCH)
 
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.MAX_ITER = iteration(solver.EPOCHS)
-    cfg.SOLVER.STEPS = tuple(iteration(epoch) for epoch in steps)
-    cfg.freeze()
-    return cfg
+    ends = tuple(iteration(epoch) for epoch in steps)
+    return with_keys(cfg, {"SOLVER.MAX_ITER": iteration(solver.EPOCHS), "SOLVER.STEPS": ends})

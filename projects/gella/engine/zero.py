@@ -63,7 +63,24 @@ def read_config(
     for section in ("bf16", "torch_autocast"):
         if config.get(section, {}).get("enabled") == "auto":
             config[section] = {**config[section], "enabled": bf16}
-    _check_values(path, config)
+    zero, stage = config["zero_optimization"], config["zero_optimization"]["stage"]
+    half = config.get("bf16", {}).get("enabled")
+    places = {
+        key: zero.get(key, {}).get("device") for key in ("offload_optimizer", "offload_param")
+    }
+    refused = {
+        f"zero_optimization.stage is {stage!r}, not 0 to 3": stage not in (0, 1, 2, 3),
+        "fp16 skips steps, which would move one side of the model without the other: use bf16": (
+            config.get("fp16", {}).get("enabled")
+        ),
+        "no bf16 at stage 0: use torch_autocast, which keeps float32 weights, or stage 1": (
+            half and stage == 0
+        ),
+        "compute_grad_norm must not be false": zero.get("compute_grad_norm") is False,
+        f"{places}: 'cpu' or nowhere here": "nvme" in places.values(),
+    }
+    for message in [text for text, is_wrong in refused.items() if is_wrong]:
+        raise ValueError(f"SOLVER.ZERO.CONFIG {path}: {message}")
     return {
         **config,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -74,29 +91,6 @@ def read_config(
         # The optimiser is ours at all stages, on the CPU too.
         "zero_force_ds_cpu_optimizer": False,
     }
-
-
-def _check_values(path: str, config: Mapping[str, Any]) -> None:
-    zero = config["zero_optimization"]
-    if zero["stage"] not in (0, 1, 2, 3):
-        raise ValueError(
-            f"SOLVER.ZERO.CONFIG {path}: zero_optimization.stage is {zero['stage']!r}, not 0 to 3"
-        )
-    if config.get("fp16", {}).get("enabled"):
-        raise ValueError(
-            f"SOLVER.ZERO.CONFIG {path} enables fp16, whose skipped steps would move one side of"
-            " the model without the other: use bf16"
-        )
-    if config.get("bf16", {}).get("enabled") and zero["stage"] == 0:
-        raise ValueError(
-            f"SOLVER.ZERO.CONFIG {path} enables bf16 at stage 0: use torch_autocast, which keeps"
-            " float32 weights, or stage 1"
-        )
-    if zero.get("compute_grad_norm") is False:
-        raise ValueError(f"SOLVER.ZERO.CONFIG {path}: compute_grad_norm must not be false")
-    for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device") == "nvme":
-            raise ValueError(f"SOLVER.ZERO.CONFIG {path}: {key} goes to 'cpu' or nowhere here")
 
 
 def hide_from_ddp(model: nn.Module, name: str) -> None:
