@@ -87,12 +87,12 @@ def _checked_code(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     return coco_mask.frPyObjects(code, *size) if isinstance(counts, list) else code
 
 
-def check_size(sides: Sequence[int], size: tuple[int, int]) -> None:
+def check_size(sides: Sequence[int], size: Sequence[int]) -> None:
     """ValueError with both sizes unless masks of (H, W) `sides` are of the image's `size`."""
-    if tuple(sides) != size:
+    if tuple(sides) != tuple(size):
         raise ValueError(
-            f"masks are {sides[1]}x{sides[0]} pixels but the image is {size[1]}x{size[0]} (width x "
-            "height); give masks of the image's size"
+            f"entity masks are {sides[1]}x{sides[0]} pixels but the image is {size[1]}x{size[0]} "
+            "(width x height); give masks of the image's size"
         )
 
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from gella.entities.colormap import entity_colors, paint_colormap
 from gella.entities.entity_map import MAX_PIXELS, EntityMap, check_pixels
 from gella.entities.files import damage_told
+from gella.entities.rle import check_size
 
 # Formats of photographs. Pillow knows more, of which one (EPS) runs a program on the file.
 PHOTO_FORMATS = (
@@ -122,7 +123,7 @@ def make_view(
         entities: the scene's entities, in the frame of ``image``.
         image_size: side S of CLIP's input, pixels.
         colormap_size: side C of the colormap, pixels.
-        assignment: how colours are chosen, see :func:`gella.entities.entity_map.entity_colors`.
+        assignment: how colours are chosen, see :func:`gella.entities.colormap.entity_colors`.
         rng: source of the colours; the same state gives the same colormap.
 
     Returns:
@@ -137,11 +138,7 @@ def make_view(
         raise ValueError(
             f"image must be uint8 (H, W, 3) RGB, not {image.dtype} {tuple(image.shape)}"
         )
-    if tuple(entities.size) != tuple(image.shape[:2]):
-        raise ValueError(
-            f"entity masks are {entities.size[1]}x{entities.size[0]} pixels but the image is "
-            f"{image.shape[1]}x{image.shape[0]} (width x height); give masks of the image's size"
-        )
+    check_size(entities.size, image.shape[:2])
     height, width = fitted_size(image.shape[0], image.shape[1], colormap_size)
     # Colours are drawn on the unpadded map: the place of a centroid must not depend on padding.
     resized = entities.resize(height, width)
