@@ -500,7 +500,7 @@ def test_the_files_of_the_project(path, bf16):
         ({"zero_optimization": {}}, 'lacks "zero_optimization"'),
         ({"zero_optimization": {"stage": 4}}, "stage is 4, not 0 to 3"),
         ({"zero_optimization": {"stage": 1}, "gradient_clipping": 1}, "CLIP_GRADIENTS instead"),
-        ({"zero_optimization": {"stage": 1}, "optimizer": {}}, "set SOLVER.OPTIMIZER instead"),
+        ({"zero_optimization": {"stage": 1}, "optimizer": {}}, "set SOLVER.BASE_LR instead"),
         ({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}, "use bf16"),
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "use torch_autocast"),
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm"),

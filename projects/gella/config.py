@@ -266,7 +266,7 @@ def _add_data(cfg: Any, node: type) -> None:
 
 
 def _add_training(cfg: Any, node: type) -> None:
-    cfg.SOLVER.OPTIMIZER = "ADAMW"  # no other one is known
+    cfg.register_deprecated_key("SOLVER.OPTIMIZER")  # in config.yaml of older runs; always AdamW
     cfg.SOLVER.BETAS = [0.9, 0.999]  # decay of Adam's two running means
     # Learning rate of a group = BASE_LR x its multiplier, throughout warm-up and decay. Heads are
     # the parts without public pretrained weights: ResoBlend, association, entity head and queries.

@@ -49,18 +49,16 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW with up to six groups: heads, language or vision, with or without weight decay.
 
     Args:
-        cfg: ``SOLVER``: ``OPTIMIZER``, ``BASE_LR``, ``BETAS``, ``WEIGHT_DECAY``,
+        cfg: ``SOLVER``: ``BASE_LR``, ``BETAS``, ``WEIGHT_DECAY``,
             ``HEADS_MULTIPLIER``, ``LANGUAGE_MULTIPLIER``, ``VISION_MULTIPLIER``.
         model: :func:`role_of` tells the role of its parameters, which every group carries as
             ``role``, beside a ``name`` of its own; frozen ones are left out; norms, biases and
             embeddings do not decay.
 
     Raises:
-        ValueError: another optimiser than ADAMW, or a model without a trainable parameter.
+        ValueError: a model without a trainable parameter.
     """
     solver = cfg.SOLVER
-    if solver.OPTIMIZER.upper() != "ADAMW":
-        raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}: only ADAMW is known")
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter, decays in _named_parameters(model):
         members.setdefault((role_of(name), decays), []).append(parameter)

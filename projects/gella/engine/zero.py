@@ -33,7 +33,7 @@ _OURS = {
     "train_micro_batch_size_per_gpu": "SOLVER.IMS_PER_BATCH",
     "gradient_accumulation_steps": "SOLVER.ACCUMULATE",
     "gradient_clipping": "SOLVER.CLIP_GRADIENTS",
-    "optimizer": "SOLVER.OPTIMIZER",
+    "optimizer": "SOLVER.BASE_LR",
     "scheduler": "SOLVER.LR_SCHEDULER_NAME",
 }
 
