@@ -168,15 +168,14 @@ def test_files_and_memory_have_two_spellings_of_one_model(reference, tmp_path):
     assert back.keys() <= saved.keys() and all(torch.equal(back[k], saved[k]) for k in back)
 
 
-@pytest.mark.parametrize("size", ["tiny", "large"])
-def test_no_key_of_transformers_checkpoints_is_left(size):
+def test_no_key_of_transformers_checkpoints_is_left():
     config = Mask2FormerConfig(
-        backbone_config=swin_config(**SWIN[size]), num_queries=SWIN[size]["queries"], num_labels=133
+        backbone_config=swin_config(**SWIN["large"]), num_queries=200, num_labels=133
     )
     with torch.device("meta"):
         state = Mask2FormerForUniversalSegmentation(config).state_dict()
     for queries in ("learned", "entity"):
-        cfg, wanted = gella_shapes(size, "MODEL.MASK_DECODER.QUERIES", queries)
+        cfg, wanted = gella_shapes("large", "MODEL.MASK_DECODER.QUERIES", queries)
         assert_nothing_is_left(Mask2FormerTransformers.from_config(cfg), state, wanted)
 
 
