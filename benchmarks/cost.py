@@ -1,6 +1,11 @@
 """What a configuration costs, counted without weights or a GPU: parameters, FLOPs, memory.
 
-The model is built on the meta device and run on tensors without data, in seconds.
+example:
+    python tools/benchmark.py cost --config-file configs/gella_swin_t.yaml --zero-gpus 8 \\
+        --caption-tokens 60 --nouns 12 INPUT.GELLA.COLORMAP_SIZE 672
+
+The model is built on the meta device and run on tensors without data, in seconds. --json has the
+figures in FLOPs and bytes.
 
 GFLOPs: of one image, a multiply-add as 2 and beside it as 1. Matrix products, convolutions,
 attention (causal attention in full) and bilinear sampling count; work element by element, norms and
@@ -26,19 +31,33 @@ import argparse
 from typing import Any, NamedTuple
 
 import torch
-from cost_passes import COLUMNS, TABLE_12, Workload, count_flops, count_image_tokens, saved_bytes
+from cost_passes import (
+    COLUMNS,
+    TABLE_12,
+    WAYS,
+    Workload,
+    count_flops,
+    count_image_tokens,
+    saved_bytes,
+)
 from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
 from gella import load_config
-from gella.utils.io import write_json
 
-EXAMPLE = """example:
-  python tools/benchmark.py cost --config-file configs/gella_swin_t.yaml --zero-gpus 8 \\
-      --caption-tokens 60 --nouns 12 INPUT.GELLA.COLORMAP_SIZE 672
-"""
+_LOAD = Workload()
+NUMBERS = {
+    "caption-tokens": (_LOAD.caption_tokens, 0, "of the caption in the question"),
+    "nouns": (_LOAD.nouns, 1, "semantic nouns of the caption, one <SEG> each"),
+    "noun-tokens": (_LOAD.noun_tokens, 1, "of one noun in the answer, beside <SEG> and a comma"),
+    "prompt-tokens": (_LOAD.prompt_tokens, 0, "system line, roles, instruction; LLaVA-1.5: 60"),
+    "entities": (_LOAD.entities, 1, "entity masks of the image"),
+    "zero-gpus": (8, 1, "GPUs that share the language branch"),
+    "batch": (None, 1, "images per GPU; default: the config's share"),
+}
+NEXT = "python tools/train_net.py --config-file {config_file} --num-gpus {zero_gpus}"
 MIB, GIB = 2**20, 2**30
 CARDS = (24, 40, 48, 80)  # GiB
 USABLE = 0.9  # of a card: the rest is CUDA's own, fragments, and buffers of communication
@@ -61,92 +80,71 @@ PARTS = (
     ("language decoder", "language_decoder.llama"),
     ("association", "association"),
 )
+# LLaMA's hidden and inner size and blocks, and its name and parameters with 32,000 words.
+LLAMAS = {(4096, 11008, 32): ("7B", 6_738_415_616), (5120, 13824, 40): ("13B", 13_015_864_320)}
 LLAMA_WORDS = 32_000
-WAYS = {
-    "given": "nouns given, one pass",
-    "generated": "answer generated, then one pass over it",
-    "one_noun": "a pass per noun, with the caption",
-    "noun_alone": "a pass per noun, noun in place of the caption",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this benchmark to a parser."""
-    add, load = parser.add_argument, Workload()
-    parser.description, parser.epilog = __doc__, EXAMPLE
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Add the options that are no numbers."""
+    add = parser.add_argument
     add("--config-file", required=True, metavar="FILE")
-    prompt = "system line, roles and instruction; LLaVA-1.5: about 60"
-    for name, default, text in (
-        ("caption-tokens", load.caption_tokens, "of the caption in the question"),
-        ("nouns", load.nouns, "semantic nouns of the caption, one <SEG> each"),
-        ("noun-tokens", load.noun_tokens, "of one noun in the answer, beside <SEG> and a comma"),
-        ("prompt-tokens", load.prompt_tokens, prompt),
-        ("entities", load.entities, "entity masks of the image"),
-        ("zero-gpus", 8, "GPUs that share the language branch"),
-    ):
-        add(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})")
-    add("--batch", type=int, metavar="N", help="images per GPU (default: the config's share)")
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 where SOLVER.AMP is on")
-    add("--json", metavar="FILE", help="write the figures there too, in FLOPs and bytes")
     add("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All figures; ValueError or OSError for wrong arguments.
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The figures and the text to print. ValueError, OSError for wrong arguments.
 
     Returns:
-        ``workload``; ``parts``: ``{part: {"parameters", "trained", "flops", "activations"}}``, the
-        last one "all"; ``published``; ``language``, ``table_12``, ``implied_tokens`` of
-        :func:`cost_passes.count_flops`; ``activations``: bytes ``plain`` and ``checkpointed``;
-        ``zero``: rows of :func:`plan_rows`.
+        figures: ``workload``; ``parts``: ``{part: {"parameters", "trained", "flops",
+        "activations"}}``, the last one "all"; ``published``; ``language``, ``table_12``,
+        ``implied_tokens`` of :func:`cost_passes.count_flops`; ``activations``: bytes ``plain`` and
+        ``checkpointed``; ``zero``: rows of :func:`plan_rows`.
     """
     cfg = load_config(args.config_file, args.opts)
     load = Workload(*(getattr(args, name) for name in Workload._fields))
-    image_tokens = count_image_tokens(cfg)
-    load.check(image_tokens, cfg.MODEL.LANGUAGE.MAX_POSITIONS)
-    gpus, batch = args.zero_gpus, args.batch
-    if batch is None:
-        batch = max(1, cfg.SOLVER.IMS_PER_BATCH // max(1, gpus))
-    if batch < 1 or gpus < 1:
-        raise ValueError(f"--batch is {batch} and --zero-gpus {gpus}; both must be at least 1")
+    image, longest = count_image_tokens(cfg), cfg.MODEL.LANGUAGE.MAX_POSITIONS
+    if load.length(image) > longest:
+        raise ValueError(
+            f"{load.length(image)} tokens ({image} of them image) are more than "
+            f"MODEL.LANGUAGE.MAX_POSITIONS {longest}: lower --caption-tokens "
+            f"{load.caption_tokens} or --nouns {load.nouns}, or raise the key"
+        )
+    batch = args.batch or max(1, cfg.SOLVER.IMS_PER_BATCH // args.zero_gpus)
     precision = args.precision or ("bf16" if cfg.SOLVER.AMP.ENABLED else "fp32")
     with tqdm(("model", "activations", "FLOPs"), leave=False) as steps:
         model = build_on_meta(cfg)
         steps.update()
-        parts, branches = part_sizes(model), zero_branches(model)
+        sizes, branches = part_sizes(model), zero_branches(model)
         saved = saved_bytes(model, cfg, load, batch, half=precision == "bf16")
         steps.update()
         flops = count_flops(model, cfg, load)
-    parts.insert(-1, ("losses", 0, 0))
-    counted = flops.pop("parts")
-    counted["all"], saved["parts"]["all"] = sum(counted.values()), saved["sums"]["plain"]
-    rows = {
-        part: {
-            "parameters": count,
-            "trained": trained,
-            "flops": counted.get(part, 0),
-            "activations": saved["parts"].get(part, 0),
-        }
-        for part, count, trained in parts
-    }
-    return {
+    counted, kept = flops.pop("parts"), saved["parts"]
+    counted["all"], kept["all"] = sum(counted.values()), saved["sums"]["plain"]
+    sizes = {**sizes, "losses": (0, 0), "all": sizes.pop("all")}  # "all" stays the last
+    names = ("parameters", "trained", "flops", "activations")
+    figures = {
         "workload": {
             **load._asdict(),
             "answer_tokens": load.answer,
-            "image_tokens": image_tokens,
+            "image_tokens": image,
             "image_size": cfg.MODEL.IMAGE_ENCODER.IMAGE_SIZE,
             "colormap_size": cfg.INPUT.GELLA.COLORMAP_SIZE,
         },
         "batch": batch,
-        "gpus": gpus,
+        "gpus": args.zero_gpus,
         "precision": precision,
-        "parts": rows,
-        "published": compare_published(cfg, {part: count for part, count, _ in parts}),
+        "parts": {
+            part: dict(zip(names, (*size, counted.get(part, 0), kept.get(part, 0))))
+            for part, size in sizes.items()
+        },
+        "published": compare_published(cfg, sizes),
         **flops,
         "activations": saved["sums"],
-        "zero": plan_rows(*branches, gpus, precision, saved["sums"]),
+        "zero": plan_rows(*branches, args.zero_gpus, precision, saved["sums"]),
     }
+    return figures, f"{args.config_file}\n\n{cost_report(figures)}"
 
 
 # -- parameters ------------------------------------------------------------------------------------
@@ -167,22 +165,20 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
-def part_sizes(model: nn.Module) -> list[tuple[str, int, int]]:
-    """Rows (part, parameters, trained parameters); the last row is the whole model."""
-    rows = [(title, *count_parameters(model.get_submodule(path))) for title, path in PARTS]
+def part_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameters and trained ones of each part, of "other" ones where there are, and of "all"."""
+    sizes = {title: count_parameters(model.get_submodule(path)) for title, path in PARTS}
     total = count_parameters(model)
-    rest = [total[i] - sum(row[i + 1] for row in rows) for i in (0, 1)]
-    if any(rest):
-        rows.append(("other", rest[0], rest[1]))
-    return [*rows, ("all", *total)]
+    parts = [sum(counts) for counts in zip(*sizes.values())]
+    if total != tuple(parts):
+        sizes["other"] = total[0] - parts[0], total[1] - parts[1]
+    return {**sizes, "all": total}
 
 
-def compare_published(cfg: Any, counts: dict[str, int]) -> list[dict[str, Any]]:
+def compare_published(cfg: Any, sizes: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
     """Published models whose sizes the config has: ``name``, ``parameters``, ``ours``, ``rule``.
 
-    Args:
-        cfg: the config.
-        counts: our parameters by part; ``ours`` is made comparable by the ``rule``, in words.
+    ``ours``, of the ``sizes`` of :func:`part_sizes`, is made comparable by the ``rule``, in words.
     """
     language, clip = cfg.MODEL.LANGUAGE, cfg.MODEL.IMAGE_ENCODER
     compared = []
@@ -191,17 +187,16 @@ def compare_published(cfg: Any, counts: dict[str, int]) -> list[dict[str, Any]]:
         compared.append({"name": name, "parameters": parameters, "ours": ours, "rule": rule})
 
     llama = (language.HIDDEN_SIZE, language.INTERMEDIATE_SIZE, language.NUM_LAYERS)
-    llamas = {(4096, 11008, 32): ("7B", 6_738_415_616), (5120, 13824, 40): ("13B", 13_015_864_320)}
-    if llama in llamas and language.NUM_KEY_VALUE_HEADS == language.NUM_HEADS:
-        size, count = llamas[llama]
+    if llama in LLAMAS and language.NUM_KEY_VALUE_HEADS == language.NUM_HEADS:
+        size, count = LLAMAS[llama]
         added = language.VOCAB_SIZE - LLAMA_WORDS
         rule = f"without the {added} added word(s), a row each in the embedding and the output"
-        ours = counts["language decoder"] - 2 * added * language.HIDDEN_SIZE
+        ours = sizes["language decoder"][0] - 2 * added * language.HIDDEN_SIZE
         compare(f"LLaMA-{size}", count, ours, rule)
     tower = (clip.IMAGE_SIZE, clip.PATCH_SIZE, clip.WIDTH, clip.LAYERS, clip.STEM)
     if tower == (336, 14, 1024, 24, "patch"):
         rule = "with the final norm and the 1024 x 768 projection, which no part here reads"
-        ours = counts["image encoder"] + 2 * clip.WIDTH + clip.WIDTH * 768
+        ours = sizes["image encoder"][0] + 2 * clip.WIDTH + clip.WIDTH * 768
         compare("CLIP ViT-L/14-336, vision", 304_293_888, ours, rule)
     return compared
 
@@ -259,44 +254,37 @@ def zero_states(
     return states
 
 
-def replicated_bytes(branch: Branch, gpus: int) -> int:
-    """Bytes of a float32 branch under DistributedDataParallel, which every GPU holds whole.
-
-    4 weights, 4 gradients, 8 moments, and 4 for the buckets in which gradients travel.
-    """
-    return 4 * branch.parameters + (12 + 4 * (gpus > 1)) * branch.trained
-
-
 def plan_rows(
     language: Branch, rest: Branch, gpus: int, precision: str, activations: dict[str, int]
 ) -> list[dict[str, Any]]:
     """A row per ZeRO plan: ``stage``, ``offload``, the bytes of :func:`zero_states`, ``rest``, and
-    for both kinds of activations ``total`` and ``card``, see :func:`smallest_card`.
+    for both kinds of activations ``total`` and ``card``: GiB of the smallest of ``CARDS`` that
+    holds the total in its usable share, or 0.
 
     ``activations``: bytes saved for backward on one GPU, ``plain`` and ``checkpointed``.
     """
-    others = replicated_bytes(rest, gpus)
+    # Under DistributedDataParallel, in float32: 4 weights, 4 gradients, 8 moments, and 4 for the
+    # buckets in which gradients travel.
+    others = 4 * rest.parameters + (12 + 4 * (gpus > 1)) * rest.trained
     rows = []
     for stage, offload in PLANS:
         states = zero_states(language, gpus, stage, precision, offload)
         gpu = sum(states.values()) - states["host"] + others
         total = {kind: gpu + size for kind, size in activations.items()}
-        card = {kind: smallest_card(size) for kind, size in total.items()}
+        card = {
+            kind: next((card for card in CARDS if size <= USABLE * card * GIB), 0)
+            for kind, size in total.items()
+        }
         row = {"stage": stage, "offload": sorted(offload), **states, "rest": others}
         rows.append({**row, "total": total, "card": card})
     return rows
-
-
-def smallest_card(total: int) -> int:
-    """GiB of the smallest of ``CARDS`` that holds ``total`` bytes in its usable share, or 0."""
-    return next((card for card in CARDS if total <= USABLE * card * GIB), 0)
 
 
 # -- tables ----------------------------------------------------------------------------------------
 
 
 def cost_report(figures: dict[str, Any]) -> str:
-    """All tables as text; ``figures`` as :func:`measure` returns them."""
+    """All tables as text; ``figures`` as :func:`run` returns them."""
     load, published = figures["workload"], figures["published"]
     text = load["prompt_tokens"] + load["caption_tokens"] + load["answer_tokens"]
     workload = (
@@ -305,7 +293,16 @@ def cost_report(figures: dict[str, Any]) -> str:
         f"{load['image_tokens']} image, {load['prompt_tokens']} prompt, {load['caption_tokens']} "
         f"caption, {load['answer_tokens']} answer with {load['nouns']} nouns"
     )
-    tables = [workload, parts_table(figures), published_table(published), language_table(figures)]
+    rows = []
+    for part, x in figures["parts"].items():
+        sizes = (x["flops"] / 1e9, x["flops"] / 2e9, x["activations"] / MIB)
+        rows.append((part, f"{x['parameters']:,}", f"{x['trained']:,}", *map(number, sizes)))
+    saved = f"activations MiB, {figures['precision']}, batch {figures['batch']}"
+    parts = _table(rows, ["part", "parameters", "trained", "GFLOPs, FMA = 2", "FMA = 1", saved]) + (
+        "\nFMA: multiply-add. With the language decoder's blocks checkpointed the activations are "
+        f"{number(figures['activations']['checkpointed'] / MIB)} MiB."
+    )
+    tables = [workload, parts, published_table(published), language_table(figures)]
     tables += [table_12_text(figures) if published else "", zero_table(figures)]
     return "\n\n".join(filter(None, tables))
 
@@ -320,19 +317,6 @@ def _table(rows: list[Any], head: list[str], align: str = "") -> str:
     names = {"l": "left", "r": "right"}
     columns = [names[letter] for letter in align or "l" + "r" * (len(head) - 1)]
     return tabulate(rows, head, colalign=columns, disable_numparse=True)
-
-
-def parts_table(figures: dict[str, Any]) -> str:
-    """Parameters, GFLOPs in both ways of counting, and MiB of activations by part."""
-    rows = []
-    for part, x in figures["parts"].items():
-        sizes = (x["flops"] / 1e9, x["flops"] / 2e9, x["activations"] / MIB)
-        rows.append((part, f"{x['parameters']:,}", f"{x['trained']:,}", *map(number, sizes)))
-    saved = f"activations MiB, {figures['precision']}, batch {figures['batch']}"
-    return _table(rows, ["part", "parameters", "trained", "GFLOPs, FMA = 2", "FMA = 1", saved]) + (
-        "\nFMA: multiply-add. With the language decoder's blocks checkpointed the activations are "
-        f"{number(figures['activations']['checkpointed'] / MIB)} MiB."
-    )
 
 
 def published_table(published: list[dict[str, Any]]) -> str:
@@ -356,7 +340,7 @@ def language_table(figures: dict[str, Any]) -> str:
     for way, x in ways.items():
         ratios = (x["flops"] / first, (x["flops"] + vision) / (first + vision))
         ratio = (f"{value:.2f}" for value in ratios)
-        rows.append((WAYS[way], x["passes"], x["tokens"], number(x["flops"] / 1e9), *ratio))
+        rows.append((WAYS[way][1], x["passes"], x["tokens"], number(x["flops"] / 1e9), *ratio))
     head = ["language decoder", "passes", "tokens each", "GFLOPs", "ratio", "ratio with vision"]
     return _table(rows, head)
 
@@ -404,17 +388,3 @@ def zero_table(figures: dict[str, Any]) -> str:
         f"each; activations {activations}; card: smallest of {', '.join(map(str, CARDS))} GiB\n"
         + _table(rows, head)
     )
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print, and write ``--json``; the figures. Wrong arguments: ValueError, OSError."""
-    figures = measure(args)
-    print(f"{args.config_file}\n\n{cost_report(figures)}")
-    if args.json:
-        write_json(args.json, figures)
-        print(f"\nwrote {args.json}")
-    print(
-        "\nnext: python tools/train_net.py --config-file "
-        f"{args.config_file} --num-gpus {args.zero_gpus}"
-    )
-    return figures

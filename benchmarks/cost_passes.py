@@ -38,6 +38,16 @@ COLUMNS = {
     "IME": ("image encoder", "colormap encoder"),
     "MMD": ("ResoBlend", "mask decoder", "association"),
 }
+# The language decoder's ways to ground the nouns of a caption, as two tables call them.
+WAYS = {
+    "given": ("nouns given", "nouns given, one pass"),
+    "generated": ("answer generated", "answer generated, then one pass over it"),
+    "one_noun": ("a pass per noun", "a pass per noun, with the caption"),
+    "noun_alone": (
+        "a pass per noun without caption",
+        "a pass per noun, noun in place of the caption",
+    ),
+}
 
 
 class Workload(NamedTuple):
@@ -57,21 +67,6 @@ class Workload(NamedTuple):
     def length(self, image_tokens: int) -> int:
         """Tokens of one parallel pass over image, question and answer, all nouns in one answer."""
         return image_tokens + self.prompt_tokens + self.caption_tokens + self.answer
-
-    def check(self, image_tokens: int, max_positions: int) -> None:
-        """ValueError for numbers that make no sense or a prompt that is too long."""
-        for name, value in self._asdict().items():
-            least = 0 if name in ("caption_tokens", "prompt_tokens") else 1
-            if value < least:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} is {value}; it must be at least {least}")
-        length = self.length(image_tokens)
-        if length > max_positions:
-            raise ValueError(
-                f"{length} tokens ({image_tokens} of them image) are more than "
-                f"MODEL.LANGUAGE.MAX_POSITIONS {max_positions}: lower --caption-tokens "
-                f"{self.caption_tokens} or --nouns {self.nouns}, or raise the key"
-            )
 
 
 def count_image_tokens(cfg: Any) -> int:
@@ -104,12 +99,13 @@ def make_fake(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
                 tensors[name] = made[id(old)]
 
 
-def run_vision(
-    model: nn.Module, cfg: Any, entities: int, batch: int, around: Around
-) -> tuple[Any, Tensor]:
-    """Encoders, blend and mask decoder, each inside ``around(part)``.
+def run_model(
+    model: nn.Module, cfg: Any, load: Workload, batch: int, around: Around
+) -> tuple[MaskDecoderOutput, Tensor, list[Tensor], Tensor]:
+    """All parts in their order, as in training, each inside ``around(part)``.
 
-    Returns the ``MaskDecoderOutput`` and CLIP's penultimate grid.
+    Returns the mask decoder's output, word logits at the answers, association logits per image, and
+    CLIP's penultimate grid.
     """
     side, colormap = cfg.MODEL.IMAGE_ENCODER.IMAGE_SIZE, cfg.INPUT.GELLA.COLORMAP_SIZE
     with around("image encoder"):
@@ -118,10 +114,14 @@ def run_vision(
         pyramid = model.colormap_encoder(torch.empty(batch, 3, colormap, colormap))
     with around("ResoBlend"):
         fused = model.resoblend(grids["last"], pyramid)
-    masks = torch.empty(batch, entities, colormap, colormap, dtype=torch.bool)
+    masks = torch.empty(batch, load.entities, colormap, colormap, dtype=torch.bool)
     with around("mask decoder"):
         output = model.mask_decoder(fused, entity_masks=masks)
-    return output, grids["penultimate"]
+    grid, length = grids["penultimate"], load.length(count_image_tokens(cfg))
+    logits, nouns = run_language(model, grid, length, load.answer, load.nouns, around)
+    with around("association"):
+        scores = model.association(nouns, output.query_embeddings)
+    return output, logits, scores, grid
 
 
 def embed_prompt(model: nn.Module, grid: Tensor, length: int, around: Around) -> Tensor:
@@ -158,19 +158,19 @@ def run_language(
 
 
 def counter() -> FlopCounterMode:
-    """PyTorch's counter with rules for the operators that it would take for free.
+    """PyTorch's counter with rules for the operators that it would take for free."""
 
-    Bilinear sampling takes four multiply-adds a value.
-    """
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
-                sdpa_flop_count(q, k, v)
-            ),
-            aten.grid_sampler_2d: lambda *_, out_shape, **__: 8 * torch.Size(out_shape).numel(),
-        },
-    )
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def sampling(*_: Any, out_shape: Any, **__: Any) -> int:
+        return 8 * math.prod(out_shape)  # bilinear: four multiply-adds a value
+
+    rules = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten.grid_sampler_2d: sampling,
+    }
+    return FlopCounterMode(display=False, custom_mapping=rules)
 
 
 class FlopCount:
@@ -214,29 +214,24 @@ def count_flops(model: nn.Module, cfg: Any, load: Workload) -> dict[str, Any]:
         paper's, in FLOPs; ``implied_tokens``: the length of the pass that costs Table 12's LLM
         figure, should that one count a multiply-add as 1 or as 2.
     """
-    image = count_image_tokens(cfg)
+    image, count = count_image_tokens(cfg), FlopCount()
     with FakeTensorMode(), counting(model):
         make_fake(model)
-        count = FlopCount()
-        output, grid = run_vision(model, cfg, load.entities, 1, count)
-        _, nouns = run_language(model, grid, load.length(image), load.answer, load.nouns, count)
-        with count("association"):
-            model.association(nouns, output.query_embeddings)
-        parts = count.parts
-        language = count_language(model, grid, image, load, sum(parts[x] for x in COLUMNS["LLM"]))
-        llm = TABLE_12["GELLA (Table 12)"][0]
-        implied = {str(n): implied_tokens(model, grid, image, llm * 2e9 / n) for n in (1, 2)}
-    vision = [sum(parts[part] for part in COLUMNS[column]) for column in ("IME", "MMD")]
+        grid = run_model(model, cfg, load, 1, count)[-1]
+        llm, *vision = (sum(count.parts[part] for part in parts) for parts in COLUMNS.values())
+        language = count_language(model, grid, image, load, llm)
+        paper = 2e9 * TABLE_12["GELLA (Table 12)"][0]
+        implied = {str(n): implied_tokens(model, grid, image, paper / n) for n in (1, 2)}
     table = {
-        f"ours, {way}": [flops, *vision, flops + sum(vision)]
-        for way, flops in (
-            ("nouns given", language["given"]["flops"]),
-            ("answer generated", language["generated"]["flops"]),
-            ("a pass per noun", language["one_noun"]["flops"]),
-            ("a pass per noun without caption", language["noun_alone"]["flops"]),
-        )
+        f"ours, {WAYS[way][0]}": [x["flops"], *vision, x["flops"] + sum(vision)]
+        for way, x in language.items()
     }
-    return {"parts": parts, "language": language, "table_12": table, "implied_tokens": implied}
+    return {
+        "parts": count.parts,
+        "language": language,
+        "table_12": table,
+        "implied_tokens": implied,
+    }
 
 
 def count_language(
@@ -245,23 +240,20 @@ def count_language(
     """The language decoder's ways to ground ``load.nouns`` nouns in ``image`` tokens of ``grid``.
 
     Returns:
-        per way ``passes`` over the prompt, ``tokens`` of one of them, and ``flops`` of all:
-        ``given``: the nouns are known, one pass, whose FLOPs the argument is; ``generated``: the
-        answer is generated with a key-value cache, and one pass over it follows; ``one_noun``: a
-        pass per noun, each with the whole caption in its question, as methods with one mask per
+        per way of ``WAYS`` ``passes`` over the prompt, ``tokens`` of one of them, and ``flops`` of
+        all: ``given``: the nouns are known, one pass, whose FLOPs the argument is; ``generated``:
+        the answer is generated with a key-value cache, and one pass over it follows; ``one_noun``:
+        a pass per noun, each with the whole caption in its question, as methods with one mask per
         answer need; ``noun_alone``: a pass per noun with the noun in place of the caption.
     """
-    length = load.length(image)
+    length, single = load.length(image), load._replace(nouns=1)
     generated = given + generation_flops(model, grid, length - load.answer, load.answer)
     ways = {
         "given": {"passes": 1, "tokens": length, "flops": given},
         "generated": {"passes": 2, "tokens": length, "flops": generated},
     }
-    single = load._replace(nouns=1)
-    for way, one in (
-        ("one_noun", single),
-        ("noun_alone", single._replace(caption_tokens=load.noun_tokens)),
-    ):
+    alone = single._replace(caption_tokens=load.noun_tokens)
+    for way, one in (("one_noun", single), ("noun_alone", alone)):
         flops = load.nouns * pass_flops(model, grid, one.length(image), one.answer)
         ways[way] = {"passes": load.nouns, "tokens": one.length(image), "flops": flops}
     return ways
@@ -359,29 +351,41 @@ def saved_bytes(
         are and ``checkpointed``, when each block of the language decoder keeps its input only and
         is computed again in the backward pass: all inputs, and one whole block at a time.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     model.train()
     # In training these layers look whether a value is infinite, which no fake tensor can tell;
     # without dropout that is all evaluation changes.
     model.mask_decoder.pixel_decoder.encoder.eval()
     dtype = torch.bfloat16 if half else torch.float32
-    length = load.length(count_image_tokens(cfg))
+    blocks: list[int] = []  # bytes that each block of the language decoder saves, in order
+
+    def before(*_: Any) -> None:
+        blocks.append(-saved.parts["language decoder"])
+
+    def after(*_: Any) -> None:
+        blocks[-1] += saved.parts["language decoder"]
+
+    for module in model.language_decoder.llama.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False  # whatever the config says, both ways are told
+        if isinstance(module, GradientCheckpointingLayer):
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after)
     with FakeTensorMode():
         for name, child in model.named_children():
             make_fake(child, dtype if name == "language_decoder" else torch.float32)
         saved = SavedBytes(model)
-        blocks = _watched_blocks(model, saved)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            output, grid = run_vision(model, cfg, load.entities, batch, saved)
-            logits, nouns = run_language(model, grid, length, load.answer, load.nouns, saved)
-            with saved("association"):
-                scores = model.association(nouns, output.query_embeddings)
-        targets = torch.empty(len(logits), dtype=torch.int64)
+            output, logits, scores, _ = run_model(model, cfg, load, batch, saved)
         with saved("losses"):
+            targets = torch.empty(len(logits), dtype=torch.int64)
             F.cross_entropy(logits.float(), targets, reduction="sum")
         outputs = (*output.entity_logits, *output.mask_logits, *scores)
         shapes = [(x.shape, x.dtype) for x in outputs]
     saved.parts["losses"] += criterion_bytes(cfg, load.entities, shapes, output.query_valid.shape)
-    inputs = len(blocks) * batch * length * model.language_decoder.hidden_size * dtype.itemsize
+    tokens = batch * load.length(count_image_tokens(cfg))
+    inputs = len(blocks) * tokens * model.language_decoder.hidden_size * dtype.itemsize
     plain = sum(saved.parts.values())
     spared = max(0, sum(blocks[:-1]) - inputs)
     return {"parts": saved.parts, "sums": {"plain": plain, "checkpointed": plain - spared}}
@@ -399,10 +403,8 @@ def criterion_bytes(
     side = cfg.INPUT.GELLA.COLORMAP_SIZE
     masks = torch.zeros(entities, side, side, dtype=torch.bool)
     masks[:, 0, 0] = True  # an entity without a pixel would be left out
-    generator = torch.Generator().manual_seed(0)
-    filled = [
-        torch.randn(shape, generator=generator).to(kind).requires_grad_() for shape, kind in outputs
-    ]
+    random = torch.Generator().manual_seed(0)
+    filled = [torch.randn(x, generator=random).to(kind).requires_grad_() for x, kind in outputs]
     layers = (len(outputs) - valid[0]) // 2
     scores = filled[2 * layers :]
     output = MaskDecoderOutput(
@@ -422,24 +424,3 @@ def criterion_bytes(
             association_targets=[torch.zeros(len(score), entities) for score in scores],
         )
     return saved.parts["losses"]
-
-
-def _watched_blocks(model: nn.Module, saved: SavedBytes) -> list[int]:
-    """Bytes that each transformer block of the language decoder will have saved, in order."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    sizes: list[int] = []
-
-    def before(*_: Any) -> None:
-        sizes.append(-saved.parts["language decoder"])
-
-    def after(*_: Any) -> None:
-        sizes[-1] += saved.parts["language decoder"]
-
-    for module in model.language_decoder.llama.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False  # whatever the config says, both ways are told
-        if isinstance(module, GradientCheckpointingLayer):
-            module.register_forward_pre_hook(before)
-            module.register_forward_hook(after)
-    return sizes

@@ -31,9 +31,14 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from gella.utils.io import write_json
-
 ROOT = Path(__file__).resolve().parents[1]
+NUMBERS = {
+    "kills": (20, 1, "so many trials"),
+    "processes": (1, 1, "of each run"),
+    "iterations": (12, 3, "of each run"),
+    "seed": (0, 0, "of the moments"),
+}
+NEXT = "train with SOLVER.CHECKPOINT_PERIOD; after a crash add --resume to the command"
 POLL = 0.0005  # seconds between two looks at what a run does
 PATIENCE = 900.0  # seconds that a run of a minute may take
 IN_SAVE = 0.03  # seconds after the start of a save in which a kill lies
@@ -49,15 +54,10 @@ OPTIONS = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this benchmark to a parser."""
+    """Add the options that take no free number."""
     add = parser.add_argument
-    add("--kills", type=int, default=20, metavar="N", help="default 20")
-    add("--processes", type=int, default=1, metavar="N", help="of each run (default 1)")
     add("--zero-stage", type=int, choices=range(4), help="of the language decoder; default: none")
-    add("--iterations", type=int, default=12, metavar="N", help="of each run (default 12)")
-    add("--seed", type=int, default=0, help="of the moments (default 0)")
     add("--folder", metavar="DIR", help="keep data and runs there; default: a temporary folder")
-    add("--json", metavar="FILE", help="write the figures there too")
 
 
 class Run:
@@ -108,12 +108,7 @@ class Trial:
     """Runs of one configuration: the whole one, then killed and resumed ones."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        """Draw the scenes; ValueError for wrong arguments."""
-        if min(args.kills, args.processes) < 1 or args.iterations < 3:
-            raise ValueError(
-                "--kills and --processes must be at least 1, --iterations 3; got"
-                f" {args.kills}, {args.processes}, {args.iterations}"
-            )
+        """Draw the scenes."""
         self._args, self._folder = args, folder
         self._random = random.Random(args.seed)
         self._data = folder / "data"
@@ -185,26 +180,22 @@ class Trial:
 
 
 def compared(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> tuple[bool, float]:
     """Whether two sets of weights are equal bit for bit, and their largest difference."""
     difference = max(
-        float((found[key].double() - value.double()).abs().max()) for key, value in expected.items()
+        float((weights[key].double() - value.double()).abs().max())
+        for key, value in expected.items()
     )
-    return all(torch.equal(found[key], value) for key, value in expected.items()), difference
+    return all(torch.equal(weights[key], value) for key, value in expected.items()), difference
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "model_final.pth", weights_only=True)["model"]
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Run all trials, print the table, and write ``--json``; the figures.
-
-    Raises:
-        ValueError: wrong arguments, or a run that hangs or fails.
-        SystemExit: status 1, a run ended at other weights or took up a wrong checkpoint.
-    """
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The figures and the text to print; ValueError for a run that hangs or fails."""
     with contextlib.ExitStack() as stack:
         folder = args.folder or stack.enter_context(tempfile.TemporaryDirectory())
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -212,17 +203,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         trial.whole()
         rows = [trial.kill(n) for n in tqdm(range(args.kills), "kills", leave=False)]
     stage = "without ZeRO" if args.zero_stage is None else f"ZeRO stage {args.zero_stage}"
-    figures = {
-        "runs": f"{args.iterations} iterations, {args.processes} process(es), {stage}",
-        "equal": sum(row["equal"] == "yes" for row in rows),
-        "kills": rows,
-    }
-    print(tabulate(rows, "keys", floatfmt=".1e"))
-    print(f"\n{figures['runs']}: {figures['equal']} of {len(rows)} equal to the whole run")
-    if args.json:
-        write_json(args.json, figures)
-        print(f"wrote {args.json}")
-    if figures["equal"] < len(rows):
-        raise SystemExit(1)
-    print("next: train with SOLVER.CHECKPOINT_PERIOD; after a crash add --resume to the command")
-    return figures
+    runs = f"{args.iterations} iterations, {args.processes} process(es), {stage}"
+    equal = sum(row["equal"] == "yes" for row in rows)
+    text = f"{tabulate(rows, 'keys', floatfmt='.1e')}\n\n{runs}: {equal} of {len(rows)} equal"
+    return {"runs": runs, "equal": equal, "kills": rows}, f"{text} to the whole run"
+
+
+def failed(figures: dict[str, Any]) -> bool:
+    """Whether a run ended at other weights, or took up a wrong checkpoint."""
+    return figures["equal"] < len(figures["kills"])

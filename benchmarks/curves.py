@@ -41,6 +41,12 @@ from gella.engine.launch import leave_process_group
 from gella.engine.trainer import GellaTrainer
 from gella.utils.io import write_json
 
+NUMBERS = {
+    "processes": (2, 2, "under ZeRO"),
+    "iterations": (200, 1, "of each run"),
+    "moved": (3, 1, "pairs with moved weights"),
+}
+NEXT = "train under ZeRO: docs/TRAINING.md says how"
 EARLY = 20  # iterations of the second column, and of a stretch
 PERMUTATIONS = 9999  # at most; all, if there are fewer
 
@@ -92,32 +98,16 @@ def train(config_file: str, options: list[Any], output: str, moved: int) -> None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the mode ``curves``."""
-    parser.description = __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("--processes", type=int, default=2, help="under ZeRO; default 2")
-    parser.add_argument(
-        "--zero", default="configs/zero/stage2.json", metavar="FILE", help="DeepSpeed's JSON"
-    )
-    parser.add_argument("--iterations", type=int, default=200, help="default 200")
-    parser.add_argument("--moved", type=int, default=3, help="pairs with moved weights; default 3")
-    parser.add_argument("--plot", metavar="PNG", help="draw the curves into this file")
-    parser.add_argument("--json", metavar="FILE", help="write all values there")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    """Add the options that are no numbers."""
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE")
+    add("--zero", default="configs/zero/stage2.json", metavar="FILE", help="DeepSpeed's JSON")
+    add("--plot", metavar="PNG", help="draw the curves into this file")
+    add("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
 
 
 def record(args: argparse.Namespace) -> dict[str, list[Curves]]:
-    """Run the trainings; curves of the runs "plain" and "zero", the first of each not moved.
-
-    Raises:
-        ValueError: wrong arguments.
-    """
-    if args.processes < 2 or args.iterations < 1 or args.moved < 1:
-        raise ValueError(
-            f"--processes is {args.processes}, --iterations {args.iterations} and --moved "
-            f"{args.moved}: at least 2, 1 and 1"
-        )
+    """Run the trainings; curves of the runs "plain" and "zero", the first of each not moved."""
     # No evaluation and no checkpoint but the last: only the steps count.
     common = ["SOLVER.MAX_ITER", args.iterations, "SOLVER.CHECKPOINT_PERIOD", args.iterations]
     common += ["DATASETS.TEST", "()", "TEST.EVAL_PERIOD", 0, *args.opts]
@@ -240,18 +230,17 @@ def draw(curves: dict[str, list[Curves]], path: str, title: str) -> None:
     plt.close(figure)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, print the differences, draw and write what was asked for."""
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The figures, all values among them, and the text to print; draws what was asked for."""
     curves = record(args)
     rows, test = table(curves), energy_test(curves)
-    print(tabulate(rows, "keys", floatfmt=("", ".3f", ".1e", ".1e", ".1e", ".1e", "", "")))
-    print("\nmean distance of", ", ".join(f"{k} {v:.4g}" for k, v in test.items() if k != "share"))
-    print(f"as far apart with kinds swapped in some pairs: {test['share']:.3f} of all ways")
+    apart = ", ".join(f"{k} {v:.4g}" for k, v in test.items() if k != "share")
+    text = (
+        tabulate(rows, "keys", floatfmt=("", ".3f", ".1e", ".1e", ".1e", ".1e", "", ""))
+        + f"\n\nmean distance of {apart}"
+        + f"\nas far apart with kinds swapped in some pairs: {test['share']:.3f} of all ways"
+    )
     if args.plot:
         draw(curves, args.plot, f"{args.processes} processes, {Path(args.zero).stem}")
-        print(f"\nwrote {args.plot}")
-    figures = {"curves": curves, "rows": rows, "energy_test": test}
-    if args.json:
-        write_json(args.json, figures)
-        print(f"\nwrote {args.json}")
-    return figures
+        text += f"\n\nwrote {args.plot}"
+    return {"curves": curves, "rows": rows, "energy_test": test}, text

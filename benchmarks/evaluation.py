@@ -15,19 +15,18 @@ import argparse
 import contextlib
 import io
 import os
-import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from data import picture_size
-from nouns import compare_passes
-from scenes import id_image
+from measuring import Task, judge, machine, take_turns, with_verdicts
+from scenes import id_image, made_caption, picture_size
+from shapes_text import train_tokenizer
 from tabulate import tabulate
 
 from gella.data.coco_categories import coco_panoptic_categories
@@ -35,54 +34,34 @@ from gella.entities.entity_map import id_to_rgb
 from gella.entities.files import read_id_png, write_id_png
 from gella.evaluation import metrics
 from gella.evaluation.panoptic_quality import PQCounts, pq_counts
-from gella.utils.io import read_json, write_json
+from gella.modeling.language_decoder import LanguageDecoder
+from gella.text.prompts import Prompt, build_prompt, load_tokenizer, task_text
+from gella.utils.io import read_json
 
+NUMBERS = {
+    "images": (24, 1, "images to score"),
+    "segments": (20, 1, "of made scenes"),
+    "recall-nouns": (100_000, 1, "for average recall"),
+    "nouns": (12, 1, "of the caption"),
+    "grid": (24, 1, "image tokens a side; CLIP ViT-L/14 at 336 pixels has the default's"),
+    "layers": (8, 1, "of the language model"),
+    "width": (768, 64, "of it, a multiple of 64"),
+    "vocabulary": (32_001, 640, "its words"),
+    "repeat": (5, 1, "passes; medians count"),
+}
+NEXT = "python tools/train_net.py --eval-only --config-file YAML MODEL.WEIGHTS FILE"
 AGREEMENT = 1e-9  # of the sums of IoUs that the two ways add up
-RULES = (
-    (
-        "decoding and panoptic quality, in decodings alone",
-        1.5,
-        "pixels are counted by runs of equal pairs, of which there are few",
-    ),
-    (
-        "panoptic quality of decoded images, times faster than panopticapi",
-        1.5,
-        "one pass for both areas and overlaps, and no sorting of pixels",
-    ),
-    (
-        "decoding and panoptic quality, times faster than panopticapi",
-        1.5,
-        "the rest is decoding, which is the same work for both",
-    ),
-    (
-        "average recall of {recall_nouns:,} nouns, seconds",
-        1.0,
-        "thresholds up to an IoU are found by bisection, not one by one",
-    ),
-    (
-        "{nouns[nouns]} given nouns in one pass, times faster than a pass each",
-        6.0,
-        "the image and the caption are read once, not once per noun",
-    ),
-)
-"""What is asked, its limit ("faster": at least, else at most), and why it can be met."""
+IMAGE_DIM, MAX_POSITIONS = 1024, 4096  # of the language model's input
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this benchmark to a parser."""
+    """Add the options that are no numbers."""
     add = parser.add_argument
     add("--panoptic-json", metavar="FILE", help="truth in COCO's form; default: made scenes")
-    add("--images", type=int, default=24, metavar="N", help="images to score (default 24)")
     add("--size", default="640x480", metavar="WxH", help="of made scenes (default 640x480)")
-    add("--segments", type=int, default=20, metavar="N", help="of made scenes (default 20)")
-    add("--recall-nouns", type=int, default=100_000, metavar="N", help="for AR (default 100000)")
-    add("--nouns", type=int, default=12, metavar="N", help="of the caption (default 12)")
-    add("--grid", type=int, default=24, metavar="N", help="image tokens a side (default 24)")
-    add("--layers", type=int, default=8, metavar="N", help="of the language model (default 8)")
-    add("--width", type=int, default=768, metavar="N", help="a multiple of 64 (default 768)")
-    add("--vocabulary", type=int, default=32_001, metavar="N", help="its words (default 32001)")
-    add("--repeat", type=int, default=5, metavar="N", help="passes; medians count (default 5)")
-    add("--json", metavar="FILE", help="write the figures there too")
+
+
+# -- panoptic quality ------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -102,9 +81,7 @@ def made_pairs(folder: Path, count: int, size: tuple[int, int], segments: int) -
 
     Args:
         folder: an existing folder.
-        count: of images.
-        size: (width, height) in pixels.
-        segments: per image, at least 1.
+        count: of images, of ``segments`` each and ``size`` (width, height) in pixels.
     """
     rng, pairs = np.random.default_rng(5), []
     categories = [category["id"] for category in coco_panoptic_categories()]
@@ -224,7 +201,7 @@ def compare_panoptic(pairs: Sequence[Pair], repeat: int) -> dict[str, Any]:
     """
     categories = coco_panoptic_categories()
     decoded = [(pair, decode(pair)) for pair in pairs]
-    tasks: dict[str, tuple[Callable[[Any], Any], Sequence[Any]]] = {
+    tasks: dict[str, Task] = {
         "decode_ms": (decode, pairs),
         "count_ms": (lambda item: count(*item, categories), decoded),
         "total_ms": (lambda pair: count(pair, decode(pair), categories), pairs),
@@ -238,34 +215,14 @@ def compare_panoptic(pairs: Sequence[Pair], repeat: int) -> dict[str, Any]:
             pixels.append((pair, dict(zip(paths, map(id_to_rgb, ids)))))
         tasks["reference_count_ms"] = (reference.decoded, pixels)
         tasks["reference_total_ms"] = (reference.from_files, pairs)
-    figures: dict[str, Any] = take_turns(tasks, repeat)
+    seconds = take_turns(tasks, repeat)
+    figures: dict[str, Any] = {name: 1000 * value for name, value in seconds.items()}
     figures["decodings"] = figures["total_ms"] / figures["decode_ms"]
     for part in ("count", "total"):
         theirs = figures.setdefault(f"reference_{part}_ms", None)
         figures[f"{part}_faster"] = None if theirs is None else theirs / figures[f"{part}_ms"]
     segments = sum(len(pair.truth["segments_info"]) for pair in pairs) / len(pairs)
     return {**figures, "images": len(pairs), "segments": segments}
-
-
-def take_turns(
-    tasks: Mapping[str, tuple[Callable[[Any], Any], Sequence[Any]]], repeat: int
-) -> dict[str, float]:
-    """Median milliseconds of each task over its items and ``repeat`` passes, after one untimed.
-
-    The tasks, (function, its arguments, as many for each), take turns item by item, so that a
-    change of the machine's speed meets all of them.
-    """
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    length = len(next(iter(tasks.values()))[1])
-    for turn in range(repeat + 1):
-        for place in range(length):
-            for name, (task, items) in tasks.items():
-                start = time.thread_time()
-                task(items[place])
-                taken = time.thread_time() - start
-                if turn:
-                    times[name].append(taken)
-    return {name: 1000 * float(np.median(values)) for name, values in times.items()}
 
 
 def check_agreement(ours: PQCounts, theirs: dict[int, Any], pair: Pair) -> None:
@@ -281,6 +238,9 @@ def check_agreement(ours: PQCounts, theirs: dict[int, Any], pair: Pair) -> None:
             )
 
 
+# -- average recall and given nouns ----------------------------------------------------------------
+
+
 def time_recall(nouns: int, repeat: int) -> dict[str, float]:
     """Seconds by the wall clock for average recall of random nouns with all subsets, per protocol;
     the median of ``repeat`` times."""
@@ -291,112 +251,160 @@ def time_recall(nouns: int, repeat: int) -> dict[str, float]:
         {"iou": iou, "is_thing": thing, "segment_ids": range(count), "is_plural": plural}
         for iou, (thing, plural), count in zip(ious, flags.tolist(), counts)
     ]
-    seconds = {}
-    for protocol in metrics.PROTOCOLS:
-        times = []
-        for _ in range(repeat):
-            start = time.perf_counter()
-            metrics.png_summary(units, protocol)
-            times.append(time.perf_counter() - start)
-        seconds[protocol] = float(np.median(times))
-    return seconds
+
+    def summary(protocol: str) -> Any:
+        return metrics.png_summary(units, protocol)
+
+    tasks = {protocol: (summary, [protocol]) for protocol in metrics.PROTOCOLS}
+    return take_turns(tasks, repeat, time.perf_counter, warm=False)
+
+
+def prompts_of(tokenizer: Any, nouns: int, image_tokens: int) -> tuple[Prompt, list[Prompt]]:
+    """The prompt that names all nouns, and one per noun, as grounding words them."""
+    caption, names = made_caption(nouns)
+
+    def prompt(chosen: Sequence[str]) -> Prompt:
+        limits = {"num_image_tokens": image_tokens, "system": "", "max_length": MAX_POSITIONS}
+        return build_prompt(tokenizer, *task_text("ground", caption, chosen), **limits)
+
+    return prompt(names), [prompt([name]) for name in names]
+
+
+def random_decoder(layers: int, width: int, vocabulary: int) -> LanguageDecoder:
+    """An untrained LLaMA with LLaVA's projector, on the CPU; heads of 64 channels."""
+    from transformers import LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+    )
+    options = {"image_dim": IMAGE_DIM, "projector": "mlp2x_gelu", "image_token_stride": 1}
+    decoder = LanguageDecoder(model_config=config, max_positions=MAX_POSITIONS, **options)
+    return decoder.eval()
+
+
+@torch.no_grad()
+def compare_passes(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Wall time for the nouns of one caption, in one pass and one by one.
+
+    Returns:
+        ``one_pass_s``, ``per_noun_s``, ``times_faster``, ``parameters`` of the language model,
+        ``nouns``, ``one_pass_tokens`` and ``per_noun_tokens`` (of all passes together).
+    """
+    nouns, side = args.nouns, args.grid
+    train_tokenizer([made_caption(nouns)[0]], str(folder))
+    together, single = prompts_of(load_tokenizer(str(folder)), nouns, side * side)
+    decoder = random_decoder(args.layers, args.width, args.vocabulary)
+    grid = torch.randn(1, IMAGE_DIM, side, side, generator=torch.Generator().manual_seed(1))
+
+    def embed(prompts: Sequence[Prompt]) -> list[torch.Tensor]:
+        """(P, D) per prompt, as grounding with given nouns does it."""
+        return [
+            decoder(grid, [p.input_ids], [p.labels], [p.seg_positions]).seg_embeddings[0]
+            for p in prompts
+        ]
+
+    assert len(embed([together])[0]) == nouns  # also the pass that warms up
+    tasks: dict[str, Task] = {"one": (embed, [[together]]), "many": (embed, [single])}
+    seconds = take_turns(tasks, args.repeat, time.perf_counter, warm=False)
+    return {
+        "one_pass_s": seconds["one"],
+        "per_noun_s": seconds["many"],
+        "times_faster": seconds["many"] / seconds["one"],
+        "parameters": sum(p.numel() for p in decoder.llama.parameters()),
+        "nouns": nouns,
+        "one_pass_tokens": len(together.input_ids),
+        "per_noun_tokens": sum(len(prompt.input_ids) for prompt in single),
+    }
+
+
+# -- all together ----------------------------------------------------------------------------------
 
 
 def rules(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is asked of evaluation, why, and whether this run met it (None: not measured)."""
-    panoptic, nouns = figures["panoptic"], figures["nouns"]
-    values = [panoptic[key] for key in ("decodings", "count_faster", "total_faster")]
-    values += [max(figures["recall_s"].values()), nouns["times_faster"]]
-    verdicts = []
-    for (name, limit, why), value in zip(RULES, values, strict=True):
-        met = None if value is None else value >= limit if "faster" in name else value <= limit
-        told = {"name": name.format(**figures), "value": value, "limit": limit}
-        verdicts.append({**told, "met": met, "why": why})
-    return verdicts
+    """What is asked of evaluation, why it can be met, and whether this run met it."""
+    panoptic, nouns, recall = figures["panoptic"], figures["nouns"], figures["recall_nouns"]
+    asked = [
+        (
+            "decoding and panoptic quality, in decodings alone",
+            panoptic["decodings"],
+            1.5,
+            "pixels are counted by runs of equal pairs, of which there are few",
+        ),
+        (
+            "panoptic quality of decoded images, times faster than panopticapi",
+            panoptic["count_faster"],
+            1.5,
+            "one pass for both areas and overlaps, and no sorting of pixels",
+        ),
+        (
+            "decoding and panoptic quality, times faster than panopticapi",
+            panoptic["total_faster"],
+            1.5,
+            "the rest is decoding, which is the same work for both",
+        ),
+        (
+            f"average recall of {recall:,} nouns, seconds",
+            max(figures["recall_s"].values()),
+            1.0,
+            "thresholds up to an IoU are found by bisection, not one by one",
+        ),
+        (
+            f"{nouns['nouns']} given nouns in one pass, times faster than a pass each",
+            nouns["times_faster"],
+            6.0,
+            "the image and the caption are read once, not once per noun",
+        ),
+    ]
+    return judge(asked)
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All figures; ValueError or OSError for wrong arguments."""
-    least = {"images": 1, "segments": 1, "recall_nouns": 1, "nouns": 1, "grid": 1}
-    for name, number in {**least, "layers": 1, "width": 64, "vocabulary": 640, "repeat": 1}.items():
-        if getattr(args, name) < number:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} is {getattr(args, name)}; give at least {number}")
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The figures and the text to print. ValueError, OSError for wrong arguments."""
     if args.width % 64:
         raise ValueError(f"--width is {args.width}; give a multiple of 64, the width of a head")
-    if args.panoptic_json:
-        pairs = pairs_of(args.panoptic_json, folder, args.images)
-    else:
-        pairs = made_pairs(folder, args.images, picture_size(args.size), args.segments)
-    sizes = ("nouns", "layers", "width", "vocabulary", "repeat")
-    figures: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {platform.system()}, Python "
-        f"{platform.python_version()}, numpy {np.__version__}, torch {torch.__version__} on "
-        f"{torch.get_num_threads()} threads",
-        "of": args.panoptic_json or f"made scenes, {args.size}",
-        "panoptic": compare_panoptic(pairs, args.repeat),
-        "recall_nouns": args.recall_nouns,
-        "recall_s": time_recall(args.recall_nouns, args.repeat),
-        "nouns": compare_passes(
-            folder / "tokenizer",
-            side=args.grid,
-            **{name: getattr(args, name) for name in sizes},
-        ),
-    }
-    return {**figures, "rules": rules(figures)}
-
-
-def report(figures: dict[str, Any]) -> str:
-    """The printed tables and verdicts."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if args.panoptic_json:
+            pairs = pairs_of(args.panoptic_json, folder, args.images)
+        else:
+            pairs = made_pairs(folder, args.images, picture_size(args.size), args.segments)
+        figures: dict[str, Any] = {
+            "machine": machine(),
+            "of": args.panoptic_json or f"made scenes, {args.size}",
+            "panoptic": compare_panoptic(pairs, args.repeat),
+            "recall_nouns": args.recall_nouns,
+            "recall_s": time_recall(args.recall_nouns, args.repeat),
+            "nouns": compare_passes(folder / "tokenizer", args),
+        }
+    figures["rules"] = rules(figures)
     panoptic, nouns = figures["panoptic"], figures["nouns"]
-    counting, both = (
-        (panoptic[f"{part}_ms"], panoptic[f"reference_{part}_ms"]) for part in ("count", "total")
-    )
-    rows = [
-        ("decoding truth and prediction", panoptic["decode_ms"], ""),
-        ("panoptic quality of decoded images", *counting),
-        ("decoding and panoptic quality", *both),
+    rows = [("decoding truth and prediction", panoptic["decode_ms"], "")] + [
+        (title, panoptic[f"{part}_ms"], panoptic[f"reference_{part}_ms"])
+        for title, part in (
+            ("panoptic quality of decoded images", "count"),
+            ("decoding and panoptic quality", "total"),
+        )
     ]
     passes = [
         (title, nouns[f"{way}_tokens"], nouns[f"{way}_s"])
         for title, way in (("one pass", "one_pass"), ("a pass per noun", "per_noun"))
     ]
+    head = ["per image, one thread", "ours, ms", "panopticapi, ms"]
+    protocol = f"AR of {args.recall_nouns:,} nouns, protocol"
+    model = f"{nouns['nouns']} nouns, {nouns['parameters']:,} parameters"
     parts = [
         f"{figures['of']}: {panoptic['images']} images, {panoptic['segments']:.1f} segments each",
         figures["machine"],
-        tabulate(
-            rows,
-            ["per image, one thread", "ours, ms", "panopticapi, ms"],
-            floatfmt=".2f",
-            missingval="not importable",
-        ),
-        tabulate(
-            list(figures["recall_s"].items()),
-            [f"AR of {figures['recall_nouns']:,} nouns, protocol", "seconds"],
-            floatfmt=".4f",
-        ),
-        tabulate(
-            passes,
-            [f"{nouns['nouns']} nouns, {nouns['parameters']:,} parameters", "tokens", "seconds"],
-            floatfmt=".3f",
-        ),
+        tabulate(rows, head, floatfmt=".2f", missingval="not importable"),
+        tabulate(figures["recall_s"].items(), [protocol, "seconds"], floatfmt=".4f"),
+        tabulate(passes, [model, "tokens", "seconds"], floatfmt=".3f"),
     ]
-    for rule in figures["rules"]:
-        sign = ">=" if "faster" in rule["name"] else "<="
-        verdict = {True: "met", False: "NOT MET", None: "not measured"}[rule["met"]]
-        value = "-" if rule["value"] is None else f"{rule['value']:.2f}"
-        line = f"{rule['name']}: {value} (asked: {sign} {rule['limit']:g}, {verdict})"
-        parts.append(f"{line}\n    because: {rule['why']}")
-    return "\n\n".join(parts)
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print, and write ``--json``; the figures. Wrong arguments: ValueError, OSError."""
-    with tempfile.TemporaryDirectory() as folder:
-        figures = measure(args, Path(folder))
-    print(report(figures))
-    if args.json:
-        write_json(args.json, figures)
-        print(f"\nwrote {args.json}")
-    print("\nnext: python tools/train_net.py --eval-only --config-file YAML MODEL.WEIGHTS FILE")
-    return figures
+    return figures, with_verdicts(parts, figures["rules"])

@@ -28,9 +28,13 @@ from gella.data.mapper import GroundingMapper
 from gella.data.register import import_modules
 from gella.engine.trainer import load_records
 from gella.text.prompts import decode_answer
-from gella.utils.io import write_json
 from gella.weights.checkpoint import load_weights
 
+NUMBERS = {
+    "num": (50, 1, "captions"),
+    "lookup": (None, 1, "draft length; default: PROMPT_LOOKUP_TOKENS"),
+}
+NEXT = "MODEL.LANGUAGE.PROMPT_LOOKUP_TOKENS takes the draft length with fewest calls"
 # By way of decoding, what the table calls it.
 WAYS = {
     "greedy": "greedy",
@@ -57,14 +61,11 @@ class Tally:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this benchmark to a parser."""
+    """Add the options that are no numbers."""
     add = parser.add_argument
     add("--config-file", required=True, metavar="YAML")
     add("--weights", metavar="FILE", help="checkpoint; default: MODEL.WEIGHTS")
     add("--dataset", metavar="NAME", help="registered dataset; default: all of DATASETS.TEST")
-    add("--num", type=int, default=50, metavar="N", help="captions (default 50)")
-    add("--lookup", type=int, metavar="N", help="draft length; default: PROMPT_LOOKUP_TOKENS")
-    add("--json", metavar="FILE", help="write the figures there too")
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of the config")
 
 
@@ -74,15 +75,13 @@ def prepare(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], int]:
     Raises:
         ValueError, OSError, KeyError: wrong arguments, files or names.
     """
-    if args.num < 1:
-        raise ValueError(f"--num is {args.num}; give at least 1")
     cfg = load_config(args.config_file, args.opts)
     import_modules(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    lookup = cfg.MODEL.LANGUAGE.PROMPT_LOOKUP_TOKENS if args.lookup is None else args.lookup
+    lookup = args.lookup or cfg.MODEL.LANGUAGE.PROMPT_LOOKUP_TOKENS
     if lookup < 1:
-        raise ValueError(f"the draft length is {lookup}; --lookup must be at least 1")
+        raise ValueError(f"the config's draft length is {lookup}: give --lookup, at least 1")
     if args.dataset:
         cfg.DATASETS.TEST = (args.dataset,)
     records = load_records(cfg.DATASETS.TEST, "DATASETS.TEST", cfg)
@@ -107,42 +106,36 @@ def count_calls(model: Any, inputs: list[dict[str, Any]], lookup: int) -> dict[s
         inputs: mapped dicts of the task extract.
         lookup: the longest draft, in tokens.
     """
-    decoder = model.language_decoder
+    decoder, before = model.language_decoder, model.language_decoder.prompt_lookup_tokens
     tallies = {name: Tally() for name in WAYS}
-    now = [tallies["greedy"]]
+    now = tallies["greedy"]
 
     def count(*_: Any) -> None:
-        now[0].calls += 1
+        now.calls += 1
 
-    before = decoder.prompt_lookup_tokens
     decoder.prompt_lookup_tokens = lookup
     hook = decoder.llama.base_model.register_forward_hook(count)
+    ends = {name: getattr(model.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
     try:
         for item in tqdm(inputs, "answering", leave=False):
             grid = model.encode([item])[1]
-            for name, tally in tallies.items():
-                now[0] = tally
-                _answer(model, grid, item["input_ids"], tally, name)
+            ids = item["input_ids"].to(grid.device)
+            limit = min(model.max_new_tokens, decoder.max_positions - len(ids))
+            options = {"max_new_tokens": limit, **ends}
+            for way, now in tallies.items():
+                start = time.perf_counter()
+                if way == "transformers":
+                    answer = library_lookup(decoder, grid, ids, **options)
+                else:
+                    snippets = model.noun_snippets if way == "drafts" else None
+                    answer = decoder.generate(grid, [ids], snippets=snippets, **options)[0].tolist()
+                now.seconds += time.perf_counter() - start  # the lists have waited for the device
+                now.tokens += len(answer) + (len(answer) < limit)
+                now.answers.append(answer)
     finally:
         hook.remove()
         decoder.prompt_lookup_tokens = before
     return tallies
-
-
-def _answer(model: Any, grid: Tensor, input_ids: Tensor, tally: Tally, way: str) -> None:
-    decoder, ids = model.language_decoder, input_ids.to(grid.device)
-    limit = min(model.max_new_tokens, decoder.max_positions - len(ids))
-    ends = {name: getattr(model.tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
-    start = time.perf_counter()
-    if way == "transformers":
-        answer = library_lookup(decoder, grid, ids, max_new_tokens=limit, **ends)
-    else:
-        snippets = model.noun_snippets if way == "drafts" else None
-        options = {"snippets": snippets, "max_new_tokens": limit, **ends}
-        answer = decoder.generate(grid, [ids], **options)[0].tolist()
-    tally.seconds += time.perf_counter() - start  # the lists have waited for the device
-    tally.tokens += len(answer) + (len(answer) < limit)
-    tally.answers.append(answer)
 
 
 def library_lookup(decoder: Any, grid: Tensor, ids: Tensor, **options: Any) -> list[int]:
@@ -208,15 +201,10 @@ def report(figures: dict[str, Any], lookup: int, example: str) -> str:
     )
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print, and write ``--json``; the figures. Wrong arguments: ValueError, OSError."""
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The figures and the text to print. ValueError, OSError, KeyError for wrong arguments."""
     model, inputs, lookup = prepare(args)
     tallies = count_calls(model, inputs, lookup)
-    figures = summarise(tallies)
     example = decode_answer(model.tokenizer, tallies["greedy"].answers[0])
-    print(report(figures, lookup, example[:200]))
-    if args.json:
-        write_json(args.json, figures)
-        print(f"\nwrote {args.json}")
-    print("\nnext: MODEL.LANGUAGE.PROMPT_LOOKUP_TOKENS takes the draft length with fewest calls")
-    return figures
+    figures = summarise(tallies)
+    return figures, report(figures, lookup, example[:200])

@@ -12,8 +12,6 @@ of one thread on the CPU (``--threads``), and by the clock on a GPU.
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,19 +20,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from measuring import judge, machine, take_turns, threads, with_verdicts
 from shapes import make_sample
 from shapes_text import train_tokenizer, write_narrative
 from tabulate import tabulate
-from tqdm import tqdm
 
 from gella import EntityMap, GellaPredictor, Request
 from gella.config import load_config
 from gella.data.register import import_modules
-from gella.utils.io import write_json
 
+NUMBERS = {
+    "captions": (20, 2, "of one picture"),
+    "images": (16, 2, "of one batch"),
+    "size": (96, 64, "side of the pictures"),
+    "repeat": (5, 1, "turns; medians count"),
+    "threads": (1, 1, "of torch"),
+}
+NEXT = "python tools/demo.py --help"
 SHARE, BATCH_SHARE = 0.5, 1.0  # what is asked, see `rules`
 TOLERANCE = 0.02  # of scores, which half precision rounds
-LEAST = {"captions": 2, "images": 2, "size": 64, "repeat": 1, "threads": 1}  # of the options
 
 
 class Case(NamedTuple):
@@ -46,16 +50,10 @@ class Case(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this benchmark to a parser."""
+    """Add the options that are no numbers."""
     add = parser.add_argument
     add("--config-file", required=True, metavar="YAML")
     add("--weights", default="", metavar="FILE", help="checkpoint; default: random weights")
-    add("--captions", type=int, default=20, metavar="N", help="of one picture (default 20)")
-    add("--images", type=int, default=16, metavar="N", help="of one batch (default 16)")
-    add("--size", type=int, default=96, metavar="N", help="side of the pictures (default 96)")
-    add("--repeat", type=int, default=5, metavar="N", help="turns; medians count (default 5)")
-    add("--threads", type=int, default=1, metavar="N", help="of torch (default 1)")
-    add("--json", metavar="FILE", help="write the figures there too")
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of the config")
 
 
@@ -72,17 +70,6 @@ def made_cases(images: int, captions: int, size: int) -> list[Case]:
         entities = EntityMap.from_id_image(sample.id_map, sample.segment_ids)
         cases.append(Case(sample.image_array, entities, texts))
     return cases
-
-
-def load_predictor(args: argparse.Namespace, cases: list[Case], folder: Path) -> GellaPredictor:
-    """The predictor of the config, with a tokenizer of these captions where it has none."""
-    cfg = load_config(args.config_file, args.opts)
-    import_modules(cfg)
-    cfg.MODEL.WEIGHTS = args.weights
-    if not args.weights and not Path(cfg.MODEL.LANGUAGE.TOKENIZER).expanduser().is_dir():
-        train_tokenizer([text for case in cases for text, _ in case.captions], str(folder))
-        cfg.MODEL.LANGUAGE.TOKENIZER = str(folder)
-    return GellaPredictor(cfg, config_file=args.config_file)
 
 
 def ways(predictor: GellaPredictor, cases: list[Case]) -> dict[str, Callable[[], list[Any]]]:
@@ -112,110 +99,76 @@ def ways(predictor: GellaPredictor, cases: list[Case]) -> dict[str, Callable[[],
 def time_ways(
     functions: dict[str, Callable[[], list[Any]]], repeat: int, device: str
 ) -> dict[str, float]:
-    """Median seconds of each way; they take turns, so that a busy machine slows all of them.
-
-    Raises:
-        ValueError: two ways that must agree do not.
-    """
+    """Median seconds of each way; ValueError if two ways that must agree do not."""
     results = {name: function() for name, function in functions.items()}  # also warms up
-    failed = [one for found in results.values() for one in found if isinstance(one, Exception)]
+    failed = [one for given in results.values() for one in given if isinstance(one, Exception)]
     if failed:
         raise failed[0]
     for pair in (("separate", "shared"), ("single", "batch")):
         # Of near ties, which random weights give many of, the entities may change places.
         scores = [
-            [phrase["scores"][0] for found in results[name] for phrase in found.phrases]
+            [phrase["scores"][0] for result in results[name] for phrase in result.phrases]
             for name in pair
         ]
         if not np.allclose(*scores, rtol=0, atol=TOLERANCE):
             raise ValueError(f"{pair[0]} and {pair[1]} calls gave different scores")
     on_gpu = device.startswith("cuda")
+
+    def finish(function: Callable[[], list[Any]]) -> None:
+        function()
+        if on_gpu:
+            torch.cuda.synchronize()
+
     clock = time.perf_counter if on_gpu else time.process_time
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in tqdm(range(repeat), "turns", leave=False):
-        for name, function in functions.items():
-            start = clock()
-            function()
-            if on_gpu:
-                torch.cuda.synchronize()
-            times[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    tasks = {name: (finish, [function]) for name, function in functions.items()}
+    return take_turns(tasks, repeat, clock, warm=False)
 
 
 def rules(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """What is asked of the predictor, why, and whether this run met it."""
     seconds, captions, images = figures["seconds"], figures["captions"], figures["images"]
-    asked = [
-        (
-            f"{captions} captions on one set_image, in {captions} separate calls",
-            seconds["shared"] / seconds["separate"],
-            SHARE,
-            "the vision side and the keys and values of the image tokens are computed once",
-        ),
-        (
-            f"a batch of {images} pictures, in {images} single ones",
-            seconds["batch"] / seconds["single"],
-            BATCH_SHARE,
-            "one pass through each part instead of one per picture",
-        ),
-    ]
-    return [
-        {"name": name, "value": value, "limit": limit, "met": value <= limit, "why": why}
-        for name, value, limit, why in asked
-    ]
+    asked = (
+        f"{captions} captions on one set_image, in {captions} separate calls",
+        seconds["shared"] / seconds["separate"],
+        SHARE,
+        "the vision side and the keys and values of the image tokens are computed once",
+    )
+    batch = (
+        f"a batch of {images} pictures, in {images} single ones",
+        seconds["batch"] / seconds["single"],
+        BATCH_SHARE,
+        "one pass through each part instead of one per picture",
+    )
+    return judge([asked, batch])
 
 
-def report(figures: dict[str, Any]) -> str:
-    """The printed table and verdicts."""
-    seconds, captions, images = figures["seconds"], figures["captions"], figures["images"]
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The figures and the text to print. ValueError, OSError for wrong arguments."""
+    images, captions = args.images, args.captions
+    with threads(args.threads), tempfile.TemporaryDirectory() as folder:
+        cases = made_cases(images, captions, args.size)
+        cfg = load_config(args.config_file, args.opts)
+        import_modules(cfg)
+        cfg.MODEL.WEIGHTS = args.weights
+        if not args.weights and not Path(cfg.MODEL.LANGUAGE.TOKENIZER).expanduser().is_dir():
+            train_tokenizer([text for case in cases for text, _ in case.captions], folder)
+            cfg.MODEL.LANGUAGE.TOKENIZER = folder
+        predictor = GellaPredictor(cfg, config_file=args.config_file)
+        device = predictor.cfg.MODEL.DEVICE
+        seconds = time_ways(ways(predictor, cases), args.repeat, device)
+        of = f"{args.config_file}, {args.weights or 'random weights'}, {args.size}x{args.size}"
+        figures: dict[str, Any] = {"of": of, "machine": machine(device)}
+    figures.update(captions=captions, images=images, seconds=seconds)
+    figures["rules"] = rules(figures)
     rows = [
-        (f"{captions} captions, set_image for each", seconds["separate"], captions),
-        (f"{captions} captions, one set_image", seconds["shared"], captions),
-        (f"{images} pictures one by one", seconds["single"], images),
-        (f"{images} pictures in one batch", seconds["batch"], images),
+        (f"{captions} captions, set_image for each", "separate", captions),
+        (f"{captions} captions, one set_image", "shared", captions),
+        (f"{images} pictures one by one", "single", images),
+        (f"{images} pictures in one batch", "batch", images),
     ]
     table = tabulate(
-        [(name, f"{value:.3f}", f"{1000 * value / count:.1f}") for name, value, count in rows],
+        [(name, seconds[way], 1000 * seconds[way] / count) for name, way, count in rows],
         ["", "seconds", "ms each"],
-        colalign=("left", "right", "right"),
-        disable_numparse=True,
+        floatfmt=("", ".3f", ".1f"),
     )
-    parts = [f"{figures['of']}\n{figures['machine']}", table]
-    for rule in figures["rules"]:
-        verdict = "met" if rule["met"] else "NOT MET"
-        line = f"{rule['name']}: {rule['value']:.2f} (asked: <= {rule['limit']:g}, {verdict})"
-        parts.append(f"{line}\n    because: {rule['why']}")
-    return "\n\n".join(parts)
-
-
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print, and write ``--json``; the figures. Wrong arguments: ValueError, OSError."""
-    for name, least in LEAST.items():
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} is {getattr(args, name)}; give at least {least}")
-    before = torch.get_num_threads()  # given back: the tests' process goes on with its own
-    torch.set_num_threads(args.threads)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            cases = made_cases(args.images, args.captions, args.size)
-            predictor = load_predictor(args, cases, Path(folder))
-            device = predictor.cfg.MODEL.DEVICE
-            seconds = time_ways(ways(predictor, cases), args.repeat, device)
-    finally:
-        torch.set_num_threads(before)
-    figures: dict[str, Any] = {
-        "of": f"{args.config_file}, {args.weights or 'random weights'}, {args.size}x{args.size}",
-        "machine": f"{platform.machine()}, {platform.system()}, Python "
-        f"{platform.python_version()}, torch {torch.__version__} on {device}, "
-        f"{args.threads} threads",
-        "captions": args.captions,
-        "images": args.images,
-        "seconds": seconds,
-    }
-    figures["rules"] = rules(figures)
-    print(report(figures))
-    if args.json:
-        write_json(args.json, figures)
-        print(f"\nwrote {args.json}")
-    print("\nnext: python tools/demo.py --help")
-    return figures
+    return figures, with_verdicts([f"{of}\n{figures['machine']}", table], figures["rules"])

@@ -1,4 +1,4 @@
-"""Pictures, masks and captions made on the spot, on which `data.py` measures."""
+"""Pictures, masks and captions made on the spot, on which the modes `data` and `eval` measure."""
 
 from __future__ import annotations
 
@@ -11,8 +11,22 @@ from shapes_text import train_tokenizer
 
 from gella.entities.entity_map import id_to_rgb
 
-NOUNS = ("person", "dog", "table", "window", "road", "tree", "cup", "horse")
+WORDS = (
+    "person dog table window road tree cup horse lamp boat chair river train cloud bench flower"
+).split()
+_NOUNS = 8  # of a scene's caption
 _CELL = 4  # pixels: the coarse grid on which regions are laid out
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    """ "640x480" -> (640, 480), width first; ValueError for anything else."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        width = height = 0
+    if min(width, height) < 16:
+        raise ValueError(f"--size is {text!r}: give width x height, at least 16 each, as 640x480")
+    return width, height
 
 
 def id_image(height: int, width: int, segments: int, rng: np.random.Generator) -> np.ndarray:
@@ -27,56 +41,57 @@ def id_image(height: int, width: int, segments: int, rng: np.random.Generator) -
     return (np.take_along_axis(fine, columns, axis=1) + 1000).astype(np.int32)
 
 
-def picture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """A picture whose JPEG is about as large as a photograph's: uint8 (H, W, 3)."""
-    coarse = rng.integers(0, 256, (max(height // 16, 1), max(width // 16, 1), 3), dtype=np.uint8)
-    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    noise = rng.integers(-12, 13, (height, width, 1))
-    return (np.asarray(smooth).astype(np.int64) + noise).clip(0, 255).astype(np.uint8)
+def made_caption(nouns: int) -> tuple[str, list[str]]:
+    """A sentence that names ``nouns`` things, and their names in order, no two the same."""
+    rounds = (divmod(number, len(WORDS)) for number in range(nouns))
+    names = [WORDS[word] + (f" {turn + 1}" if turn else "") for turn, word in rounds]
+    return "In this picture there is " + " beside ".join(f"a {name}" for name in names) + ".", names
 
 
 def write_scenes(
-    folder: Path, count: int, height: int, width: int, segments: int, seed: int = 0
+    folder: Path, count: int, size: tuple[int, int], segments: int
 ) -> tuple[list[dict[str, Any]], str]:
     """Write JPEGs, panoptic PNGs and a tokenizer.
 
     Args:
         folder: an existing, empty folder.
         count: how many scenes.
-        height: of each, pixels.
-        width: of each, pixels.
+        size: (width, height) of each in pixels.
         segments: of each, at least 1; one that is covered by its neighbours is left out.
-        seed: other numbers give other scenes.
 
     Returns:
         Dataset dicts, which can train every task, and the tokenizer's folder.
     """
-    rng, records = np.random.default_rng(seed), []
+    rng, records, (width, height) = np.random.default_rng(0), [], size
+    caption, nouns = made_caption(_NOUNS)
     for number in range(count):
         ids = id_image(height, width, segments, rng)
-        names = [str(folder / f"{number}{suffix}") for suffix in (".jpg", ".png")]
-        Image.fromarray(picture(height, width, rng)).save(names[0], quality=90)
-        Image.fromarray(id_to_rgb(ids)).save(names[1])
-        found = [int(i) for i in np.unique(ids)]
-        caption, phrases = _caption(found)
-        listed = [{"id": i, "category_id": 1, "iscrowd": 0} for i in found]
-        where = {"format": "panoptic_png", "file_name": names[1], "segments_info": listed}
-        sides = {"height": height, "width": width}
-        record = {"file_name": names[0], "image_id": number, **sides, "entities": where}
-        record.update(caption=caption, phrases=phrases, tasks=("describe", "extract", "ground"))
-        records.append(record)
-    tokenizer = str(folder / "tokenizer")
-    train_tokenizer([record["caption"] for record in records], tokenizer)
-    return records, tokenizer
-
-
-def _caption(segment_ids: list[int]) -> tuple[str, list[dict[str, Any]]]:
-    caption, phrases = "There is", []
-    for place, noun in enumerate(NOUNS):
-        caption += " a " if place == 0 else " near a "
-        start = len(caption)
-        caption += noun
-        ids = segment_ids[place :: len(NOUNS)]
-        phrase = {"text": noun, "start": start, "end": len(caption), "segment_ids": ids}
-        phrases.append({**phrase, "is_plural": len(ids) > 1, "is_thing": True})
-    return caption + ".", phrases
+        coarse = (max(height // 16, 1), max(width // 16, 1), 3)
+        blobs = Image.fromarray(rng.integers(0, 256, coarse, dtype=np.uint8))
+        smooth = np.asarray(blobs.resize(size, Image.Resampling.BICUBIC)).astype(np.int64)
+        # With noise the JPEG is about as large as a photograph's.
+        picture = smooth + rng.integers(-12, 13, (height, width, 1))
+        image, masks = (str(folder / f"{number}{suffix}") for suffix in (".jpg", ".png"))
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(image, quality=90)
+        Image.fromarray(id_to_rgb(ids)).save(masks)
+        present = np.unique(ids).tolist()
+        infos = [{"id": i, "category_id": 1, "iscrowd": 0} for i in present]
+        phrases = []
+        for place, noun in enumerate(nouns):
+            start, named = caption.index(f"a {noun}") + 2, present[place::_NOUNS]
+            span = {"text": noun, "start": start, "end": start + len(noun), "segment_ids": named}
+            phrases.append({**span, "is_plural": len(named) > 1, "is_thing": True})
+        records.append(
+            {
+                "file_name": image,
+                "image_id": number,
+                "height": height,
+                "width": width,
+                "entities": {"format": "panoptic_png", "file_name": masks, "segments_info": infos},
+                "caption": caption,
+                "phrases": phrases,
+                "tasks": ("describe", "extract", "ground"),
+            }
+        )
+    train_tokenizer([caption], str(folder / "tokenizer"))
+    return records, str(folder / "tokenizer")

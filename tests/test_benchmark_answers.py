@@ -26,7 +26,7 @@ NO_TOKENIZER = ["--opts", "MODEL.LANGUAGE.TOKENIZER", "/nowhere/tokenizer"]
     ("mode", "arguments", "message"),
     [
         ("generation", ["--num", "0"], "--num is 0; give at least 1"),
-        ("generation", ["--lookup", "0"], "--lookup must be at least 1"),
+        ("generation", ["--lookup", "0"], "--lookup is 0; give at least 1"),
         ("generation", ["--config-file", "no_such.yaml"], "no_such.yaml"),
         ("generation", ["--dataset", "no_such_dataset"], "no_such_dataset"),
         ("predict", ["--captions", "1"], "--captions is 1; give at least 2"),

@@ -75,7 +75,7 @@ def paper():
 def test_the_paper_s_model_has_the_published_sizes(paper):
     cfg, model = paper
     assert {p.device.type for p in model.parameters()} == {"meta"}
-    sizes = {part: (count, trained) for part, count, trained in cost.part_sizes(model)}
+    sizes = cost.part_sizes(model)
     # LLaMA-7B from its architecture: embedding and output, 32 blocks, the final norm
     width, inner = 4096, 11008
     block = 4 * width * width + 3 * width * inner + 2 * width
@@ -92,8 +92,7 @@ def test_the_paper_s_model_has_the_published_sizes(paper):
     assert sizes["all"][0] == total
     assert sum(count for part, (count, _) in sizes.items() if part != "all") == total
     assert cost.zero_branches(model)[0].largest == 32001 * 4096
-    counts = {part: count for part, (count, _) in sizes.items()}
-    compared = cost.compare_published(cfg, counts)
+    compared = cost.compare_published(cfg, sizes)
     assert [item["ours"] - item["parameters"] for item in compared] == [0, 0]
     text = cost.published_table(compared)
     assert text.count("equal") == 2 and "differs" not in text
@@ -102,8 +101,8 @@ def test_the_paper_s_model_has_the_published_sizes(paper):
     assert "differs by +7" in cost.published_table(compared)
     other = cfg.clone()
     other.MODEL.LANGUAGE.VOCAB_SIZE = 32003  # added words are taken off before comparing
-    assert cost.compare_published(other, counts)[0]["ours"] == llama - 2 * 2 * 4096
-    assert cost.compare_published(tiny_cfg(), counts) == [] and cost.published_table([]) == ""
+    assert cost.compare_published(other, sizes)[0]["ours"] == llama - 2 * 2 * 4096
+    assert cost.compare_published(tiny_cfg(), sizes) == [] and cost.published_table([]) == ""
 
 
 def test_counting_takes_shared_parameters_once():
@@ -286,8 +285,8 @@ def test_float32_keeps_no_second_copy_and_frozen_weights_have_no_states():
     adapters = Branch(parameters=1000, trained=10)
     assert [*cost.zero_states(adapters, 4, 0, "fp32").values()] == [4000, 40, 80, 0, 0]
     assert [*cost.zero_states(adapters, 4, 3, "bf16").values()] == [500, 6, 36, 0, 0]  # rounded up
-    assert cost.replicated_bytes(adapters, 1) == 4000 + 40 + 80
-    assert cost.replicated_bytes(adapters, 2) == 4000 + 80 + 80
+    for gpus, rest in ((1, 4000 + 40 + 80), (2, 4000 + 80 + 80)):
+        assert {row["rest"] for row in cost.plan_rows(LLAMA, adapters, gpus, "bf16", {})} == {rest}
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 8])
@@ -327,8 +326,10 @@ def test_rows_add_up_and_name_the_smallest_card():
         for kind, size in activations.items():
             assert row["total"][kind] == states + 20 * 10**8 + size
     assert [row["card"]["checkpointed"] for row in rows] == [0, 48, 40, 24, 24, 24, 24]
-    assert cost.smallest_card(int(0.9 * 24 * GIB)) == 24
-    assert cost.smallest_card(int(0.9 * 24 * GIB) + 1) == 40
+    room = int(0.9 * 24 * GIB)
+    for size, card in ((room, 24), (room + 1, 40)):
+        row = cost.plan_rows(Branch(0, 0), Branch(0, 0), 8, "bf16", {"plain": size})[0]
+        assert row["card"]["plain"] == card
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -375,7 +376,7 @@ def test_the_report_and_its_json(tmp_path, capsys):
                 ("--nouns 0", "--nouns is 0"),
                 ("--entities 0", "--entities is 0"),
                 ("--batch 0", "--batch is 0"),
-                ("--zero-gpus 0", "--zero-gpus 0"),
+                ("--zero-gpus 0", "--zero-gpus is 0"),
                 ("--caption-tokens -1", "--caption-tokens is -1"),
                 ("--caption-tokens 500", "654 tokens"),
                 ("MODEL.FOO 1", "MODEL.FOO"),

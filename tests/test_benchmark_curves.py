@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
-from argparse import ArgumentParser
-from pathlib import Path
 
+import benchmark
+import curves as benchmark_curves
 import pytest
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import curves as benchmark_curves  # noqa: E402
 
 
 def run_with(value: float, noise: float = 0.0, seed: int = 0) -> dict[str, list[float]]:
@@ -82,12 +78,9 @@ def test_the_picture(tmp_path):
     assert len(Image.open(path).convert("RGB").getcolors(100_000)) > 10
 
 
-def test_one_process_is_no_comparison():
-    parser = ArgumentParser()
-    benchmark_curves.add_arguments(parser)
-    args = parser.parse_args(["--config-file", "x.yaml", "--processes", "1"])
-    with pytest.raises(ValueError, match="at least 2"):
-        benchmark_curves.record(args)
+def test_one_process_is_no_comparison(capsys):
+    assert benchmark.main(["curves", "--config-file", "x.yaml", "--processes", "1"]) == 2
+    assert "--processes is 1; give at least 2" in capsys.readouterr().err
 
 
 def test_moved_weights_are_the_neighbours_of_the_first_ones():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser
 from collections import defaultdict
 from types import SimpleNamespace
 
 import benchmark
 import evaluation as benchmark_eval
-import nouns as benchmark_nouns
+import measuring
 import pytest
 import torch
 
@@ -118,7 +117,7 @@ def test_counts_that_differ_are_refused(pairs):
             benchmark_eval.check_agreement(wrong, theirs, pairs[0])
 
 
-def test_tasks_take_turns_and_the_first_pass_is_not_counted(monkeypatch):
+def test_tasks_take_turns_and_the_first_pass_is_not_counted():
     # Seconds of the calls in turn: a first pass of 90, then 1 and 2 (a), 10 and 40 (b), and so on.
     seconds = iter([90] * 4 + [1, 10, 2, 40] + [3, 20, 6, 30])
     now = [0.0, False]
@@ -128,19 +127,19 @@ def test_tasks_take_turns_and_the_first_pass_is_not_counted(monkeypatch):
         now[0] += 0 if now[1] else next(seconds)
         return now[0]
 
-    monkeypatch.setattr(benchmark_eval.time, "thread_time", clock)
     seen: list[tuple[str, int]] = []
+
     tasks = {name: (lambda x, name=name: seen.append((name, x)), [1, 2]) for name in "ab"}
-    figures = benchmark_eval.take_turns(tasks, 2)
+    figures = measuring.take_turns(tasks, 2, clock)
     assert seen == [("a", 1), ("b", 1), ("a", 2), ("b", 2)] * 3
-    assert figures == {"a": 2500.0, "b": 25_000.0}
+    assert figures == {"a": 2.5, "b": 25.0}
 
 
 def test_one_pass_and_a_pass_per_noun_ask_for_the_same_nouns(tokenizer):
-    together, single = benchmark_nouns.prompts_of(tokenizer, 20, 9)
+    together, single = benchmark_eval.prompts_of(tokenizer, 20, 9)
     assert len(together.seg_positions) == len(single) == 20
     assert all(len(prompt.seg_positions) == 1 for prompt in single)
-    caption, names = benchmark_nouns.made_caption(20)
+    caption, names = benchmark_eval.made_caption(20)
     assert len(set(names)) == 20 and all(f"a {name}" in caption for name in names)
     # The caption stands in all of them, so all but the answers agree.
     start = int((together.labels != -100).nonzero()[0])
@@ -149,10 +148,9 @@ def test_one_pass_and_a_pass_per_noun_ask_for_the_same_nouns(tokenizer):
 
 
 def test_a_language_model_of_the_aim_s_size_by_default():
-    parser = ArgumentParser()
-    benchmark_eval.add_arguments(parser)
-    args = parser.parse_args([])
+    defaults = {name: number for name, (number, _, _) in benchmark_eval.NUMBERS.items()}
     with torch.device("meta"):
-        decoder = benchmark_nouns.random_decoder(args.layers, args.width, args.vocabulary)
+        sizes = [defaults[name] for name in ("layers", "width", "vocabulary")]
+        decoder = benchmark_eval.random_decoder(*sizes)
     assert 95e6 < sum(p.numel() for p in decoder.llama.parameters()) < 115e6
-    assert (args.nouns, args.grid, args.recall_nouns) == (12, 24, 100_000)
+    assert [defaults[name] for name in ("nouns", "grid", "recall-nouns")] == [12, 24, 100_000]

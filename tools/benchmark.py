@@ -3,6 +3,7 @@
 
     python tools/benchmark.py cost --config-file configs/gella_swin_t.yaml
     python tools/benchmark.py data --json data.json
+    python tools/benchmark.py loading --narratives 20000 --images 20000
     python tools/benchmark.py generation --config-file configs/gella_tiny_shapes.yaml
     python tools/benchmark.py eval --json eval.json
     python tools/benchmark.py predict --config-file configs/gella_tiny_shapes.yaml
@@ -10,11 +11,11 @@
     python tools/benchmark.py curves --config-file configs/gella_tiny_shapes.yaml
 
 ``cost`` counts parameters, FLOPs and memory of each part, and memory per GPU under ZeRO, without
-weights or a GPU. ``data`` times the mapper, the loader and the colormap. ``generation`` counts the
-calls of the language model for an answer. ``eval`` times the metrics and the language pass of given
-nouns. ``predict`` times captions on one picture and pictures in one batch. ``curves`` lays a
-training under ZeRO over a plain one. ``crash`` kills a training again and again. Each explains
-itself: ``python tools/benchmark.py cost --help``.
+weights or a GPU. ``data`` times the mapper, the loader and the colormap. ``loading`` loads
+annotations of COCO's size. ``generation`` counts the calls of the language model for an answer.
+``eval`` times the metrics and the language pass of given nouns. ``predict`` times captions on one
+picture and pictures in one batch. ``curves`` lays a training under ZeRO over a plain one. ``crash``
+kills a training again and again. Each explains itself: ``python tools/benchmark.py cost --help``.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gella.commands.console import exit_status
+from gella.utils.io import write_json
 
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT / "benchmarks"), str(_ROOT / "datasets")]
-# mode -> its file in benchmarks/, and what it does
+# mode -> its file in benchmarks/, and what it does. The file has NUMBERS (options that take an
+# integer: default, least, help), add_arguments (the others), run (figures, and the text to print),
+# NEXT (what to do with them), and where figures can be wrong, failed.
 MODES = {
     "cost": ("cost", "parameters, FLOPs and memory of each part, counted"),
     "crash": ("crash", "kills a training and compares what its resumed runs end at"),
     "curves": ("curves", "losses under ZeRO in several processes over those of one"),
     "data": ("data", "images per second of mapper and loader"),
+    "loading": ("loading", "time and memory of annotations of COCO's and PNG's size"),
     "generation": ("generation", "calls of the language model for an answer"),
     "eval": ("evaluation", "time of panoptic quality, average recall and given nouns"),
     "predict": ("predict", "captions on one picture, and pictures in one batch"),
@@ -42,18 +47,36 @@ MODES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the command line; the exit status, 2 for wrong arguments, 1 if a mode failed."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
     modules = {name: importlib.import_module(file) for name, (file, _) in MODES.items()}
     for name, (_, text) in MODES.items():
-        modules[name].add_arguments(commands.add_parser(name, help=text))
+        about = modules[name].__doc__
+        mode = commands.add_parser(name, help=text, description=about, formatter_class=form)
+        mode.add_argument("--json", metavar="FILE", help="write the figures there too")
+        for option, (default, _, what) in modules[name].NUMBERS.items():
+            told = what if default is None else f"{what} (default {default})"
+            mode.add_argument(f"--{option}", type=int, default=default, metavar="N", help=told)
+        modules[name].add_arguments(mode)
     args = parser.parse_args(arguments)
+    module = modules[args.command]
 
-    def work() -> None:
-        modules[args.command].run(args)
+    def work() -> int:
+        for option, (_, least, _) in module.NUMBERS.items():
+            value = getattr(args, option.replace("-", "_"))
+            if value is not None and value < least:
+                raise ValueError(f"--{option} is {value}; give at least {least}")
+        figures, text = module.run(args)
+        print(text)
+        if args.json:
+            write_json(args.json, figures)
+            print(f"\nwrote {args.json}")
+        if hasattr(module, "failed") and module.failed(figures):
+            return 1
+        print("\nnext:", module.NEXT.format_map(vars(args)))
+        return 0
 
     return exit_status(work, errors=(KeyError, OSError, ValueError), interrupted="stopped")
 
