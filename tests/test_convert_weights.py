@@ -474,7 +474,7 @@ def test_from_zero_needs_a_place_and_nothing_else(capsys):
 
 
 def test_from_zero_writes_what_was_put_together_if_it_fits(tmp_path, monkeypatch, capsys):
-    """`consolidate` itself is compared with real checkpoints in tests/test_resume.py."""
+    """`consolidate` itself is compared with real checkpoints in tests/test_zero.py."""
     from detectron2.modeling import build_model
 
     from gella import load_config
