@@ -39,13 +39,10 @@ class CheckpointStore:
 
     def __init__(self, folder: str | Path, *, keep: int = 0, keep_every: int = 0) -> None:
         """Args:
-            folder: made by the first save.
-            keep: complete checkpoints to keep, newest first; 0 keeps all.
-            keep_every: of those that are due to go, keep the ones after every so many iterations;
-                0 keeps none of them.
-
-        Raises:
-            ValueError: a negative number.
+        folder: made by the first save.
+        keep: complete checkpoints to keep, newest first; 0 keeps all.
+        keep_every: of those that are due to go, keep the ones after every so many iterations;
+            0 keeps none of them. ValueError for a negative number.
         """
         if keep < 0 or keep_every < 0:
             raise ValueError(
@@ -115,14 +112,8 @@ class CheckpointStore:
     def finish(self, iteration: int, facts: Mapping[str, Any]) -> Path:
         """Make what was written the checkpoint of an iteration, then delete what need not be kept.
 
-        All processes must have written their files.
-
-        Args:
-            iteration: as in :meth:`begin`.
-            facts: further entries of ``state.json``; plain JSON values.
-
-        Returns:
-            the checkpoint's folder.
+        All processes must have written their files. ``facts`` are further entries of
+        ``state.json``, plain JSON values. Returns the checkpoint's folder.
         """
         path, final = self.being_written(iteration), self.path(iteration)
         files = [p for p in sorted(path.rglob("*")) if p.is_file()]

@@ -83,11 +83,8 @@ class EvenLoader:
     """
 
     def __init__(self, loader: Iterable[list[dict[str, Any]]], num_real: int, name: str) -> None:
-        """Args:
-        loader: gives lists of mapped dicts.
-        num_real: how many of them count, the first ones.
-        name: of the dataset, for the log.
-        """
+        """``loader`` gives lists of mapped dicts, of which the first ``num_real`` in all count;
+        ``name`` is the dataset's, for the log."""
         self._loader, self.num_real, self._name = loader, num_real, name
 
     def __len__(self) -> int:
@@ -119,14 +116,10 @@ def build_even_loader(
     last record.
 
     Args:
-        records: dataset dicts, equal on all ranks.
+        records: dataset dicts, equal on all ranks; ValueError if there is none.
         mapper: turns one of them into a new mapped dict.
-        batch_size: images at a time.
-        num_workers: processes that map.
+        batch_size, num_workers: images at a time, and processes that map.
         name: of the dataset, for the log.
-
-    Raises:
-        ValueError: there is no record.
     """
     if not len(records):
         raise ValueError("a test set without a record cannot be evaluated")
@@ -265,13 +258,9 @@ class BestCheckpoint:
         self, save: Callable[[int, str], None], folder: str | Path, metric: str, mode: str
     ) -> None:
         """Args:
-            save: called on all ranks with the iteration and the checkpoint's name.
-            folder: of ``best.json``.
-            metric: "task/metric", such as "png/AR" (``TEST.BEST_METRIC``).
-            mode: "max" or "min" (``TEST.BEST_MODE``).
-
-        Raises:
-            ValueError: another mode.
+        save: called on all ranks with the iteration and the checkpoint's name.
+        folder: of ``best.json``.
+        metric, mode: ``TEST.BEST_METRIC``, such as "png/AR", and "max" or "min", else ValueError.
         """
         if mode not in ("max", "min"):
             raise ValueError(f'TEST.BEST_MODE is {mode!r}: use "max" or "min"')
@@ -283,9 +272,8 @@ class BestCheckpoint:
     def start(self, start_iteration: int) -> None:
         """Take up what an earlier part of the run found; every rank must call this.
 
-        Args:
-            start_iteration: where the run goes on. A best of later iterations, which the resumed
-                run will reach again, or of another metric counts no more.
+        A best of iterations after the start, which the resumed run will reach again, or of another
+        metric counts no more.
         """
         known: dict[str, Any] = {}
         if comm.is_main_process() and start_iteration > 0 and self._path.is_file():
@@ -310,12 +298,8 @@ class BestCheckpoint:
     def offer(self, scores: dict[str, float], iteration: int) -> bool:
         """Save the present weights if they are better; every rank must call this.
 
-        Args:
-            scores: {"task/metric": score} on the main process; not looked at on others.
-            iteration: the last one done.
-
-        Returns:
-            whether they are; False for a score that is missing (an error is logged) or no number.
+        ``scores`` are {"task/metric": score} on the main process, after ``iteration``. False also
+        for a score that is missing, which is logged as an error, or no number.
         """
         value = comm.all_gather(scores.get(self._metric))[0]
         if value is None:
@@ -360,14 +344,13 @@ class EvaluationInTraining(HookBase):
         best: BestCheckpoint | None = None,
     ) -> None:
         """Args:
-            period: ``TEST.EVAL_PERIOD``; 0 evaluates at the end only.
-            evaluate: called on all ranks with the number of images per dataset, 0 for all; returns
-                a nested dict of numbers on the main process.
-            subset: ``TEST.SUBSET``, for all evaluations but the last.
-            best: takes the scores; None keeps no best checkpoint.
+        period: ``TEST.EVAL_PERIOD``; 0 evaluates at the end only.
+        evaluate: called on all ranks with the number of images per dataset, 0 for all; returns
+            a nested dict of numbers on the main process.
+        subset: ``TEST.SUBSET``, for all evaluations but the last.
+        best: takes the scores; None keeps no best checkpoint.
 
-        Raises:
-            ValueError: a negative number, or a best checkpoint without a period.
+        Raises ValueError for a negative number, or a best checkpoint without a period.
         """
         if period < 0 or subset < 0:
             raise ValueError(

@@ -146,14 +146,10 @@ class NonFiniteGuard(HookBase):
     POLICIES = ("stop", "skip")
 
     def __init__(self, policy: str, limit: int, output_dir: str) -> None:
-        """Args:
-        policy: ``SOLVER.NONFINITE``.
-        limit: ``SOLVER.NONFINITE_LIMIT``, steps that may be skipped in the whole run, resumed
-            parts included; the next one ends it. Counted in all and not in a row: a run that
-            skips every tenth step trains on other data than its config says.
-        output_dir: folder of the files.
+        """``SOLVER.NONFINITE``, ``SOLVER.NONFINITE_LIMIT`` and the output folder.
 
-        Raises ValueError for another policy or a negative limit.
+        The limit is of the whole run, resumed parts included, and not in a row: a run that skips
+        every tenth step trains on other data than its config says. ValueError for other values.
         """
         if policy not in self.POLICIES:
             raise ValueError(f"SOLVER.NONFINITE is {policy!r}: use one of {self.POLICIES}")
@@ -170,12 +166,8 @@ class NonFiniteGuard(HookBase):
     def losses_ok(self, losses: Mapping[str, Tensor], batch: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the backward pass may be made; all ranks must call it and get one answer.
 
-        Args:
-            losses: scalar losses by name, as the model returns them.
-            batch: the mapped dicts that they come from.
-
-        Returns:
-            False: make no backward pass, drop the gradients of this step, change no parameter.
+        After False no gradient of the step counts and no parameter changes. ``losses`` are the
+        scalars that the model returns for ``batch``, mapped dicts.
 
         Raises:
             NonFiniteError: on all ranks, naming the file that was written.

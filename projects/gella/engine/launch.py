@@ -63,15 +63,11 @@ class LaunchError(ValueError):
 
 
 def launch_from_environment(main: Callable[[Any], Any], args: Any) -> None:
-    """Call ``main(args)`` in every process of the run, with the process group joined.
+    """Call the importable ``main(args)`` in every process of the run, in its process group.
 
     Started by torchrun, this process joins the others. Otherwise Detectron2's ``launch`` starts
     ``args.num_gpus`` processes on this machine. The backend is NCCL with a CUDA device, else Gloo;
     ``detectron2.utils.comm`` knows the local group either way.
-
-    Args:
-        main: an importable function of ``args``.
-        args: what ``default_argument_parser`` parsed.
 
     Raises:
         LaunchError: arguments that contradict each other or the environment, or the machine.
@@ -199,12 +195,8 @@ def _end(status: int) -> NoReturn:
 def forwarded_signals(processes: int) -> Iterator[None]:
     """Let the process that starts others pass SIGTERM and SIGINT on, and wait for their end.
 
-    Put it around Detectron2's ``launch``. Without it the signal would end this process at once and
-    leave the others to themselves.
-
-    Args:
-        processes: how many take part in the run. 1 changes nothing: ``launch`` then trains in this
-            process, with a hook of its own.
+    To be put around Detectron2's ``launch``. Without it the signal would end this process at once
+    and leave the others to themselves. One process changes nothing: it has a hook of its own.
 
     Raises:
         SystemExit: status 128 + signal if the processes could not end well after a signal.
@@ -232,10 +224,8 @@ def forwarded_signals(processes: int) -> Iterator[None]:
 def resume_command(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
     """Return the command line that goes on with a run.
 
-    Args:
-        arguments: ``sys.argv`` of the run: the script and its options.
-        environment: variables of the process; torchrun's tell that it started the run. Where the
-            nodes of several met is not among them, so that this part is left to the reader.
+    ``arguments`` are ``sys.argv`` of the run. The environment tells that torchrun started it, but
+    not where the nodes of several met, so that this part is left to the reader.
     """
     script, *options = arguments
     if "--resume" not in options:
@@ -304,12 +294,7 @@ def _flat(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def record_facts(name: str, records: Any) -> dict[str, str]:
-    """Number and order of a dataset's records.
-
-    Args:
-        name: what the user knows them as, such as "DATASETS.TRAIN".
-        records: `gella.data.records.Records`.
-    """
+    """Number and order of a dataset's records (`gella.data.records.Records`) under a name."""
     order = hashlib.sha256("\n".join(records.image_ids().tolist()).encode()).hexdigest()
     return {name: f"{len(records):,} records (order {order[:8]})"}
 

@@ -105,15 +105,11 @@ def split_off(
 
 
 def with_epochs(cfg: Any, num_records: int) -> Any:
-    """The config with ``SOLVER.MAX_ITER`` and ``SOLVER.STEPS`` computed from epochs.
+    """The config with ``SOLVER.MAX_ITER`` and ``SOLVER.STEPS`` computed from epochs, if it has any.
 
     An epoch is ``SOLVER.EPOCH_SIZE`` images, or one image per training record where that is 0,
     whichever tasks they are drawn for. Iterations are optimiser steps of ``SOLVER.IMS_PER_BATCH``
     images; the iteration in which an epoch ends is its last one.
-
-    Args:
-        cfg: not changed; returned as it is when ``SOLVER.EPOCHS`` is 0.
-        num_records: length of the training set.
 
     Raises:
         ValueError: ``SOLVER.STEP_EPOCHS`` that do not rise within 0 to ``SOLVER.EPOCHS``.

@@ -235,13 +235,8 @@ class RunCheckpoints(HookBase):
 def fitted_optimizer_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> Any:
     """An optimiser's state for an optimiser that has, or lacks, the groups under ZeRO.
 
-    Args:
-        saved: a ``state_dict()`` of an optimiser with the same groups; those of the language side
-            may be without parameters in one of the two.
-        optimizer: that is going to load it; not changed.
-
-    Returns:
-        ``saved`` itself if it fits; else one where such groups have no state.
+    ``saved`` is the ``state_dict()`` of one with the same groups, of which those of the language
+    side may be without parameters in one of the two; they get no state then.
 
     Raises:
         ValueError: the groups differ in another way; names the group and both numbers.

@@ -54,14 +54,12 @@ class StepTrainer(SimpleTrainer):
         grad_scaler: Any = None,
     ) -> None:
         """Args:
-        model: maps a list of inputs to a dict of scalar losses; may be wrapped for
-            distributed training.
+        model: maps a list of inputs to a dict of scalar losses; may be wrapped.
         data_loader: endless iterable of lists.
         optimizer: of all parameters that are not under ZeRO.
         accumulate: micro batches per step, at least 1.
         seed: ``cfg.SEED``; a negative one leaves the generators alone, as in Detectron2.
-        precision: of autocast; None for none.
-        grad_scaler: for float16; None for none.
+        precision, grad_scaler: of autocast, and for float16; None for none.
         """
         super().__init__(model, data_loader, optimizer)
         self.accumulate, self.seed, self.precision = accumulate, seed, precision

@@ -46,13 +46,11 @@ def read_config(
     Args:
         path: file with ``zero_optimization`` and whatever else of DeepSpeed's documented keys; the
             value "auto" of ``bf16.enabled`` and ``torch_autocast.enabled`` becomes ``bf16``.
-        micro_batch: images of one forward pass of one process.
-        accumulate: micro batches of one optimiser step.
+        micro_batch, accumulate: images of one forward pass, and such passes of one optimiser step.
         bf16: whether ``SOLVER.AMP`` trains in bfloat16.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, a key that belongs to the run's config, or an unsupported value.
+        FileNotFoundError, ValueError: no such file, not JSON, or a key or value that cannot be.
     """
     config = read_json(path, "SOLVER.ZERO.CONFIG", "see configs/zero/")
     if not isinstance(config, dict) or "stage" not in config.get("zero_optimization", {}):
@@ -130,8 +128,7 @@ class ZeroHook(HookBase):
                 whose rate it takes.
             config: what :func:`read_config` gives.
 
-        Raises:
-            ImportError: DeepSpeed is not installed.
+        Raises ImportError where DeepSpeed is not installed.
         """
         self._model, self.part, self.config = model, name, config
         self.stage = int(config["zero_optimization"]["stage"])

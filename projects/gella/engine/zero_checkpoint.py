@@ -50,12 +50,8 @@ def save_engine(engine: Any, folder: Path) -> None:
 def part_layout(config: Mapping[str, Any], part: nn.Module) -> dict[str, Any]:
     """What decides how DeepSpeed divides a part among its files, beside the number of processes.
 
-    Args:
-        config: what ``zero.read_config`` gives.
-        part: the module, before or under the engine.
-
-    Returns:
-        plain JSON values; ``trained`` is a digest of the trained parameters' names and shapes.
+    Plain JSON values, from ``zero.read_config``'s config and the module, before or under the
+    engine; ``trained`` is a digest of the trained parameters' names and shapes.
     """
     zero = config["zero_optimization"]
     trained = [(n, p) for n, p in part.named_parameters() if p.requires_grad]
@@ -74,9 +70,8 @@ def layout_changes(
 ) -> str:
     """Why DeepSpeed cannot read files of one layout into another, naming both; "" if it can.
 
-    Args:
-        saved: the :func:`part_layout` of the files, written by so many ``processes``.
-        layout: the one of now, with ``processes_now``.
+    ``saved`` is the :func:`part_layout` of the files, written by so many ``processes``, ``layout``
+    the one of now, with ``processes_now``.
     """
     before = {**saved, "processes": processes}
     after = {**layout, "processes": processes_now}
@@ -104,10 +99,7 @@ def current_digests(engine: Any, names: Iterable[str]) -> dict[str, str]:
 def check_readable(folder: str | Path) -> None:
     """Open DeepSpeed's files of a checkpoint without reading their tensors.
 
-    So that a damaged one ends a run while it is set up.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`load_engine`.
+    So that a damaged one ends a run while it is set up; errors as of :func:`load_engine`.
     """
     damaged = first_unreadable(deepspeed_folder(folder))
     if damaged:
@@ -137,7 +129,7 @@ def set_weights(engine: Any, weights: Mapping[str, Tensor]) -> None:
 
     Args:
         engine: DeepSpeed's, at stage 1 or above.
-        weights: by name, float32, on the main process; not looked at on the others.
+        weights: by name, float32; only the main process's are looked at.
     """
     from deepspeed.utils import safe_set_full_fp32_param
 
