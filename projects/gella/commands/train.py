@@ -98,13 +98,9 @@ def user_errors(types: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[No
 
 
 def setup(args: Any) -> CfgNode:
-    """Read the config file and the overrides, and set logging and seeds up.
+    """Read the config file and the overrides; set logging and seeds up. Returns the frozen config.
 
-    Args:
-        args: what ``default_argument_parser`` parsed.
-
-    Returns:
-        The frozen config. Without a CUDA device, ``MODEL.DEVICE`` "cuda" becomes "cpu".
+    Without a CUDA device, ``MODEL.DEVICE`` "cuda" becomes "cpu".
     """
     if not args.config_file:
         raise ValueError("--config-file is missing; see the folder configs/")
@@ -133,8 +129,7 @@ def evaluate(
         config_file: its file, for the record.
         table: one of ``TABLES``; the table is printed, and the evaluation comes back empty.
 
-    Returns:
-        the scores (empty on other processes than the main one) and the weights' path.
+    Returns the scores (empty on other processes than the main one) and the weights' path.
     """
     with user_errors():
         weights = cfg.MODEL.WEIGHTS
@@ -168,15 +163,10 @@ def evaluate(
 
 
 def train(cfg: CfgNode, *, resume: bool, config_file: str = "") -> tuple[Evaluation, str]:
-    """Train, and evaluate at the end.
+    """Train, or go on from the newest checkpoint of ``OUTPUT_DIR``, and evaluate at the end.
 
-    Args:
-        cfg: a frozen config.
-        resume: continue from the newest checkpoint of ``OUTPUT_DIR`` if there is one.
-        config_file: its file, for the record.
-
-    Returns:
-        the scores (empty on other processes than the main one) and the path of the final weights.
+    Returns the scores (empty on other processes than the main one) and the path of the final
+    weights.
     """
     started = time.perf_counter()
     with user_errors():

@@ -111,8 +111,8 @@ def check_state_dict(
         state: weights by key.
         model: the module that is going to load them.
         source: where the weights come from; only named in the error.
-        allow_missing: shell patterns of keys that the weights may lack (they stay initialised).
-        allow_unexpected: shell patterns of keys that the weights may have in excess.
+        allow_missing, allow_unexpected: shell patterns of keys that the weights may lack (they stay
+            initialised) or have in excess.
 
     Raises:
         ValueError: one message with the count and the first keys of every kind of misfit: missing,
@@ -269,17 +269,12 @@ def sample_digest(tensor: Tensor) -> str:
 
 
 def check_sample(digests: Mapping[str, str], saved: Mapping[str, str], folder: str | Path) -> None:
-    """Compare weights under ZeRO with what was noted when their checkpoint was saved.
+    """Compare digests of weights under ZeRO with those in ``state.json`` (``saved``), by name.
 
     DeepSpeed may report success and keep the initial weights (``load_module_only`` at stage 3).
 
-    Args:
-        digests: of the weights that were loaded, by name.
-        saved: those in ``state.json``.
-        folder: of the checkpoint, for the error.
-
     Raises:
-        ValueError: a parameter differs, or is not there.
+        ValueError: a parameter differs, or is not there; names the checkpoint's folder.
     """
     wrong = [name for name, digest in saved.items() if digests.get(name) != digest]
     if wrong:
