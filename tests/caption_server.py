@@ -189,7 +189,7 @@ def chat_server(tls: ssl.SSLContext | None = None) -> Iterator[ChatServer]:
         thread.join()
 
 
-def save_tiny_llava(folder: Path, tokenizer_dir: Path) -> None:
+def save_tiny_llava(folder: Path, tokenizer_dir: Path) -> Path:
     """Write a LLaVA of random weights and its processor, as transformers saves them."""
     import torch
     import transformers as hf
@@ -217,3 +217,4 @@ def save_tiny_llava(folder: Path, tokenizer_dir: Path) -> None:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     ).save_pretrained(folder)
+    return folder

@@ -76,6 +76,8 @@ def gella_log(
 @pytest.fixture(scope="session")
 def small_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six training and four held-out scenes in all formats; not to be changed."""
-    from dataset_scripts import prepare_small_shapes
+    import prepare_shapes
 
-    return prepare_small_shapes(tmp_path_factory.mktemp("data") / "shapes")
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    prepare_shapes.prepare(folder, {"train": 6, "val": 4}, seed=2, workers=1)
+    return folder

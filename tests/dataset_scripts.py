@@ -1,32 +1,23 @@
-"""Helpers of the tests about datasets: the scripts as modules, and a small prepared dataset."""
+"""Helpers of the tests about datasets: where the files of a split are, names of a moment."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-ROOT = Path(__file__).resolve().parents[1]
 
-
-def script(name: str) -> ModuleType:
-    """A script of the folder datasets/, which is no package, as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "datasets" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def prepare_small_shapes(folder: Path) -> Path:
-    """Six training and four held-out scenes in all formats, as `prepare_shapes.py` writes them."""
-    script("prepare_shapes").prepare(folder, {"train": 6, "val": 4}, seed=2, workers=1)
-    return folder
+def places(root: Path, split: str) -> dict[str, Path]:
+    """Panoptic files and images of one split below a folder laid out as COCO's."""
+    notes = root / "annotations"
+    return {
+        "panoptic_json": notes / f"panoptic_{split}.json",
+        "panoptic_root": notes / f"panoptic_{split}",
+        "image_root": root / split,
+    }
 
 
 @contextmanager

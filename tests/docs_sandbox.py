@@ -216,7 +216,7 @@ def copy_sandbox(base: Path, folder: Path, socket: Path) -> dict[str, str]:
 
 
 def _write_datasets(folder: Path) -> None:
-    from dataset_scripts import script
+    import prepare_shapes
 
     data = folder / "datasets"
     data.mkdir()
@@ -224,7 +224,7 @@ def _write_datasets(folder: Path) -> None:
         if path.is_file():
             (data / path.name).symlink_to(path)
     shapes = data / "shapes"
-    script("prepare_shapes").prepare(shapes, {"train": 6, "val": 4}, seed=2, workers=1)
+    prepare_shapes.prepare(shapes, {"train": 6, "val": 4}, seed=2, workers=1)
     shutil.copytree(shapes / "tokenizer", folder / TOKENIZER)
     for split in ("train", "val"):
         _write_coco(shapes, data / "coco", split)

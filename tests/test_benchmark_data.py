@@ -119,10 +119,7 @@ def test_what_is_asked_is_judged():
         (["--dataset", "gella_shapes_png_val"], "--config-file"),
         (["--config-file", "absent.yaml"], "absent.yaml"),
         (["--workers", "-1"], "-1"),
-        (
-            ["--dataset", "no_such_set", "--config-file", "configs/gella_tiny_shapes.yaml"],
-            "no_such_set",
-        ),
+        (["--config-file", "configs/gella_tiny_shapes.yaml", "--dataset", "no_set"], "no_set"),
     ],
 )
 def test_user_errors_are_one_line(arguments, message, capsys, monkeypatch):

@@ -8,29 +8,16 @@ import json
 import logging
 import random
 import subprocess
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
+import caption_server as chat
 import numpy as np
 import pytest
 import torch
-from caption_server import (
-    KEY,
-    ChatServer,
-    answer,
-    chat_server,
-    completion,
-    cut,
-    cut_chunked,
-    dribble,
-    hang_up,
-    save_tiny_llava,
-    stall,
-    status,
-    wait_until,
-)
+from caption_server import KEY, answer, status
 from PIL import Image
 
 from gella.captions.captioner import (
@@ -232,12 +219,12 @@ def test_prompt_files_are_checked(tmp_path):
 
 @pytest.fixture
 def server() -> Any:
-    with chat_server() as running:
+    with chat.chat_server() as running:
         running.default = answer("hello")
         yield running
 
 
-def client(server: ChatServer, key: str | None = KEY, **settings: Any) -> EndpointCaptioner:
+def client(server: Any, key: str | None = KEY, **settings: Any) -> EndpointCaptioner:
     quick = {"timeout": 5.0, "backoff": 0.01, "retries": 2}
     return EndpointCaptioner(
         server.url, "tiny", key, settings=EndpointSettings(**{**quick, **settings})
@@ -250,21 +237,11 @@ def test_the_request_is_a_chat_completion(server):
     assert reply == Reply("hello", 100, 10)
     _, headers, body = server.requests[0]
     assert headers["Authorization"] == f"Bearer {KEY}"
-    assert body == {
-        "model": "tiny",
-        "max_tokens": 7,
-        "temperature": 0.0,
-        "seed": 3,
-        "messages": [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "text", "text": "What?"},
-                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,YWJj"}},
-                ],
-            }
-        ],
-    }
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,YWJj"}}
+    assert body.pop("messages") == [
+        {"role": "user", "content": [{"type": "text", "text": "What?"}, image]}
+    ]
+    assert body == {"model": "tiny", "max_tokens": 7, "temperature": 0.0, "seed": 3}
     client(server, None, extra={"max_tokens": None, "temperature": 0}).ask("Why?", None, attempt=1)
     _, headers, body = server.requests[1]
     assert "Authorization" not in headers and "max_tokens" not in body
@@ -281,9 +258,9 @@ def test_the_request_is_a_chat_completion(server):
         status(200, b"[]"),
         status(200, b'{"choices": []}'),
         status(200, b'{"error": {"message": "upstream", "code": 502}}'),
-        cut,
-        cut_chunked,
-        hang_up,
+        chat.cut,
+        chat.cut_chunked,
+        chat.hang_up,
     ],
 )
 def test_failures_that_may_pass_are_retried(server, failure):
@@ -298,7 +275,7 @@ def test_failures_that_may_pass_are_retried(server, failure):
     assert len(server.requests) == 6
 
 
-@pytest.mark.parametrize("behaviour", [stall, dribble])
+@pytest.mark.parametrize("behaviour", [chat.stall, chat.dribble])
 def test_a_request_has_one_time_limit_however_the_server_stalls(server, behaviour):
     server.script = [behaviour]
     captioner = client(server, timeout=0.4)
@@ -313,7 +290,9 @@ def test_answers_beyond_the_size_are_not_read(server):
     with pytest.raises(RequestError, match="larger than 4000 bytes"):
         client(server, max_bytes=4000, retries=0).ask("What?", None)
     assert len(client(server, max_bytes=6000).ask("What?", None).text) == 5000
-    server.default = status(200, gzip.compress(completion("x" * 10**6)), Content_Encoding="gzip")
+    server.default = status(
+        200, gzip.compress(chat.completion("x" * 10**6)), Content_Encoding="gzip"
+    )
     with pytest.raises(RequestError, match="compressed"):
         client(server, max_bytes=4000, retries=0).ask("What?", None)
 
@@ -321,11 +300,7 @@ def test_answers_beyond_the_size_are_not_read(server):
 @pytest.mark.parametrize(
     ("response", "error", "message"),
     [
-        (
-            status(401, b'{"error": {"message": "bad key"}}'),
-            EndpointError,
-            "bad key; check the key",
-        ),
+        (status(401, b'{"error": "bad key"}'), EndpointError, "bad key; check the key"),
         (status(404, b'{"error": "no model"}'), EndpointError, "no model; check the address"),
         (status(402), EndpointError, "quota"),
         (status(429, b'{"error": {"code": "insufficient_quota"}}'), EndpointError, "quota"),
@@ -333,7 +308,7 @@ def test_answers_beyond_the_size_are_not_read(server):
         (status(400, b'{"error": {"message": "odd image"}}'), RequestError, "400: odd image"),
         (status(413), RequestError, "--max-side"),
         (status(429, Retry_After="3600"), EndpointError, "3600 s, more than 300 s"),
-        (status(200, completion(None, refusal="I won't")), AnswerError, "I won't"),
+        (status(200, chat.completion(None, refusal="I won't")), AnswerError, "I won't"),
         (answer("", finish="content_filter"), AnswerError, "content filter"),
         (answer("  "), AnswerError, "empty"),
     ],
@@ -346,7 +321,7 @@ def test_failures_that_stay_are_not_retried(server, response, error, message):
 
 
 def test_answers_in_parts_and_without_usage(server):
-    body = json.loads(completion([{"type": "text", "text": "a"}, {"text": "b"}, {"x": 1}]))
+    body = json.loads(chat.completion([{"type": "text", "text": "a"}, {"text": "b"}, {"x": 1}]))
     del body["usage"]
     server.default = status(200, json.dumps(body).encode())
     captioner = client(server)
@@ -378,22 +353,11 @@ def test_a_rate_limit_stops_all_threads_and_is_no_failure(server):
     """Three threads; after the first 429 no request may come before its second is over."""
     server.script = [status(429, Retry_After="0.5")] + [status(429, Retry_After="0.1")] * 4
     captioner = client(server, retries=0)
-    done: list[str] = []
-    limited = threading.Event()
-
-    def ask(first: bool) -> None:
-        if not first:
-            limited.wait(5)
-        done.append(captioner.ask("What?", None).text)
-
-    threads = [threading.Thread(target=ask, args=(number == 0,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    wait_until(lambda: captioner.tally["rate_limited"] > 0)
-    limited.set()
-    for thread in threads:
-        thread.join()
-    assert done == ["hello"] * 3
+    with ThreadPoolExecutor(3) as pool:
+        replies = [pool.submit(captioner.ask, "What?", None)]
+        chat.wait_until(lambda: captioner.tally["rate_limited"] > 0)
+        replies += [pool.submit(captioner.ask, "What?", None) for _ in range(2)]
+    assert [reply.result().text for reply in replies] == ["hello"] * 3
     first, *others = (when for when, _, _ in server.requests)
     assert min(others) - first >= 0.5
     assert captioner.tally["rate_limited"] == 5
@@ -401,25 +365,17 @@ def test_a_rate_limit_stops_all_threads_and_is_no_failure(server):
 
 @pytest.mark.parametrize(
     ("behaviour", "settings", "end"),
-    [(status(500), {"backoff": 600.0}, "stop"), (stall, {"timeout": 600.0}, "abort")],
+    [(status(500), {"backoff": 60.0}, "stop"), (chat.stall, {"timeout": 60.0}, "abort")],
 )
 def test_stop_ends_pauses_and_abort_cuts_requests(server, behaviour, settings, end):
     server.default = behaviour
-    captioner = client(server, **settings)
-    errors: list[BaseException] = []
-
-    def ask() -> None:
-        try:
-            captioner.ask("What?", None)
-        except StoppedError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    wait_until(lambda: len(server.requests) > 0)
-    getattr(captioner, end)()
-    thread.join(300)
-    assert len(errors) == 1
+    captioner = client(server, retries=1, **settings)
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(captioner.ask, "What?", None)
+        chat.wait_until(lambda: len(server.requests) > 0)
+        getattr(captioner, end)()
+        with pytest.raises(StoppedError):
+            reply.result(30)
     with pytest.raises(StoppedError):
         captioner.ask("What?", None)
 
@@ -450,10 +406,7 @@ def test_the_key_is_in_no_message_log_or_repr(server, caplog):
 
 @pytest.mark.parametrize(
     ("url", "key", "reason"),
-    [
-        (url, "", "https://host/v1")
-        for url in ("", "host/v1", "ftp://host", "http://", "http://h:x/")
-    ]
+    [(url, "", "https://host/v1") for url in ("", "host/v1", "ftp://h", "http://", "http://h:x/")]
     + [("http://a b", "", "https://host/v1"), (f"http://me:{KEY}@host/v1", "", "user or password")]
     + [("http://h", KEY + bad, "the key holds") for bad in ("new\nline", "sn\u00f6w", "two words")],
 )
@@ -508,14 +461,14 @@ def test_certificates_are_checked_unless_told_otherwise(server, tmp_path):
         pytest.skip("no openssl program that makes a certificate")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
-    with chat_server(context) as secure:
+    with chat.chat_server(context) as secure:
         secure.default = answer("hello")
         with pytest.raises(EndpointError, match="certificate.*--ca-file"):
             client(secure).ask("What?", None)
         assert not secure.requests
         assert client(secure, ca_file=str(certificate)).ask("What?", None).text == "hello"
         assert client(secure, verify=False).ask("What?", None).text == "hello"
-        secure.default = stall  # the time limit reaches below TLS too
+        secure.default = chat.stall  # the time limit reaches below TLS too
         with pytest.raises(RequestError, match="within 0.5 s"):
             client(secure, verify=False, timeout=0.5, retries=0).ask("What?", None)
     with pytest.raises(FileNotFoundError, match="none.pem does not exist"):
@@ -528,9 +481,7 @@ def test_certificates_are_checked_unless_told_otherwise(server, tmp_path):
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: Any, tokenizer_dir: Path) -> Path:
     """A LLaVA of random weights with its processor, as transformers saves it."""
-    folder = tmp_path_factory.mktemp("llava")
-    save_tiny_llava(folder, tokenizer_dir)
-    return folder
+    return chat.save_tiny_llava(tmp_path_factory.mktemp("llava"), tokenizer_dir)
 
 
 def test_a_local_model_answers_about_the_picture(llava):
@@ -572,9 +523,8 @@ def test_a_local_model_is_asked_in_its_own_template(llava, monkeypatch):
 
 
 def test_local_models_that_cannot_be_read(tmp_path, tokenizer_dir):
-    with pytest.raises(FileNotFoundError, match="no model folder"):
-        LocalCaptioner(str(tmp_path / "none"))
-    with pytest.raises(FileNotFoundError, match="no image-text model"):
-        LocalCaptioner(str(tokenizer_dir))
+    for folder, message in ((tmp_path / "none", "no model folder"), (tokenizer_dir, "image-text")):
+        with pytest.raises(FileNotFoundError, match=message):
+            LocalCaptioner(str(folder))
     with pytest.raises(ValueError, match="unknown dtype"):
         LocalCaptioner(str(tmp_path), dtype="int4")

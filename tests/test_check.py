@@ -9,20 +9,24 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import check as check_script
 import numpy as np
 import pytest
 import shapes
-from dataset_scripts import registered, script
+from dataset_scripts import places, registered
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from gella.data import check as checking
 from gella.data import register as datasets
-from gella.data.check import check_dataset, known_counts
+from gella.data.check import Known, check_dataset, known_counts
 
 FIRST = shapes.image_id_of("val", 0)
 Damage = Callable[[Path], None]
+MASKS = "annotations/panoptic_val/"
 
 
 @pytest.fixture
@@ -33,23 +37,19 @@ def root(small_shapes, tmp_path):
 
 def check(root: Path, form: str, **options: Any) -> Any:
     """The report on one form of the scenes below a root, held-out ones but for captions."""
-    notes = root / "annotations"
-    val, train = (
-        (root / split, notes / f"panoptic_{split}", notes / f"panoptic_{split}.json")
-        for split in ("val", "train")
-    )
-    lines = notes / "captions_train.jsonl"
-    register, *where = {
-        "panoptic": (datasets.register_panoptic, *val),
-        "png": (datasets.register_png, *val, notes / "png_shapes_val.json"),
-        "captions": (datasets.register_captions, *train, lines),
-        "entityseg": (
-            *(datasets.register_entityseg, root / "refcoco" / "instances.json", lines),
-            root / "train",
-        ),
-        "refcoco": (datasets.register_refcoco, root / "refcoco", "unc", "val", root / "val"),
+    notes, refcoco = root / "annotations", root / "refcoco"
+    val, train = places(root, "val"), places(root, "train")
+    captions = {"captions_jsonl": notes / "captions_train.jsonl"}
+    objects = {"instances_json": refcoco / "instances.json", "image_root": root / "train"}
+    refs = {"folder": refcoco, "split_by": "unc", "split": "val", "image_root": root / "val"}
+    register, where = {
+        "panoptic": (datasets.register_panoptic, val),
+        "png": (datasets.register_png, {**val, "png_json": notes / "png_shapes_val.json"}),
+        "captions": (datasets.register_captions, {**train, **captions}),
+        "entityseg": (datasets.register_entityseg, {**objects, **captions}),
+        "refcoco": (datasets.register_refcoco, refs),
     }[form]
-    with registered(register, *where) as name:
+    with registered(register, **where) as name:
         return check_dataset(name, **options)
 
 
@@ -69,40 +69,38 @@ def test_a_sound_dataset_has_no_error_and_is_counted(small_shapes, form, figure,
     assert (report.figures[figure], report.figures["images opened"]) == (count, opened)
 
 
-def edited(name: str, change: Callable[[Any], Any]) -> Damage:
+def rewritten(name: str, read: Any, write: Any, change: Callable[[Any], Any]) -> Damage:
+    """The file with what `change` makes of its content: what it returns, or the changed content."""
+
     def apply(root: Path) -> None:
-        content = json.loads((root / name).read_text())
-        (root / name).write_text(json.dumps(change(content) or content))
+        content = read((root / name).read_bytes())
+        (root / name).write_bytes(write(change(content) or content))
 
     return apply
 
 
-panoptic = partial(edited, "annotations/panoptic_val.json")
-narratives = partial(edited, "annotations/png_shapes_val.json")
+def as_json(content: Any) -> bytes:
+    return json.dumps(content).encode()
 
 
-def captions(change: Callable[[list[Any]], Any]) -> Damage:
+def as_lines(lines: list[Any]) -> bytes:
+    return b"".join((v.encode() if isinstance(v, str) else as_json(v)) + b"\n" for v in lines)
+
+
+def read_lines(data: bytes) -> list[Any]:
+    return [json.loads(line) for line in data.splitlines()]
+
+
+panoptic = partial(rewritten, "annotations/panoptic_val.json", json.loads, as_json)
+narratives = partial(rewritten, "annotations/png_shapes_val.json", json.loads, as_json)
+instances = partial(rewritten, "refcoco/instances.json", json.loads, as_json)
+captions = partial(rewritten, "annotations/captions_train.jsonl", read_lines, as_lines)
+refs = partial(rewritten, "refcoco/refs(unc).p", pickle.loads, partial(pickle.dumps, protocol=2))
+
+
+def redrawn(name: str, change: Callable[[Image.Image], Image.Image]) -> Damage:
     def apply(root: Path) -> None:
-        path = root / "annotations" / "captions_train.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        lines = change(lines) or lines
-        path.write_text("".join((v if isinstance(v, str) else json.dumps(v)) + "\n" for v in lines))
-
-    return apply
-
-
-def refs(change: Callable[[list[Any]], Any]) -> Damage:
-    def apply(root: Path) -> None:
-        path = root / "refcoco" / "refs(unc).p"
-        content = pickle.loads(path.read_bytes())
-        path.write_bytes(pickle.dumps(change(content) or content, protocol=2))
-
-    return apply
-
-
-def picture(change: Callable[[Image.Image], Image.Image]) -> Damage:
-    def apply(root: Path) -> None:
-        path = root / "val" / f"{FIRST:012d}.png"
+        path = root / name / f"{FIRST:012d}.png"
         with Image.open(path) as image:
             image.load()
         change(image).save(path)
@@ -110,21 +108,18 @@ def picture(change: Callable[[Image.Image], Image.Image]) -> Damage:
     return apply
 
 
+picture = partial(redrawn, "val")
+
+
 def masks(change: Callable[[np.ndarray], np.ndarray]) -> Damage:
-    def apply(root: Path) -> None:
-        path = root / "annotations" / "panoptic_val" / f"{FIRST:012d}.png"
-        with Image.open(path) as image:
-            pixels = np.array(image)
-        Image.fromarray(change(pixels)).save(path)
-
-    return apply
+    return redrawn(MASKS, lambda image: Image.fromarray(change(np.array(image))))
 
 
-def cut(name: str, keep: float = 0.6) -> Damage:
+def cut(name: str) -> Damage:
     def apply(root: Path) -> None:
         path = next(root.glob(name))
         data = path.read_bytes()
-        path.write_bytes(data[: int(len(data) * keep)])
+        path.write_bytes(data[: len(data) * 6 // 10])
 
     return apply
 
@@ -140,6 +135,10 @@ def painted(pixels: np.ndarray) -> np.ndarray:
 
 def segments(content: Any) -> list[dict[str, Any]]:
     return content["annotations"][0]["segments_info"]
+
+
+def repeated(key: str) -> Damage:
+    return panoptic(lambda content: content[key].append(content[key][0]))
 
 
 def segment(**changes: Any) -> Damage:
@@ -176,10 +175,9 @@ def outline(value: Any) -> Damage:
         owner = next(a for a in content["annotations"] if a["image_id"] == FIRST)
         owner["segmentation"] = value
 
-    return edited("refcoco/instances.json", change)
+    return instances(change)
 
 
-MASKS = "annotations/panoptic_val/"
 ABSENT = {"id": 77, "category_id": 1, "iscrowd": 0, "area": 5}
 # name: form, damage, kind of the finding, what its text has to say
 # fmt: off
@@ -200,11 +198,8 @@ DAMAGE = {
     "category": ("panoptic", segment(category_id=99), "unknown-category", "category 99"),
     "segment twice": ("panoptic", panoptic(lambda c: segments(c).append(segments(c)[0])),
                       "duplicate-segment", "twice"),
-    "image twice": ("panoptic", panoptic(lambda c: c["images"].append(c["images"][0])),
-                    "duplicate-image", "twice"),
-    "annotated twice": ("panoptic", panoptic(lambda c: c["annotations"].append(
-        c["annotations"][0])),
-                        "duplicate-annotation", "twice"),
+    "image twice": ("panoptic", repeated("images"), "duplicate-image", "twice"),
+    "annotated twice": ("panoptic", repeated("annotations"), "duplicate-annotation", "twice"),
     "unannotated": ("panoptic", panoptic(lambda c: c["annotations"].pop(0) and None),
                     "unannotated", "no annotation"),
     "stranger": ("panoptic", panoptic(lambda c: c["annotations"].append(
@@ -251,13 +246,10 @@ def test_damage_is_found_and_named(root, name):
     form, damage, kind, message = DAMAGE[name]
     damage(root)
     report = check(root, form)
-    found = [f for f in report.findings if f.kind == kind]
-    assert found, report.as_text()
-    first = found[0]
+    first = next(f for f in report.findings if f.kind == kind)
     level = "warning" if kind in WARNINGS or f"{kind} of {form}" in WARNINGS else "error"
-    assert first.level == level
-    assert re.search(message, first.message), first.message
-    assert first.file and first.record and "\n" not in first.message
+    assert first.level == level and first.file and first.record
+    assert re.search(message, first.message) and "\n" not in first.message
     assert report.number("error") == 0 or level == "error"
     # What the damage does not touch is not complained about.
     related = {"missing-masks", "reader"} if kind == "field" else set()
@@ -302,25 +294,20 @@ def test_phrases_that_no_entity_can_be_meant_by_are_counted(root):
 
 
 def test_a_dataset_of_unknown_files_is_checked_by_its_records(root):
-    records = list(
-        datasets.load_coco_panoptic(
-            root / "annotations" / "panoptic_val.json",
-            root / "annotations" / "panoptic_val",
-            root / "val",
-        )
-    )
+    records = list(datasets.load_coco_panoptic(**places(root, "val")))
+
+    def given(name: str) -> None:
+        DatasetCatalog.register(name, lambda: records)
+
     records[1].pop("height")
     records[2]["entities"]["file_name"] = "nowhere.png"
-    DatasetCatalog.register("gella_test_plain", lambda: records)
-    try:
-        report = check_dataset("gella_test_plain")
-    finally:
-        DatasetCatalog.remove("gella_test_plain")
+    with registered(given) as name:
+        report = check_dataset(name)
     assert sorted(f.kind for f in report.findings) == ["field", "masks"]
     assert report.figures["records"] == 4 and report.figures["images opened"] == 3
 
 
-def test_known_counts_are_compared(root, monkeypatch):
+def test_known_counts_are_compared(root):
     meta = MetadataCatalog.get("gella_coco_panoptic_val2017")
     assert known_counts("gella_coco_panoptic_val2017", meta)["images"].value == 5000
     unc = known_counts("gella_refcocoplus_unc_testA_panoptic", meta)
@@ -333,16 +320,11 @@ def test_known_counts_are_compared(root, monkeypatch):
     ]
     assert sum(totals) == 50_000 and sum(totals[2:]) == 3_785
     name = "gella_shapes_panoptic_val"
-    meta = MetadataCatalog.get(name)
-    values = {**meta.as_dict(), "image_root": str(root / "val")}
-    fake = type("Meta", (), values)
-    assert known_counts(name, fake)["images"].value == 4
+    values = {**MetadataCatalog.get(name).as_dict(), "image_root": str(root / "val")}
+    assert known_counts(name, SimpleNamespace(**values))["images"].value == 4
 
 
 def test_a_part_of_a_published_dataset_is_an_error(root, monkeypatch):
-    from gella.data import check as checking
-    from gella.data.check import Known
-
     known = {"images": Known(5, "a page"), "segments": Known(1, "a paper", exact=False)}
     monkeypatch.setattr(checking, "known_counts", lambda name, metadata: known)
     report = check(root, "panoptic")
@@ -355,20 +337,16 @@ def test_a_part_of_a_published_dataset_is_an_error(root, monkeypatch):
 
 
 def test_the_command_line(root, tmp_path, capsys):
-    main = script("check").main
-    notes = root / "annotations"
-    where = (root / "val", notes / "panoptic_val", notes / "panoptic_val.json")
-    out = tmp_path / "report.json"
-    with registered(datasets.register_panoptic, *where) as name:
+    main, out = check_script.main, tmp_path / "report.json"
+    with registered(datasets.register_panoptic, **places(root, "val")) as name:
         assert main([name, "--workers", "1", "--json", str(out)]) == 0
         assert json.loads(out.read_text())["ok"] is True
         removed("val/*03.png")(root)
         assert main([name, "--workers", "1", "--json", str(out)]) == 1
         assert main([name, "--workers", "1", "--limit", "2"]) == 0
     printed = capsys.readouterr().out
-    assert (
-        "error: missing-image: 1" in printed and f"next: python datasets/check.py {name}" in printed
-    )
+    assert "error: missing-image: 1" in printed
+    assert f"next: python datasets/check.py {name}" in printed
     report = json.loads(out.read_text())
     assert (report["errors"], report["ok"], report["figures"]["images"]) == (1, False, 4)
     assert report["findings"][0]["kind"] == "missing-image"

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from dataset_scripts import ROOT, prepare_small_shapes
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
@@ -33,6 +32,7 @@ from gella.entities.sources import SOURCE_KINDS
 from gella.modeling.colormap_encoder import TimmColormapEncoder
 from gella.weights.checkpoint import load_weights
 
+ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
 BY_NAME = {path.stem: path for path in CONFIGS}
@@ -321,10 +321,9 @@ KEPT_SIZES = ("MODEL.LANGUAGE.", "SOLVER.", "OUTPUT_DIR")
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def shapes(small_shapes: Path) -> Iterator[Path]:
     """Six training and four held-out scenes, under the names of the paper's datasets."""
-    root = prepare_small_shapes(tmp_path_factory.mktemp("data") / "shapes")
-    notes, names = root / "annotations", []
+    root, notes, names = small_shapes, small_shapes / "annotations", []
 
     def register(function: Any, name: str, *args: Any, **options: Any) -> None:
         names.append(PREFIX + name)

@@ -8,27 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import caption_server as chat
 import pytest
-from caption_server import (
-    KEY,
-    ChatServer,
-    answer,
-    chat_server,
-    cut,
-    cut_chunked,
-    good_answer,
-    hang_up,
-    save_tiny_llava,
-    send,
-    stall,
-    status,
-    wait_until,
-    write_pictures,
-)
+from caption_server import KEY, answer, status
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gella.captions.captioner import Reply
@@ -43,10 +29,9 @@ BAD_NOUNS = json.dumps({"description": "A wall.", "nouns": ["unicorn", "dragon"]
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Any:
-    with chat_server() as running:
-        monkeypatch.setenv("GELLA_API_URL", running.url)
-        monkeypatch.setenv("GELLA_API_MODEL", "tiny-model")
-        monkeypatch.setenv("GELLA_API_KEY", KEY)
+    with chat.chat_server() as running:
+        for name, value in (("URL", running.url), ("MODEL", "tiny-model"), ("KEY", KEY)):
+            monkeypatch.setenv(f"GELLA_API_{name}", value)
         yield running
 
 
@@ -74,34 +59,34 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def check_complete(path: Path, truth: dict[int, str]) -> None:
     """Each picture has each prompt exactly once, with the description of that very picture."""
-    lines = read(path)
-    pairs = Counter((line["image_id"], line["prompt_id"]) for line in lines)
-    assert pairs == Counter((number, p) for number in truth for p in ("overview", "details"))
-    for line in lines:
-        color = truth[line["image_id"]]
-        assert line == {
-            "image_id": line["image_id"],
-            "file_name": f"{line['image_id']:012d}.png",
+    expected = [
+        {
+            "image_id": number,
+            "file_name": f"{number:012d}.png",
             "description": f"There is a {color} wall behind two dogs.",
             "nouns": [f"{color} wall", "two dogs"],
             "model": "tiny-model",
-            "prompt_id": line["prompt_id"],
+            "prompt_id": prompt,
         }
+        for number, color in truth.items()
+        for prompt in ("details", "overview")
+    ]
+    assert sorted(read(path), key=itemgetter("image_id", "prompt_id")) == expected
 
 
 def test_nothing_is_lost_and_nothing_twice_whatever_the_server_does(server, run, tmp_path):
-    truth = write_pictures(tmp_path / "images", 9)
+    truth = chat.write_pictures(tmp_path / "images", 9)
     server.script = [
-        stall,
+        chat.stall,
         status(429, Retry_After="0.2"),
-        cut,
+        chat.cut,
         status(200, b"{broken"),
         status(500, KEY.encode()),
         answer("I cannot write JSON."),
         answer(BAD_NOUNS),
-        cut_chunked,
+        chat.cut_chunked,
         status(429, Retry_After="0.1"),
-        hang_up,
+        chat.hang_up,
         answer("```json\n" + json.dumps({"description": "x"}) + "\n```"),
         status(503),
     ]
@@ -127,15 +112,15 @@ def test_nothing_is_lost_and_nothing_twice_whatever_the_server_does(server, run,
 
 
 def test_failures_are_counted_listed_and_tried_again_by_the_next_run(server, run, tmp_path):
-    truth = write_pictures(tmp_path / "images", 3)
+    truth = chat.write_pictures(tmp_path / "images", 3)
     (tmp_path / "images" / "000000000004.png").write_bytes(b"no picture")
 
-    def picky(handler: Any, request: Any, state: ChatServer) -> None:
-        text = good_answer(request)
+    def picky(handler: Any, request: Any, state: Any) -> None:
+        text = chat.good_answer(request)
         if "green" in text:
             return answer(BAD_NOUNS)(handler, request, state)
         if "blue" in text:
-            return send(handler, 400, b'{"error": {"message": "not allowed"}}')
+            return chat.send(handler, 400, b'{"error": {"message": "not allowed"}}')
         return answer(text)(handler, request, state)
 
     server.default = picky
@@ -159,35 +144,30 @@ def test_failures_are_counted_listed_and_tried_again_by_the_next_run(server, run
 
 
 def test_hopeless_runs_end_early(server, run, tmp_path):
-    write_pictures(tmp_path / "images", 30)
-    server.default = status(401, f'{{"error": {{"message": "{KEY} is wrong"}}}}'.encode())
-    code, out, err = run("--concurrency", "2")
-    assert code == 2 and len(server.requests) <= 2
-    assert "error: " in err.splitlines()[-1] and "*** is wrong; check the key" in err
-    server.requests.clear()
-    server.default = status(400)
-    code, out, err = run("--concurrency", "1", "--max-failures", "4")
-    # The worker may be asking already when its fourth failure is counted.
-    assert code == 2 and "4 captions in a row failed" in err and len(server.requests) in (4, 5)
-    server.requests.clear()
-    server.default = status(429, Retry_After="900")
-    code, out, err = run("--concurrency", "1")
-    assert code == 2 and "wait 900 s" in err and len(server.requests) == 1
+    chat.write_pictures(tmp_path / "images", 30)
+    wrong = f'{{"error": {{"message": "{KEY} is wrong"}}}}'.encode()
+    # The worker may be asking already when the fourth failure in a row is counted.
+    for response, options, message, requests in (
+        (status(401, wrong), ("2",), "*** is wrong; check the key", (1, 2)),
+        (status(400), ("1", "--max-failures", "4"), "4 captions in a row failed", (4, 5)),
+        (status(429, Retry_After="900"), ("1",), "wait 900 s", (1,)),
+    ):
+        server.requests.clear()
+        server.default = response
+        code, _, err = run("--concurrency", *options)
+        assert code == 2 and len(server.requests) in requests
+        assert "error: " in err.splitlines()[-1] and message in err
     assert (tmp_path / "c.jsonl").read_text() == ""
 
 
 def test_resume_is_exact_after_kill_9(server, run, tmp_path):
-    truth = write_pictures(tmp_path / "images", 12)
+    truth = chat.write_pictures(tmp_path / "images", 12)
     path = tmp_path / "c.jsonl"
     server.default = answer(pause=0.1)
     command = [sys.executable, str(TOOL), "--input", str(tmp_path / "images"), "--concurrency", "3"]
-    process = subprocess.Popen(
-        [*command, "--output", str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wait_until(
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([*command, "--output", str(path)], **pipes)
+    chat.wait_until(
         lambda: process.poll() is not None or (path.exists() and path.read_bytes().count(b"\n") > 4)
     )
     process.send_signal(signal.SIGKILL)
@@ -211,17 +191,17 @@ def test_resume_is_exact_after_kill_9(server, run, tmp_path):
 def interrupt(count: int = 1) -> Any:
     """A behaviour: signals, as of Ctrl-C, to this process, then a good answer or, of two, none."""
 
-    def behave(handler: Any, request: Any, state: ChatServer) -> None:
+    def behave(handler: Any, request: Any, state: Any) -> None:
         for number in range(count):
             time.sleep(0.5 * number)
             os.kill(os.getpid(), signal.SIGINT)
-        (answer(pause=0.3) if count == 1 else stall)(handler, request, state)
+        (answer(pause=0.3) if count == 1 else chat.stall)(handler, request, state)
 
     return behave
 
 
 def test_ctrl_c_keeps_what_is_paid_and_says_how_to_go_on(server, run, tmp_path):
-    truth = write_pictures(tmp_path / "images", 12)
+    truth = chat.write_pictures(tmp_path / "images", 12)
     path = tmp_path / "c.jsonl"
     server.script = [answer(), answer(), answer(), interrupt()]
     server.default = answer(pause=0.3)
@@ -235,14 +215,14 @@ def test_ctrl_c_keeps_what_is_paid_and_says_how_to_go_on(server, run, tmp_path):
 
 
 def test_a_second_ctrl_c_cuts_the_requests(server, run, tmp_path):
-    write_pictures(tmp_path / "images", 4)
-    server.script, server.default = [stall, interrupt(2)], stall
+    chat.write_pictures(tmp_path / "images", 4)
+    server.script, server.default = [chat.stall, interrupt(2)], chat.stall
     code, out, err = run("--timeout", "600")
     assert code == 130 and "8 to do" in out and "requests under way are finished" in err
 
 
 def test_no_file_holds_the_key(server, run, tmp_path):
-    write_pictures(tmp_path / "images", 2)
+    chat.write_pictures(tmp_path / "images", 2)
     server.script = [status(500, KEY.encode()), status(400, KEY.encode())]
     server.default = answer(json.dumps({"description": f"A wall, {KEY}.", "nouns": ["wall"]}))
     code, _, err = run("--json", str(tmp_path / "r.json"), "--verbose", "--key", KEY)
@@ -254,7 +234,7 @@ def test_no_file_holds_the_key(server, run, tmp_path):
 
 
 def test_images_come_from_files_json_or_a_dataset(server, run, tmp_path):
-    truth = write_pictures(tmp_path / "images" / "deep", 3)
+    truth = chat.write_pictures(tmp_path / "images" / "deep", 3)
     path = tmp_path / "c.jsonl"
 
     def written() -> list[tuple[Any, ...]]:
@@ -288,25 +268,16 @@ def test_images_come_from_files_json_or_a_dataset(server, run, tmp_path):
 
 def test_the_captions_are_read_by_the_loader(server, run, tmp_path):
     """docs/FORMATS.md 4, as the training reads it."""
-    truth = write_pictures(tmp_path / "images", 2)
+    truth = chat.write_pictures(tmp_path / "images", 2)
     assert run()[0] == 0
-    panoptic = {
-        "images": [
-            {"id": i, "file_name": f"{i:012d}.png", "height": 24, "width": 32} for i in truth
-        ],
-        "annotations": [
-            {"image_id": i, "file_name": f"{i}.png", "segments_info": []} for i in truth
-        ],
-        "categories": [],
-    }
+    images = [{"id": i, "file_name": f"{i:012d}.png", "height": 24, "width": 32} for i in truth]
+    annotations = [{"image_id": i, "file_name": "none.png", "segments_info": []} for i in truth]
+    panoptic = {"images": images, "annotations": annotations, "categories": []}
     (tmp_path / "panoptic.json").write_text(json.dumps(panoptic))
-    records = load_captions(
-        tmp_path / "c.jsonl", tmp_path / "panoptic.json", tmp_path, tmp_path / "images"
-    )
-    assert len(records) == 4
-    for record in records:
-        for phrase in record["phrases"]:
-            assert record["caption"][phrase["start"] : phrase["end"]] == phrase["text"]
+    places = (tmp_path / "panoptic.json", tmp_path, tmp_path / "images")
+    records = load_captions(tmp_path / "c.jsonl", *places)
+    said = [r["caption"][p["start"] : p["end"]] for r in records for p in r["phrases"]]
+    assert said == [words for line in read(tmp_path / "c.jsonl") for words in line["nouns"]]
 
 
 @pytest.mark.parametrize(
@@ -331,8 +302,8 @@ def test_the_captions_are_read_by_the_loader(server, run, tmp_path):
     ],
 )
 def test_wrong_input_is_one_line(server, run, tmp_path, monkeypatch, arguments, reason):
-    write_pictures(tmp_path / "images", 1)
-    write_pictures(tmp_path / "twins", 1)
+    chat.write_pictures(tmp_path / "images", 1)
+    chat.write_pictures(tmp_path / "twins", 1)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     code, _, err = run(inputs=arguments)
@@ -343,7 +314,7 @@ def test_wrong_input_is_one_line(server, run, tmp_path, monkeypatch, arguments, 
 def test_captions_of_other_images_with_the_same_ids_are_not_mixed(
     server, run, tmp_path, monkeypatch
 ):
-    write_pictures(tmp_path / "images", 1)
+    chat.write_pictures(tmp_path / "images", 1)
     assert run()[0] == 0
     (tmp_path / "images" / "000000000001.png").rename(tmp_path / "images" / "1.png")
     code, _, err = run()
@@ -355,8 +326,8 @@ def test_captions_of_other_images_with_the_same_ids_are_not_mixed(
 
 def test_a_local_model_takes_the_place_of_the_endpoint(run, tmp_path, tokenizer_dir, monkeypatch):
     """Random weights write garbage: it is rejected with a count, and nothing of it is written."""
-    write_pictures(tmp_path / "images", 1)
-    save_tiny_llava(tmp_path / "llava", tokenizer_dir)
+    chat.write_pictures(tmp_path / "images", 1)
+    chat.save_tiny_llava(tmp_path / "llava", tokenizer_dir)
     report = tmp_path / "report.json"
     limits = ("--max-tokens", "5", "--answer-attempts", "2", "--json", str(report))
     code, out, _ = run("--local", str(tmp_path / "llava"), *limits)

@@ -44,13 +44,30 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def sam(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_sam(tmp_path_factory.mktemp("sam"))
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of models, whole and damaged; not to be changed."""
+    root = tmp_path_factory.mktemp("models")
+    folders = {"sam": save_sam(root / "sam"), "mask2former": save_mask2former(root / "mask2former")}
+    folders["toy"] = toy = root / "toy"
+    save_toy(toy)
+    whole = (toy / "toy.pth").read_bytes()
+    (toy / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    (toy / "arch.yaml").write_text("MODEL: {META_ARCHITECTURE: Unheard}\n")
+    (toy / "code.yaml").write_text("OUTPUT_DIR: !!python/object/apply:os.mkdir ['ran']\n")
+    folders["cut"] = shutil.copytree(folders["sam"], root / "cut")
+    with (folders["cut"] / "model.safetensors").open("r+b") as stream:
+        stream.truncate(1000)
+    return folders
 
 
 @pytest.fixture(scope="module")
-def mask2former(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_mask2former(tmp_path_factory.mktemp("mask2former"))
+def sam(folders: dict[str, Path]) -> Path:
+    return folders["sam"]
+
+
+@pytest.fixture(scope="module")
+def mask2former(folders: dict[str, Path]) -> Path:
+    return folders["mask2former"]
 
 
 # -- which masks become entities -------------------------------------------------------------------
@@ -85,9 +102,6 @@ def test_what_is_left_of_a_covered_mask_counts():
     assert kept.ids[0, 4] == 0  # the sliver is nobody's
     none = MaskLimits(min_score=1.0).flatten(masks, scores)
     assert none.num_entities == 0 and none.size == (10, 12)
-
-
-def test_impossible_limits_are_refused():
     for wrong in ({"min_area": -1}, {"max_entities": 0}):
         with pytest.raises(ValueError, match="give"):
             MaskLimits(**wrong)
@@ -124,13 +138,11 @@ def test_sam_gives_the_masks_of_the_pipeline(sam):
     image = picture(48, 70)
     segmenter = load_segmenter(f"sam:{sam}", "cpu", SAM_OPTIONS)
     ((masks, scores),) = segmenter.predict([image])
-    reference = pipeline("mask-generation", model=str(sam), device="cpu")(
-        Image.fromarray(image),
-        points_per_crop=4,
-        pred_iou_thresh=-1000,
-        stability_score_thresh=0,
-        crops_nms_thresh=0.99,
-    )
+    options = {key: float(value) for key, value in SAM_OPTIONS.items()}
+    options["points_per_crop"] = int(options.pop("points_per_side"))
+    options["crops_nms_thresh"] = options.pop("nms_thresh")
+    generate = pipeline("mask-generation", model=str(sam), device="cpu")
+    reference = generate(Image.fromarray(image), **options)
     assert masks.shape[0] >= 2 and masks.shape[1:] == (48, 70)
     assert (masks == np.stack([np.asarray(mask) for mask in reference["masks"]])).all()
     np.testing.assert_allclose(scores, np.asarray(reference["scores"]), rtol=1e-6)
@@ -328,6 +340,8 @@ def test_detectron2_weights_that_do_not_fit(tmp_path, content, message):
         ("sam:{mask2former}", {}, ValueError, "cannot be loaded.*of this kind"),
         ("transformers:{sam}", {}, ValueError, "cannot be loaded.*of this kind"),
         ("sam:{cut}", {}, ValueError, "cannot be loaded"),
+        ("sam:{sam}", {"device": "cuda:0"}, ValueError, "--device cpu"),
+        ("sam:{sam}", {"device": "gpu"}, ValueError, "'gpu' is unknown"),
         ("sam:{sam}", {"size": "3"}, ValueError, "'size' is not known.*points_per_side"),
         ("sam:{sam}", {"points_per_side": "many"}, ValueError, "points_per_side=many.*side of"),
         ("sam:{sam}", {"points_per_side": "0"}, ValueError, "at least 1"),
@@ -341,31 +355,14 @@ def test_detectron2_weights_that_do_not_fit(tmp_path, content, message):
         ("detectron2:{toy}/code.yaml:{toy}/toy.pth", {}, ValueError, "code.yaml"),
     ],
 )
-def test_one_clear_error(tmp_path, sam, mask2former, spec, options, error, message):
-    toy = tmp_path / "toy"
-    save_toy(toy)
-    whole = (toy / "toy.pth").read_bytes()
-    (toy / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    (toy / "arch.yaml").write_text("MODEL: {META_ARCHITECTURE: Unheard}\n")
-    (toy / "code.yaml").write_text(
-        f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n"
-    )
-    cut = shutil.copytree(sam, tmp_path / "cut")
-    with (cut / "model.safetensors").open("r+b") as stream:
-        stream.truncate(1000)
-    spec = spec.format(toy=toy, sam=sam, mask2former=mask2former, cut=cut)
+def test_one_clear_error(folders, tmp_path, monkeypatch, spec, options, error, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    device, given = options.get("device", "cpu"), {k: options[k] for k in {*options} - {"device"}}
     with pytest.raises(error, match=message) as caught:
-        load_segmenter(spec, "cpu", options)
+        load_segmenter(spec.format(**folders), device, given)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
-
-
-def test_a_device_that_is_not_there_is_refused(sam, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="--device cpu"):
-        load_segmenter(f"sam:{sam}", "cuda:0")
-    with pytest.raises(ValueError, match="'gpu' is unknown"):
-        load_segmenter(f"sam:{sam}", "gpu")
 
 
 # -- as a source of a dataset ----------------------------------------------------------------------

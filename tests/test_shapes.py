@@ -34,6 +34,7 @@ def samples():
     }
 
 
+@pytest.fixture(scope="module")
 def everything(samples):
     return samples["train"] + samples["val"]
 
@@ -67,8 +68,8 @@ def named_by(phrase: str, scene) -> set[int]:
     return chosen
 
 
-def test_scenes_are_covered_and_everything_is_visible(samples):
-    for sample in everything(samples):
+def test_scenes_are_covered_and_everything_is_visible(everything):
+    for sample in everything:
         scene = sample.scene
         assert scene.image.dtype == np.uint8 and scene.image.shape == (96, 96, 3)
         counts = np.bincount(scene.ids.ravel(), minlength=len(sample.segment_ids) + 1)
@@ -112,37 +113,30 @@ def test_samples_depend_on_seed_split_and_index_only():
     assert np.array_equal(first.id_map, again.id_map)
     assert np.array_equal(first.image_array, again.image_array)
     assert first.narratives == again.narratives and first.refs == again.refs
-    for other in (
-        shapes.make_sample(6, "train", 7),
-        shapes.make_sample(5, "val", 7),
-        shapes.make_sample(5, "train", 8),
-    ):
-        assert not np.array_equal(first.image_array, other.image_array)
+    for other in ((6, "train", 7), (5, "val", 7), (5, "train", 8)):
+        assert not np.array_equal(first.image_array, shapes.make_sample(*other).image_array)
 
 
-def test_segment_ids_are_unique_in_the_dataset(samples):
-    ids = [i for sample in everything(samples) for i in sample.segment_ids]
+def test_segment_ids_are_unique_in_the_dataset(everything):
+    ids = [i for sample in everything for i in sample.segment_ids]
     assert len(set(ids)) == len(ids) and min(ids) > 0 and max(ids) < 1 << 24
     last = shapes.image_id_of("val", shapes.MAX_SCENES - 1)
     assert (last + 1) * 16 <= 1 << 24  # so that the numbering of ids never wraps
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((0, "test", 0), "split 'test'"),
-        ((0, "train", -1), "-1"),
-        ((0, "train", 0, 32), "32.*64"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        shapes.make_sample(*arguments)
+def test_bad_arguments():
+    for message, arguments in {
+        "split 'test'": (0, "test", 0),
+        "-1": (0, "train", -1),
+        "32.*64": (0, "train", 0, 32),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            shapes.make_sample(*arguments)
 
 
-def test_phrases_name_exactly_what_fits(samples):
+def test_phrases_name_exactly_what_fits(everything):
     grounded = plural = stuff = ungrounded = 0
-    for sample in everything(samples):
+    for sample in everything:
         number = {segment_id: k for k, segment_id in enumerate(sample.segment_ids)}
         for record in sample.narratives:
             assert isinstance(record["image_id"], str)
@@ -166,9 +160,9 @@ def test_phrases_name_exactly_what_fits(samples):
     assert ungrounded > 20
 
 
-def test_utterances_partition_the_caption(samples):
+def test_utterances_partition_the_caption(everything):
     habits = {"n't": 0, "lower": 0, "apart": 0, "detached": 0}
-    for sample in everything(samples):
+    for sample in everything:
         for record in sample.narratives:
             utterances = [segment["utterance"] for segment in record["segments"]]
             squeezed = re.sub(r"\s", "", "".join(utterances)).lower()
@@ -191,9 +185,9 @@ def test_descriptions_hold_their_nouns_in_order(samples):
                 cursor = record["description"].index(noun, cursor) + len(noun)
 
 
-def test_expressions_are_true_of_their_target_only(samples):
+def test_expressions_are_true_of_their_target_only(everything):
     total = relations = 0
-    for sample in everything(samples):
+    for sample in everything:
         scene = sample.scene
         for ref in sample.refs:
             target = sample.segment_ids.index(ref["ann_id"])
@@ -222,19 +216,17 @@ def test_expressions_are_true_of_their_target_only(samples):
     assert total > 200 and relations > 50
 
 
-def test_instances_hold_every_pixel(samples):
-    kinds = set()
-    for sample in everything(samples):
-        for instance in sample.instances:
-            code = instance["segmentation"]
-            kinds.add(type(code))
-            rle = coco_mask.frPyObjects(code, 96, 96)
-            rle = coco_mask.merge(rle) if isinstance(rle, list) else rle
-            mask = coco_mask.decode(rle).astype(bool)
-            assert np.array_equal(mask, sample.id_map == instance["id"])
-            assert instance["area"] == mask.sum()
-            assert instance["bbox"] == coco_mask.toBbox(rle).tolist()
-    assert kinds == {list, dict}  # polygons, and RLE for rings
+def test_instances_hold_every_pixel(everything):
+    instances = [(s, instance) for s in everything for instance in s.instances]
+    for sample, instance in instances:
+        rle = coco_mask.frPyObjects(instance["segmentation"], 96, 96)
+        rle = coco_mask.merge(rle) if isinstance(rle, list) else rle
+        mask = coco_mask.decode(rle).astype(bool)
+        assert np.array_equal(mask, sample.id_map == instance["id"])
+        assert instance["area"] == mask.sum()
+        assert instance["bbox"] == coco_mask.toBbox(rle).tolist()
+    # polygons, and RLE for rings
+    assert {type(instance["segmentation"]) for _, instance in instances} == {list, dict}
 
 
 def test_predictions_are_damaged(samples):
@@ -256,17 +248,20 @@ def files_below(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
+def different(one: Path, two: Path, names: list[str]) -> list[str]:
+    _, *others = filecmp.cmpfiles(one, two, names, shallow=False)
+    return sum(others, [])
+
+
 def test_preparation_is_the_same_for_any_number_of_workers(tmp_path, capsys):
-    counts = {"train": 20, "val": 5}
+    counts = {"train": 9, "val": 5}
     one, two = tmp_path / "one", tmp_path / "two"
     assert prepare_shapes.prepare(one, counts, seed=1, workers=1)
-    options = ["--train", "20", "--val", "5", "--seed", "1", "--workers", "2"]
+    options = ["--train", "9", "--val", "5", "--seed", "1", "--workers", "2"]
     assert prepare_shapes.main(["--output", str(two), *options]) == 0
     assert "next: python tools/train_net.py" in capsys.readouterr().out
     names = files_below(one)
-    assert names == files_below(two)
-    different = [n for n in names if not filecmp.cmp(one / n, two / n, shallow=False)]
-    assert different == []
+    assert names == files_below(two) and different(one, two, names) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]  # no scratch is left
 
     stamp = (one / "meta.json").stat().st_mtime_ns
@@ -284,7 +279,7 @@ def test_held_out_scenes_alone_are_those_of_the_whole_dataset(tmp_path, capsys):
     assert "--eval-only" in capsys.readouterr().out  # what the files are good for
     names = [name for name in files_below(alone) if "val" in name]
     assert names == [name for name in files_below(whole) if "val" in name]
-    assert not [n for n in names if not filecmp.cmp(whole / n, alone / n, shallow=False)]
+    assert different(whole, alone, names) == []
     # Nothing of the training scenes, and no tokenizer of other captions, to train on by mistake.
     others = set(files_below(alone)) - set(names)
     assert others == {"meta.json", "refcoco/instances.json", "refcoco/refs(unc).p"}
@@ -296,21 +291,23 @@ def test_held_out_scenes_alone_are_those_of_the_whole_dataset(tmp_path, capsys):
     assert files_below(alone) == files_below(whole)
 
 
-def test_preparation_spares_foreign_folders(tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("words")
-    status = prepare_shapes.main(["--output", str(tmp_path), "--train", "2", "--val", "1"])
-    assert status == 1
-    assert "not empty" in capsys.readouterr().err
-    assert files_below(tmp_path) == ["thesis.tex"]
-
-
 @pytest.mark.parametrize(
-    "option", [["--train", "-1"], ["--val", "0"], ["--size", "20"], ["--workers", "0"]]
+    ("folder", "option", "message"),
+    [
+        (".", ["--val", "1"], "not empty"),
+        ("x", ["--train", "-1"], "-1"),
+        ("x", ["--val", "0"], "0"),
+        ("x", ["--size", "20"], "20"),
+        ("x", ["--workers", "0"], "0"),
+    ],
 )
-def test_preparation_refuses_bad_settings(tmp_path, option, capsys):
-    assert prepare_shapes.main(["--output", str(tmp_path / "x"), *option]) == 1
-    assert option[1] in capsys.readouterr().err
-    assert not (tmp_path / "x").exists()
+def test_preparation_spares_foreign_folders_and_refuses_bad_settings(
+    tmp_path, folder, option, message, capsys
+):
+    (tmp_path / "thesis.tex").write_text("words")
+    assert prepare_shapes.main(["--output", str(tmp_path / folder), *option]) == 1
+    assert message in capsys.readouterr().err
+    assert files_below(tmp_path) == ["thesis.tex"] and not (tmp_path / "x").exists()
 
 
 def test_tokenizer(samples, tmp_path):

@@ -11,12 +11,7 @@ import torch
 from detectron2.config import get_cfg
 
 from gella import add_gella_config
-from gella.data.sampling import (
-    GroundingBatchSampler,
-    GroundingDataset,
-    build_train_loader,
-    task_at,
-)
+from gella.data.sampling import GroundingBatchSampler, build_train_loader, task_at
 from gella.text.prompts import TASKS
 
 RATIOS = (0.2, 0.2, 0.6)
@@ -84,53 +79,50 @@ def test_ranks_share_the_batch_and_its_task(world_size: int) -> None:
 
 
 def test_what_cannot_be_sampled_is_an_error() -> None:
-    with pytest.raises(ValueError, match="16.*3 processes"):
-        batches(1, batch_size=16, world_size=3)
-    with pytest.raises(ValueError, match="'extract'.*0.2"):
-        batches(1, pools={**POOLS, "extract": []})
-    with pytest.raises(ValueError, match="negative"):
-        batches(1, seed=-1)
+    for message, changes in {
+        "16.*3 processes": {"batch_size": 16, "world_size": 3},
+        "'extract'.*0.2": {"pools": {**POOLS, "extract": []}},
+        "negative": {"seed": -1},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            batches(1, **changes)
     assert len(batches(3, pools={"ground": [4]}, ratios=(0, 0, 1))) == 3
 
 
-class NumberMapper:
-    """Gives back the key and a draw of its own stream, to see both."""
+class EchoMapper:
+    """Gives back what it is asked."""
 
     def __call__(self, record: dict, *, task: str, rng_seed: tuple) -> dict:
-        import numpy as np
-
-        draw = int(np.random.default_rng(rng_seed).integers(1 << 30))
-        return {"name": record["name"], "task": task, "draw": draw}
+        return {"name": record["name"], "task": task, "seed": rng_seed}
 
 
-def config(**changes: Any) -> Any:
+def config(*options: Any) -> Any:
     cfg = get_cfg()
     add_gella_config(cfg)
-    cfg.DATASETS.TRAIN = ("gella_some_train",)
-    cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, cfg.DATALOADER.NUM_WORKERS = 4, 5, 0
-    for key, value in changes.items():
-        cfg.merge_from_list([key.replace("__", "."), value])
+    small = ("SOLVER.IMS_PER_BATCH", 4, "SEED", 5, "DATALOADER.NUM_WORKERS", 0)
+    cfg.merge_from_list(["DATASETS.TRAIN", ("gella_some_train",), *small, *options])
     return cfg
 
 
-RECORDS = [
-    {"name": i, "tasks": (("describe", "extract", "ground") if i % 3 else ("ground",))}
-    for i in range(20)
-]
+RECORDS = [{"name": i, "tasks": TASKS if i % 3 else ("ground",)} for i in range(20)]
 
 
-def test_the_loader_equals_the_sampler_whatever_the_workers_and_resumes() -> None:
+def test_the_loader_maps_the_samplers_keys_whatever_the_workers_and_resumes() -> None:
     def first(loader: Any, count: int) -> list:
         return list(itertools.islice(iter(loader), count))
 
-    plain = build_train_loader(config(), records=RECORDS, mapper=NumberMapper())
-    expected = first(plain, 12)
-    assert [len(batch) for batch in expected] == [4] * 12
-    assert {item["task"] for batch in expected for item in batch} <= set(TASKS)
-    assert all(item["name"] % 3 for batch in expected for item in batch if item["task"] != "ground")
-    parallel = build_train_loader(
-        config(DATALOADER__NUM_WORKERS=2), records=RECORDS, mapper=NumberMapper()
+    loader, parallel = (
+        build_train_loader(config(*workers), records=RECORDS, mapper=EchoMapper())
+        for workers in ((), ("DATALOADER.NUM_WORKERS", 2))
     )
+    some = [i for i in range(20) if i % 3]
+    pools = {"describe": some, "extract": some, "ground": range(20)}
+    ratios = config().DATALOADER.TASK_RATIOS
+    expected = [
+        [{"name": index, "task": task, "seed": seed} for index, task, seed in batch]
+        for batch in batches(12, pools=pools, ratios=ratios, seed=5)
+    ]
+    assert len(loader.dataset) == 20 and first(loader, 12) == expected
     torch.manual_seed(0)
     before = torch.get_rng_state()
     assert first(parallel, 12) == expected
@@ -142,13 +134,7 @@ def test_the_loader_equals_the_sampler_whatever_the_workers_and_resumes() -> Non
 def test_the_loader_names_the_datasets_that_cannot_train_a_task() -> None:
     only_ground = [record for record in RECORDS if len(record["tasks"]) == 1]
     with pytest.raises(ValueError, match="gella_some_train.*'describe'"):
-        build_train_loader(config(), records=only_ground, mapper=NumberMapper())
-    cfg = config(DATALOADER__TASK_RATIOS=[0.0, 0.0, 1.0], SEED=-1)
-    loader = build_train_loader(cfg, records=only_ground, mapper=NumberMapper())
+        build_train_loader(config(), records=only_ground, mapper=EchoMapper())
+    cfg = config("DATALOADER.TASK_RATIOS", [0.0, 0.0, 1.0], "SEED", -1)
+    loader = build_train_loader(cfg, records=only_ground, mapper=EchoMapper())
     assert next(iter(loader))[0]["task"] == "ground"
-
-
-def test_the_dataset_passes_the_key_to_the_mapper() -> None:
-    dataset = GroundingDataset(RECORDS, lambda record, **key: (record["name"], key))
-    assert len(dataset) == 20
-    assert dataset[2, "extract", (1, 2, 3)] == (2, {"task": "extract", "rng_seed": (1, 2, 3)})

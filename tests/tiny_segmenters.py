@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,9 @@ def save_sam(folder: Path) -> Path:
         mask_decoder_config=hf.SamMaskDecoderConfig(**one, iou_head_hidden_dim=8).to_dict(),
     )
     scattered(hf.SamModel(config)).save_pretrained(folder)
-    processor = hf.SamImageProcessor(
-        size={"longest_edge": 64},
-        pad_size={"height": 64, "width": 64},
-        mask_size={"longest_edge": 16},
-        mask_pad_size={"height": 16, "width": 16},
-    )
-    hf.SamProcessor(processor).save_pretrained(folder)
+    size = {"size": {"longest_edge": 64}, "mask_size": {"longest_edge": 16}}
+    pad = {"pad_size": square(64), "mask_pad_size": square(16)}
+    hf.SamProcessor(hf.SamImageProcessor(**size, **pad)).save_pretrained(folder)
     return folder
 
 
@@ -60,9 +55,12 @@ def save_sam2(folder: Path) -> Path:
         vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder
     )
     scattered(hf.Sam2Model(config)).save_pretrained(folder)
-    size = {"size": {"height": 128, "width": 128}, "mask_size": {"height": 32, "width": 32}}
-    hf.Sam2ImageProcessor(**size).save_pretrained(folder)
+    hf.Sam2ImageProcessor(size=square(128), mask_size=square(32)).save_pretrained(folder)
     return folder
+
+
+def square(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
 
 
 def scattered(model: Any) -> Any:
@@ -107,16 +105,12 @@ def save_mask2former(folder: Path) -> Path:
 
 @META_ARCH_REGISTRY.register()
 class ToyColorSegmenter(nn.Module):
-    """A Detectron2 model that finds the reddish and the bluish pixels of its input.
-
-    Its two weights say how reddish and how bluish; `slowly` makes it take a while for each image.
-    """
+    """Finds the reddish and the bluish pixels of its input; its weights say how reddish, bluish."""
 
     def __init__(self, cfg: Any) -> None:
         super().__init__()
         self.levels = nn.Parameter(torch.full((2,), 1000.0))  # finds nothing until it is loaded
         self.rgb = cfg.INPUT.FORMAT == "RGB"
-        self.seconds = float(cfg.get("TOY_SECONDS", 0.0))
         self.panoptic = bool(cfg.get("TOY_PANOPTIC", False))
         self.seen: list[tuple[int, ...]] = []
 
@@ -124,7 +118,6 @@ class ToyColorSegmenter(nn.Module):
         return [self.find(entry) for entry in inputs]
 
     def find(self, entry: dict[str, Any]) -> dict[str, Any]:
-        time.sleep(self.seconds)
         size = (entry["height"], entry["width"])
         self.seen.append((*entry["image"].shape[-2:], *size))
         red, blue = entry["image"][[0, 2] if self.rgb else [2, 0]]
@@ -142,8 +135,7 @@ class ToyColorSegmenter(nn.Module):
 
 
 def add_toy_config(cfg: Any) -> None:
-    """Add the keys of `ToyColorSegmenter` to a Detectron2 config."""
-    cfg.TOY_SECONDS = 0.0
+    """Add the key of `ToyColorSegmenter` to a Detectron2 config."""
     cfg.TOY_PANOPTIC = False
 
 
@@ -154,6 +146,3 @@ def save_toy(folder: Path, *lines: str) -> str:
     (folder / "toy.yaml").write_text("\n".join([*text, *lines, ""]))
     torch.save({"model": {"levels": torch.tensor([128.0, 128.0])}}, folder / "toy.pth")
     return f"detectron2:{folder / 'toy.yaml'}:{folder / 'toy.pth'}"
-
-
-TOY_SETUP = "setup=tiny_segmenters:add_toy_config"
