@@ -80,19 +80,10 @@ def test_descriptions_become_one_writable_line():
     assert clean_description(" A dog\n\n sits \ud83d.\x00 ") == "A dog sits ?."
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '["red car", "dogs"]',
-        '{"nouns": ["red car", "dogs"]}',
-        "red car, dogs.",
-        "1. red car\n2. dogs",
-        "- red car\n* and dogs\n",
-        "red car, and dogs",
-    ],
-)
-def test_noun_lists_are_read_in_any_form(text):
-    assert parse_noun_list(text) == ["red car", "dogs"]
+def test_noun_lists_are_read_in_any_form():
+    listed = ('["red car", "dogs"]', '{"nouns": ["red car", "dogs"]}', "1. red car\n2. dogs")
+    for text in (*listed, "red car, dogs.", "red car, and dogs", "- red car\n* and dogs\n"):
+        assert parse_noun_list(text) == ["red car", "dogs"], text
 
 
 @pytest.mark.parametrize(
@@ -165,9 +156,8 @@ def test_describe_asks_again_until_enough_nouns_stand_in_the_text():
     caption = describe(captioner, picture, "Look.", attempts=4, tally=tally)
     assert caption.nouns == ["dog", "cat", "cow", "pig"]
     assert [asked[1:] for asked in captioner.asked] == [(picture, number) for number in range(4)]
-    counts = tally.as_dict()
-    assert counts["rejected"] == 3 and counts["answers"] == 4
-    assert counts["nouns"] == 4 and counts["nouns_repaired"] == 1 and counts["nouns_dropped"] == 1
+    expected = {"rejected": 3, "answers": 4, "nouns": 4, "nouns_repaired": 1, "nouns_dropped": 1}
+    assert tally.as_dict().items() >= expected.items()
     with pytest.raises(AnswerError, match="1 of 5 nouns.*'hen'"):
         describe(Scripted(most), picture, attempts=1, min_found=1.0)
     with pytest.raises(AnswerError, match="none of 2 answers.*no JSON"):

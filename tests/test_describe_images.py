@@ -37,13 +37,17 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def run(tmp_path: Path, capfd: Any) -> Any:
-    """Call the tool on tmp_path/images with quick limits; returns (code, stdout, stderr)."""
+    """Call the tool on tmp_path/images with quick limits; returns (code, stdout, stderr).
+
+    The captions go to tmp_path/c.jsonl, the report to tmp_path/report.json.
+    """
 
     def call(*extra: str, inputs: tuple[str, ...] = ("--input", str(tmp_path / "images"))) -> tuple:
-        quick = ["--timeout", "2", "--backoff", "0.01", "--output", str(tmp_path / "c.jsonl")]
+        quick = ["--timeout", "2", "--backoff", "0.01"]
+        files = ["--output", str(tmp_path / "c.jsonl"), "--json", str(tmp_path / "report.json")]
         capfd.readouterr()
         try:
-            code = tool.main([*quick, *inputs, *extra])
+            code = tool.main([*quick, *files, *inputs, *extra])
         except SystemExit as ended:
             code = ended.code
         out, err = capfd.readouterr()
@@ -91,18 +95,17 @@ def test_nothing_is_lost_and_nothing_twice_whatever_the_server_does(server, run,
         status(503),
     ]
     server.default = answer(pause=0.02)
-    report = tmp_path / "report.json"
     options = ("--price-in", "1000", "--price-out", "10000", "--answer-attempts", "4")
-    code, out, err = run("--concurrency", "3", "--json", str(report), *options)
+    code, out, err = run("--concurrency", "3", *options)
     assert code == 0, err
     check_complete(tmp_path / "c.jsonl", truth)
     assert 3 <= server.most_at_once <= 4  # one that was cut may still be ending at the server
-    counts = json.loads(report.read_text())["counts"]
     # 12 bad responses, 3 of which are answers of the model that could not be used
-    assert len(server.requests) == counts["requests"] == 18 + 12
-    assert counts["rejected"] == 3 and counts["answers"] == 21
-    assert counts["retries"] == 9 and counts["rate_limited"] == 2
-    assert counts["prompt_tokens"] == 2100 and counts["completion_tokens"] == 210
+    assert len(server.requests) == 18 + 12
+    counts = json.loads((tmp_path / "report.json").read_text())["counts"].items()
+    assert counts >= {"requests": 30, "retries": 9, "rate_limited": 2}.items()
+    assert counts >= {"answers": 21, "rejected": 3}.items()
+    assert counts >= {"prompt_tokens": 2100, "completion_tokens": 210}.items()
     assert "18 captions written, 0 were there, 0 failed, 0 to do" in out
     assert "2100 asked, 210 answered; cost 4.2000" in out and "docs/CAPTIONS.md" in out
     assert "9/9" not in err and "18/18" in err
@@ -124,11 +127,10 @@ def test_failures_are_counted_listed_and_tried_again_by_the_next_run(server, run
         return answer(text)(handler, request, state)
 
     server.default = picky
-    report = tmp_path / "report.json"
-    code, out, _ = run("--json", str(report), "--answer-attempts", "2")
+    code, out, _ = run("--answer-attempts", "2")
     assert code == 1 and "2 captions written, 0 were there, 6 failed, 6 to do" in out
     assert "run the same command again" in out
-    content = json.loads(report.read_text())
+    content = json.loads((tmp_path / "report.json").read_text())
     failures = {(f["file_name"], f["prompt_id"]): f["reason"] for f in content["failures"]}
     assert len(failures) == 6
     assert "2 of 2 nouns" in failures["000000000001.png", "details"]
@@ -225,7 +227,7 @@ def test_no_file_holds_the_key(server, run, tmp_path):
     chat.write_pictures(tmp_path / "images", 2)
     server.script = [status(500, KEY.encode()), status(400, KEY.encode())]
     server.default = answer(json.dumps({"description": f"A wall, {KEY}.", "nouns": ["wall"]}))
-    code, _, err = run("--json", str(tmp_path / "r.json"), "--verbose", "--key", KEY)
+    code, _, err = run("--verbose", "--key", KEY)
     assert code == 1 and "again in" in err
     code, _, err = run("--kye", KEY)
     assert code == 2 and "not known" in err
@@ -328,11 +330,10 @@ def test_a_local_model_takes_the_place_of_the_endpoint(run, tmp_path, tokenizer_
     """Random weights write garbage: it is rejected with a count, and nothing of it is written."""
     chat.write_pictures(tmp_path / "images", 1)
     chat.save_tiny_llava(tmp_path / "llava", tokenizer_dir)
-    report = tmp_path / "report.json"
-    limits = ("--max-tokens", "5", "--answer-attempts", "2", "--json", str(report))
+    limits = ("--max-tokens", "5", "--answer-attempts", "2")
     code, out, _ = run("--local", str(tmp_path / "llava"), *limits)
     assert code == 1 and "0 captions written, 0 were there, 2 failed" in out
-    assert json.loads(report.read_text())["counts"]["rejected"] == 4
+    assert json.loads((tmp_path / "report.json").read_text())["counts"]["rejected"] == 4
     assert (tmp_path / "c.jsonl").read_text() == ""
 
     def ask(self: Any, text: str, picture: Any, *, attempt: int = 0) -> Reply:
@@ -340,6 +341,5 @@ def test_a_local_model_takes_the_place_of_the_endpoint(run, tmp_path, tokenizer_
 
     monkeypatch.setattr(LocalCaptioner, "ask", ask)
     assert run("--local", str(tmp_path / "llava"))[0] == 0
-    lines = read(tmp_path / "c.jsonl")
-    assert len(lines) == 2 and {line["model"] for line in lines} == {"llava"}
-    assert all(line["nouns"] == ["dog", "sand"] for line in lines)
+    lines = [(line["model"], line["nouns"]) for line in read(tmp_path / "c.jsonl")]
+    assert lines == [("llava", ["dog", "sand"])] * 2

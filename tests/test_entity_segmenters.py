@@ -7,6 +7,7 @@ import pickle
 import shutil
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,30 +45,19 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Folders of models, whole and damaged; not to be changed."""
     root = tmp_path_factory.mktemp("models")
-    folders = {"sam": save_sam(root / "sam"), "mask2former": save_mask2former(root / "mask2former")}
-    folders["toy"] = toy = root / "toy"
+    sam, mask2former = save_sam(root / "sam"), save_mask2former(root / "mask2former")
+    toy, cut = root / "toy", shutil.copytree(sam, root / "cut")
     save_toy(toy)
     whole = (toy / "toy.pth").read_bytes()
     (toy / "cut.pth").write_bytes(whole[: len(whole) // 2])
     (toy / "arch.yaml").write_text("MODEL: {META_ARCHITECTURE: Unheard}\n")
     (toy / "code.yaml").write_text("OUTPUT_DIR: !!python/object/apply:os.mkdir ['ran']\n")
-    folders["cut"] = shutil.copytree(folders["sam"], root / "cut")
-    with (folders["cut"] / "model.safetensors").open("r+b") as stream:
+    with (cut / "model.safetensors").open("r+b") as stream:
         stream.truncate(1000)
-    return folders
-
-
-@pytest.fixture(scope="module")
-def sam(folders: dict[str, Path]) -> Path:
-    return folders["sam"]
-
-
-@pytest.fixture(scope="module")
-def mask2former(folders: dict[str, Path]) -> Path:
-    return folders["mask2former"]
+    return SimpleNamespace(sam=sam, mask2former=mask2former, toy=toy, cut=cut)
 
 
 # -- which masks become entities -------------------------------------------------------------------
@@ -134,14 +124,14 @@ def test_wrong_answers_and_images_are_refused(segmenter, image, message):
 # -- transformers ----------------------------------------------------------------------------------
 
 
-def test_sam_gives_the_masks_of_the_pipeline(sam):
+def test_sam_gives_the_masks_of_the_pipeline(models):
     image = picture(48, 70)
-    segmenter = load_segmenter(f"sam:{sam}", "cpu", SAM_OPTIONS)
+    segmenter = load_segmenter(f"sam:{models.sam}", "cpu", SAM_OPTIONS)
     ((masks, scores),) = segmenter.predict([image])
     options = {key: float(value) for key, value in SAM_OPTIONS.items()}
     options["points_per_crop"] = int(options.pop("points_per_side"))
     options["crops_nms_thresh"] = options.pop("nms_thresh")
-    generate = pipeline("mask-generation", model=str(sam), device="cpu")
+    generate = pipeline("mask-generation", model=str(models.sam), device="cpu")
     reference = generate(Image.fromarray(image), **options)
     assert masks.shape[0] >= 2 and masks.shape[1:] == (48, 70)
     assert (masks == np.stack([np.asarray(mask) for mask in reference["masks"]])).all()
@@ -150,9 +140,9 @@ def test_sam_gives_the_masks_of_the_pipeline(sam):
     assert entities.size == (48, 70) and entities.num_entities >= 2
 
 
-def test_sam_that_trusts_no_mask_gives_an_empty_map(sam):
+def test_sam_that_trusts_no_mask_gives_an_empty_map(models):
     options = {"points_per_side": "2", "pred_iou_thresh": "1000"}
-    entities = load_segmenter(f"sam:{sam}", "cpu", options).segment(picture(40, 64))
+    entities = load_segmenter(f"sam:{models.sam}", "cpu", options).segment(picture(40, 64))
     assert entities.num_entities == 0 and entities.size == (40, 64)
 
 
@@ -180,14 +170,14 @@ def test_sam2_asks_all_of_an_image_that_is_not_square(tmp_path):
         assert entities.size == image.shape[:2] and entities.num_entities >= 1
 
 
-def test_mask2former_gives_the_segments_of_its_post_processing(mask2former):
+def test_mask2former_gives_the_segments_of_its_post_processing(models):
     image = picture(50, 64)
     loose = {"threshold": 0.0, "mask_threshold": 0.0, "overlap_mask_area_threshold": 0.0}
     options = {key: str(value) for key, value in loose.items()}
-    segmenter = load_segmenter(f"transformers:{mask2former}", "cpu", options)
+    segmenter = load_segmenter(f"transformers:{models.mask2former}", "cpu", options)
     ((masks, scores),) = segmenter.predict([image])
-    model = Mask2FormerForUniversalSegmentation.from_pretrained(mask2former).eval()
-    processor = AutoImageProcessor.from_pretrained(mask2former)
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(models.mask2former).eval()
+    processor = AutoImageProcessor.from_pretrained(models.mask2former)
     with torch.no_grad():
         outputs = model(**processor(images=Image.fromarray(image), return_tensors="pt"))
     found = processor.post_process_panoptic_segmentation(
@@ -201,11 +191,11 @@ def test_mask2former_gives_the_segments_of_its_post_processing(mask2former):
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance"])
-def test_other_images_of_a_batch_change_nothing(mask2former, task):
+def test_other_images_of_a_batch_change_nothing(models, task):
     """Padding to a common size would stretch the masks of the smaller image."""
     images = [picture(48, 64), picture(96, 64, seed=1), picture(48, 64, seed=2)]
     options = {"task": task, "threshold": "0.0", "overlap_mask_area_threshold": "0.0"}
-    segmenter = load_segmenter(f"transformers:{mask2former}", "cpu", options)
+    segmenter = load_segmenter(f"transformers:{models.mask2former}", "cpu", options)
     together = segmenter.predict(images)
     for image, (masks, scores) in zip(images, together):
         assert masks.shape[1:] == image.shape[:2] and len(masks) >= 1
@@ -214,8 +204,8 @@ def test_other_images_of_a_batch_change_nothing(mask2former, task):
         np.testing.assert_allclose(scores, alone_scores, atol=1e-5)
 
 
-def test_instances_of_a_model_may_overlap_and_none_may_be_found(mask2former):
-    spec, image = f"transformers:{mask2former}", picture(48, 64)
+def test_instances_of_a_model_may_overlap_and_none_may_be_found(models):
+    spec, image = f"transformers:{models.mask2former}", picture(48, 64)
     loose = load_segmenter(spec, "cpu", {"task": "instance", "threshold": "0"})
     ((masks, _),) = loose.predict([image])
     assert len(masks) >= 2 and masks.sum(0).max() >= 2
@@ -226,14 +216,14 @@ def test_instances_of_a_model_may_overlap_and_none_may_be_found(mask2former):
         assert strict.segment(image).num_entities == 0
 
 
-def test_models_whose_masks_would_be_wrong_are_refused(mask2former, tmp_path):
-    padded = shutil.copytree(mask2former, tmp_path / "padded")
+def test_models_whose_masks_would_be_wrong_are_refused(models, tmp_path):
+    padded = shutil.copytree(models.mask2former, tmp_path / "padded")
     size = {"shortest_edge": 64, "longest_edge": 128}
     pad = {"height": 256, "width": 256}
     Mask2FormerImageProcessor(size=size, pad_size=pad).save_pretrained(padded)
     with pytest.raises(ValueError, match="pad_size"):
         load_segmenter(f"transformers:{padded}", "cpu").segment(picture(48, 64))
-    lacking = shutil.copytree(mask2former, tmp_path / "lacking")
+    lacking = shutil.copytree(models.mask2former, tmp_path / "lacking")
     weights = load_file(lacking / "model.safetensors")
     name = next(key for key in weights if "class_predictor" in key)
     del weights[name]
@@ -355,12 +345,12 @@ def test_detectron2_weights_that_do_not_fit(tmp_path, content, message):
         ("detectron2:{toy}/code.yaml:{toy}/toy.pth", {}, ValueError, "code.yaml"),
     ],
 )
-def test_one_clear_error(folders, tmp_path, monkeypatch, spec, options, error, message):
+def test_one_clear_error(models, tmp_path, monkeypatch, spec, options, error, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     device, given = options.get("device", "cpu"), {k: options[k] for k in {*options} - {"device"}}
     with pytest.raises(error, match=message) as caught:
-        load_segmenter(spec.format(**folders), device, given)
+        load_segmenter(spec.format(**vars(models)), device, given)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
 

@@ -33,14 +33,10 @@ def save_sam(folder: Path) -> Path:
 def save_sam2(folder: Path) -> Path:
     """A SAM 2 of 128-pixel input; its processor squashes images to a square."""
     torch.manual_seed(0)
+    levels = {"embed_dim_per_stage": [8, 16, 32, 64], "window_size_per_stage": [4] * 4}
+    levels |= {"blocks_per_stage": [1] * 4, "num_attention_heads_per_stage": [1, 1, 2, 2]}
     hiera = hf.Sam2HieraDetConfig(
-        hidden_size=8,
-        image_size=[128, 128],
-        blocks_per_stage=[1, 1, 1, 1],
-        embed_dim_per_stage=[8, 16, 32, 64],
-        num_attention_heads_per_stage=[1, 1, 2, 2],
-        window_size_per_stage=[4, 4, 4, 4],
-        global_attention_blocks=[],
+        hidden_size=8, image_size=[128, 128], global_attention_blocks=[], **levels
     )
     vision = hf.Sam2VisionConfig(
         backbone_config=hiera.to_dict(),
@@ -75,23 +71,15 @@ def scattered(model: Any) -> Any:
 def save_mask2former(folder: Path) -> Path:
     """A Mask2Former of a few thousand weights over a tiny Swin, processor included."""
     torch.manual_seed(0)
-    swin = hf.SwinConfig(
-        image_size=64,
-        patch_size=4,
-        embed_dim=8,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 1, 2, 2],
-        window_size=4,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
+    levels = {"depths": [1] * 4, "num_heads": [1, 1, 2, 2]}
+    levels["out_features"] = [f"stage{level}" for level in (1, 2, 3, 4)]
+    swin = hf.SwinConfig(image_size=64, patch_size=4, embed_dim=8, window_size=4, **levels)
     sizes = ("feature_size", "mask_feature_size", "hidden_dim", "dim_feedforward")
+    few = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "num_queries": 8}
     config = hf.Mask2FormerConfig(
         backbone_config=swin,
         **dict.fromkeys((*sizes, "encoder_feedforward_dim"), 32),
-        encoder_layers=1,
-        decoder_layers=2,
-        num_attention_heads=2,
-        num_queries=8,
+        **few,
         num_labels=5,
     )
     model = hf.Mask2FormerForUniversalSegmentation(config)
