@@ -29,7 +29,7 @@ from scenes import id_image, made_caption, picture_size
 from shapes_text import train_tokenizer
 from tabulate import tabulate
 
-from gella.data.coco_categories import coco_panoptic_categories
+from gella.data.register import coco_panoptic_categories
 from gella.entities.entity_map import id_to_rgb
 from gella.entities.files import read_id_png, write_id_png
 from gella.evaluation import metrics

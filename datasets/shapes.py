@@ -22,7 +22,7 @@ from shapes_scene import (
 )
 from shapes_text import write_expressions, write_narrative
 
-from gella.data.coco_categories import SHAPES_CATEGORIES as CATEGORIES
+from gella.data.register import SHAPES_CATEGORIES as CATEGORIES
 
 __all__ = [
     "CATEGORIES",

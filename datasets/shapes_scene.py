@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from gella.data.coco_categories import SHAPES_STUFF, SHAPES_THINGS
+from gella.data.register import SHAPES_STUFF, SHAPES_THINGS
 from gella.entities.rle import encode_mask
 
 KINDS = SHAPES_THINGS

@@ -252,7 +252,7 @@ def _write_datasets(folder: Path) -> None:
 
 def _write_coco(shapes: Path, coco: Path, split: str) -> None:
     """The scenes as COCO panoptic and PNG of 2017, with COCO's own categories."""
-    from gella.data.coco_categories import coco_panoptic_categories
+    from gella.data.register import coco_panoptic_categories
 
     notes, year = coco / "annotations", f"{split}2017"
     shutil.copytree(shapes / split, coco / year)

@@ -12,7 +12,7 @@ import measuring
 import pytest
 import torch
 
-from gella.data.coco_categories import coco_panoptic_categories
+from gella.data.register import coco_panoptic_categories
 from gella.evaluation.panoptic_quality import PQCounts
 
 TINY = "--grid 2 --layers 1 --width 64 --vocabulary 700 --nouns 3 --repeat 1 --recall-nouns 500"

@@ -26,12 +26,11 @@ from PIL import Image
 import gella.data
 from gella import add_gella_config
 from gella.data import register as datasets
-from gella.data.coco_categories import coco_panoptic_categories
 from gella.data.mapper import GroundingMapper
 from gella.data.panoptic import load_instances, read_categories
 from gella.data.records import RecordStore, json_lines
 from gella.data.refcoco import held_out_images, read_refs, without_held_out
-from gella.data.register import REFCOCO_SPLITS, refcoco_name, register_all
+from gella.data.register import REFCOCO_SPLITS, coco_panoptic_categories, refcoco_name, register_all
 from gella.engine.trainer import load_records
 from gella.entities.entity_map import rgb_to_id
 from gella.entities.files import write_id_png

@@ -28,9 +28,9 @@ from PIL import Image
 
 import gella.evaluation.evaluators
 from gella import evaluation
+from gella.commands.score import SavedPredictions
 from gella.entities.entity_map import EntityMap, rgb_to_id
 from gella.evaluation import metrics
-from gella.evaluation.offline import SavedPredictions
 from gella.evaluation.truth import TruthReader
 
 

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gella.commands.inputs import SUFFIXES, Source, dataset_records, distinct
-from gella.data.coco_categories import coco_panoptic_categories
 from gella.data.panoptic import read_categories as coco_categories
 from gella.data.records import Place
-from gella.data.register import choose_entities
+from gella.data.register import choose_entities, coco_panoptic_categories
 from gella.entities.entity_map import EntityMap
 from gella.entities.sources import FileSource, load_from_record
 from gella.predictor import image_id_of
