@@ -19,14 +19,8 @@ import numpy as np
 from PIL import Image
 
 KEY = "sk-test-8c41f0d9a2b74e6f-never-to-be-seen"
-COLORS = {
-    "red": (220, 20, 20),
-    "green": (20, 180, 20),
-    "blue": (20, 20, 220),
-    "yellow": (220, 220, 20),
-    "white": (250, 250, 250),
-    "black": (5, 5, 5),
-}
+COLORS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 220)}
+COLORS |= {"yellow": (220, 220, 20), "white": (250, 250, 250), "black": (5, 5, 5)}
 
 
 def write_pictures(folder: Path, count: int) -> dict[int, str]:
@@ -167,7 +161,6 @@ def chat_server(tls: ssl.SSLContext | None = None) -> Iterator[ChatServer]:
 
     class Server(ThreadingHTTPServer):
         request_queue_size = 64
-        daemon_threads = True
 
         def handle_error(self, *_: Any) -> None:
             """Silent: clients leave on purpose here."""
@@ -200,21 +193,18 @@ def save_tiny_llava(folder: Path, tokenizer_dir: Path) -> Path:
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
     ids["pad_token_id"] = tokenizer.pad_token_id
     sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "num_key_value_heads": 2}
+    vision = hf.CLIPVisionConfig(num_hidden_layers=2, image_size=16, patch_size=8, **small)
     config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(
-            num_hidden_layers=2, image_size=16, patch_size=8, **small
-        ),
+        vision_config=vision,
         text_config=hf.LlamaConfig(**sizes, **ids, **small),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     torch.manual_seed(0)
     hf.LlavaForConditionalGeneration(config).save_pretrained(folder)
     size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    hf.LlavaProcessor(
-        hf.CLIPImageProcessor(**size),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)
+    patches = {"patch_size": 8, "vision_feature_select_strategy": "default"}
+    processor = hf.LlavaProcessor(
+        hf.CLIPImageProcessor(**size), tokenizer, **patches, num_additional_image_tokens=1
+    )
+    processor.save_pretrained(folder)
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -115,22 +116,21 @@ def masks(change: Callable[[np.ndarray], np.ndarray]) -> Damage:
     return redrawn(MASKS, lambda image: Image.fromarray(change(np.array(image))))
 
 
+def painted(pixels: np.ndarray) -> np.ndarray:
+    pixels[:3, :5] = (1, 2, 0)  # id 513
+    return pixels
+
+
 def cut(name: str) -> Damage:
     def apply(root: Path) -> None:
         path = next(root.glob(name))
-        data = path.read_bytes()
-        path.write_bytes(data[: len(data) * 6 // 10])
+        os.truncate(path, path.stat().st_size * 6 // 10)
 
     return apply
 
 
 def removed(name: str) -> Damage:
     return lambda root: next(root.glob(name)).unlink()
-
-
-def painted(pixels: np.ndarray) -> np.ndarray:
-    pixels[:3, :5] = (1, 2, 0)  # id 513
-    return pixels
 
 
 def segments(content: Any) -> list[dict[str, Any]]:
@@ -143,11 +143,6 @@ def repeated(key: str) -> Damage:
 
 def segment(**changes: Any) -> Damage:
     return panoptic(lambda content: segments(content)[0].update(changes))
-
-
-def with_crowds(content: Any) -> None:
-    for each in segments(content):
-        each["iscrowd"] = 1
 
 
 def first_noun(content: Any) -> dict[str, Any]:
@@ -171,11 +166,10 @@ def ref(**changes: Any) -> Damage:
 
 
 def outline(value: Any) -> Damage:
-    def change(content: Any) -> None:
-        owner = next(a for a in content["annotations"] if a["image_id"] == FIRST)
-        owner["segmentation"] = value
+    def of_first(content: Any) -> Any:
+        return next(a for a in content["annotations"] if a["image_id"] == FIRST)
 
-    return instances(change)
+    return instances(lambda content: of_first(content).update(segmentation=value))
 
 
 ABSENT = {"id": 77, "category_id": 1, "iscrowd": 0, "area": 5}
@@ -194,7 +188,8 @@ DAMAGE = {
     "absent": ("panoptic", panoptic(lambda c: segments(c).append(ABSENT)), "absent-id", "id 77"),
     "zero area": ("panoptic", segment(area=0), "zero-area", "area is 0"),
     "other area": ("panoptic", segment(area=7), "area", "pixels but area 7"),
-    "crowd only": ("panoptic", panoptic(with_crowds), "no-entity", "no entity among"),
+    "crowd only": ("panoptic", panoptic(lambda c: [s.update(iscrowd=1) for s in segments(c)]
+                                        and None), "no-entity", "no entity among"),
     "category": ("panoptic", segment(category_id=99), "unknown-category", "category 99"),
     "segment twice": ("panoptic", panoptic(lambda c: segments(c).append(segments(c)[0])),
                       "duplicate-segment", "twice"),

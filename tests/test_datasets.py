@@ -10,6 +10,7 @@ import json
 import logging
 import pickle
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,15 +30,13 @@ from gella.data import register as datasets
 from gella.data.mapper import GroundingMapper
 from gella.data.panoptic import load_instances, read_categories
 from gella.data.records import RecordStore, json_lines
-from gella.data.refcoco import held_out_images, read_refs, without_held_out
+from gella.data.refcoco import held_out_images, read_refs
 from gella.data.register import REFCOCO_SPLITS, coco_panoptic_categories, refcoco_name, register_all
 from gella.engine.trainer import load_records
 from gella.entities.entity_map import rgb_to_id
 from gella.entities.files import write_id_png
 from gella.entities.sources import load_from_record
 from gella.text.spans import align_utterances
-
-REFCOCO = ("refcoco", "refcocoplus")
 
 
 def said(record: dict) -> list[str]:
@@ -152,6 +151,7 @@ def test_narrative_may_name_a_crowd(coco_sample, tmp_path):
 
 
 def test_names_and_metadata():
+    unc = ("train", "val", "testA", "testB")
     names = {n for n in DatasetCatalog.list() if n.startswith("gella_")}
     assert names >= {
         *(f"gella_shapes_{k}_{s}" for k in ("png", "panoptic", "refcoco") for s in shapes.SPLITS),
@@ -160,7 +160,7 @@ def test_names_and_metadata():
         *(f"gella_coco_{k}_{s}2017" for k in ("png", "panoptic") for s in shapes.SPLITS),
         "gella_coco_nouns_val2017",
         "gella_entityseg_captions_train",
-        *(f"gella_{d}_unc_{s}" for d in REFCOCO for s in ("train", "val", "testA", "testB")),
+        *(f"gella_{d}_unc_{s}" for d in ("refcoco", "refcocoplus") for s in unc),
         *(f"gella_refcoco_google_{s}" for s in ("train", "val", "test")),
         *(f"gella_refcocog_umd_{s}_panoptic" for s in ("train", "val", "test")),
         *(f"gella_refcocog_google_{s}" for s in ("train", "val")),
@@ -184,23 +184,15 @@ def test_names_and_metadata():
     assert coco.stuff_classes[stuff[200]] == "rug-merged"
 
 
-def entityseg_files(small_shapes: Path, folder: Path, split: str = "train") -> dict[str, Path]:
-    """The shapes as EntitySeg is laid out: an instance JSON, images in several folders."""
-    for index, image in enumerate(sorted((small_shapes / split).iterdir())):
-        place = folder / "images" / f"entity_0{index % 2 + 1}" / image.name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(image.read_bytes())
-    return {
-        "instances_json": small_shapes / "refcoco" / "instances.json",
-        "captions_jsonl": small_shapes / "annotations" / f"captions_{split}.jsonl",
-        "image_root": folder / "images",
-    }
-
-
 def test_captions_and_entityseg(small_shapes, tmp_path):
-    where = entityseg_files(small_shapes, tmp_path)
-    records = datasets.load_entityseg(**where)
-    like = datasets.load_captions(where["captions_jsonl"], **places(small_shapes, "train"))
+    for index, image in enumerate(sorted((small_shapes / "train").iterdir())):
+        folder = tmp_path / "images" / f"entity_0{index % 2 + 1}"  # as EntitySeg is laid out
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder)
+    captions = small_shapes / "annotations" / "captions_train.jsonl"
+    where = (small_shapes / "refcoco" / "instances.json", captions, tmp_path / "images")
+    records = datasets.load_entityseg(*where)
+    like = datasets.load_captions(captions, **places(small_shapes, "train"))
     assert len(records) == 12 and all(said(record) for record in records)
     assert {p["segment_ids"] for record in records for p in record["phrases"]} == {None}
     assert {record["tasks"] for record in like} == {("describe", "extract")}
@@ -221,7 +213,7 @@ def test_captions_and_entityseg(small_shapes, tmp_path):
     copy.parent.mkdir()
     copy.write_bytes(b"")
     with pytest.raises(ValueError, match=rf"{copy.name} lies in 2 folders"):
-        datasets.load_entityseg(**where)
+        datasets.load_entityseg(*where)
 
 
 def test_json_lines_may_hold_line_separators(tmp_path):
@@ -435,23 +427,9 @@ def test_held_out_images_are_those_of_every_other_split_on_disk(refcoco, caplog)
         held_out_images(refcoco / "coco")
 
 
-def test_only_coco_train2017_loses_images_and_the_log_says_how_many(refcoco, caplog):
-    records = [{"image_id": i, "tasks": ("ground",), "caption": str(i)} for i in (9, 9, 25, 30)]
-    name = "gella_test_excluded"
-    try:
-        assert list(without_held_out(records, name, refcoco)) == records
-        MetadataCatalog.get(name).set(coco_train2017=True)
-        with caplog.at_level(logging.INFO, logger="gella"):
-            left = without_held_out(RecordStore.pack(records), name, refcoco)
-    finally:
-        MetadataCatalog.remove(name)
-    assert [r["image_id"] for r in left] == [25, 30]
-    assert "left out 1 of 3 images (2 of 4 records)" in caplog.text
-    marked = [n for n in DatasetCatalog.list() if MetadataCatalog.get(n).get("coco_train2017")]
-    assert sorted(marked) == ["gella_coco_panoptic_train2017", "gella_coco_png_train2017"]
-
-
-def test_the_key_is_off_by_default_and_spares_evaluation(refcoco, small_shapes, monkeypatch):
+def test_the_key_is_off_by_default_and_only_coco_train2017_loses_images(
+    refcoco, small_shapes, monkeypatch, gella_log
+):
     path = refcoco / "refcoco+" / "refs(unc).p"
     refs = pickle.loads(path.read_bytes())
     refs[0]["image_id"] = 2  # of the shapes
@@ -459,13 +437,20 @@ def test_the_key_is_off_by_default_and_spares_evaluation(refcoco, small_shapes, 
     monkeypatch.setenv("DETECTRON2_DATASETS", str(refcoco))
     cfg = get_cfg()
     add_gella_config(cfg)
+    off = cfg.DATASETS.EXCLUDE_REFCOCO_VAL_TEST
     with registered(datasets.register_panoptic, **places(small_shapes, "train")) as name:
-        MetadataCatalog.get(name).set(coco_train2017=True)
-        assert len(load_records([name], "DATASETS.TRAIN", cfg)) == 6
         cfg.DATASETS.EXCLUDE_REFCOCO_VAL_TEST = True
+        assert len(load_records([name], "DATASETS.TRAIN", cfg)) == 6
+        MetadataCatalog.get(name).set(coco_train2017=True)
+        assert "left out" not in gella_log.text
         left = load_records([name], "DATASETS.TRAIN", cfg)
         assert [r["image_id"] for r in left] == [1, 3, 4, 5, 6]
+        assert "left out 1 of 6 images (1 of 6 records)" in gella_log.text
         assert len(load_records([name], "DATASETS.TEST", cfg)) == 6
+        cfg.DATASETS.EXCLUDE_REFCOCO_VAL_TEST = off
+        assert len(load_records([name], "DATASETS.TRAIN", cfg)) == 6
+    marked = [n for n in DatasetCatalog.list() if MetadataCatalog.get(n).get("coco_train2017")]
+    assert sorted(marked) == ["gella_coco_panoptic_train2017", "gella_coco_png_train2017"]
 
 
 def test_refs_of_python_2_are_text(tmp_path):

@@ -80,20 +80,10 @@ def check_complete(path: Path, truth: dict[int, str]) -> None:
 
 def test_nothing_is_lost_and_nothing_twice_whatever_the_server_does(server, run, tmp_path):
     truth = chat.write_pictures(tmp_path / "images", 9)
-    server.script = [
-        chat.stall,
-        status(429, Retry_After="0.2"),
-        chat.cut,
-        status(200, b"{broken"),
-        status(500, KEY.encode()),
-        answer("I cannot write JSON."),
-        answer(BAD_NOUNS),
-        chat.cut_chunked,
-        status(429, Retry_After="0.1"),
-        chat.hang_up,
-        answer("```json\n" + json.dumps({"description": "x"}) + "\n```"),
-        status(503),
-    ]
+    server.script = [chat.stall, status(429, Retry_After="0.2"), chat.cut, status(200, b"{broken")]
+    server.script += [status(500, KEY.encode()), answer("I cannot write JSON."), answer(BAD_NOUNS)]
+    server.script += [chat.cut_chunked, status(429, Retry_After="0.1"), chat.hang_up]
+    server.script += [answer('```json\n{"description": "x"}\n```'), status(503)]
     server.default = answer(pause=0.02)
     options = ("--price-in", "1000", "--price-out", "10000", "--answer-attempts", "4")
     code, out, err = run("--concurrency", "3", *options)
@@ -237,10 +227,7 @@ def test_no_file_holds_the_key(server, run, tmp_path):
 
 def test_images_come_from_files_json_or_a_dataset(server, run, tmp_path):
     truth = chat.write_pictures(tmp_path / "images" / "deep", 3)
-    path = tmp_path / "c.jsonl"
-
-    def written() -> list[tuple[Any, ...]]:
-        return sorted((x["image_id"], x["file_name"], x["prompt_id"]) for x in read(path))
+    path, key = tmp_path / "c.jsonl", itemgetter("image_id", "file_name", "prompt_id")
 
     names = {number + 100: f"deep/{number:012d}.png" for number in sorted(truth)}
     listing = tmp_path / "list.json"
@@ -248,7 +235,9 @@ def test_images_come_from_files_json_or_a_dataset(server, run, tmp_path):
     listing.write_text(json.dumps({"images": images}))
     places = ("--images-json", str(listing), "--image-root", str(tmp_path / "images"))
     assert run("--prompt", "details", "--limit", "2", inputs=places)[0] == 0
-    assert written() == [(image_id, names[image_id], "details") for image_id in (101, 102)]
+    assert sorted(map(key, read(path))) == [
+        (image_id, names[image_id], "details") for image_id in (101, 102)
+    ]
     path.unlink()
     records = [
         {"image_id": image_id, "file_name": str(tmp_path / "images" / name)}
@@ -263,7 +252,9 @@ def test_images_come_from_files_json_or_a_dataset(server, run, tmp_path):
         assert run("--prompts", str(prompts), inputs=("--dataset", "captions_test"))[0] == 0
     finally:
         DatasetCatalog.remove("captions_test")
-    assert written() == [(image_id, name, "short") for image_id, name in names.items()]
+    assert sorted(map(key, read(path))) == [
+        (image_id, name, "short") for image_id, name in names.items()
+    ]
     text = server.requests[-1][2]["messages"][0]["content"][0]["text"]
     assert text.startswith("Say what you see.") and '"nouns"' in text
 

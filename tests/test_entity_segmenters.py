@@ -13,16 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_segmenters import save_mask2former, save_sam, save_sam2, save_toy
-from transformers import (
-    AutoImageProcessor,
-    Mask2FormerForUniversalSegmentation,
-    Mask2FormerImageProcessor,
-    Sam2Processor,
-    pipeline,
-)
 
 from gella.entities.sources import load_from_record, source_for
 from gella.segmenters.from_detectron2 import resized_size
@@ -53,6 +47,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     save_toy(toy)
     whole = (toy / "toy.pth").read_bytes()
     (toy / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    for name, content in {
+        "empty": {"model": {}},
+        "shape": {"model": {"levels": torch.zeros(3)}},
+        "list": [1, 2],
+    }.items():
+        torch.save(content, toy / f"{name}.pth")
     (toy / "arch.yaml").write_text("MODEL: {META_ARCHITECTURE: Unheard}\n")
     (toy / "code.yaml").write_text("OUTPUT_DIR: !!python/object/apply:os.mkdir ['ran']\n")
     with (cut / "model.safetensors").open("r+b") as stream:
@@ -131,7 +131,7 @@ def test_sam_gives_the_masks_of_the_pipeline(models):
     options = {key: float(value) for key, value in SAM_OPTIONS.items()}
     options["points_per_crop"] = int(options.pop("points_per_side"))
     options["crops_nms_thresh"] = options.pop("nms_thresh")
-    generate = pipeline("mask-generation", model=str(models.sam), device="cpu")
+    generate = hf.pipeline("mask-generation", model=str(models.sam), device="cpu")
     reference = generate(Image.fromarray(image), **options)
     assert masks.shape[0] >= 2 and masks.shape[1:] == (48, 70)
     assert (masks == np.stack([np.asarray(mask) for mask in reference["masks"]])).all()
@@ -158,7 +158,7 @@ def test_sam2_asks_all_of_an_image_that_is_not_square(tmp_path):
         for number, crop in enumerate(crops):
             height, width = crop.shape[-2:]
             pixels = torch.stack(torch.meshgrid(steps * width, steps * height, indexing="xy"), -1)
-            asked = Sam2Processor(processor, target_size=128)(
+            asked = hf.Sam2Processor(processor, target_size=128)(
                 images=Image.fromarray(crop.permute(1, 2, 0).numpy().astype(np.uint8)),
                 input_points=[[pixels.reshape(-1, 2).tolist()]],
                 return_tensors="pt",
@@ -176,8 +176,8 @@ def test_mask2former_gives_the_segments_of_its_post_processing(models):
     options = {key: str(value) for key, value in loose.items()}
     segmenter = load_segmenter(f"transformers:{models.mask2former}", "cpu", options)
     ((masks, scores),) = segmenter.predict([image])
-    model = Mask2FormerForUniversalSegmentation.from_pretrained(models.mask2former).eval()
-    processor = AutoImageProcessor.from_pretrained(models.mask2former)
+    model = hf.Mask2FormerForUniversalSegmentation.from_pretrained(models.mask2former).eval()
+    processor = hf.AutoImageProcessor.from_pretrained(models.mask2former)
     with torch.no_grad():
         outputs = model(**processor(images=Image.fromarray(image), return_tensors="pt"))
     found = processor.post_process_panoptic_segmentation(
@@ -220,7 +220,7 @@ def test_models_whose_masks_would_be_wrong_are_refused(models, tmp_path):
     padded = shutil.copytree(models.mask2former, tmp_path / "padded")
     size = {"shortest_edge": 64, "longest_edge": 128}
     pad = {"height": 256, "width": 256}
-    Mask2FormerImageProcessor(size=size, pad_size=pad).save_pretrained(padded)
+    hf.Mask2FormerImageProcessor(size=size, pad_size=pad).save_pretrained(padded)
     with pytest.raises(ValueError, match="pad_size"):
         load_segmenter(f"transformers:{padded}", "cpu").segment(picture(48, 64))
     lacking = shutil.copytree(models.mask2former, tmp_path / "lacking")
@@ -300,21 +300,6 @@ def test_detectron2_weights_of_the_model_zoo_never_run_code(tmp_path):
     assert not trap.exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"model": {}}, "1 missing.*levels"),
-        ({"model": {"levels": torch.zeros(3)}}, "1 of another shape.*levels"),
-        ([1, 2], "hold no tensors by key"),
-    ],
-)
-def test_detectron2_weights_that_do_not_fit(tmp_path, content, message):
-    config = save_toy(tmp_path).split(":")[1]
-    torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=message):
-        load_segmenter(f"detectron2:{config}:{tmp_path / 'w.pth'}", "cpu")
-
-
 # -- specs, options, devices -----------------------------------------------------------------------
 
 
@@ -340,6 +325,9 @@ def test_detectron2_weights_that_do_not_fit(tmp_path, content, message):
         ("detectron2:{toy}/toy.yaml:{toy}/no.pth", {}, FileNotFoundError, "no.pth do not"),
         ("detectron2:{toy}/toy.yaml:{toy}/toy.pth", {"NO.KEY": "1"}, ValueError, "NO.KEY.*setup"),
         ("detectron2:{toy}/toy.yaml:{toy}/toy.pth", {"setup": "a.b:c"}, ValueError, "setup=a.b:c"),
+        ("detectron2:{toy}/toy.yaml:{toy}/empty.pth", {}, ValueError, "1 missing.*levels"),
+        ("detectron2:{toy}/toy.yaml:{toy}/shape.pth", {}, ValueError, "1 of another shape.*levels"),
+        ("detectron2:{toy}/toy.yaml:{toy}/list.pth", {}, ValueError, "hold no tensors by key"),
         ("detectron2:{toy}/toy.yaml:{toy}/cut.pth", {}, ValueError, "cut.pth cannot be read"),
         ("detectron2:{toy}/arch.yaml:{toy}/toy.pth", {}, ValueError, "Unheard.*setup="),
         ("detectron2:{toy}/code.yaml:{toy}/toy.pth", {}, ValueError, "code.yaml"),

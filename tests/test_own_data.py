@@ -74,14 +74,9 @@ def test_every_block_of_the_page_runs(here):
     jobs = [(kind, text) for kind, text in blocks() if kind != "yaml" and text != shown]
     assert [kind for kind, _ in jobs] == ["bash", "python", "bash", "python", "bash"]
     environment = {k: v for k, v in os.environ.items() if k != "DETECTRON2_DATASETS"}
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps(jobs),
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    options = {"capture_output": True, "text": True, "timeout": 600}
+    options["env"] = {**environment, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", DRIVER], input=json.dumps(jobs), **options)
     assert done.returncode == 0, done.stderr[-3000:]
     first = "There is a red box and a blue ball on the floor."
     assert f"{first} [('a red box', [1]), ('a blue ball', [2]), ('the floor', [0])]" in done.stdout

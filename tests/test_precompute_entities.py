@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -66,12 +67,10 @@ def run(pictures: Path, toy: str, tmp_path: Path, capsys: Any) -> Any:
 
     def call(*extra: str, **changes: Any) -> tuple[int, str, str]:
         options = {"segmenter": toy, "images": pictures, "output": tmp_path / "masks.json"}
-        options["device"] = "cpu"
-        arguments = []
-        for name, value in {**options, **changes}.items():
-            arguments += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        given = {**options, "device": "cpu", **changes}.items()
+        pairs = [(f"--{k.replace('_', '-')}", str(v)) for k, v in given if v is not None]
         try:
-            code = tool.main([*arguments, *extra])
+            code = tool.main([*itertools.chain(*pairs), *extra])
         except SystemExit as stop:
             code = stop.code
         said = capsys.readouterr()
@@ -150,29 +149,24 @@ def dataset(pictures: Path) -> Any:
     DatasetCatalog.remove("precompute_toys")
 
 
-def test_a_registered_dataset(run, dataset, tmp_path):
-    code, out, _ = run(images=None, dataset="precompute_toys")
-    assert code == 0 and "3 of 3" in out
-    command = shlex.split(out.splitlines()[-1])
-    chosen = ast.literal_eval(command[command.index("INPUT.GELLA.ENTITY_SOURCES") + 1])
-    assert chosen == [["precompute_toys", "coco_results", str(tmp_path / "masks.json")]]
-    results = content(tmp_path / "masks.json")
-    assert [result["image_id"] for result in results] == [30, 30, 10, 10, 20, 20]
-    # COCO's annotations are of the stored pixels, so the turn is not made
-    assert load_entities(tmp_path / "masks.json", 40, 56, image_id=20).num_entities == 2
-
-
-def test_a_module_can_register_the_dataset(run, dataset, tmp_path):
+def test_a_dataset_that_a_module_registers(run, dataset, tmp_path):
     module = tmp_path / "register_toys.py"
     module.write_text(
         "from detectron2.data import DatasetCatalog\n"
-        f"DatasetCatalog.register('precompute_own', lambda: {dataset!r})\n"
+        f"DatasetCatalog.register('precompute_own', lambda: {[*dataset, *dataset]!r})\n"
     )
     try:
         code, out, _ = run(images=None, dataset="precompute_own", module=module)
     finally:
         DatasetCatalog.remove("precompute_own")
     assert code == 0 and "3 of 3" in out
+    command = shlex.split(out.splitlines()[-1])
+    chosen = ast.literal_eval(command[command.index("INPUT.GELLA.ENTITY_SOURCES") + 1])
+    assert chosen == [["precompute_own", "coco_results", str(tmp_path / "masks.json")]]
+    results = content(tmp_path / "masks.json")
+    assert [result["image_id"] for result in results] == [30, 30, 10, 10, 20, 20]
+    # COCO's annotations are of the stored pixels, so the turn is not made
+    assert load_entities(tmp_path / "masks.json", 40, 56, image_id=20).num_entities == 2
 
 
 def test_a_picture_that_is_not_the_datasets_fails(run, dataset, tmp_path):
@@ -248,14 +242,11 @@ def test_nothing_but_failures_can_be_repaired(run, pictures, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(run, tmp_path, changes, message):
-    changes = {
-        key: value.format(tmp=tmp_path) if isinstance(value, str) else value
-        for key, value in changes.items()
-    }
     (tmp_path / "twins").mkdir()
     for name in ("000000000001.png", "1.png"):
         Image.fromarray(draw(1)).save(tmp_path / "twins" / name)
-    code, _, err = run(**changes)
+    values = {k: v if v is None else str(v).format(tmp=tmp_path) for k, v in changes.items()}
+    code, _, err = run(**values)
     assert code == 2 and message.format(tmp=tmp_path) in err
     assert err.startswith("error: ") and err.count("\n") == 1
 
@@ -299,17 +290,23 @@ def test_ctrl_c_and_going_on(run, tmp_path, monkeypatch):
     assert (tmp_path / "masks.json").read_bytes() == whole
 
 
-def test_other_settings_and_a_damaged_journal_are_refused(run, tmp_path, monkeypatch):
+def test_other_settings_and_a_damaged_journal_are_refused(run, pictures, tmp_path, monkeypatch):
     journal = half_done(run, tmp_path, monkeypatch, images=3)
-    lines = journal.read_bytes().splitlines(keepends=True)
+    whole = journal.read_bytes()
     for changes in ({"min_area": 7}, {"option": "output=instances"}):
         code, _, err = run(**changes)
         assert code == 2 and "other settings" in err and str(journal) in err
+    lines = whole.splitlines(keepends=True)
     journal.write_bytes(b"".join([*lines[:2], b"{}\n", *lines[3:]]))
     code, _, err = run()
     assert code == 2 and f"{journal}: line 3 is damaged" in err
-    journal.write_bytes(b"".join(lines))
+    journal.write_bytes(whole)
+    # A picture that was replaced since is done again.
+    Image.new("RGB", (9, 7), (255, 0, 0)).save(pictures / "000000000000.png")
     assert run()[0] == 0
+    assert load_entities(tmp_path / "masks.json", 7, 9, image_id=0).areas().tolist() == [63]
+    results = content(tmp_path / "masks.json")
+    assert [result["image_id"] for result in results].count(0) == 1
 
 
 def test_killed_between_output_and_tidying_up(run, tmp_path, monkeypatch):
@@ -320,12 +317,3 @@ def test_killed_between_output_and_tidying_up(run, tmp_path, monkeypatch):
     code, out, _ = run()
     assert code == 0 and "6 of 6 images are done" in out
     assert (tmp_path / "masks.json").read_bytes() == before
-
-
-def test_a_picture_that_was_replaced_is_done_again(run, pictures, tmp_path, monkeypatch):
-    half_done(run, tmp_path, monkeypatch, images=3)
-    Image.new("RGB", (9, 7), (255, 0, 0)).save(pictures / "000000000000.png")
-    assert run()[0] == 0
-    assert load_entities(tmp_path / "masks.json", 7, 9, image_id=0).areas().tolist() == [63]
-    results = content(tmp_path / "masks.json")
-    assert [result["image_id"] for result in results].count(0) == 1
