@@ -290,13 +290,9 @@ def test_phrases_that_no_entity_can_be_meant_by_are_counted(root):
 
 def test_a_dataset_of_unknown_files_is_checked_by_its_records(root):
     records = list(datasets.load_coco_panoptic(**places(root, "val")))
-
-    def given(name: str) -> None:
-        DatasetCatalog.register(name, lambda: records)
-
     records[1].pop("height")
     records[2]["entities"]["file_name"] = "nowhere.png"
-    with registered(given) as name:
+    with registered(DatasetCatalog.register, lambda: records) as name:
         report = check_dataset(name)
     assert sorted(f.kind for f in report.findings) == ["field", "masks"]
     assert report.figures["records"] == 4 and report.figures["images opened"] == 3
@@ -306,13 +302,10 @@ def test_known_counts_are_compared(root):
     meta = MetadataCatalog.get("gella_coco_panoptic_val2017")
     assert known_counts("gella_coco_panoptic_val2017", meta)["images"].value == 5000
     unc = known_counts("gella_refcocoplus_unc_testA_panoptic", meta)
-    assert {k: v.value for k, v in unc.items()} == {
-        "refs": 1975, "images": 750, "expressions": 5726
-    }  # fmt: skip
-    totals = [
-        known_counts(f"gella_refcoco_unc_{s}", meta)["refs"].value
-        for s in ("train", "val", "testA", "testB")
-    ]
+    counts = {"refs": 1975, "images": 750, "expressions": 5726}
+    assert {key: known.value for key, known in unc.items()} == counts
+    splits = [f"gella_refcoco_unc_{split}" for split in ("train", "val", "testA", "testB")]
+    totals = [known_counts(split, meta)["refs"].value for split in splits]
     assert sum(totals) == 50_000 and sum(totals[2:]) == 3_785
     name = "gella_shapes_panoptic_val"
     values = {**MetadataCatalog.get(name).as_dict(), "image_root": str(root / "val")}

@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +37,13 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return blocks.repeat(8, 0).repeat(8, 1)[:height, :width]
 
 
+class Evil:
+    """A pickle of this would make a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Folders of models, whole and damaged; not to be changed."""
@@ -47,11 +53,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     save_toy(toy)
     whole = (toy / "toy.pth").read_bytes()
     (toy / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    for name, content in {
-        "empty": {"model": {}},
-        "shape": {"model": {"levels": torch.zeros(3)}},
-        "list": [1, 2],
-    }.items():
+    evil = {"model": {"levels": Evil()}}
+    (toy / "evil.pkl").write_bytes(pickle.dumps(evil))
+    weights = {"empty": {"model": {}}, "shape": {"model": {"levels": torch.zeros(3)}}}
+    for name, content in {**weights, "list": [1, 2], "evil": evil}.items():
         torch.save(content, toy / f"{name}.pth")
     (toy / "arch.yaml").write_text("MODEL: {META_ARCHITECTURE: Unheard}\n")
     (toy / "code.yaml").write_text("OUTPUT_DIR: !!python/object/apply:os.mkdir ['ran']\n")
@@ -273,31 +278,14 @@ def test_detectron2_resizes_as_at_test_time(tmp_path):
     assert resized_size(33, 44, 0, 10) == (33, 44)
 
 
-class Evil:
-    """A pickle of this would make a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_detectron2_weights_of_the_model_zoo_never_run_code(tmp_path):
-    config, trap = save_toy(tmp_path).split(":")[1], tmp_path / "trap"
-    zoo, evil, evil_too = (tmp_path / name for name in ("zoo.pkl", "evil.pkl", "evil.pth"))
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_detectron2_weights_of_the_model_zoo(tmp_path, protocol):
+    config, zoo = save_toy(tmp_path).split(":")[1], tmp_path / "zoo.pkl"
     levels = np.array([128, 128], dtype=np.float32)
-    for protocol in (2, 4, 5):
-        content = {"model": {"levels": levels}, "__author__": "a model zoo"}
-        zoo.write_bytes(pickle.dumps(content, protocol))
-        entities = load_segmenter(f"detectron2:{config}:{zoo}", "cpu").segment(reds_and_blues())
-        assert entities.areas().tolist() == [36, 128]
-    evil.write_bytes(pickle.dumps({"model": {"levels": Evil(trap)}}))
-    torch.save({"model": {"levels": Evil(trap)}}, evil_too)
-    for weights in (evil, evil_too):
-        with pytest.raises(ValueError, match=f"{weights} cannot be read"):
-            load_segmenter(f"detectron2:{config}:{weights}", "cpu")
-    assert not trap.exists()
+    content = {"model": {"levels": levels}, "__author__": "a model zoo"}
+    zoo.write_bytes(pickle.dumps(content, protocol))
+    entities = load_segmenter(f"detectron2:{config}:{zoo}", "cpu").segment(reds_and_blues())
+    assert entities.areas().tolist() == [36, 128]
 
 
 # -- specs, options, devices -----------------------------------------------------------------------
@@ -329,6 +317,8 @@ def test_detectron2_weights_of_the_model_zoo_never_run_code(tmp_path):
         ("detectron2:{toy}/toy.yaml:{toy}/shape.pth", {}, ValueError, "1 of another shape.*levels"),
         ("detectron2:{toy}/toy.yaml:{toy}/list.pth", {}, ValueError, "hold no tensors by key"),
         ("detectron2:{toy}/toy.yaml:{toy}/cut.pth", {}, ValueError, "cut.pth cannot be read"),
+        ("detectron2:{toy}/toy.yaml:{toy}/evil.pkl", {}, ValueError, "evil.pkl cannot be read"),
+        ("detectron2:{toy}/toy.yaml:{toy}/evil.pth", {}, ValueError, "evil.pth cannot be read"),
         ("detectron2:{toy}/arch.yaml:{toy}/toy.pth", {}, ValueError, "Unheard.*setup="),
         ("detectron2:{toy}/code.yaml:{toy}/toy.pth", {}, ValueError, "code.yaml"),
     ],
