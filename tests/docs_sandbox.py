@@ -14,7 +14,19 @@ import pickle
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from caption_server import save_tiny_llava
+from detectron2.modeling import build_model
+from tiny_segmenters import save_mask2former, save_sam, save_toy
+from tiny_weights import llava
+
+from gella.config import load_config
+from gella.data.register import coco_panoptic_categories
+from gella.weights.mask2former import Mask2FormerUpstream
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("docs", "examples", "projects", "tests", "tools", "weights", "benchmarks", "README.md")
@@ -24,19 +36,16 @@ TOKENIZER = "datasets/tokenizers/llava-v1.5-7b"
 PAPER_CONFIG = f"""
 _BASE_: gella_tiny_shapes.yaml
 MODEL:
-  IMAGE_ENCODER: {{STEM: patch, QUICK_GELU: True, IMAGE_SIZE: 32, WIDTH: 32, HEAD_WIDTH: 16}}
+  IMAGE_ENCODER:
+    {{STEM: patch, QUICK_GELU: True, IMAGE_SIZE: 32, PATCH_SIZE: 8, WIDTH: 32, HEAD_WIDTH: 16,
+    LAYERS: 3}}
   MASK_DECODER: {{QUERIES: learned, NUM_QUERIES: 12}}
   LANGUAGE:
-    TOKENIZER: {TOKENIZER}
-    TIE_EMBEDDINGS: False
-    IMAGE_TOKEN_STRIDE: 1
-    MAX_POSITIONS: 4096
-    MAX_NEW_TOKENS: 8
+    {{HIDDEN_SIZE: 32, INTERMEDIATE_SIZE: 40, NUM_LAYERS: 2, NUM_HEADS: 2, NUM_KEY_VALUE_HEADS: 1,
+    TOKENIZER: {TOKENIZER}, TIE_EMBEDDINGS: False, IMAGE_TOKEN_STRIDE: 1, MAX_POSITIONS: 4096,
+    MAX_NEW_TOKENS: 8}}
 DATASETS:
-  TRAIN:
-    - gella_coco_png_train2017
-    - gella_coco_panoptic_train2017
-    - gella_entityseg_captions_train
+  TRAIN: [gella_coco_png_train2017, gella_coco_panoptic_train2017, gella_entityseg_captions_train]
   TEST: ("gella_coco_png_val2017", "gella_coco_panoptic_val2017")
 OUTPUT_DIR: output/gella_swin_t
 """
@@ -66,7 +75,7 @@ CHANGES: dict[str, dict[str, str]] = {
         "python tools/app.py": VISIT,
         "--train 0\n": "--train 0 --val 4\n",
         "prepare_shapes.py\n": "prepare_shapes.py --train 6 --val 4\n",
-        "-n 2 tests": "tests/test_prompts.py",
+        "-n 2 tests": "tests/test_setup_detectron2.py",
     },
     "README.md": {
         "prepare_shapes.py\n": "prepare_shapes.py --train 6 --val 4\n",
@@ -153,8 +162,8 @@ def changed(text: str, page: str) -> str:
     return text
 
 
-def build_sandbox(folder: Path) -> None:
-    """Write everything that does not depend on a page; `folder` is made."""
+def build_sandbox(folder: Path, scenes: Path) -> None:
+    """Write everything that does not depend on a page into a new folder, of prepared `scenes`."""
     folder.mkdir(parents=True)
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)
@@ -165,66 +174,46 @@ def build_sandbox(folder: Path) -> None:
     tiny = configs / "gella_tiny_shapes.yaml"
     tiny.rename(configs / "tiny_in_full.yaml")
     tiny.write_text(f"_BASE_: tiny_in_full.yaml\n{SHORT}")
-    # Configs of the paper's model that count epochs would train for thousands of steps.
-    for path in configs.rglob("*.yaml"):
-        assert "  EPOCHS:" not in path.read_text() or path.name == "gella_swin_t.yaml", path
-    _write_datasets(folder)
+    _write_datasets(folder, scenes)
     _write_own_files(folder)
-    previous = os.getcwd()
-    os.chdir(folder)  # paths of configs count from the current folder
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # paths of configs count from the current folder
         _write_weights()
         _write_models(Path("models"))
-    finally:
-        os.chdir(previous)
 
 
 def copy_sandbox(base: Path, folder: Path, socket: Path) -> dict[str, str]:
-    """A sandbox of its own for one page.
+    """Copy what `build_sandbox` wrote to a new folder for one page.
 
-    Args:
-        base: what `build_sandbox` wrote.
-        folder: the copy, which must not exist.
-        socket: of the warm Python (docs_warm.py) that is `python` in the sandbox.
-
-    Returns the environment for `bash`, in which PATH leads to that Python first.
+    Returns the environment for `bash`: in PATH first a `python` that is the warm one at `socket`.
     """
     shutil.copytree(base, folder, symlinks=True)
     binaries = folder / ".venv" / "bin"
     binaries.mkdir(parents=True)
-    helper = f'"{sys.executable}" -S -E "{ROOT}/tests/docs_warm.py"'
-    warm = f'exec {helper} run "{socket}"'
+    warm = f'exec "{sys.executable}" -S -E "{ROOT}/tests/docs_warm.py" run "{socket}"'
+    step = "SLURM_JOB_ID=77 SLURM_STEP_NUM_TASKS=1 SLURM_PROCID=0"  # as srun starts its one task
     for name, text in {
         "python": warm,
         "torchrun": f"{warm} -m torch.distributed.run",
-        "srun": f"exec {helper} srun",
+        "srun": f'while [ "${{1#--}}" != "$1" ]; do shift; done; {step} exec',
     }.items():
         (binaries / name).write_text(f'#!/bin/sh\n{text} "$@"\n')
         (binaries / name).chmod(0o755)
     (folder / ".venv" / ".installed").touch()
     unwanted = ("DETECTRON2_DATASETS", "GELLA_API_URL", "GELLA_API_MODEL", "GELLA_API_KEY")
     kept = {k: v for k, v in os.environ.items() if k not in unwanted and not k.startswith("PYTEST")}
-    return {
-        **kept,
-        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "projects"), str(ROOT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "MPLBACKEND": "Agg",
-    }
+    kept |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
+    kept |= {"GLOO_SOCKET_IFNAME": "lo", "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    return {**kept, "PYTHONPATH": os.pathsep.join([f"{ROOT}/projects", f"{ROOT}/tests"])}
 
 
-def _write_datasets(folder: Path) -> None:
-    import prepare_shapes
-
+def _write_datasets(folder: Path, scenes: Path) -> None:
     data = folder / "datasets"
     data.mkdir()
     for path in (ROOT / "datasets").iterdir():
         if path.is_file():
             (data / path.name).symlink_to(path)
-    shapes = data / "shapes"
-    prepare_shapes.prepare(shapes, {"train": 6, "val": 4}, seed=2, workers=1)
+    shapes = shutil.copytree(scenes, data / "shapes")
     shutil.copytree(shapes / "tokenizer", folder / TOKENIZER)
     for split in ("train", "val"):
         _write_coco(shapes, data / "coco", split)
@@ -252,8 +241,6 @@ def _write_datasets(folder: Path) -> None:
 
 def _write_coco(shapes: Path, coco: Path, split: str) -> None:
     """The scenes as COCO panoptic and PNG of 2017, with COCO's own categories."""
-    from gella.data.register import coco_panoptic_categories
-
     notes, year = coco / "annotations", f"{split}2017"
     shutil.copytree(shapes / split, coco / year)
     shutil.copytree(shapes / "annotations" / f"panoptic_{split}", notes / f"panoptic_{year}")
@@ -272,55 +259,13 @@ def _write_coco(shapes: Path, coco: Path, split: str) -> None:
 
 def _write_weights() -> None:
     """Random weights where a page takes those of a training, of LLaVA-1.5 and of Mask2Former."""
-    import torch
-    from detectron2.modeling import build_model
-
-    from gella.config import load_config
-
     for name in ("gella_tiny_shapes", "gella_swin_t"):
         torch.manual_seed(0)
         cfg = load_config(f"configs/{name}.yaml")
         model = build_model(cfg)
         Path("output", name).mkdir(parents=True)
         torch.save({"model": model.state_dict()}, f"output/{name}/model_final.pth")
-    _write_public(cfg, model)
-
-
-def _write_public(cfg: Any, model: Any) -> None:
-    """Public models whose parts have the sizes of `model`."""
-    import numpy as np
-    import timm
-    import torch
-    import transformers
-
-    from gella.weights.mask2former import Mask2FormerUpstream
-
-    language, clip = cfg.MODEL.LANGUAGE, cfg.MODEL.IMAGE_ENCODER
-    words = language.VOCAB_SIZE - 1
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=clip.WIDTH,
-        intermediate_size=int(clip.WIDTH * clip.MLP_RATIO),
-        num_hidden_layers=clip.LAYERS,
-        num_attention_heads=clip.WIDTH // clip.HEAD_WIDTH,
-        image_size=clip.IMAGE_SIZE,
-        patch_size=clip.PATCH_SIZE,
-    )
-    text = transformers.LlamaConfig(
-        vocab_size=words + 8,
-        hidden_size=language.HIDDEN_SIZE,
-        intermediate_size=language.INTERMEDIATE_SIZE,
-        num_hidden_layers=language.NUM_LAYERS,
-        num_attention_heads=language.NUM_HEADS,
-        num_key_value_heads=language.NUM_KEY_VALUE_HEADS,
-        rms_norm_eps=language.RMS_NORM_EPS,
-    )
-    both = transformers.LlavaConfig(
-        vision_config=vision.to_dict(),
-        text_config=text.to_dict(),
-        image_token_index=words,
-        vision_feature_layer=-2,
-    )
-    transformers.LlavaForConditionalGeneration(both).save_pretrained("llava-1.5-7b-hf")
+    llava(words=cfg.MODEL.LANGUAGE.VOCAB_SIZE - 1).save_pretrained("llava-1.5-7b-hf")
     torch.save(timm.create_model(cfg.MODEL.COLORMAP_ENCODER.ARCH).state_dict(), "lcnet.pth")
     m2f = Mask2FormerUpstream.from_config(cfg).from_gella(model.state_dict())
     arrays = {key: np.asarray(tensor) for key, tensor in m2f.items()}
@@ -329,9 +274,6 @@ def _write_public(cfg: Any, model: Any) -> None:
 
 def _write_models(folder: Path) -> None:
     """Segmenters and a LLaVA for captions."""
-    from caption_server import save_tiny_llava
-    from tiny_segmenters import save_mask2former, save_sam, save_toy
-
     save_sam(folder / "sam")
     save_mask2former(folder / "mask2former")
     save_toy(folder / "toy")

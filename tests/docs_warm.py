@@ -2,7 +2,6 @@
 
     docs_warm.py serve SOCKET                 imports the libraries once, listens until it is killed
     docs_warm.py run SOCKET [-c CODE | -m MODULE | SCRIPT] [ARGUMENTS]
-    docs_warm.py srun COMMAND                 one task with SLURM's variables, as `srun` starts
     docs_warm.py visit SCRIPT [ARGUMENTS]     asks a server for its page and stops it with Ctrl-C
 
 ``run`` has the current folder, the environment, the streams and the exit status of an ordinary
@@ -33,6 +32,7 @@ def serve(address: str) -> None:
     server = socket.socket(socket.AF_UNIX)
     server.bind(address)
     server.listen(8)
+    print("listening", flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors are nobody's to wait for
     while True:
         connection, _ = server.accept()
@@ -89,21 +89,6 @@ def run(address: str, arguments: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def srun(arguments: list[str]) -> int:
-    """Run a command as the one task of a step; its exit status."""
-    while arguments[0].startswith("--"):
-        arguments = arguments[1:]
-    step = {"SLURM_JOB_ID": "77", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
-    return subprocess.run(arguments, env={**os.environ, **step}, check=False).returncode
-
-
 def visit(arguments: list[str]) -> int:
     """Run a server until it has printed its address and given its page; its exit status."""
     server = subprocess.Popen(["python", *arguments], stdout=subprocess.PIPE, text=True)
@@ -124,6 +109,4 @@ if __name__ == "__main__":
     if mode == "serve":
         serve(words[0])
     else:
-        sys.exit(
-            run(words[0], words[1:]) if mode == "run" else {"srun": srun}.get(mode, visit)(words)
-        )
+        sys.exit(run(words[0], words[1:]) if mode == "run" else visit(words))

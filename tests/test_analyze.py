@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import math
-from html.parser import HTMLParser
+import re
 from pathlib import Path
 
 import numpy as np
@@ -95,39 +95,25 @@ def test_every_grouping_adds_up_to_the_evaluator_s_scores(evaluated, page):
     assert counts == {"1": 2 * 6, "2": 2 * 6}
 
 
-class _Balance(HTMLParser):
-    """Fails on tags that are not closed in order; keeps what refers to elsewhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.links: list[str] = []
-        self.tags: set[str] = set()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.links += [value for key, value in attributes if key in ("src", "href")]
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 def test_the_page_stands_alone_and_escapes_what_it_shows(page):
-    html, parser = page[0], _Balance()
-    parser.feed(html)
-    assert parser.open == [] and "script" not in parser.tags and "link" not in parser.tags
-    assert all(link.startswith(("data:image/", "#part-")) for link in parser.links)
+    html, unclosed = page[0], []
+    for end, tag in re.findall(r"<(/?)([a-z]\w*)", html):
+        assert tag not in ("script", "link")
+        if end:
+            assert unclosed.pop() == tag
+        elif tag not in ("meta", "img", "br"):
+            unclosed.append(tag)
+    links = re.findall(r"\b(?:src|href)=\"([^\"]*)", html)
+    assert unclosed == [] and all(link.startswith(("data:image/", "#part-")) for link in links)
     assert "url(" not in html and "@import" not in html and "http:" not in html
     assert "<b>the</b>" not in html and "&lt;b&gt;the&lt;/b&gt;" in html
     assert "<mark>circles</mark>" in html
-    pictures = [link for link in parser.links if link.startswith("data:image/jpeg")]
+    pictures = [link for link in links if link.startswith("data:image/jpeg")]
     assert len(pictures) == 3 * (2 + 3)  # two images have an error
     for link in pictures:
         with Image.open(io.BytesIO(base64.b64decode(link.split(",")[1]))) as picture:
             assert max(picture.size) == analyze.SIDE
-    assert sum(link.startswith("data:image/svg+xml") for link in parser.links) == 2 + 7
+    assert sum(link.startswith("data:image/svg+xml") for link in links) == 2 + 7
     titles = ("IoU", "recall", "words of the phrase", "entities that", "size of", "position")
     for title in (*titles, "Worst cases", "Best cases"):
         assert title in html

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,6 +33,8 @@ from gella.entities.rle import encode_mask
 from gella.entities.sources import load_entities
 
 pytest.importorskip("gradio", reason="the web page needs gradio (pip install -e '.[app]')")
+gradio_client = pytest.importorskip("gradio_client")
+app_page = pytest.importorskip("gella.commands.app_page")
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = ROOT / "examples" / "shapes"
@@ -53,7 +56,7 @@ class Served:
     desk: Any
     blocks: Any
     folder: Path
-    encoded: list[Any]  # the image ids of all calls of encode
+    encoded: Any  # counts the calls of encode
     captions: Any  # the chat endpoint that it asks
 
 
@@ -64,14 +67,8 @@ def served(*arguments: str) -> Iterator[Served]:
     with mock.patch.dict(os.environ), chat_server() as captions, app.own_folder() as folder:
         captioner = ("--captioner", captions.url, "--captioner-model", "a-model")
         args = app.parse_args([*captioner, *arguments])
-        desk, encoded = app.make_desk(args, folder), []
-        encode = desk.predictor.encode
-
-        def counted(*inputs: Any, **options: Any) -> Any:
-            encoded.append(options.get("image_id"))
-            return encode(*inputs, **options)
-
-        desk.predictor.encode = counted
+        desk = app.make_desk(args, folder)
+        encoded = desk.predictor.encode = mock.Mock(wraps=desk.predictor.encode)
         blocks, address = app.open_page(desk, args, folder)
         try:
             yield Served(address, desk, blocks, folder, encoded, captions)
@@ -81,7 +78,7 @@ def served(*arguments: str) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def site() -> Iterator[Served]:
+def site():
     with served(*BOUNDS) as page:
         yield page
 
@@ -100,10 +97,8 @@ def write_zip_bomb(path: Path, megabytes: int) -> Path:
     return path
 
 
-def test_texts_are_bounded_and_lists_split() -> None:
-    from gella.commands.app_page import Limits
-
-    small = Limits(max_caption=60, max_phrases=3)
+def test_texts_are_bounded_and_lists_split():
+    small = app_page.Limits(max_caption=60, max_phrases=3)
     assert small.check_text("caption", "  a star ") == "a star"
     assert small.split("nouns", "a star, sand;\nthe sky,,") == ["a star", "sand", "the sky"]
     assert small.split("nouns", " ") == [] and small.split("nouns", None) == []
@@ -117,7 +112,7 @@ def test_texts_are_bounded_and_lists_split() -> None:
 
 
 @pytest.fixture(scope="module")
-def mask_files(tmp_path_factory: Any) -> Path:
+def mask_files(tmp_path_factory):
     """Masks of a 90 x 60 picture with the id 7: of every form, and such as cannot be right."""
     folder = tmp_path_factory.mktemp("masks")
     ids = np.zeros((60, 90), dtype=np.int32)
@@ -173,26 +168,20 @@ def mask_files(tmp_path_factory: Any) -> Path:
         ("x.exe", "masks are .png, .npz, .json files, not .exe"),
     ],
 )
-def test_masks_of_every_form_are_read_or_refused(
-    mask_files: Path, names: str, expected: int | str
-) -> None:
-    from gella.commands.app_page import Limits, message_of, read_masks
-
-    small = Limits(max_upload=100_000, max_pixels=10_000, max_entities=5)
+def test_masks_of_every_form_are_read_or_refused(mask_files, names, expected):
+    small = app_page.Limits(max_upload=100_000, max_pixels=10_000, max_entities=5)
     paths = [mask_files / name for name in names.split()]
     if isinstance(expected, int):
-        assert read_masks(paths, (60, 90), 7, small).num_entities == expected
+        assert app_page.read_masks(paths, (60, 90), 7, small).num_entities == expected
         return
     with pytest.raises((ValueError, RecursionError)) as caught:
-        read_masks(paths, (60, 90), 7, small)
-    message = message_of(caught.value)
+        app_page.read_masks(paths, (60, 90), 7, small)
+    message = app_page.message_of(caught.value)
     assert message and re.search(expected, message), message
     assert "/" not in message and "max_" not in message and "\n" not in message, message
 
 
-def test_messages_name_no_folder_of_the_server() -> None:
-    from gella.commands.app_page import message_of
-
+def test_messages_name_no_folder_of_the_server():
     for text, shown in (
         ("image a, entity file /tmp/x_1/ab12/m.png: no entity", "image a, entity file m.png: no"),
         ("no file '/home/me/w.pth'\nhere", "no file 'w.pth' here"),
@@ -200,35 +189,21 @@ def test_messages_name_no_folder_of_the_server() -> None:
         ('caption "and/or, <b>x</b>, 3 / 4, http://h/x"', 'caption "and/or, <b>x</b>, 3 / 4, http'),
         ("scale it down, or raise max_pixels", "scale it down"),
     ):
-        assert (message_of(ValueError(text)) or "").startswith(shown)
-    assert message_of(RuntimeError("secret")) is None
-    assert "memory" in (message_of(MemoryError()) or "")
+        assert (app_page.message_of(ValueError(text)) or "").startswith(shown)
+    assert app_page.message_of(RuntimeError("secret")) is None
+    assert "memory" in (app_page.message_of(MemoryError()) or "")
 
 
-def test_text_is_streamed_until_it_ends_fails_or_nobody_reads() -> None:
-    from gella.commands.app_page import streamed
+def test_streaming_ends_when_the_text_fails_or_nobody_reads():
+    ended = threading.Event()
 
-    turn, ended = threading.Semaphore(1), threading.Event()
-
-    def grows(on_text: Any) -> str:
-        for text in ("A", "A star", "A star."):
-            assert turn.acquire(timeout=60)
-            on_text(text)
-        return "A star."
-
-    texts = []
-    for text in streamed(grows):
-        texts.append(text)
-        turn.release()
-    assert texts == ["A", "A star", "A star."]
-
-    def fails(on_text: Any) -> str:
+    def fails(on_text):
         raise ValueError("no more")
 
     with pytest.raises(ValueError, match="no more"):
-        list(streamed(fails))
+        list(app_page.streamed(fails))
 
-    def endless(on_text: Any) -> str:
+    def endless(on_text):
         try:
             while True:
                 on_text(str(time.time()))
@@ -236,7 +211,7 @@ def test_text_is_streamed_until_it_ends_fails_or_nobody_reads() -> None:
         finally:
             ended.set()
 
-    stream = streamed(endless)
+    stream = app_page.streamed(endless)
     next(stream)
     stream.close()
     assert ended.is_set()
@@ -246,7 +221,7 @@ def test_text_is_streamed_until_it_ends_fails_or_nobody_reads() -> None:
 
 
 @pytest.fixture
-def guarded_echo() -> Any:
+def guarded_echo():
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.responses import PlainTextResponse
@@ -264,7 +239,7 @@ def guarded_echo() -> Any:
         yield client, full
 
 
-def test_requests_are_bounded(guarded_echo: Any) -> None:
+def test_requests_are_bounded(guarded_echo):
     from starlette.requests import ClientDisconnect
 
     client, full = guarded_echo
@@ -287,7 +262,7 @@ def test_requests_are_bounded(guarded_echo: Any) -> None:
     assert headers["x-content-type-options"] == "nosniff"
 
 
-def test_the_folder_is_full_when_it_is_and_abandoned_uploads_go(tmp_path: Path) -> None:
+def test_the_folder_is_full_when_it_is_and_abandoned_uploads_go(tmp_path):
     (tmp_path / "hash").mkdir()
     for name in ("hash/upload", "tmp_new", "tmp_old"):
         (tmp_path / name).write_text("12345")
@@ -301,15 +276,13 @@ def test_the_folder_is_full_when_it_is_and_abandoned_uploads_go(tmp_path: Path) 
 
 
 def client_of(site: Served) -> Any:
-    from gradio_client import Client
-
-    return Client(site.address, verbose=False, analytics_enabled=False, download_files=False)
+    quiet = dict.fromkeys(("verbose", "analytics_enabled", "download_files"), False)
+    return gradio_client.Client(site.address, **quiet)
 
 
 def files(picture: Path = SCENE, *masks: Path) -> tuple[Any, list[Any]]:
-    from gradio_client import handle_file
-
-    return handle_file(picture), [handle_file(path) for path in masks or (MASKS,)]
+    first, *others = map(gradio_client.handle_file, (picture, *(masks or (MASKS,))))
+    return first, others
 
 
 def ask(client: Any, question: str, *texts: str, given: Any = None) -> Any:
@@ -317,9 +290,7 @@ def ask(client: Any, question: str, *texts: str, given: Any = None) -> Any:
 
 
 def refusal(client: Any, question: str, *texts: str, given: Any = None) -> str:
-    from gradio_client.exceptions import AppError
-
-    with pytest.raises(AppError) as caught:
+    with pytest.raises(gradio_client.exceptions.AppError) as caught:
         ask(client, question, *texts, given=given)
     return str(caught.value)
 
@@ -329,8 +300,8 @@ def path_of(download: Any) -> Path:
     return Path(value["path"] if isinstance(value, dict) else value)
 
 
-def test_grounds_and_grounds_again_without_encoding_again(site: Served) -> None:
-    client, before = client_of(site), len(site.encoded)
+def test_grounds_and_grounds_again_without_encoding_again(site):
+    client, before = client_of(site), site.encoded.call_count
     given = files()
     figure, note, picture, masks, _ = ask(client, "ground", CAPTION, "", given=given)
     assert 'data-noun="0"' in figure and "two white stars" in figure and "10 entities" in note
@@ -350,12 +321,12 @@ def test_grounds_and_grounds_again_without_encoding_again(site: Served) -> None:
     figure = ask(client, "panoptic", "star, wall, grass", given=given)[0]
     assert "star" in figure and "data-entity" in figure
     assert "two white stars" in ask(client, "extract", CAPTION, given=given)
-    assert len(site.encoded) == before + 1
+    assert site.encoded.call_count == before + 1
     ask(client_of(site), "ground", CAPTION, "", given=given)  # another visitor
-    assert len(site.encoded) == before + 2
+    assert site.encoded.call_count == before + 2
 
 
-def test_the_description_is_streamed(site: Served) -> None:
+def test_the_description_is_streamed(site):
     client = client_of(site)
     job = client.submit(*files(), api_name="/describe")
     caption, nouns = job.result(timeout=600)
@@ -364,7 +335,7 @@ def test_the_description_is_streamed(site: Served) -> None:
     assert len(texts) > 1 and all(caption.startswith(text[:10]) for text in texts)
 
 
-def test_a_caption_comes_from_outside_with_its_nouns(site: Served) -> None:
+def test_a_caption_comes_from_outside_with_its_nouns(site):
     text = "A star lies on the grass."
     client, given = client_of(site), files()
     site.captions.script = [answer(json.dumps({"description": text, "nouns": ["star", "grass"]}))]
@@ -378,19 +349,13 @@ def test_a_caption_comes_from_outside_with_its_nouns(site: Served) -> None:
     assert "does not answer now" in message and "inside" not in message
 
 
-def test_masks_are_found_where_none_were_uploaded(
-    site: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_masks_are_found_where_none_were_uploaded(site, monkeypatch):
     client, picture = client_of(site), files()[0]
     assert ask(client, "describe", given=(picture, None))[0]  # needs no masks
     assert "no masks yet" in refusal(client, "refer", "the wall", given=(picture, None))
     ids = np.zeros((96, 96), np.int32)
-
-    class Finder:
-        def segment(self, image: np.ndarray) -> EntityMap:
-            return EntityMap.from_id_image(ids)
-
-    monkeypatch.setattr(site.desk, "finder", Finder())
+    finder = SimpleNamespace(segment=lambda image: EntityMap.from_id_image(ids))
+    monkeypatch.setattr(site.desk, "finder", finder)
     other = (files(SCENES / "000000500016.png")[0], None)
     assert "found no entities" in refusal(client, "refer", "the wall", given=other)
     ids[:40], ids[60:] = 1, 2
@@ -398,8 +363,8 @@ def test_masks_are_found_where_none_were_uploaded(
 
 
 def test_what_is_wrong_gives_a_message_and_the_page_lives_on(
-    site: Served, mask_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    site, mask_files, tmp_path, monkeypatch
+):
     client, given = client_of(site), files()
     for question, texts, words in (
         ("ground", ("  ", ""), "The caption is empty"),
@@ -411,11 +376,13 @@ def test_what_is_wrong_gives_a_message_and_the_page_lives_on(
     ):
         assert words in refusal(client, question, *texts, given=given)
     (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    save(tmp_path / "wide.png", np.zeros((300, 400), np.uint8))
     bomb = write_zip_bomb(tmp_path / "bomb.npz", 40)
     for picture, masks, words in (
         (mask_files / "text.png", MASKS, "text.png is no picture"),
         (tmp_path / "script.png", MASKS, "script.png is no picture"),
         (mask_files / "huge.png", MASKS, "huge.png is too large"),
+        (tmp_path / "wide.png", MASKS, "400x300 = 120000 pixels are more than the 100000"),
         (SCENE, mask_files / "text.png", "text.png: no picture"),
         (SCENE, bomb, "unpacks to"),
         (SCENE, mask_files / "huge.png", "too large|20000x20000"),
@@ -449,7 +416,7 @@ def upload(site: Served, name: str, data: bytes) -> tuple[int, str]:
     return fetched(site, "gradio_api/upload", body, **kind)
 
 
-def test_uploads_are_bounded_and_their_names_lead_nowhere(site: Served) -> None:
+def test_uploads_are_bounded_and_their_names_lead_nowhere(site):
     for name in ("../../etc/x.png", "/etc/x.png", "..\\..\\x.png", "a\x00b.png"):
         code, text = upload(site, name, SCENE.read_bytes())
         if code == 200:
@@ -462,9 +429,7 @@ def test_uploads_are_bounded_and_their_names_lead_nowhere(site: Served) -> None:
     assert code == 413 and "too large" in text
 
 
-def test_no_other_file_is_served_or_read(site: Served) -> None:
-    from gradio_client.exceptions import AppError
-
+def test_no_other_file_is_served_or_read(site):
     code, text = fetched(site, "")
     assert code == 200 and "GELLA" in text
     for path in ("/etc/hostname", ROOT / "setup.py", SCENES / "README.md", f"{site.folder}/../x"):
@@ -474,7 +439,7 @@ def test_no_other_file_is_served_or_read(site: Served) -> None:
     inside = next(site.folder.rglob("*.png"))
     assert fetched(site, f"gradio_api/file={inside}")[0] == 200
     stolen = {"path": str(ROOT / "docs" / "images" / "grounding.png")}
-    with pytest.raises((AppError, ValueError)):  # it was not uploaded
+    with pytest.raises((gradio_client.exceptions.AppError, ValueError)):  # it was not uploaded
         ask(
             client_of(site),
             *("ground", CAPTION, ""),
@@ -483,7 +448,7 @@ def test_no_other_file_is_served_or_read(site: Served) -> None:
     assert fetched(site, "")[0] == 200
 
 
-def test_twenty_at_once_are_all_answered_in_order(site: Served) -> None:
+def test_twenty_at_once_are_all_answered_in_order(site):
     given, clients = files(), [client_of(site) for _ in range(4)]
     captions = [f"There is the wall and {k} stars." for k in range(20)]
     with ThreadPoolExecutor(20) as pool:
@@ -495,27 +460,25 @@ def test_twenty_at_once_are_all_answered_in_order(site: Served) -> None:
         assert f"and {k} stars" in answered[0]
 
 
-def test_pictures_are_kept_for_a_while_and_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gella.commands import app_page
-
+def test_pictures_are_kept_for_a_while_and_not_too_many(monkeypatch):
     monkeypatch.setattr(app_page, "IDLE", 5.0)
     with served("--queue", "2", "--sessions", "1") as page:
         given, (one, two) = files(), (client_of(page) for _ in range(2))
         for client, count in ((one, 1), (one, 1), (two, 2), (one, 3)):
             ask(client, "extract", CAPTION, given=given)
-            assert len(page.encoded) == count  # the newer visitor took the older one's place
+            assert page.encoded.call_count == count  # the newer visitor took the older one's place
         time.sleep(8)
         ask(one, "extract", CAPTION, given=given)
-        assert len(page.encoded) == 4
+        assert page.encoded.call_count == 4
         slow, refer = threading.Event(), page.desk.predictor.refer
 
-        def waiting(*args: Any, **options: Any) -> Any:
+        def waiting(*args, **options):
             slow.wait(60)
             return refer(*args, **options)
 
         page.desk.predictor.refer = waiting
 
-        def call(client: Any) -> str:
+        def call(client):
             try:
                 return ask(client, "refer", "the wall", given=given)[0]
             except Exception as error:
@@ -534,7 +497,7 @@ def test_pictures_are_kept_for_a_while_and_not_too_many(monkeypatch: pytest.Monk
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser():
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="driving a browser needs playwright (pip install -e '.[dev]')"
     )
@@ -570,7 +533,7 @@ def visit(site: Served, browser: Any, width: int = 1280) -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(site: Served, browser: Any) -> Iterator[Any]:
+def page(site, browser):
     with visit(site, browser) as opened:
         yield opened
 
@@ -617,8 +580,8 @@ def message(page: Any) -> str:
     return text
 
 
-def test_a_visitor_uploads_grounds_edits_and_downloads(page: Any, site: Served) -> None:
-    before = len(site.encoded)
+def test_a_visitor_uploads_grounds_edits_and_downloads(page, site):
+    before = site.encoded.call_count
     give(page, says="96 x 96 pixels, 10 entities; encoded")
     ground(page, CAPTION)
     saved = {}
@@ -648,15 +611,15 @@ def test_a_visitor_uploads_grounds_edits_and_downloads(page: Any, site: Served) 
     assert lit(page, "entity") == [entity]
     ground(page, "There is the wall beside a lamp.", "the wall, a lamp")
     assert page.inner_text("#figure [data-noun='0']").startswith("the wall")
-    assert len(site.encoded) == before + 1
+    assert site.encoded.call_count == before + 1
     evil = "<img src=x onerror=alert(1)> ${alert(2)} {{value}} <script>alert(3)</script> the wall"
     ground(page, evil, "the wall, <b>bold</b>, ${alert(4)}")
     assert evil[:40] in page.inner_text("#figure .caption")
     assert page.query_selector("#figure img, #figure script, #figure b") is None
 
 
-def test_the_examples_answer_all_tasks(page: Any, site: Served) -> None:
-    before = len(site.encoded)
+def test_the_examples_answer_all_tasks(page, site):
+    before = site.encoded.call_count
     page.click("#examples button >> nth=0")
     wait_for_note(page, "encoded")
     first = json.loads((SCENES / "captions.jsonl").read_text().splitlines()[0])
@@ -676,24 +639,15 @@ def test_the_examples_answer_all_tasks(page: Any, site: Served) -> None:
     page.fill("#categories textarea, #categories input", "ring, sand, floor")
     page.press("#categories textarea, #categories input", "Enter")
     page.wait_for_selector("#figure [data-noun] >> text=ring")
-    assert len(site.encoded) == before + 1
+    assert site.encoded.call_count == before + 1
 
 
 def test_wrong_input_gives_a_message_and_the_page_lives_on(
-    page: Any, site: Served, mask_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    page, site, mask_files, tmp_path, monkeypatch
+):
     page.click("#ground")
     assert "no picture yet" in message(page)
-    Image.new("L", (400, 300)).save(tmp_path / "wide.png")
-    give(page, tmp_path / "wide.png", says="400x300 = 120000 pixels are more than the 100000")
-    page.click("#picture [aria-label='Clear'], #picture [aria-label='Remove Image']")
-    page.click("#masks [aria-label='Clear']")
-    give(page)
-    page.click("#ground")
-    assert "The caption is empty" in message(page)
-    page.click("#masks [aria-label='Clear']")
-    page.set_input_files("#masks input[type=file]", mask_files / "text.png")
-    wait_for_note(page, "text.png")
+    give(page, masks=mask_files / "text.png", says="text.png")
     page.fill("#caption textarea", CAPTION)
     page.click("#ground")
     assert "text.png" in message(page)
@@ -704,27 +658,17 @@ def test_wrong_input_gives_a_message_and_the_page_lives_on(
     page.set_input_files("#masks input[type=file]", MASKS)
     wait_for_note(page, "encoded")
     ground(page, CAPTION)
-    page.evaluate("document.querySelector('#caption textarea').removeAttribute('maxlength')")
-    page.fill("#caption textarea", "x" * 301)
-    page.click("#ground")
-    assert "301 characters; at most 300" in message(page)
     evil = 'no noun in "<img src=x onerror=alert(1)> <b>bold</b>"'
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise ValueError(evil)
-
-    monkeypatch.setattr(site.desk.predictor, "ground", refuse)
+    monkeypatch.setattr(site.desk.predictor, "ground", mock.Mock(side_effect=ValueError(evil)))
     page.fill("#caption textarea", CAPTION)
     page.click("#ground")
     assert message(page) == evil  # as text
 
 
-def test_answers_are_stopped_and_clicks_meanwhile_count(
-    page: Any, site: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_are_stopped_and_clicks_meanwhile_count(page, site, monkeypatch):
     ended, going, ground_now = threading.Event(), threading.Event(), site.desk.predictor.ground
 
-    def endless(*, on_text: Any, **_: Any) -> str:
+    def endless(*, on_text, **_):
         try:
             for k in range(2000):
                 on_text(f"word {k}")
@@ -733,7 +677,7 @@ def test_answers_are_stopped_and_clicks_meanwhile_count(
             ended.set()
         return "the end"
 
-    def slowly(*args: Any, **options: Any) -> Any:
+    def slowly(*args, **options):
         going.set()
         time.sleep(1)
         return ground_now(*args, **options)
@@ -754,7 +698,7 @@ def test_answers_are_stopped_and_clicks_meanwhile_count(
     ground(page, "There is the wall.", "the wall")
 
 
-def test_two_visitors_see_their_own_pictures(site: Served, browser: Any) -> None:
+def test_two_visitors_see_their_own_pictures(site, browser):
     with visit(site, browser) as first:
         with visit(site, browser, width=390) as second:
             give(first)
@@ -781,7 +725,7 @@ def test_two_visitors_see_their_own_pictures(site: Served, browser: Any) -> None
 # -- the command -----------------------------------------------------------------------------------
 
 
-def test_wrong_arguments_are_one_line(capsys: Any) -> None:
+def test_wrong_arguments_are_one_line(capsys):
     for argv, words in (
         (["--queue", "0"], "--queue is 0"),
         (["--max-upload-mb", "nan"], "--max-upload-mb is nan"),
@@ -805,7 +749,7 @@ def test_wrong_arguments_are_one_line(capsys: Any) -> None:
         assert app.is_loopback(host) is own
 
 
-def test_examples_that_are_missing_or_wrong_are_named(tmp_path: Path) -> None:
+def test_examples_that_are_missing_or_wrong_are_named(tmp_path):
     assert app.read_examples(tmp_path) == []
     assert len(app.read_examples(SCENES)) > 2
     line = json.dumps({"image": "a.png", "masks": "b.png", "caption": "c"})
@@ -818,11 +762,8 @@ def test_examples_that_are_missing_or_wrong_are_named(tmp_path: Path) -> None:
             app.read_examples(tmp_path)
 
 
-def test_the_command_serves_until_it_is_stopped_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def test_the_command_serves_until_it_is_stopped_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     stop, said = threading.Event(), ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import weakref
 from pathlib import Path
@@ -130,29 +131,29 @@ def test_flops_without_data_are_those_of_a_real_run_part_by_part(queries):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def llama_flops(length, logits, layers):
+def llama_flops(length, logits):
     """2 FLOPs for each weight and token, and two products of queries with keys and values."""
-    width, inner, words = 4096, 11008, 32001
+    width, inner, words, layers = 4096, 11008, 32001, 2
     linear = layers * (4 * width * width + 3 * width * inner)
     return 2 * linear * length + 4 * layers * width * length**2 + 2 * logits * width * words
 
 
 def test_the_language_decoder_and_clip_cost_what_their_formulas_say():
-    cfg = load_config(PAPER, ["MODEL.LANGUAGE.NUM_LAYERS", "3"])
+    cfg = load_config(PAPER, ["MODEL.LANGUAGE.NUM_LAYERS", "2"])
     counted = cost_passes.count_flops(cost.build_on_meta(cfg), cfg, Workload())
     length, projector = 576 + 60 + 60 + 58, 2 * 576 * (1024 * 4096 + 4096 * 4096)
     assert Workload().answer == 10 + 12 * 4
     assert counted["parts"]["projector"] == projector
-    assert counted["parts"]["language decoder"] == llama_flops(length, 58, 3)
+    assert counted["parts"]["language decoder"] == llama_flops(length, 58)
     ways = {way: x["flops"] for way, x in counted["language"].items()}
-    assert ways["given"] == projector + llama_flops(length, 58, 3)
-    steps = sum(llama_flops(1, 1, 3) + 4 * 3 * 4096 * (cached - 1) for cached in range(697, length))
-    assert ways["generated"] - ways["given"] == projector + llama_flops(696, 1, 3) + steps
-    assert ways["one_noun"] == 12 * (projector + llama_flops(576 + 120 + 14, 14, 3))
-    assert ways["noun_alone"] == 12 * (projector + llama_flops(576 + 62 + 14, 14, 3))
+    assert ways["given"] == projector + llama_flops(length, 58)
+    steps = sum(llama_flops(1, 1) + 4 * 2 * 4096 * (cached - 1) for cached in range(697, length))
+    assert ways["generated"] - ways["given"] == projector + llama_flops(696, 1) + steps
+    assert ways["one_noun"] == 12 * (projector + llama_flops(576 + 120 + 14, 14))
+    assert ways["noun_alone"] == 12 * (projector + llama_flops(576 + 62 + 14, 14))
     for rule in (1, 2):
         tokens = counted["implied_tokens"][str(rule)]
-        around = [projector + llama_flops(tokens + more, 0, 3) for more in (-1, 1)]
+        around = [projector + llama_flops(tokens + more, 0) for more in (-1, 1)]
         assert around[0] < 11_987e9 * 2 / rule < around[1]
     rows = counted["table_12"]
     assert rows["ours, nouns given"][0] == ways["given"]
@@ -339,20 +340,30 @@ def run(*arguments):
     return benchmark.main(["cost", "--config-file", TINY, *map(str, arguments)])
 
 
-def test_the_report_and_its_json(tmp_path, capsys):
+def test_the_report_and_its_json(tmp_path, capsys, monkeypatch):
+    calls = {}
+
+    def record(name, made):
+        def recorded(*args, **options):
+            calls[name] = args[2:], made(*args, **options)
+            return copy.deepcopy(calls[name][1])
+
+        monkeypatch.setattr(cost, name, recorded)
+
+    record("saved_bytes", cost.saved_bytes)
+    record("count_flops", cost.count_flops)
     file = tmp_path / "cost.json"
     words = ["--caption-tokens", 17, "--nouns", 5, "--noun-tokens", 3, "--prompt-tokens", 11]
     status = run(*words, "--entities", 7, "--zero-gpus", 4, "--json", file, "SEED", 1)
     out = capsys.readouterr().out
     assert status == 0 and "next: python tools/train_net.py" in out
     figures = json.loads(file.read_text())
-    cfg = tiny_cfg()
-    model = cost.build_on_meta(cfg)
-    saved = cost_passes.saved_bytes(model, cfg, LOAD, 3, half=False)
+    model = cost.build_on_meta(tiny_cfg())
+    (given, saved), (load, counted) = calls["saved_bytes"], calls["count_flops"]
+    assert given == (LOAD, 3) and load == (LOAD,)
     assert figures["batch"] == 3  # 12 images on 4 GPUs
     assert figures["activations"] == saved["sums"]
     assert sum(x["activations"] for x in figures["parts"].values()) == 2 * saved["sums"]["plain"]
-    counted = cost_passes.count_flops(model, cfg, LOAD)
     flops = {part: x["flops"] for part, x in figures["parts"].items() if x["flops"]}
     assert flops == {**counted["parts"], "all": sum(counted["parts"].values())}
     assert figures["language"] == counted["language"]
@@ -404,8 +415,3 @@ def test_the_help_names_the_modes_and_teaches_the_rules(capsys):
             benchmark.main(arguments)
         out = " ".join(capsys.readouterr().out.split())
         assert all(word in out for word in words)
-
-
-def test_a_pass_counts_every_token():
-    load = LOAD._replace(nouns=2)
-    assert load.answer == 20 and load.length(36) == 36 + 11 + 17 + 10 + 2 * 5

@@ -122,7 +122,7 @@ def test_tasks_take_turns_and_the_first_pass_is_not_counted():
     seconds = iter([90] * 4 + [1, 10, 2, 40] + [3, 20, 6, 30])
     now = [0.0, False]
 
-    def clock() -> float:
+    def clock():
         now[1] = not now[1]
         now[0] += 0 if now[1] else next(seconds)
         return now[0]

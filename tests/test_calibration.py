@@ -77,7 +77,7 @@ def evaluated(scenes: list, threshold: float, argmax: bool, none: float, referri
 
 
 @pytest.mark.parametrize("referring", [False, True])
-def test_the_sweep_is_what_evaluation_would_give(tmp_path: Path, referring: bool) -> None:
+def test_the_sweep_is_what_evaluation_would_give(tmp_path, referring):
     scenes = [scene(tmp_path, k, referring) for k in range(12)]
     node = options(ASSOCIATION_THRESHOLD=0.37, SINGULAR_ARGMAX=True, SNAP=False)
     sweep = SelectionSweep(node, "entity", referring)
@@ -99,7 +99,7 @@ def test_the_sweep_is_what_evaluation_would_give(tmp_path: Path, referring: bool
         run(sweep, [], [])
 
 
-def test_the_panoptic_sweep_is_what_evaluation_would_give(tmp_path: Path) -> None:
+def test_the_panoptic_sweep_is_what_evaluation_would_give(tmp_path):
     scenes = []
     for sample, c in (scene(tmp_path, k) for k in range(4)):
         sample["phrases"] = sample["phrases"][:3]
@@ -107,7 +107,7 @@ def test_the_panoptic_sweep_is_what_evaluation_would_give(tmp_path: Path) -> Non
             p.update(category_id=category["id"], isthing=bool(category["isthing"]))
         scenes.append((sample, Candidates(c.masks, c.entity_ids, c.scores[:3])))
 
-    def paint(scores: np.ndarray, masks: np.ndarray, categories: list, threshold: float) -> Any:
+    def paint(scores, masks, categories, threshold):
         as_model = torch.from_numpy(scores).float()
         return panoptic_from_scores(as_model, torch.from_numpy(masks), categories, threshold)
 
@@ -131,9 +131,7 @@ def test_the_panoptic_sweep_is_what_evaluation_would_give(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("queries", ["entity", "learned"])
 @pytest.mark.parametrize("snap", [True, False])
-def test_candidates_come_back_from_an_answer_that_takes_all(
-    tmp_path: Path, queries: str, snap: bool
-) -> None:
+def test_candidates_come_back_from_an_answer_that_takes_all(tmp_path, queries, snap):
     sample, _ = scene(tmp_path, 1)
     own = torch.from_numpy(sample["entities_full"].bitmasks())
     drawn = own[[2, 0, 3, 1]].clone() if queries == "learned" else own.clone()
@@ -151,7 +149,7 @@ def test_candidates_come_back_from_an_answer_that_takes_all(
     np.testing.assert_array_equal(scores, made.scores.double().numpy()[:, order])
 
 
-def test_a_calibration_sets_the_keys_of_its_weights_only(tmp_path: Path) -> None:
+def test_a_calibration_sets_the_keys_of_its_weights_only(tmp_path):
     cfg = get_cfg()
     add_gella_config(cfg)
     weights, other, file = (tmp_path / name for name in ("w.pth", "other.pth", "calibration.json"))

@@ -11,73 +11,132 @@ import ast
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from caption_server import chat_server
 from detectron2.config import get_cfg
-from docs_pages import (
-    ROOT,
-    RUN,
-    Block,
-    anchors,
-    blocks,
-    inline_commands,
-    links,
-    pages,
-    prose,
-    read,
-    stray_commands,
-    to_run,
-)
-from docs_sandbox import CHANGES, build_sandbox, changed, copy_sandbox
-from docs_warm import free_port
+from docs_sandbox import CHANGES, ROOT, build_sandbox, changed, copy_sandbox
 
 from gella.config import add_gella_config
 
+FENCE = re.compile(r"^( *)```(\S*)[ \t]*\n(.*?)^\1```[ \t]*$", re.DOTALL | re.MULTILINE)
+# A command in a sentence, such as `tools/score.py OUTPUT_DIR`.
+INLINE = re.compile(r"(?:(?:\.venv/bin/)?python )?((?:tools|datasets)/\w+\.py)((?:\s[^`]*)?)")
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+# What makes a line of a block without a language a command all the same.
+COMMAND = re.compile(r"^\s*(?:\$ )?(?:\.venv/bin/)?(?:python3?|make|pytest|torchrun|srun|bash) \S")
+RUN = ("bash", "python")
 SHOWN = ("", "json", "yaml", "text", "sbatch")  # files, trees, output
 SECONDS = 900  # for one block, on a very busy machine
 
 
-def kill_group(process: subprocess.Popen) -> None:
-    """End a process and all that it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+# -- reading the pages ----------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """A fenced block: line of its fence, language, text, and what stands right below as output."""
+
+    line: int
+    language: str
+    text: str
+    shown: list[str]
+
+
+def pages() -> list[str]:
+    """Every page for people, as paths from the root."""
+    patterns = ("README.md", "docs/*.md", "configs/README.md", "datasets/README.md")
+    patterns += ("tools/README.md", "weights/*/README.md", "examples/**/README.md")
+    paths = (path for pattern in patterns for path in sorted(ROOT.glob(pattern)))
+    return [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+def read(page: str) -> str:
+    """The text of a page."""
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page in order; output is ```text, below Python also ```."""
+    text, made = read(page), []
+    for fence in FENCE.finditer(text):
+        below = FENCE.match(text, fence.end() + 2) or FENCE.match(text, fence.end() + 1)
+        languages = ("", "text") if fence[2] == "python" else ("text",)
+        shown = below[3].splitlines() if below and below[2] in languages else []
+        made.append(Block(text.count("\n", 0, fence.start()) + 1, fence[2], fence[3], shown))
+    return made
+
+
+def to_run(page: str) -> list[Block]:
+    """What a test has to run of a page."""
+    return [block for block in blocks(page) if block.language in RUN]
+
+
+def stray_commands(page: str) -> list[str]:
+    """Lines that look like commands but stand in no block that says it is bash."""
+    others = (block for block in blocks(page) if block.language not in RUN)
+    lines = [line for block in others for line in block.text.splitlines()]
+    # four spaces make a block too, except inside a list
+    lines += [line for line in prose(page).splitlines() if line.startswith("    ")]
+    return [line for line in lines if COMMAND.match(line)]
+
+
+def prose(page: str) -> str:
+    """A page without its fenced blocks."""
+    return FENCE.sub("", read(page))
+
+
+def inline_commands(page: str) -> list[tuple[str, list[str]]]:
+    """The scripts that a page's sentences and tables call, each with its arguments."""
+    spans = (INLINE.fullmatch(span) for span in re.findall(r"`([^`]+)`", prose(page)))
+    return [(match[1], match[2].split()) for match in spans if match]
+
+
+def links(page: str) -> list[str]:
+    """Targets of the links and pictures of a page that lead to no other server."""
+    targets = (a or b for a, b in LINK.findall(prose(page)))
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    made: list[str] = []
+    for title in re.findall(r"^#{1,6} +(.+?)\s*#*$", prose(page), re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title)
+        made.append(re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-"))
+    return {f"{s}-{n}" if (n := made[:i].count(s)) else s for i, s in enumerate(made)}
+
+
+# -- running their blocks --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def warm(tmp_path_factory):
     """The socket of a warm Python."""
-    folder = tmp_path_factory.mktemp("warm")
+    address = tmp_path_factory.mktemp("warm") / "socket"
     paths = os.pathsep.join([str(ROOT / "projects"), str(ROOT / "tests")])
-    server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "docs_warm.py"), "serve", str(folder / "socket")],
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "docs_warm.py"), "serve", str(address)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         start_new_session=True,
-        stderr=(folder / "server.txt").open("w"),
-    )
-    try:
-        while not (folder / "socket").exists():
-            assert server.poll() is None, (folder / "server.txt").read_text()
-            time.sleep(0.05)
-        yield folder / "socket"
-    finally:
-        kill_group(server)
+        stdout=subprocess.PIPE,
+    ) as server:
+        assert server.stdout.readline()
+        yield address
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sandbox(small_shapes, tmp_path_factory):
     """The folder that pages get copies of."""
     folder = tmp_path_factory.mktemp("docs") / "gella"
-    build_sandbox(folder)
+    build_sandbox(folder, small_shapes)
     return folder
 
 
@@ -103,7 +162,9 @@ def run_block(place: str, block: Block, text: str, folder: Path, environment: di
     try:
         output, _ = process.communicate(timeout=SECONDS)
     finally:
-        kill_group(process)
+        with suppress(ProcessLookupError):  # and what it left in the background
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     assert process.returncode == 0, f"{place}: {process.returncode}\n{text}\n{output[-3000:]}"
     return output
 
@@ -115,10 +176,11 @@ def test_every_block_of_the_page_runs_and_prints_what_stands_below_it(
     folder = tmp_path / "gella"
     environment = copy_sandbox(sandbox, folder, warm)
     (folder / ".exports").touch()
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
     with chat_server() as chat:
         for block in to_run(page):
-            text = changed(block.text, page).replace("@CHAT@", chat.url)
-            text = text.replace("@PORT@", str(free_port()))
+            text = changed(block.text, page).replace("@CHAT@", chat.url).replace("@PORT@", port)
             output = run_block(f"{page}:{block.line}", block, text, folder, environment)
             assert [line for line in block.shown if line not in output] == []
 
@@ -138,7 +200,7 @@ def help_of(warm, sandbox, tmp_path_factory):
     environment = copy_sandbox(sandbox, folder, warm)
 
     @cache
-    def ask(*words: str) -> str:
+    def ask(*words):
         command = ["python", *words, "--help"]
         return subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, check=True
@@ -289,15 +351,15 @@ def test_every_file_of_the_model_is_on_the_map():
 # -- docs/TROUBLESHOOTING.md -----------------------------------------------------------------------
 
 
-def text_of(node: ast.AST) -> str:
+def text_of(node):
     """A string of the source, with "\0" where a value is put in."""
-    if isinstance(node, ast.JoinedStr):
-        parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
-        return "".join(map(str, parts))
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return text_of(node.left) + text_of(node.right)
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return re.sub(r"%[ds]", "\0", node.value)
+    match node:
+        case ast.JoinedStr():
+            return "".join(map(text_of, node.values))
+        case ast.BinOp(op=ast.Add()):
+            return text_of(node.left) + text_of(node.right)
+        case ast.Constant(value=str()):
+            return re.sub(r"%[ds]", "\0", node.value)
     return "\0"
 
 

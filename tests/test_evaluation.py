@@ -8,7 +8,6 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,20 +28,19 @@ from PIL import Image
 import gella.evaluation.evaluators
 from gella import evaluation
 from gella.commands.score import SavedPredictions
+from gella.data.narratives import load_png
 from gella.entities.entity_map import EntityMap, rgb_to_id
+from gella.entities.sources import load_from_record
 from gella.evaluation import metrics
 from gella.evaluation.truth import TruthReader
 
 
 @pytest.fixture
-def samples(tmp_path: Path) -> list[dict[str, Any]]:
+def samples(tmp_path):
     return [make_sample(tmp_path, image_id) for image_id in (3, 11, 2, 27)]
 
 
-# --------------------------------------------------------------------------- scores
-
-
-def test_perfect_answers_score_100(samples: list[dict]) -> None:
+def test_perfect_answers_score_100(samples):
     results = run_all(samples, [answer(s) for s in samples])
     png, panoptic = results["png"], results["panoptic_seg"]
     assert {png[k] for k in png if k.startswith("AR") or k.startswith("acc")} == {100.0}
@@ -62,7 +60,7 @@ def test_perfect_answers_score_100(samples: list[dict]) -> None:
     assert refer["n"] == 4 and refer["n_no_target"] == 1
 
 
-def test_empty_answers_score_0(samples: list[dict]) -> None:
+def test_empty_answers_score_0(samples):
     outputs = [{**answer(s, empty=True), "grounding": []} for s in samples]
     results = run_all(samples, outputs)
     assert results["png"]["AR"] == results["png"]["AR_plural"] == results["png"]["acc@0.5"] == 0.0
@@ -73,7 +71,7 @@ def test_empty_answers_score_0(samples: list[dict]) -> None:
     assert {refer[k] for k in ("cIoU", "gIoU", "P@0.5", "T_acc")} == {0.0}
 
 
-def test_a_mask_where_nothing_was_meant_counts(samples: list[dict]) -> None:
+def test_a_mask_where_nothing_was_meant_counts(samples):
     inputs, outputs = referring(samples)
     outputs[-1] = answer({**inputs[-1], "phrases": [phrase("the star", [302], thing=True)]})
     refer = run(evaluation.ReferringEvaluator(), inputs, outputs)["refer"]
@@ -82,13 +80,13 @@ def test_a_mask_where_nothing_was_meant_counts(samples: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
-def test_png_baselines_and_oracle(samples: list[dict], protocol: str) -> None:
+def test_png_baselines_and_oracle(samples, protocol):
     sample = samples[0]
     png = run(evaluation.PNGEvaluator(protocol=protocol), [sample], [answer(sample)])["png"]
     truth, entities = TruthReader()(sample), sample["entities_full"]
     targets = [truth.mask(p["segment_ids"]) for p in sample["phrases"] if p["segment_ids"]]
 
-    def mean(chosen: list) -> float:
+    def mean(chosen):
         pairs = zip(chosen, targets, strict=True)
         return 100 * float(
             np.mean([metrics.noun_iou(entities.union(c), t, protocol) for c, t in pairs])
@@ -106,7 +104,7 @@ def test_png_baselines_and_oracle(samples: list[dict], protocol: str) -> None:
     assert png[f"protocol_{protocol}"] == 1.0
 
 
-def test_official_leaves_out_captions_that_do_not_align(samples: list[dict]) -> None:
+def test_official_leaves_out_captions_that_do_not_align(samples):
     samples[1]["phrases"][1]["start"] = samples[1]["phrases"][1]["end"] = -1
     outputs = [answer(s) for s in samples]
     hard = run(evaluation.PNGEvaluator(), samples, outputs)["png"]
@@ -114,7 +112,7 @@ def test_official_leaves_out_captions_that_do_not_align(samples: list[dict]) -> 
     assert (hard["n"], official["n"], official["n_captions_left_out"]) == (16, 12, 1)
 
 
-def test_extracted_nouns_are_matched_by_text(samples: list[dict]) -> None:
+def test_extracted_nouns_are_matched_by_text(samples):
     sample, output = samples[0], answer(samples[0])
     output["grounding"] = [output["grounding"][k] for k in (3, 1)]
     output["grounding"].append({**output["grounding"][0], "phrase": "grass"})
@@ -125,7 +123,7 @@ def test_extracted_nouns_are_matched_by_text(samples: list[dict]) -> None:
     assert nouns["recall"] == pytest.approx(40) and nouns["precision"] == pytest.approx(200 / 3)
 
 
-def test_entity_ap_counts_an_image_once_and_ignores_crowd(samples: list[dict]) -> None:
+def test_entity_ap_counts_an_image_once_and_ignores_crowd(samples):
     outputs = [answer(s) for s in samples]
     once = run(evaluation.EntityAPEvaluator(), samples, outputs)
     assert run(evaluation.EntityAPEvaluator(), samples * 2, outputs * 2) == once
@@ -134,9 +132,6 @@ def test_entity_ap_counts_an_image_once_and_ignores_crowd(samples: list[dict]) -
     instances.pred_masks = torch.cat([instances.pred_masks, crowd])
     instances.scores = torch.cat([instances.scores, torch.ones(1)])
     assert run(evaluation.EntityAPEvaluator(), samples, outputs) == once
-
-
-# --------------------------------------------------------------------------- literal rules
 
 
 def through_256(mask: np.ndarray) -> np.ndarray:
@@ -148,9 +143,7 @@ def through_256(mask: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
-def test_average_recall_is_the_literal_sum_and_subsets_add_up(
-    samples: list[dict], protocol: str, tmp_path: Path
-) -> None:
+def test_average_recall_is_the_literal_sum_and_subsets_add_up(samples, protocol, tmp_path):
     for k, sample in enumerate(samples):
         sample["phrases"][2]["is_plural"] = bool(k % 2)
         sample["phrases"][3]["is_plural"] = k == 1  # stuff, which F-LMM then calls a thing
@@ -184,33 +177,27 @@ def test_average_recall_is_the_literal_sum_and_subsets_add_up(
         assert mean == pytest.approx(png["AR"], abs=1e-9)
 
 
-def test_referring_equals_plain_pixels_with_overlaps_and_empty_targets() -> None:
-    """Rectangles with whole corners, whose pixels plain loops can count."""
+def test_referring_equals_plain_pixels_with_overlaps_and_empty_targets():
+    """Rectangles with whole corners, whose pixels are known."""
     rng = np.random.default_rng(8)
     height, width = 20, 30
     inputs, outputs, pairs = [], [], []
     for k in range(60):
         boxes = [(*rng.integers(0, (20, 12)), *rng.integers(1, 9, 2)) for _ in range(k % 4)]
-        truth = {
-            (y, x)
-            for left, top, w, h in boxes
-            for y in range(top, min(top + h, height))
-            for x in range(left, min(left + w, width))
-        }
+        truth, mask = np.zeros((2, height, width), bool)
+        for x, y, w, h in boxes:
+            truth[y : y + h, x : x + w] = True
         polygons = [
             [float(v) for v in (x, y, x + w, y, x + w, y + h, x, y + h)] for x, y, w, h in boxes
         ]
         top, left = rng.integers(0, (10, 20))
-        guess = set() if k % 5 == 0 else {(top + i, left + j) for i in range(8) for j in range(9)}
-        mask = np.zeros((height, width), bool)
-        for pixel in guess:
-            mask[pixel] = True
+        mask[top : top + 8, left : left + 9] = k % 5 > 0
         one = phrase("it", [5] if boxes else [], thing=True)
         annotation = {"segments_info": [{"id": 5, "segmentation": polygons}]}
         size = {"image_id": k, "height": height, "width": width}
         inputs.append({**size, "caption": "it", "phrases": [one], "annotation": annotation})
         outputs.append({"grounding": [{"mask": mask}]})
-        pairs.append((len(truth & guess), len(truth | guess)))
+        pairs.append(((truth & mask).sum(), (truth | mask).sum()))
     refer = run(evaluation.ReferringEvaluator(), inputs, outputs)["refer"]
     ious = [1.0 if union == 0 else inter / union for inter, union in pairs]
     inters, unions = zip(*pairs, strict=True)
@@ -222,9 +209,7 @@ def test_referring_equals_plain_pixels_with_overlaps_and_empty_targets() -> None
         assert refer[f"P@{t}"] == pytest.approx(share, abs=1e-9)
 
 
-def test_entity_ap_is_what_pycocotools_prints_for_the_written_file(
-    samples: list[dict], tmp_path: Path
-) -> None:
+def test_entity_ap_is_what_pycocotools_prints_for_the_written_file(samples, tmp_path):
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -252,10 +237,7 @@ def test_entity_ap_is_what_pycocotools_prints_for_the_written_file(
         assert entity[name] == pytest.approx(100 * value, abs=1e-9)
 
 
-# --------------------------------------------------------------------------- invariances
-
-
-def test_batches_and_order_change_nothing(samples: list[dict]) -> None:
+def test_batches_and_order_change_nothing(samples):
     outputs = [answer(s, shift=k) for k, s in enumerate(samples)]
     single = run_all(samples, outputs)
     assert 0 < single["png"]["AR"] < 100 and 0 < single["panoptic_seg"]["PQ"] < 100
@@ -263,7 +245,7 @@ def test_batches_and_order_change_nothing(samples: list[dict]) -> None:
     assert run_all(samples[::-1], outputs[::-1], batch=3) == single
 
 
-def test_permuted_entity_ids_change_nothing(samples: list[dict]) -> None:
+def test_permuted_entity_ids_change_nothing(samples):
     outputs = [answer(s, shift=1) for s in samples]
     expected = run_all(samples, outputs)
     inputs, renamed = [], []
@@ -279,14 +261,9 @@ def test_permuted_entity_ids_change_nothing(samples: list[dict]) -> None:
         changed = np.vectorize(table.get)(numbers.numpy()).astype(np.int32)
         infos = [{**info, "id": table[info["id"]]} for info in infos[::-1]]
         instances = {k: v.flip(0) for k, v in vars(output["instances"]).items()}
-        renamed.append(
-            {
-                **output,
-                "panoptic_seg": (torch.from_numpy(changed), infos),
-                "instances": SimpleNamespace(**instances),
-                "grounding": [{**g, "entity_ids": [1, 2, 3]} for g in output["grounding"]],
-            }
-        )
+        grounding = [{**g, "entity_ids": [1, 2, 3]} for g in output["grounding"]]
+        renamed.append({**output, "panoptic_seg": (torch.from_numpy(changed), infos)})
+        renamed[-1].update(instances=SimpleNamespace(**instances), grounding=grounding)
     actual = run_all(inputs, renamed)
     for scores in (expected["png"], actual["png"]):
         for key in [k for k in scores if k.startswith("random_")]:
@@ -294,14 +271,12 @@ def test_permuted_entity_ids_change_nothing(samples: list[dict]) -> None:
     assert actual == expected
 
 
-def test_two_processes_write_what_one_writes_byte_for_byte(
-    samples: list[dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_two_processes_write_what_one_writes_byte_for_byte(samples, monkeypatch, tmp_path):
     """Two evaluators with a share each stand for two processes."""
     plain = samples, [answer(s, shift=k) for k, s in enumerate(samples)]
     comm = gella.evaluation.evaluators.comm
 
-    def made(folder: Path) -> list[tuple]:
+    def made(folder):
         refer = evaluation.ReferringEvaluator(folder), *referring(samples, shift=1)
         return [*((evaluator, *plain) for evaluator in all_evaluators(folder)), refer]
 
@@ -323,10 +298,7 @@ def test_two_processes_write_what_one_writes_byte_for_byte(
     assert len(one) >= 10 and one == two
 
 
-# --------------------------------------------------------------------------- files
-
-
-def test_predictions_are_written_and_can_be_read_back(samples: list[dict], tmp_path: Path) -> None:
+def test_predictions_are_written_and_can_be_read_back(samples, tmp_path):
     from pycocotools import mask as mask_api
 
     folder = tmp_path / "out"
@@ -347,7 +319,7 @@ def test_predictions_are_written_and_can_be_read_back(samples: list[dict], tmp_p
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_predictions_stand_in_the_benchmarks_form_too(samples: list[dict], tmp_path: Path) -> None:
+def test_predictions_stand_in_the_benchmarks_form_too(samples, tmp_path):
     sample = samples[0]
     words = ["circles", "a star", "stars", "sand", "picture"]
     starts = [sample["caption"].index(w) for w in words]
@@ -367,7 +339,7 @@ def test_predictions_stand_in_the_benchmarks_form_too(samples: list[dict], tmp_p
     assert [s["utterance"] for s in narrative["segments"][-2:]] == ["circles", "sand"]
 
 
-def test_saved_predictions_give_every_score_again(samples: list[dict], tmp_path: Path) -> None:
+def test_saved_predictions_give_every_score_again(samples, tmp_path):
     outputs = [answer(s, shift=k) for k, s in enumerate(samples)]
     # Extracted answers: in another order, and one noun twice, where the order says which is which.
     samples[1]["phrases"][0]["text"] = samples[1]["phrases"][3]["text"] = "stars"
@@ -393,10 +365,7 @@ def test_saved_predictions_give_every_score_again(samples: list[dict], tmp_path:
         SavedPredictions(tmp_path / "refer")
 
 
-# --------------------------------------------------------------------------- errors
-
-
-def test_errors_name_the_image(samples: list[dict], tmp_path: Path) -> None:
+def test_errors_name_the_image(samples, tmp_path):
     sample, output = samples[0], answer(samples[0])
     broken = tmp_path / "broken.png"
     broken.write_bytes(Path(sample["annotation"]["file_name"]).read_bytes()[:60])
@@ -425,86 +394,24 @@ def test_errors_name_the_image(samples: list[dict], tmp_path: Path) -> None:
         run(evaluation.ReferringEvaluator(), samples, [output] * 4)
 
 
-# --------------------------------------------------------------------------- real annotations
-
-
-@pytest.fixture(scope="module")
-def coco(coco_sample: Path) -> list[dict[str, Any]]:
-    """The four narratives of the sample images as mapped dicts, read by plain code."""
+def test_real_narratives_with_crowd_and_void(coco_sample):
     root = coco_sample / "annotations"
-    panoptic = json.loads((root / "panoptic_val2017.json").read_text())
-    thing = {c["id"]: bool(c["isthing"]) for c in panoptic["categories"]}
-    by_image = {a["image_id"]: a for a in panoptic["annotations"]}
-    narratives = []
-    for record in json.loads((root / "png_coco_val2017.json").read_text()):
-        entry = by_image[int(record["image_id"])]
-        path = root / "panoptic_val2017" / entry["file_name"]
-        ids = rgb_to_id(np.array(Image.open(path).convert("RGB")))
-        kind = {s["id"]: thing[s["category_id"]] for s in entry["segments_info"]}
-        phrases = []
-        for noun in (s for s in record["segments"] if s["noun"]):
-            named = [int(i) for i in noun["segment_ids"]]
-            phrases.append(phrase(noun["utterance"], named, bool(named) and kind[named[-1]]))
-        solid = [s["id"] for s in entry["segments_info"] if not s["iscrowd"]]
-        narratives.append(
-            {
-                "image_id": entry["image_id"],
-                "height": ids.shape[0],
-                "width": ids.shape[1],
-                "caption": record["caption"],
-                "phrases": phrases,
-                "entities_full": EntityMap.from_id_image(ids, solid),
-                "annotation": {"file_name": str(path), "segments_info": entry["segments_info"]},
-                "categories": panoptic["categories"],
-            }
-        )
-    return narratives
-
-
-def test_real_narratives_with_crowd_and_void(coco: list[dict]) -> None:
+    panoptic = root / "panoptic_val2017.json", root / "panoptic_val2017", coco_sample / "val2017"
+    records = load_png(root / "png_coco_val2017.json", *panoptic)
+    coco = [
+        {**r, "entities_full": load_from_record(r), "annotation": r["entities"]} for r in records
+    ]
     png = run(evaluation.PNGEvaluator(), coco, [answer(s) for s in coco])["png"]
     assert png["AR"] == png["oracle_AR"] == 100.0 and png["n_captions"] == 4
     assert png["all_AR"] < 60 and png["n_thing"] + png["n_stuff"] == png["n"] > 10
     # The people of the first image's crowd join "a few people": they count, though the crowd is
     # not among the entities.
-    first = coco[0]["phrases"][0]
-    joined = {**first, "segment_ids": [*first["segment_ids"], 3153362]}
-    crowded = [{**coco[0], "phrases": [joined, *coco[0]["phrases"][1:]]}, *coco[1:]]
-    png = run(evaluation.PNGEvaluator(), crowded, [answer(s) for s in crowded])["png"]
+    coco[0]["phrases"][0]["segment_ids"].append(3153362)
+    png = run(evaluation.PNGEvaluator(), coco, [answer(s) for s in coco])["png"]
     assert png["AR"] == 100.0 and 90 < png["oracle_AR"] < 100
 
 
-def test_real_panoptic_equals_panopticapi(coco: list[dict], tmp_path: Path) -> None:
-    reference = pytest.importorskip("panopticapi.evaluation")
-    inputs = list({s["image_id"]: s for s in coco}.values())
-    categories = inputs[0]["categories"]
-    outputs, pairs = [], []
-    for sample in inputs:
-        truth = TruthReader()(sample)
-        solid = [s for s in truth.segments if not s["iscrowd"]]
-        ids = np.where(np.isin(truth.ids, [s["id"] for s in solid[1:]]), truth.ids, 0)
-        ids[100:160, 100:300] = solid[1]["id"]  # one segment grows over others and over void
-        ids = np.roll(ids, 3, axis=1)
-        left = [s for s in solid if (ids == s["id"]).any()]
-        infos = [{"id": s["id"], "category_id": s["category_id"]} for s in left]
-        outputs.append({"panoptic_seg": (torch.from_numpy(ids), infos)})
-        file_name = Path(sample["annotation"]["file_name"]).name
-        entry = {"image_id": sample["image_id"], "file_name": file_name}
-        gt = [dict(s) for s in sample["annotation"]["segments_info"]]
-        pairs.append(({**entry, "segments_info": gt}, {**entry, "segments_info": infos}))
-    ours = run(evaluation.PanopticEvaluator(categories, tmp_path), inputs, outputs)["panoptic_seg"]
-    table = {category["id"]: category for category in categories}
-    gt_folder = str(Path(inputs[0]["annotation"]["file_name"]).parent)
-    pred_folder = str(tmp_path / "panoptic_predictions")
-    stat = reference.pq_compute_single_core(0, pairs, gt_folder, pred_folder, table)
-    for suffix, isthing in (("", None), ("_th", True), ("_st", False)):
-        expected = stat.pq_average(table, isthing=isthing)[0]
-        for name in ("pq", "sq", "rq"):
-            assert ours[name.upper() + suffix] == pytest.approx(100 * expected[name], abs=1e-9)
-    assert 20 < ours["PQ"] < 99
-
-
-def test_detectron2s_panoptic_evaluator_scores_the_same_outputs(tmp_path: Path) -> None:
+def test_detectron2s_panoptic_evaluator_scores_the_same_outputs(tmp_path):
     pytest.importorskip("panopticapi", reason="panopticapi is not importable")
     if not hasattr(pytest.importorskip("detectron2.evaluation"), "COCOPanopticEvaluator"):
         pytest.skip("this Detectron2 is the core, without COCOPanopticEvaluator")
@@ -517,11 +424,7 @@ def test_detectron2s_panoptic_evaluator_scores_the_same_outputs(tmp_path: Path) 
             info.update(isthing=info["category_id"] != 9, score=0.5)
     before = [dict(info) for info in outputs[0]["panoptic_seg"][1]]
     entries = [
-        {
-            "image_id": s["image_id"],
-            "file_name": f"{s['image_id']}.png",
-            "segments_info": s["annotation"]["segments_info"],
-        }
+        {**s["annotation"], "image_id": s["image_id"], "file_name": f"{s['image_id']}.png"}
         for s in samples
     ]
     images = [{"id": s["image_id"], "file_name": s["file_name"]} for s in samples]

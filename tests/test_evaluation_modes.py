@@ -34,7 +34,7 @@ EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "own_evaluator" / "
 
 
 @pytest.fixture
-def cfg() -> Any:
+def cfg():
     config = get_cfg()
     add_gella_config(config)
     config.DATASETS.TEST = ("gella_shapes_png_val",)
@@ -42,7 +42,7 @@ def cfg() -> Any:
 
 
 @pytest.fixture
-def dataset() -> Any:
+def dataset():
     """A registered name with three categories, forgotten afterwards."""
     name = "evaluation_modes_panoptic"
     MetadataCatalog.get(name).set(evaluator_type="coco_panoptic_seg", categories=CATEGORIES)
@@ -53,16 +53,13 @@ def dataset() -> Any:
 
 
 @pytest.fixture
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_registry(monkeypatch):
     for name in ("EVALUATORS", "TASKS"):
         monkeypatch.setattr(evaluation.registry, name, dict(getattr(evaluation, name)))
 
 
-# --------------------------------------------------------------------------- registry
-
-
 @pytest.mark.usefixtures("own_registry")
-def test_the_example_of_an_evaluator_of_ones_own(cfg: Any) -> None:
+def test_the_example_of_an_evaluator_of_ones_own(cfg):
     cfg.DATASETS.MODULES = (str(EXAMPLE),)
     import_modules(cfg)
     try:
@@ -83,7 +80,7 @@ def test_the_example_of_an_evaluator_of_ones_own(cfg: Any) -> None:
 
 
 @pytest.mark.usefixtures("own_registry")
-def test_evaluators_by_type(cfg: Any, dataset: str, tmp_path: Path) -> None:
+def test_evaluators_by_type(cfg, dataset, tmp_path):
     samples = [make_sample(tmp_path, image_id) for image_id in (3, 11)]
     outputs = [answer(s) for s in samples]
     evaluators = evaluation.build_evaluator(cfg, dataset, str(tmp_path / "out"))
@@ -103,7 +100,7 @@ def test_evaluators_by_type(cfg: Any, dataset: str, tmp_path: Path) -> None:
         MetadataCatalog.remove(name)
 
 
-def test_nouns_given_or_extracted(cfg: Any) -> None:
+def test_nouns_given_or_extracted(cfg):
     assert evaluation.task_for(cfg, "gella_shapes_png_val") == "ground"
     assert evaluation.task_for(cfg, "gella_shapes_refcoco_val") == "refer"
     given = evaluation.build_evaluator(cfg, "gella_shapes_png_val", "")
@@ -119,7 +116,7 @@ def test_nouns_given_or_extracted(cfg: Any) -> None:
         evaluation.task_for(cfg, "evaluation_modes_unknown")
 
 
-def test_the_trainer_maps_for_the_mode(dataset: str, tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_the_trainer_maps_for_the_mode(dataset, tmp_path, tokenizer_dir):
     record = make_record(tmp_path, "one", (40, 56), 3, ("a red circle", "the sand"))
     MetadataCatalog.remove(dataset)
     DatasetCatalog.register(dataset, lambda: [record])
@@ -134,15 +131,12 @@ def test_the_trainer_maps_for_the_mode(dataset: str, tmp_path: Path, tokenizer_d
     assert lengths == [2, 0], "extracted nouns are the model's to say"
 
 
-# --------------------------------------------------------------------------- category names
-
-
-def test_other_names_for_the_same_categories(cfg: Any, dataset: str, tmp_path: Path) -> None:
+def test_other_names_for_the_same_categories(cfg, dataset, tmp_path):
     assert evaluation.asked_categories(cfg, dataset) is None
     path = tmp_path / "names.json"
     cfg.TEST.CATEGORIES_FROM = str(path)
 
-    def asked(content: Any) -> list[tuple]:
+    def asked(content):
         path.write_text(json.dumps(content))
         return [tuple(c.values()) for c in evaluation.asked_categories(cfg, dataset)]
 
@@ -162,9 +156,7 @@ def test_other_names_for_the_same_categories(cfg: Any, dataset: str, tmp_path: P
         evaluation.asked_categories(cfg, dataset)
 
 
-def test_a_second_datasets_names_need_no_code_and_one_pass(
-    dataset: str, tmp_path: Path, tokenizer_dir: Path
-) -> None:
+def test_a_second_datasets_names_need_no_code_and_one_pass(dataset, tmp_path, tokenizer_dir):
     """40 names of a dataset that nobody knows: one pass of the language model an image."""
     names = [f"kind {k} of thing" for k in range(40)]
     categories = [{"id": 3 * k + 3, "name": n, "isthing": k % 2} for k, n in enumerate(names)]
@@ -187,10 +179,7 @@ def test_a_second_datasets_names_need_no_code_and_one_pass(
     assert counts["images"] == 2 and "seconds" in counts
 
 
-# --------------------------------------------------------------------------- tables
-
-
-def test_every_table_is_planned_for_scenes_and_for_coco(cfg: Any) -> None:
+def test_every_table_is_planned_for_scenes_and_for_coco(cfg):
     for table in PAPER.values():
         assert all(len(figures) == len(table.columns) for figures in table.rows.values())
     for first in ("gella_shapes_png_val", "gella_coco_png_val2017"):
@@ -213,7 +202,7 @@ def test_every_table_is_planned_for_scenes_and_for_coco(cfg: Any) -> None:
         plan_table(cfg, "5", "data")
 
 
-def test_tables_of_ones_own_datasets(cfg: Any, dataset: str) -> None:
+def test_tables_of_ones_own_datasets(cfg, dataset):
     cfg.DATASETS.TEST = (dataset,)
     assert plan_table(cfg, "4", "data")[0].datasets == (dataset,)
     with pytest.raises(ValueError, match="no dataset of evaluator_type 'png'"):
@@ -222,7 +211,7 @@ def test_tables_of_ones_own_datasets(cfg: Any, dataset: str) -> None:
         plan_table(cfg, "8", "data")
 
 
-def test_all_modes_are_crossed(cfg: Any) -> None:
+def test_all_modes_are_crossed(cfg):
     runs = plan_table(cfg, "all", "data")
     assert len({run.modes for run in runs}) == 8
     outcomes = [{"gella_shapes_png_val": {"png": {"AR": float(k)}}} for k in range(8)]
@@ -230,7 +219,7 @@ def test_all_modes_are_crossed(cfg: Any) -> None:
     assert "| extracted | predicted | off | 7.0 |" in text
 
 
-def test_our_row_stands_beside_the_papers() -> None:
+def test_our_row_stands_beside_the_papers():
     ar = {"AR": 70.04, "AR_thing": math.nan, "AR_stuff": 71.0}
     text = compared_markdown({"gella_coco_png_val2017": {"png": ar, "nouns": {"recall": 95.0}}})
     lines = text.splitlines()
@@ -247,10 +236,7 @@ def test_our_row_stands_beside_the_papers() -> None:
     assert "do not compare" in compared_markdown({"mine": {"png": ar}})
 
 
-# --------------------------------------------------------------------------- results
-
-
-def test_format_results_shows_every_score_with_its_count(tmp_path: Path) -> None:
+def test_format_results_shows_every_score_with_its_count(tmp_path):
     samples = [make_sample(tmp_path, image_id) for image_id in (3, 11, 2)]
     results = run_all(samples, [answer(s) for s in samples])
     results["refer"] = {"cIoU": 61.25, "gIoU": math.nan, "P@0.5": 70.0, "P@0.9": 5.0, "n": 40.0}
@@ -268,7 +254,7 @@ def test_format_results_shows_every_score_with_its_count(tmp_path: Path) -> None
     assert "custom on gella_x_val" in nested and "1.0" in nested
 
 
-def test_the_config_hash_changes_with_what_changes_scores(cfg: Any) -> None:
+def test_the_config_hash_changes_with_what_changes_scores(cfg):
     first = config_hash(cfg)
     for key, value in (("OUTPUT_DIR", "elsewhere"), ("VIS_PERIOD", 7)):
         cfg[key] = value
@@ -278,7 +264,7 @@ def test_the_config_hash_changes_with_what_changes_scores(cfg: Any) -> None:
     assert config_hash(cfg) != first
 
 
-def test_results_hold_the_run_and_come_back(cfg: Any, tmp_path: Path) -> None:
+def test_results_hold_the_run_and_come_back(cfg, tmp_path):
     weights = tmp_path / "w.pth"
     weights.write_bytes(b"weights")
     described = {"config_file": "c.yaml", "weights": str(weights), "seconds": 1.23}
@@ -303,7 +289,7 @@ def test_results_hold_the_run_and_come_back(cfg: Any, tmp_path: Path) -> None:
     assert merged == {"png": {"AR": 1.0}, "png@b": {"AR": 2.0}, "x": {}}
 
 
-def test_expected_results_are_checked_by_detectron2s_rule(cfg: Any) -> None:
+def test_expected_results_are_checked_by_detectron2s_rule(cfg):
     results = {"png": {"AR": 70.0}}
     cfg.TEST.EXPECTED_RESULTS = [["png", "AR", 70.4, 0.5]]
     evaluating.check_expected(cfg, results)

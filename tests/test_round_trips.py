@@ -1,12 +1,10 @@
 """Scenes written in every format of entity masks, read back and compared pixel by pixel.
 
-The files are encoded here, by the definitions of the formats, not by the project's own writers; the
-synthetic scenes are also read from the files of `prepare_shapes.py`.
+The files are encoded here, by the definitions of the formats, not by the project's own writers.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import itertools
 import json
@@ -24,10 +22,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from shapes_scene import to_segmentation
 
-from gella.data.panoptic import load_coco_panoptic
-from gella.data.refcoco import load_refcoco
 from gella.entities.files import read_id_png
-from gella.entities.sources import FileSource, load_entities, load_from_record
+from gella.entities.sources import load_entities
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -154,7 +150,7 @@ def drawn(seed: int, split: str, index: int) -> Truth:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_shapes_in_every_format(tmp_path: Path, name: str) -> None:
+def test_shapes_in_every_format(tmp_path, name):
     for place, (split, index) in enumerate(itertools.product(shapes.SPLITS, range(2))):
         truth = drawn(5, split, index)
         assert len(truth.own) > 3
@@ -163,81 +159,6 @@ def test_shapes_in_every_format(tmp_path: Path, name: str) -> None:
         segments = [{**s, "iscrowd": int(k == 1)} for k, s in enumerate(truth.segments)]
         ids = np.where(truth.ids == truth.own[0], 0, truth.ids)
         check(Truth(truth.image_id, ids, segments[1:]), name, tmp_path / f"{place}-crowd")
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_coco_sample_in_every_format(tmp_path: Path, coco_sample: Path, name: str) -> None:
-    folder = coco_sample / "annotations"
-    content = json.loads((folder / "panoptic_val2017.json").read_text())
-    for annotation in content["annotations"]:
-        picture = np.asarray(Image.open(folder / "panoptic_val2017" / annotation["file_name"]))
-        ids, segments = (picture.astype(int) * [1, 256, 65536]).sum(axis=-1), "segments_info"
-        truth = Truth(annotation["image_id"], ids, annotation[segments])
-        assert (ids == 0).any() and any(s["iscrowd"] for s in truth.segments)
-        if "outlines" in name or "plain" in name:  # slow to write; the small scenes have them all
-            small = [s for s in truth.segments if s["area"] < 3000 or s["iscrowd"]][:6]
-            kept = [s["id"] for s in small]
-            truth = Truth(truth.image_id, np.where(np.isin(ids, kept), ids, 0), small)
-        check(truth, name, tmp_path / str(truth.image_id))
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small prepared dataset, as `prepare_shapes.py` writes it."""
-    path = ROOT / "datasets" / "prepare_shapes.py"
-    spec = importlib.util.spec_from_file_location("prepare_shapes", path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    script.prepare(folder, {"train": 2, "val": 5}, seed=5, workers=1)
-    return folder
-
-
-def test_prepared_shapes_through_the_readers(prepared: Path) -> None:
-    notes, images = prepared / "annotations", prepared / "val"
-    panoptic = (notes / "panoptic_val.json", notes / "panoptic_val")
-    records = load_coco_panoptic(*panoptic, images)
-    objects = load_refcoco(prepared / "refcoco", "unc", "val", images, per="image")
-    by_id = {record["image_id"]: record for record in objects}
-    assert len(by_id) > 2
-    for index, record in enumerate(records):
-        truth = drawn(5, "val", index)
-        assert record["image_id"] == truth.image_id
-        entities = load_from_record(record)
-        assert entities.segment_ids == truth.own
-        np.testing.assert_array_equal(entities.bitmasks(), truth.masks)
-        if truth.image_id in by_id:  # RefCOCO's own objects, by polygons and RLE
-            things = load_from_record(by_id[truth.image_id])
-            listed = record["entities"]["segments_info"]
-            assert things.segment_ids == [s["id"] for s in listed if s["isthing"]]
-            expected = [truth.ids == i for i in things.segment_ids]
-            np.testing.assert_array_equal(things.bitmasks(), expected)
-
-
-def test_predicted_shapes_are_flattened_as_defined(prepared: Path) -> None:
-    source = FileSource(prepared / "annotations" / "predicted_val.json", "coco_results")
-    overlapping = 0
-    for index in range(5):
-        sample = shapes.make_sample(5, "val", index)
-        record = {"image_id": sample.image["id"], "file_name": "x.png", "height": 96, "width": 96}
-        entities = source.load({**record, "entities": {"file_name": "none"}})
-        masks = np.stack(
-            [coco_mask.decode(entry["segmentation"]).astype(bool) for entry in sample.predictions]
-        )
-        overlapping += int((masks.sum(axis=0) > 1).sum())
-        # Pixel by pixel: the best of the masks there, the smaller one among equals.
-        scores, areas = [e["score"] for e in sample.predictions], masks.sum(axis=(1, 2))
-        owner = np.zeros(masks.shape[1:], int)
-        for y, x in np.argwhere(masks.any(axis=0)):
-            there = np.flatnonzero(masks[:, y, x])
-            owner[y, x] = 1 + max(there, key=lambda k: (scores[k], -areas[k], k))
-        names = np.array([0, *entities.segment_ids])
-        np.testing.assert_array_equal(names[entities.ids], owner)
-    assert overlapping > 100
-
-
-# --------------------------------------------------------------------------- PNGs of ids
 
 
 def encoded(picture: Image.Image) -> bytes:
@@ -275,7 +196,7 @@ def pictures_of_ids() -> dict[str, tuple[np.ndarray, bytes]]:
 
 
 @pytest.mark.parametrize("kind", pictures_of_ids())
-def test_ids_are_read_from_every_kind_of_png(tmp_path: Path, kind: str) -> None:
+def test_ids_are_read_from_every_kind_of_png(tmp_path, kind):
     ids, data = pictures_of_ids()[kind]
     (tmp_path / "x.png").write_bytes(data)
     read = read_id_png(tmp_path / "x.png")

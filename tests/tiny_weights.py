@@ -9,7 +9,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "gella_tiny_shapes.yaml")
-WORDS, ROWS = 48, 56  # words of the vocabulary, and rows of transformers' padded embedding
+WORDS = 48  # of the vocabulary
 VISION = dict(
     hidden_size=32,
     intermediate_size=64,
@@ -31,7 +31,7 @@ OPTS = """
 LEAVE_OUT = ["MODEL.WEIGHTS_ALLOW_MISSING", "['mask_decoder.*','colormap_encoder.*']"]
 
 
-def llava(seed: int = 0) -> Any:
+def llava(seed: int = 0, words: int = WORDS) -> Any:
     """transformers' LLaVA-1.5 class, tiny; all weights random, norms and biases too."""
     from transformers import (
         CLIPVisionConfig,
@@ -41,7 +41,7 @@ def llava(seed: int = 0) -> Any:
     )
 
     text = LlamaConfig(
-        vocab_size=ROWS,
+        vocab_size=words + 8,  # padded rows
         hidden_size=32,
         intermediate_size=40,
         num_hidden_layers=2,
@@ -52,7 +52,7 @@ def llava(seed: int = 0) -> Any:
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**VISION).to_dict(),
         text_config=text.to_dict(),
-        image_token_index=WORDS,
+        image_token_index=words,
         vision_feature_layer=-2,
         image_seq_length=16,
     )
