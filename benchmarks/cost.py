@@ -41,6 +41,7 @@ from cost_passes import (
     saved_bytes,
 )
 from detectron2.modeling import build_model
+from measuring import OPTS
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
@@ -56,6 +57,11 @@ NUMBERS = {
     "entities": (_LOAD.entities, 1, "entity masks of the image"),
     "zero-gpus": (8, 1, "GPUs that share the language branch"),
     "batch": (None, 1, "images per GPU; default: the config's share"),
+}
+OPTIONS = {
+    "--config-file": {"required": True, "metavar": "FILE"},
+    "--precision": {"choices": ("bf16", "fp32"), "help": "default: bf16 where SOLVER.AMP is on"},
+    "opts": OPTS,
 }
 NEXT = "python tools/train_net.py --config-file {config_file} --num-gpus {zero_gpus}"
 MIB, GIB = 2**20, 2**30
@@ -83,14 +89,6 @@ PARTS = (
 # LLaMA's hidden and inner size and blocks, and its name and parameters with 32,000 words.
 LLAMAS = {(4096, 11008, 32): ("7B", 6_738_415_616), (5120, 13824, 40): ("13B", 13_015_864_320)}
 LLAMA_WORDS = 32_000
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that are no numbers."""
-    add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE")
-    add("--precision", choices=("bf16", "fp32"), help="default: bf16 where SOLVER.AMP is on")
-    add("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -122,7 +120,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         flops = count_flops(model, cfg, load)
     counted, kept = flops.pop("parts"), saved["parts"]
     counted["all"], kept["all"] = sum(counted.values()), saved["sums"]["plain"]
-    sizes = {**sizes, "losses": (0, 0), "all": sizes.pop("all")}  # "all" stays the last
+    sizes.update(losses=(0, 0), all=sizes.pop("all"))  # the sum stays the last
     names = ("parameters", "trained", "flops", "activations")
     figures = {
         "workload": {
@@ -285,7 +283,7 @@ def plan_rows(
 
 def cost_report(figures: dict[str, Any]) -> str:
     """All tables as text; ``figures`` as :func:`run` returns them."""
-    load, published = figures["workload"], figures["published"]
+    load = figures["workload"]
     text = load["prompt_tokens"] + load["caption_tokens"] + load["answer_tokens"]
     workload = (
         f"one image: {load['image_size']} pixels for CLIP, colormap {load['colormap_size']}, "
@@ -302,9 +300,8 @@ def cost_report(figures: dict[str, Any]) -> str:
         "\nFMA: multiply-add. With the language decoder's blocks checkpointed the activations are "
         f"{number(figures['activations']['checkpointed'] / MIB)} MiB."
     )
-    tables = [workload, parts, published_table(published), language_table(figures)]
-    tables += [table_12_text(figures) if published else "", zero_table(figures)]
-    return "\n\n".join(filter(None, tables))
+    tables = (published_table(figures["published"]), language_tables(figures), zero_table(figures))
+    return "\n\n".join(filter(None, (workload, parts, *tables)))
 
 
 def number(value: float) -> str:
@@ -312,10 +309,9 @@ def number(value: float) -> str:
     return f"{value:,.1f}" if value >= 10 or not value else f"{value:.3g}"
 
 
-def _table(rows: list[Any], head: list[str], align: str = "") -> str:
-    """``align``: "l" or "r" per column, the first left and the others right without it."""
-    names = {"l": "left", "r": "right"}
-    columns = [names[letter] for letter in align or "l" + "r" * (len(head) - 1)]
+def _table(rows: list[Any], head: list[str], *columns: str) -> str:
+    """``columns``: the alignment of each; without it the first is left and the others right."""
+    columns = columns or ("left", *["right"] * (len(head) - 1))
     return tabulate(rows, head, colalign=columns, disable_numparse=True)
 
 
@@ -328,33 +324,30 @@ def published_table(published: list[dict[str, Any]]) -> str:
         counts = (f"{item['parameters']:,}", f"{item['ours']:,}")
         rows.append((item["name"], *counts, verdict, item["rule"]))
     head = ["published model", "published", "ours", "", "counted"]
-    return _table(rows, head, "lrrll") if rows else ""
+    return _table(rows, head, "left", "right", "right", "left", "left") if rows else ""
 
 
-def language_table(figures: dict[str, Any]) -> str:
-    """The ways of the language decoder, and how many times the first one each costs."""
-    ways = figures["language"]
-    first = ways["given"]["flops"]
-    vision = figures["table_12"]["ours, nouns given"][3] - first
-    rows = []
+def language_tables(figures: dict[str, Any]) -> str:
+    """The ways of the language decoder, and how many times the first one each costs; and for a
+    published model the paper's Table 12a with our rows in both ways of counting."""
+    ways, ours = figures["language"], figures["table_12"]
+    single, given = ours["ours, a pass per noun"], ours["ours, nouns given"]
+    first, vision = given[0], given[3] - given[0]
+    rows: list[Any] = []
     for way, x in ways.items():
         ratios = (x["flops"] / first, (x["flops"] + vision) / (first + vision))
         ratio = (f"{value:.2f}" for value in ratios)
         rows.append((WAYS[way][1], x["passes"], x["tokens"], number(x["flops"] / 1e9), *ratio))
     head = ["language decoder", "passes", "tokens each", "GFLOPs", "ratio", "ratio with vision"]
-    return _table(rows, head)
-
-
-def table_12_text(figures: dict[str, Any]) -> str:
-    """The paper's Table 12a with our rows in both ways of counting."""
-    rows: list[Any] = [(name, *(f"{x:,}" for x in row)) for name, row in TABLE_12.items()]
-    for name, row in figures["table_12"].items():
+    table = _table(rows, head)
+    if not figures["published"]:
+        return table
+    rows = [(name, *(f"{x:,}" for x in row)) for name, row in TABLE_12.items()]
+    for name, row in ours.items():
         for rule in (2, 1):
             rows.append((f"{name}, FMA = {rule}", *(f"{x * rule / 2e9:,.0f}" for x in row)))
-    implied, ours = figures["implied_tokens"], figures["table_12"]
-    lisa, gella = TABLE_12.values()
-    single, given = ours["ours, a pass per noun"], ours["ours, nouns given"]
-    return _table(rows, ["GFLOPs", *COLUMNS, "ALL"]) + (
+    implied, (lisa, gella) = figures["implied_tokens"], TABLE_12.values()
+    return f"{table}\n\n{_table(rows, ['GFLOPs', *COLUMNS, 'ALL'])}" + (
         f"\nLISA / GELLA in Table 12: LLM {lisa[0] / gella[0]:.2f}, ALL {lisa[3] / gella[3]:.2f}; "
         f"here a pass per noun / one pass: LLM {single[0] / given[0]:.2f}, ALL "
         f"{single[3] / given[3]:.2f}"

@@ -10,6 +10,7 @@ fvcore's FlopCountAnalysis traces a run with real values, and takes fused attent
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -178,14 +179,14 @@ class FlopCount:
 
     def __init__(self) -> None:
         """Start with nothing counted."""
-        self.parts: dict[str, int] = {}
+        self.parts: Counter[str] = Counter()
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         """Count what runs inside for ``part``."""
         with counter() as count:
             yield
-        self.parts[part] = self.parts.get(part, 0) + count.get_total_flops()
+        self.parts[part] += count.get_total_flops()
 
 
 @contextmanager
@@ -210,60 +211,42 @@ def count_flops(model: nn.Module, cfg: Any, load: Workload) -> dict[str, Any]:
 
     Returns:
         ``parts``: ``{part: FLOPs}`` of grounding given nouns, one parallel pass over question and
-        answer; ``language``: :func:`count_language`; ``table_12``: rows in the columns of the
-        paper's, in FLOPs; ``implied_tokens``: the length of the pass that costs Table 12's LLM
-        figure, should that one count a multiply-add as 1 or as 2.
+        answer; ``language``: per way of ``WAYS`` to ground the nouns ``passes`` over the prompt,
+        ``tokens`` of one of them, and ``flops`` of all (an answer is generated with a key-value
+        cache; a pass per noun with the whole caption is what methods with one mask per answer
+        need); ``table_12``: rows in the columns of the paper's, in FLOPs; ``implied_tokens``: the
+        length of the pass that costs Table 12's LLM figure, should that one count a multiply-add
+        as 1 or as 2.
     """
-    image, count = count_image_tokens(cfg), FlopCount()
+    image, count, single = count_image_tokens(cfg), FlopCount(), load._replace(nouns=1)
+    length, alone = load.length(image), single._replace(caption_tokens=load.noun_tokens)
     with FakeTensorMode(), counting(model):
         make_fake(model)
         grid = run_model(model, cfg, load, 1, count)[-1]
         llm, *vision = (sum(count.parts[part] for part in parts) for parts in COLUMNS.values())
-        language = count_language(model, grid, image, load, llm)
+        generated = llm + generation_flops(model, grid, length - load.answer, load.answer)
+        language = {
+            "given": {"passes": 1, "tokens": length, "flops": llm},
+            "generated": {"passes": 2, "tokens": length, "flops": generated},
+        }
+        for way, one in (("one_noun", single), ("noun_alone", alone)):
+            flops = load.nouns * pass_flops(model, grid, one.length(image), one.answer)
+            language[way] = {"passes": load.nouns, "tokens": one.length(image), "flops": flops}
         paper = 2e9 * TABLE_12["GELLA (Table 12)"][0]
         implied = {str(n): implied_tokens(model, grid, image, paper / n) for n in (1, 2)}
     table = {
         f"ours, {WAYS[way][0]}": [x["flops"], *vision, x["flops"] + sum(vision)]
         for way, x in language.items()
     }
-    return {
-        "parts": count.parts,
-        "language": language,
-        "table_12": table,
-        "implied_tokens": implied,
-    }
-
-
-def count_language(
-    model: nn.Module, grid: Tensor, image: int, load: Workload, given: int
-) -> dict[str, dict[str, int]]:
-    """The language decoder's ways to ground ``load.nouns`` nouns in ``image`` tokens of ``grid``.
-
-    Returns:
-        per way of ``WAYS`` ``passes`` over the prompt, ``tokens`` of one of them, and ``flops`` of
-        all: ``given``: the nouns are known, one pass, whose FLOPs the argument is; ``generated``:
-        the answer is generated with a key-value cache, and one pass over it follows; ``one_noun``:
-        a pass per noun, each with the whole caption in its question, as methods with one mask per
-        answer need; ``noun_alone``: a pass per noun with the noun in place of the caption.
-    """
-    length, single = load.length(image), load._replace(nouns=1)
-    generated = given + generation_flops(model, grid, length - load.answer, load.answer)
-    ways = {
-        "given": {"passes": 1, "tokens": length, "flops": given},
-        "generated": {"passes": 2, "tokens": length, "flops": generated},
-    }
-    alone = single._replace(caption_tokens=load.noun_tokens)
-    for way, one in (("one_noun", single), ("noun_alone", alone)):
-        flops = load.nouns * pass_flops(model, grid, one.length(image), one.answer)
-        ways[way] = {"passes": load.nouns, "tokens": one.length(image), "flops": flops}
-    return ways
+    rest = {"language": language, "table_12": table, "implied_tokens": implied}
+    return {"parts": count.parts, **rest}
 
 
 def pass_flops(model: nn.Module, grid: Tensor, length: int, answer: int) -> int:
     """FLOPs of one parallel pass with ``answer`` logits, the projector included."""
     count = FlopCount()
     run_language(model, grid, length, answer, 0, count)
-    return sum(count.parts.values())
+    return count.parts.total()
 
 
 def generation_flops(model: nn.Module, grid: Tensor, prompt: int, answer: int) -> int:
@@ -282,7 +265,7 @@ def generation_flops(model: nn.Module, grid: Tensor, prompt: int, answer: int) -
         past = out.past_key_values
         steps.append(count.get_total_flops())
     later, growth = answer - 1, steps[2] - steps[1]
-    first = sum(projector.parts.values()) + steps[0]
+    first = projector.parts.total() + steps[0]
     return first + later * steps[1] + growth * later * (later - 1) // 2
 
 
@@ -296,10 +279,10 @@ def implied_tokens(model: nn.Module, grid: Tensor, image: int, flops: float) -> 
     fixed, first = count.parts["projector"], count.parts["language decoder"]
     second = pass_flops(model, grid, 2 * image, 0) - fixed
     square = (second - 2 * first) / (2 * image**2)
-    linear, rest = first / image - square * image, max(0.0, flops - fixed)
-    if not square:
-        return round(rest / linear)
-    return round((math.sqrt(linear**2 + 4 * square * rest) - linear) / (2 * square))
+    linear = first / image - square * image
+    # The positive root, in the form that holds for b = 0 too.
+    rest = 2 * max(0.0, flops - fixed)
+    return round(rest / (linear + math.sqrt(linear**2 + 2 * square * rest)))
 
 
 # -- activations -----------------------------------------------------------------------------------

@@ -38,26 +38,22 @@ NUMBERS = {
     "iterations": (12, 3, "of each run"),
     "seed": (0, 0, "of the moments"),
 }
+OPTIONS = {
+    "--zero-stage": {"type": int, "choices": range(4), "help": "of the language decoder"},
+    "--folder": {"metavar": "DIR", "help": "keep data and runs there; default: a temporary folder"},
+}
 NEXT = "train with SOLVER.CHECKPOINT_PERIOD; after a crash add --resume to the command"
 POLL = 0.0005  # seconds between two looks at what a run does
 PATIENCE = 900.0  # seconds that a run of a minute may take
 IN_SAVE = 0.03  # seconds after the start of a save in which a kill lies
-OPTIONS = [
+TINY = [
     *("MODEL.DEVICE", "cpu", "MODEL.IMAGE_ENCODER.WIDTH", 32, "MODEL.IMAGE_ENCODER.LAYERS", 2),
     *("MODEL.RESOBLEND.DIM", 32, "MODEL.MASK_DECODER.HIDDEN_DIM", 32),
     *("MODEL.MASK_DECODER.MASK_DIM", 32, "MODEL.MASK_DECODER.DECODER_LAYERS", 1),
     *("MODEL.LANGUAGE.HIDDEN_SIZE", 32, "MODEL.LANGUAGE.INTERMEDIATE_SIZE", 64),
     *("MODEL.LANGUAGE.NUM_LAYERS", 1, "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 1),
-    *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.CHECKPOINT_PERIOD", 1, "SEED", 3),
-    *("DATALOADER.TASK_RATIOS", "[0.3,0.3,0.4]"),
+    *("SOLVER.CHECKPOINT_PERIOD", 1, "SEED", 3, "DATALOADER.TASK_RATIOS", "[0.3,0.3,0.4]"),
 ]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that take no free number."""
-    add = parser.add_argument
-    add("--zero-stage", type=int, choices=range(4), help="of the language decoder; default: none")
-    add("--folder", metavar="DIR", help="keep data and runs there; default: a temporary folder")
 
 
 class Run:
@@ -109,36 +105,31 @@ class Trial:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         """Draw the scenes."""
-        self._args, self._folder = args, folder
+        self._iterations, self._folder = args.iterations, folder
         self._random = random.Random(args.seed)
-        self._data = folder / "data"
-        shapes = self._data / "shapes"
+        shapes = folder / "data" / "shapes"
         prepare = [sys.executable, str(ROOT / "datasets" / "prepare_shapes.py")]
         prepare += ["--output", str(shapes), "--train", "40", "--val", "2"]
         subprocess.run(prepare, check=True, capture_output=True)
-        self._options = [*OPTIONS, "MODEL.LANGUAGE.TOKENIZER", shapes / "tokenizer"]
+        self._options = ["--num-gpus", args.processes, "--dist-url", "auto", *TINY]
+        self._options += ["MODEL.LANGUAGE.TOKENIZER", shapes / "tokenizer"]
         self._options += ["SOLVER.MAX_ITER", args.iterations]
-        if args.processes > 1:
-            self._options += ["SOLVER.IMS_PER_BATCH", 2 * args.processes]
+        self._options += ["SOLVER.IMS_PER_BATCH", 2 * args.processes]
         if args.zero_stage is not None:
             config = ROOT / "configs" / "zero" / f"stage{args.zero_stage}.json"
             self._options += ["SOLVER.ZERO.CONFIG", config]
-        self._seconds = 0.0
-        self._expected: dict[str, torch.Tensor] = {}
 
     def _start(self, name: str, *flags: str) -> Run:
-        script, config = ROOT / "tools" / "train_net.py", ROOT / "configs/gella_tiny_shapes.yaml"
-        command = [sys.executable, script, "--config-file", config, *flags]
-        if self._args.processes > 1:
-            command += ["--num-gpus", self._args.processes, "--dist-url", "auto"]
-        return Run([*command, *self._options], self._folder / name, self._data)
+        script, config = ROOT / "tools/train_net.py", ROOT / "configs/gella_tiny_shapes.yaml"
+        command = [sys.executable, script, "--config-file", config, *flags, *self._options]
+        return Run(command, self._folder / name, self._folder / "data")
 
     def whole(self) -> None:
         """Train to the end once, and take the time from the first save on."""
         run = self._start("whole")
         run.wait(run.checkpoints)
         start = time.monotonic()
-        run.wait(run.checkpoints / f"iter_{self._args.iterations - 1:07d}")
+        run.wait(run.checkpoints / f"iter_{self._iterations - 1:07d}")
         self._seconds = time.monotonic() - start
         run.finish()
         self._expected = _weights(self._folder / "whole")
@@ -152,11 +143,10 @@ class Trial:
             delay, begun = self._random.uniform(0.0, self._seconds), [run.checkpoints]
             moment = f"{delay:.2f} s after the first save began"
         else:
-            iteration = self._random.randrange(self._args.iterations)
+            iteration = self._random.randrange(self._iterations)
             delay = self._random.uniform(0.0, IN_SAVE)
-            begun = [
-                run.checkpoints / n.format(iteration) for n in (".iter_{:07}.tmp", "iter_{:07}")
-            ]
+            names = (f".iter_{iteration:07}.tmp", f"iter_{iteration:07}")
+            begun = [run.checkpoints / name for name in names]
             moment = f"{1000 * delay:.0f} ms into saving {iteration}"
         run.wait(*begun)
         time.sleep(delay)
@@ -183,11 +173,9 @@ def compared(
     weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> tuple[bool, float]:
     """Whether two sets of weights are equal bit for bit, and their largest difference."""
-    difference = max(
-        float((weights[key].double() - value.double()).abs().max())
-        for key, value in expected.items()
-    )
-    return all(torch.equal(weights[key], value) for key, value in expected.items()), difference
+    pairs = [(weights[key], value) for key, value in expected.items()]
+    difference = max(float((one.double() - other.double()).abs().max()) for one, other in pairs)
+    return all(torch.equal(*pair) for pair in pairs), difference
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
+from measuring import OPTS
 from scipy.stats import permutation_test
 from tabulate import tabulate
 
@@ -45,6 +46,16 @@ NUMBERS = {
     "processes": (2, 2, "under ZeRO"),
     "iterations": (200, 1, "of each run"),
     "moved": (3, 1, "pairs with moved weights"),
+}
+OPTIONS = {
+    "--config-file": {"required": True, "metavar": "FILE"},
+    "--zero": {
+        "default": "configs/zero/stage2.json",
+        "metavar": "FILE",
+        "help": "DeepSpeed's JSON",
+    },
+    "--plot": {"metavar": "PNG", "help": "draw the curves into this file"},
+    "opts": OPTS,
 }
 NEXT = "train under ZeRO: docs/TRAINING.md says how"
 EARLY = 20  # iterations of the second column, and of a stretch
@@ -95,15 +106,6 @@ def train(config_file: str, options: list[Any], output: str, moved: int) -> None
         values = {name: [value for value, _ in pairs] for name, pairs in kept.items()}
         write_json(os.path.join(output, "curves.json"), values)
     leave_process_group()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that are no numbers."""
-    add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE")
-    add("--zero", default="configs/zero/stage2.json", metavar="FILE", help="DeepSpeed's JSON")
-    add("--plot", metavar="PNG", help="draw the curves into this file")
-    add("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
 
 
 def record(args: argparse.Namespace) -> dict[str, list[Curves]]:

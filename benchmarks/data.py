@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import get_cfg
-from measuring import judge, machine, take_turns, threads, with_verdicts
+from measuring import OPTS, judge, machine, take_turns, threads, with_verdicts
 from PIL import Image
 from scenes import id_image, picture_size, write_scenes
 from tabulate import tabulate
@@ -44,6 +44,14 @@ NUMBERS = {
     "segments": (20, 1, "of made scenes"),
     "repeat": (5, 1, "passes over the pictures"),
 }
+OPTIONS = {
+    "--dataset": {"metavar": "NAME", "help": "a registered one; default: scenes made on the spot"},
+    "--config-file": {"metavar": "YAML", "help": "sizes, tokenizer; default: the paper's sizes"},
+    "--size": {"default": "640x480", "help": "of made scenes (default 640x480)"},
+    "--workers": {"type": int, "nargs": "*", "default": [0, 1, 2], "help": "default: 0 1 2"},
+    "--seconds": {"type": float, "default": 5.0, "help": "per loader (default 5)"},
+    "--opts": OPTS,
+}
 NEXT = "give DATALOADER.NUM_WORKERS the workers that outrun one training step"
 STREAM = 16  # id maps of 640 x 480; with their colormaps more than a processor's cache
 KEPT = 16  # results held while measuring, as a batch is
@@ -58,17 +66,6 @@ STAGES = {
     "prompt": "instruction, answer, tokens",
     "targets": "which entities each noun names",
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that are no whole numbers."""
-    add = parser.add_argument
-    add("--dataset", metavar="NAME", help="a registered dataset; default: scenes made on the spot")
-    add("--config-file", metavar="YAML", help="sizes and tokenizer; default: the paper's sizes")
-    add("--size", default="640x480", metavar="WxH", help="of made scenes (default 640x480)")
-    add("--workers", type=int, nargs="*", default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    add("--seconds", type=float, default=5.0, metavar="S", help="per loader (default 5)")
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of the config")
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> tuple[Any, Sequence[dict[str, Any]]]:
@@ -244,52 +241,49 @@ def loader_speed(
     return count * cfg.SOLVER.IMS_PER_BATCH / (time.perf_counter() - start)
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All figures; ValueError or OSError for wrong arguments."""
-    cfg, records = prepare(args, folder)
-    names = [args.dataset] if args.dataset else []
-    mapper = GroundingMapper(cfg, is_train=True, dataset_names=names)
-    width, height = picture_size(args.size)
-    rng = np.random.default_rng(3)
-    maps = [id_image(height, width, args.segments, rng) for _ in range(STREAM)]
-    sides = sorted({max(width, height), cfg.INPUT.GELLA.COLORMAP_SIZE})
-    stages = stage_times(records, mapper, cfg, args.repeat)
-    figures: dict[str, Any] = {
-        "machine": machine(),
-        "pictures": {
-            "of": args.dataset or f"made: {width} x {height}, {args.segments} segments",
-            "count": len(records),
-            "colormap": cfg.INPUT.GELLA.COLORMAP_SIZE,
-            "image": cfg.MODEL.IMAGE_ENCODER.IMAGE_SIZE,
-            "batch": cfg.SOLVER.IMS_PER_BATCH,
-        },
-        "mapper_images_per_second": 1000 / stages.pop("mapper"),
-        "stages_ms": stages,
-        "loader_images_per_second": {
-            workers: loader_speed(cfg, records, mapper, workers, args.seconds)
-            for workers in tqdm(args.workers, "loaders", leave=False)
-        },
-        "colormap_ms": {side: compare_colormaps(maps, side, args.repeat) for side in sides},
-    }
-    return {**figures, "rules": rules(figures)}
-
-
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The figures and the text to print. ValueError, OSError for wrong arguments."""
     with threads(1), tempfile.TemporaryDirectory() as folder:
-        figures = measure(args, Path(folder))
-    stages, speed = figures["stages_ms"], figures["mapper_images_per_second"]
+        cfg, records = prepare(args, Path(folder))
+        names = [args.dataset] if args.dataset else []
+        mapper = GroundingMapper(cfg, is_train=True, dataset_names=names)
+        (width, height), side = picture_size(args.size), cfg.INPUT.GELLA.COLORMAP_SIZE
+        rng = np.random.default_rng(3)
+        maps = [id_image(height, width, args.segments, rng) for _ in range(STREAM)]
+        stages = stage_times(records, mapper, cfg, args.repeat)
+        speed = 1000 / stages.pop("mapper")
+        speeds = {
+            workers: loader_speed(cfg, records, mapper, workers, args.seconds)
+            for workers in tqdm(args.workers, "loaders", leave=False)
+        }
+        sides = sorted({max(width, height), side})
+        colormaps = {side: compare_colormaps(maps, side, args.repeat) for side in sides}
+        figures: dict[str, Any] = {
+            "machine": machine(),
+            "pictures": {
+                "of": args.dataset or f"made: {width} x {height}, {args.segments} segments",
+                "count": len(records),
+                "colormap": side,
+                "image": cfg.MODEL.IMAGE_ENCODER.IMAGE_SIZE,
+                "batch": cfg.SOLVER.IMS_PER_BATCH,
+            },
+            "mapper_images_per_second": speed,
+            "stages_ms": stages,
+            "loader_images_per_second": speeds,
+            "colormap_ms": colormaps,
+        }
+    figures["rules"] = rules(figures)
     rows = [(name, ms, ms * speed / 10, STAGES[name]) for name, ms in stages.items()]
     rest = max(0.0, 1000 / speed - sum(stages.values()))
     rows += [("other", rest, rest * speed / 10, "the rest"), ("mapper", 1000 / speed, 100.0, "")]
-    speeds = [("mapper alone, one thread", speed)]
-    speeds += [(f"loader, {n} workers", v) for n, v in figures["loader_images_per_second"].items()]
-    sides = [(f"{n} pixels", t["ours"], t["plain"]) for n, t in figures["colormap_ms"].items()]
+    loaders = [("mapper alone, one thread", speed)]
+    loaders += [(f"loader, {number} workers", value) for number, value in speeds.items()]
+    ways = [(f"{number} pixels", t["ours"], t["plain"]) for number, t in colormaps.items()]
     parts = [
         ", ".join(f"{key} {value}" for key, value in figures["pictures"].items()),
         figures["machine"],
         tabulate(rows, ["stage", "ms", "%", ""], floatfmt=("", ".2f", ".0f")),
-        tabulate(speeds, ["", "images/s"], floatfmt=".1f"),
-        tabulate(sides, ["colormap and targets", "ours ms", "plain ms"], floatfmt=".2f"),
+        tabulate(loaders, ["", "images/s"], floatfmt=".1f"),
+        tabulate(ways, ["colormap and targets", "ours ms", "plain ms"], floatfmt=".2f"),
     ]
     return figures, with_verdicts(parts, figures["rules"])

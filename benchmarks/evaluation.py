@@ -49,16 +49,13 @@ NUMBERS = {
     "vocabulary": (32_001, 640, "its words"),
     "repeat": (5, 1, "passes; medians count"),
 }
+OPTIONS = {
+    "--panoptic-json": {"metavar": "FILE", "help": "truth in COCO's form; default: made scenes"},
+    "--size": {"default": "640x480", "help": "of made scenes (default 640x480)"},
+}
 NEXT = "python tools/train_net.py --eval-only --config-file YAML MODEL.WEIGHTS FILE"
 AGREEMENT = 1e-9  # of the sums of IoUs that the two ways add up
 IMAGE_DIM, MAX_POSITIONS = 1024, 4096  # of the language model's input
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that are no numbers."""
-    add = parser.add_argument
-    add("--panoptic-json", metavar="FILE", help="truth in COCO's form; default: made scenes")
-    add("--size", default="640x480", metavar="WxH", help="of made scenes (default 640x480)")
 
 
 # -- panoptic quality ------------------------------------------------------------------------------
@@ -75,22 +72,21 @@ class Pair(NamedTuple):
     prediction: dict[str, Any]
     folders: tuple[Path, Path]
 
+    def paths(self) -> list[str]:
+        """Of the two PNGs."""
+        return [os.path.join(f, entry["file_name"]) for f, entry in zip(self.folders, self[:2])]
+
 
 def made_pairs(folder: Path, count: int, size: tuple[int, int], segments: int) -> list[Pair]:
-    """Write scenes as truth, and predictions that are off in borders, ids and some categories.
-
-    Args:
-        folder: an existing folder.
-        count: of images, of ``segments`` each and ``size`` (width, height) in pixels.
-    """
+    """Scenes of ``segments`` and ``size`` (width, height) as truth, and predictions that are off in
+    borders, ids and some categories; all is written into an existing folder."""
     rng, pairs = np.random.default_rng(5), []
     categories = [category["id"] for category in coco_panoptic_categories()]
     for number in range(count):
         ids = id_image(size[1], size[0], segments, rng)
-        kinds = {int(i): int(rng.choice(categories)) for i in np.unique(ids)}
         infos = [
-            {"id": i, "category_id": kind, "iscrowd": 0, "area": int(np.count_nonzero(ids == i))}
-            for i, kind in kinds.items()
+            {"id": i, "category_id": int(rng.choice(categories)), "iscrowd": 0, "area": area}
+            for i, area in zip(*(part.tolist() for part in np.unique(ids, return_counts=True)))
         ]
         truth = {"image_id": number, "file_name": f"{number}_truth.png", "segments_info": infos}
         write_id_png(folder / truth["file_name"], ids)
@@ -98,28 +94,24 @@ def made_pairs(folder: Path, count: int, size: tuple[int, int], segments: int) -
     return pairs
 
 
-def pairs_of(panoptic_json: str | Path, folder: Path, limit: int) -> list[Pair]:
-    """Truth from a COCO panoptic file, and made predictions as in ``made_pairs``.
-
-    Args:
-        panoptic_json: the PNGs lie beside it, in the folder of its name without ``.json``.
-        folder: where predictions are written.
-        limit: the most images.
+def pairs_of(panoptic_json: str, folder: Path, limit: int) -> list[Pair]:
+    """At most ``limit`` truths of a COCO panoptic file, whose PNGs lie in the folder of its name
+    without ``.json``, and predictions as in ``made_pairs``, written into ``folder``.
 
     Raises:
         OSError, ValueError: a file is missing or is no panoptic annotation.
     """
-    path = Path(panoptic_json)
+    path, root = Path(panoptic_json), Path(panoptic_json).with_suffix("")
     try:
-        entries = read_json(path)["annotations"]
+        entries = read_json(path)["annotations"][:limit]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no COCO panoptic file with 'annotations': {error}") from error
-    rng, pairs = np.random.default_rng(5), []
-    for entry in entries[:limit]:
-        ids = read_id_png(path.with_suffix("") / entry["file_name"])
-        pairs.append(Pair(entry, _predict(folder, ids, entry, rng), (path.with_suffix(""), folder)))
-    if not pairs:
+    if not entries:
         raise ValueError(f"{path} annotates no image")
+    rng, pairs = np.random.default_rng(5), []
+    for entry in entries:
+        prediction = _predict(folder, read_id_png(root / entry["file_name"]), entry, rng)
+        pairs.append(Pair(entry, prediction, (root, folder)))
     return pairs
 
 
@@ -142,15 +134,12 @@ def _predict(folder: Path, ids: np.ndarray, truth: dict, rng: Any) -> dict[str, 
     return {"image_id": truth["image_id"], "file_name": name, "segments_info": segments}
 
 
-def decode(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+def decode(pair: Pair) -> tuple[np.ndarray, ...]:
     """Ids of truth and prediction, int32 (H, W)."""
-    truth, prediction = (
-        read_id_png(folder / entry["file_name"]) for folder, entry in zip(pair.folders, pair[:2])
-    )
-    return truth, prediction
+    return tuple(read_id_png(path) for path in pair.paths())
 
 
-def count(pair: Pair, ids: tuple[np.ndarray, np.ndarray], categories: list) -> PQCounts:
+def count(pair: Pair, ids: tuple[np.ndarray, ...], categories: list) -> PQCounts:
     """Panoptic quality's counts of one image that is decoded."""
     segments = pair.truth["segments_info"], pair.prediction["segments_info"]
     return pq_counts(ids[0], segments[0], ids[1], segments[1], categories, pair.truth["image_id"])
@@ -167,11 +156,9 @@ class Reference:
 
     def from_files(self, pair: Pair) -> dict[int, Any]:
         """Its statistics per category; it decodes the PNGs itself."""
-        folders = map(str, pair.folders)
         with contextlib.redirect_stdout(io.StringIO()):  # it reports by printing
-            statistics = self._evaluation.pq_compute_single_core(
-                0, [pair[:2]], *folders, self._by_id
-            )
+            score = self._evaluation.pq_compute_single_core
+            statistics = score(0, [pair[:2]], *map(str, pair.folders), self._by_id)
         return statistics.pq_per_cat
 
     def decoded(self, item: tuple[Pair, dict[str, np.ndarray]]) -> dict[int, Any]:
@@ -211,8 +198,7 @@ def compare_panoptic(pairs: Sequence[Pair], repeat: int) -> dict[str, Any]:
         pixels = []
         for pair, ids in decoded:
             check_agreement(count(pair, ids, categories), reference.from_files(pair), pair)
-            paths = [os.path.join(f, e["file_name"]) for f, e in zip(pair.folders, pair[:2])]
-            pixels.append((pair, dict(zip(paths, map(id_to_rgb, ids)))))
+            pixels.append((pair, dict(zip(pair.paths(), map(id_to_rgb, ids)))))
         tasks["reference_count_ms"] = (reference.decoded, pixels)
         tasks["reference_total_ms"] = (reference.from_files, pairs)
     seconds = take_turns(tasks, repeat)
@@ -252,10 +238,10 @@ def time_recall(nouns: int, repeat: int) -> dict[str, float]:
         for iou, (thing, plural), count in zip(ious, flags.tolist(), counts)
     ]
 
-    def summary(protocol: str) -> Any:
-        return metrics.png_summary(units, protocol)
-
-    tasks = {protocol: (summary, [protocol]) for protocol in metrics.PROTOCOLS}
+    tasks: dict[str, Task] = {
+        protocol: (lambda name: metrics.png_summary(units, name), [protocol])
+        for protocol in metrics.PROTOCOLS
+    }
     return take_turns(tasks, repeat, time.perf_counter, warm=False)
 
 
@@ -330,40 +316,25 @@ def compare_passes(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def rules(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """What is asked of evaluation, why it can be met, and whether this run met it."""
-    panoptic, nouns, recall = figures["panoptic"], figures["nouns"], figures["recall_nouns"]
+    panoptic, nouns = figures["panoptic"], figures["nouns"]
+    slowest, faster = max(figures["recall_s"].values()), "times faster than panopticapi"
+    recall = f"average recall of {figures['recall_nouns']:,} nouns, seconds"
+    passes = f"{nouns['nouns']} given nouns in one pass, times faster than a pass each"
     asked = [
-        (
-            "decoding and panoptic quality, in decodings alone",
-            panoptic["decodings"],
-            1.5,
-            "pixels are counted by runs of equal pairs, of which there are few",
-        ),
-        (
-            "panoptic quality of decoded images, times faster than panopticapi",
-            panoptic["count_faster"],
-            1.5,
-            "one pass for both areas and overlaps, and no sorting of pixels",
-        ),
-        (
-            "decoding and panoptic quality, times faster than panopticapi",
-            panoptic["total_faster"],
-            1.5,
-            "the rest is decoding, which is the same work for both",
-        ),
-        (
-            f"average recall of {recall:,} nouns, seconds",
-            max(figures["recall_s"].values()),
-            1.0,
-            "thresholds up to an IoU are found by bisection, not one by one",
-        ),
-        (
-            f"{nouns['nouns']} given nouns in one pass, times faster than a pass each",
-            nouns["times_faster"],
-            6.0,
-            "the image and the caption are read once, not once per noun",
-        ),
+        ("decoding and panoptic quality, in decodings alone", panoptic["decodings"], 1.5),
+        (f"panoptic quality of decoded images, {faster}", panoptic["count_faster"], 1.5),
+        (f"decoding and panoptic quality, {faster}", panoptic["total_faster"], 1.5),
+        (recall, slowest, 1.0),
+        (passes, nouns["times_faster"], 6.0),
     ]
-    return judge(asked)
+    why = [
+        "pixels are counted by runs of equal pairs, of which there are few",
+        "one pass for both areas and overlaps, and no sorting of pixels",
+        "the rest is decoding, which is the same work for both",
+        "thresholds up to an IoU are found by bisection, not one by one",
+        "the image and the caption are read once, not once per noun",
+    ]
+    return judge((*rule, reason) for rule, reason in zip(asked, why, strict=True))
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from detectron2.modeling import build_model
+from measuring import OPTS
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
@@ -33,6 +34,12 @@ from gella.weights.checkpoint import load_weights
 NUMBERS = {
     "num": (50, 1, "captions"),
     "lookup": (None, 1, "draft length; default: PROMPT_LOOKUP_TOKENS"),
+}
+OPTIONS = {
+    "--config-file": {"required": True, "metavar": "YAML"},
+    "--weights": {"metavar": "FILE", "help": "checkpoint; default: MODEL.WEIGHTS"},
+    "--dataset": {"metavar": "NAME", "help": "a registered one; default: all of DATASETS.TEST"},
+    "--opts": OPTS,
 }
 NEXT = "MODEL.LANGUAGE.PROMPT_LOOKUP_TOKENS takes the draft length with fewest calls"
 # By way of decoding, what the table calls it.
@@ -60,21 +67,8 @@ class Tally:
     answers: list[list[int]] = field(default_factory=list)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that are no numbers."""
-    add = parser.add_argument
-    add("--config-file", required=True, metavar="YAML")
-    add("--weights", metavar="FILE", help="checkpoint; default: MODEL.WEIGHTS")
-    add("--dataset", metavar="NAME", help="registered dataset; default: all of DATASETS.TEST")
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of the config")
-
-
 def prepare(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], int]:
-    """The model with its weights, mapped inputs, and the draft length.
-
-    Raises:
-        ValueError, OSError, KeyError: wrong arguments, files or names.
-    """
+    """The model with its weights, mapped inputs, and the draft length."""
     cfg = load_config(args.config_file, args.opts)
     import_modules(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():

@@ -41,10 +41,6 @@ _WORDS = "in this picture we can see there are some of the behind near green old
 _NOUNS = ("a man", "the sky", "few people", "trees", "a wooden table", "the grass", "black cars")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """All options are numbers."""
-
-
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The figures and the text to print."""
     with tempfile.TemporaryDirectory(prefix="gella-large-") as scratch:

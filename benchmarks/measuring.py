@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import platform
 import statistics
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+# Of the config, behind all other options.
+OPTS = {"nargs": argparse.REMAINDER, "default": [], "metavar": "KEY VALUE", "help": "of the config"}
 Task = tuple[Callable[[Any], Any], Sequence[Any]]  # a function, and what it is called with
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from measuring import judge, machine, take_turns, threads, with_verdicts
+from measuring import OPTS, judge, machine, take_turns, threads, with_verdicts
 from shapes import make_sample
 from shapes_text import train_tokenizer, write_narrative
 from tabulate import tabulate
@@ -36,6 +36,11 @@ NUMBERS = {
     "repeat": (5, 1, "turns; medians count"),
     "threads": (1, 1, "of torch"),
 }
+OPTIONS = {
+    "--config-file": {"required": True, "metavar": "YAML"},
+    "--weights": {"default": "", "metavar": "FILE", "help": "checkpoint; default: random weights"},
+    "--opts": OPTS,
+}
 NEXT = "python tools/demo.py --help"
 SHARE, BATCH_SHARE = 0.5, 1.0  # what is asked, see `rules`
 TOLERANCE = 0.02  # of scores, which half precision rounds
@@ -47,14 +52,6 @@ class Case(NamedTuple):
     image: np.ndarray
     entities: EntityMap
     captions: list[tuple[str, list[str]]]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that are no numbers."""
-    add = parser.add_argument
-    add("--config-file", required=True, metavar="YAML")
-    add("--weights", default="", metavar="FILE", help="checkpoint; default: random weights")
-    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of the config")
 
 
 def made_cases(images: int, captions: int, size: int) -> list[Case]:

@@ -32,8 +32,8 @@ from gella.utils.io import write_json
 _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_ROOT / "benchmarks"), str(_ROOT / "datasets")]
 # mode -> its file in benchmarks/, and what it does. The file has NUMBERS (options that take an
-# integer: default, least, help), add_arguments (the others), run (figures, and the text to print),
-# NEXT (what to do with them), and where figures can be wrong, failed.
+# integer: default, least, help), OPTIONS where there are others (arguments of add_argument), run
+# (figures, and the text to print), NEXT (what to do then), and where figures can be wrong, failed.
 MODES = {
     "cost": ("cost", "parameters, FLOPs and memory of each part, counted"),
     "crash": ("crash", "kills a training and compares what its resumed runs end at"),
@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for option, (default, _, what) in modules[name].NUMBERS.items():
             told = what if default is None else f"{what} (default {default})"
             mode.add_argument(f"--{option}", type=int, default=default, metavar="N", help=told)
-        modules[name].add_arguments(mode)
+        for option, settings in getattr(modules[name], "OPTIONS", {}).items():
+            mode.add_argument(option, **settings)
     args = parser.parse_args(arguments)
     module = modules[args.command]
 
