@@ -119,9 +119,7 @@ def test_one_and_300_entities(cfg, model, predictor, tmp_path, caplog, count):
             assert len(result["instances"]) == count
 
 
-def test_no_entity_is_an_error_for_users_and_an_empty_answer_for_the_model(
-    cfg, model, predictor, tmp_path
-):
+def test_no_entity_is_an_error_for_users_but_not_for_the_model(cfg, model, predictor, tmp_path):
     with pytest.raises(ValueError, match="no entity at all"):
         predictor.set_image(picture(20, 30), EntityMap(np.zeros((20, 30), np.int32)))
     record = make_record(tmp_path, "none", (20, 30), 0, NOUNS[:2])
@@ -180,9 +178,7 @@ def test_an_entity_of_one_pixel_and_one_that_is_everything(cfg, model, predictor
 # -- nouns -----------------------------------------------------------------------------------------
 
 
-def test_no_noun_is_an_error_and_an_answer_without_nouns_an_empty_grounding(
-    cfg, model, predictor, tmp_path, monkeypatch
-):
+def test_no_noun_is_an_error_but_not_in_an_answer(cfg, model, predictor, tmp_path, monkeypatch):
     predictor.set_image(picture(20, 30), make_entities(20, 30, 4))
     with pytest.raises(ValueError, match='caption without nouns: "It rains"'):
         predictor.ground("It rains", [])
@@ -201,9 +197,7 @@ def test_no_noun_is_an_error_and_an_answer_without_nouns_an_empty_grounding(
     assert model(batch[:1])[0]["grounding"] == []
 
 
-def test_60_nouns_take_one_language_pass_and_logits_of_the_answer_only(
-    cfg, model, predictor, tmp_path
-):
+def test_60_nouns_take_one_pass_and_logits_of_the_answer_only(cfg, model, predictor, tmp_path):
     entities = make_entities(60, 80, 12)
     mapped, losses, _ = walk(cfg, model, predictor, tmp_path, entities, MANY)
     assert len(mapped["seg_positions"]) == len(mapped["phrases"]) == 60

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_gella import (
+    FLUENT,
     NOUNS,
     QUERIES,
     TOLERANCE,
@@ -17,6 +18,7 @@ from tiny_gella import (
     make_model,
     make_record,
     same_result,
+    teach,
 )
 
 from gella.entities.entity_map import EntityMap
@@ -51,23 +53,26 @@ def of_image(output: Any, i: int, valid: torch.Tensor) -> dict[str, torch.Tensor
     return said
 
 
+@torch.no_grad()
+def parts(model: Any, batch: list[dict[str, Any]]) -> tuple[Any, Any, list[torch.Tensor]]:
+    """(output of the mask decoder, of the language decoder, association logits) of a batch."""
+    output, grid = model.encode(batch)
+    language = model.read_answers(batch, grid)
+    return output, language, model.association(language.seg_embeddings, output.query_embeddings)
+
+
 # -- company and padding ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("queries", QUERIES)
-@torch.no_grad()
 def test_every_tensor_of_a_batch_is_that_of_the_image_alone(records, tokenizer_dir, queries):
     cfg = make_cfg(tokenizer_dir, queries)
     model = make_model(cfg)
     batch = batch_of(cfg, records, "ground")
     assert len({len(x["input_ids"]) for x in batch}) == len(SCENES)
-    joint, grid = model.encode(batch)
-    joint_language = model.read_answers(batch, grid)
-    joint_logits = model.association(joint_language.seg_embeddings, joint.query_embeddings)
+    joint, joint_language, joint_logits = parts(model, batch)
     for i, inputs in enumerate(batch):
-        alone, own_grid = model.encode([inputs])
-        language = model.read_answers([inputs], own_grid)
-        (logits,) = model.association(language.seg_embeddings, alone.query_embeddings)
+        alone, language, (logits,) = parts(model, [inputs])
         valid = joint.query_valid[i]
         assert int(valid.sum()) == (inputs["entities"].num_entities if queries == "entity" else 8)
         assert alone.query_valid.all()
@@ -201,11 +206,8 @@ def test_training_and_inference_see_the_same(records, tokenizer_dir, queries, ar
 @pytest.fixture(scope="module")
 def fluent(records, tokenizer_dir) -> tuple[Any, Any]:
     """(config, model) whose language decoder knows the answers of the extraction prompts."""
-    cfg = make_cfg(
-        tokenizer_dir, "entity", "MODEL.LANGUAGE.NUM_LAYERS", 2, "MODEL.LANGUAGE.MAX_NEW_TOKENS", 90
-    )
-    model = make_model(cfg)
-    mapper = make_mapper(cfg, is_train=True)
+    cfg = make_cfg(tokenizer_dir, "entity", *FLUENT)
+    model, mapper = make_model(cfg), make_mapper(cfg, is_train=True)
     # The wording that inference uses is the first; the seeds that draw it are found here.
     short = [records[i] for i in (0, 2)]
     shown = make_mapper(cfg, is_train=False)
@@ -215,17 +217,7 @@ def fluent(records, tokenizer_dir) -> tuple[Any, Any]:
         views = (mapper(record, task="extract", rng_seed=(0, i)) for i in range(99))
         starts = lambda v: int((v["labels"] != prompts.IGNORE_INDEX).nonzero()[0])  # noqa: E731
         batch.append(next(view for view in views if starts(view) == length))
-    optimizer = torch.optim.AdamW(model.language_decoder.parameters(), 4e-3)
-    with torch.no_grad():
-        grid = model.encode(batch)[1]
-    for _ in range(150):
-        loss = model.read_answers(batch, grid).loss_answer
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.language_decoder.parameters(), 1.0)
-        optimizer.step()
-        if loss < 0.02:
-            break
+    teach(model, batch)
     return cfg, model
 
 
@@ -283,12 +275,7 @@ def test_the_order_of_entities_does_not_matter(records, tokenizer_dir, snap):
         orders = [rng.permutation(x["entities"].num_entities) for x in batch]
         moved = [renumbered(x, order) for x, order in zip(batch, orders)]
         assert any((order[:-1] > order[1:]).any() for order in orders)
-        with torch.no_grad():
-            logits = []
-            for views in (batch, moved):
-                output, grid = model.encode(views)
-                nouns = model.read_answers(views, grid).seg_embeddings
-                logits.append(model.association(nouns, output.query_embeddings))
+        logits = [parts(model, views)[2] for views in (batch, moved)]
         for i, (before, after) in enumerate(zip(model(batch), model(moved))):
             count = len(orders[i])
             assert farthest(logits[0][i][:, orders[i]], logits[1][i][:, :count]) < TOLERANCE
@@ -362,7 +349,6 @@ def test_bfloat16_trains_every_task(records, tokenizer_dir, queries, task):
 
 
 @pytest.mark.parametrize("queries", QUERIES)
-@torch.no_grad()
 def test_bfloat16_grounds_like_float32(records, tokenizer_dir, queries):
     cfg = make_cfg(tokenizer_dir, queries)
     model = make_model(cfg)
@@ -370,10 +356,7 @@ def test_bfloat16_grounds_like_float32(records, tokenizer_dir, queries):
     runs = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            output, grid = model.encode(batch)
-            language = model.read_answers(batch, grid)
-            nouns = language.seg_embeddings
-            runs.append((output, language, model.association(nouns, output.query_embeddings)))
+            runs.append(parts(model, batch))
             results = model(batch)
         for inputs, result in zip(batch, results):
             assert len(result["grounding"]) == len(inputs["phrases"])

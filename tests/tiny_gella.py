@@ -25,6 +25,8 @@ CATEGORIES = [
     {"id": 9, "name": "sand", "isthing": 0},
 ]
 NOUNS = ("a red circle", "the star", "two squares", "the sand", "a lamp", "it", "the blue thing")
+# Options of a model that `teach` can teach whole answers.
+FLUENT = ("MODEL.LANGUAGE.NUM_LAYERS", 2, "MODEL.LANGUAGE.MAX_NEW_TOKENS", 90)
 
 
 def make_cfg(tokenizer_dir: Path, queries: str = "entity", *opts: Any) -> Any:
@@ -56,6 +58,21 @@ def make_model(cfg: Any, seed: int = 0) -> Any:
             elif name.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5)
     return model
+
+
+def teach(model: Any, batch: list[dict[str, Any]]) -> None:
+    """Train the language decoder until it knows the answers of these mapped records."""
+    optimizer = torch.optim.AdamW(model.language_decoder.parameters(), 4e-3)
+    with torch.no_grad():
+        grid = model.encode(batch)[1]
+    for _ in range(150):
+        loss = model.read_answers(batch, grid).loss_answer
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.language_decoder.parameters(), 1.0)
+        optimizer.step()
+        if loss < 0.02:
+            break
 
 
 def make_entities(height: int, width: int, count: int, seed: int = 0) -> EntityMap:
