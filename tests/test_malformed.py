@@ -7,14 +7,12 @@ record, the trouble. Image 41 stays good.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 import pickle
-import struct
-import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from PIL import Image
 
 from gella.data import register as datasets
 from gella.data.entityseg import load_entityseg
+from gella.entities.entity_map import id_to_rgb
 from gella.entities.rle import encode_mask
 from gella.entities.sources import load_entities, load_from_record
 
@@ -33,11 +32,6 @@ IDS[1:5, 2:9], IDS[6:9, 7:15], IDS[10:, :6] = 70000, 300, 9
 CAPTION = "A dog and a bush, with a second dog."
 PNG = "panoptic/42.png"
 DROP, NAN = object(), float("nan")
-
-
-def rgb(ids: np.ndarray) -> np.ndarray:
-    """The colours of a panoptic PNG."""
-    return np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
 
 
 def contents() -> dict[str, Any]:
@@ -108,37 +102,34 @@ class Files:
         for name in ("panoptic", "images"):
             (folder / name).mkdir()
         for name in ("41.png", "42.png"):
-            Image.fromarray(rgb(IDS)).save(folder / "panoptic" / name)
+            Image.fromarray(id_to_rgb(IDS)).save(folder / "panoptic" / name)
             Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(folder / "images" / name)
-
-    def path(self, name: str) -> Path:
-        """Where a file of the dataset is."""
-        return self.folder / name
 
     def read(self, what: str) -> list[Any]:
         """Write everything and read it as `what`: records, or entity maps."""
+        folder = self.folder
         for name, content in self.contents.items():
             if name.endswith(".jsonl"):
-                self.path(name).write_text("".join(f"{json.dumps(line)}\n" for line in content))
+                (folder / name).write_text("".join(f"{json.dumps(line)}\n" for line in content))
             elif name.endswith(".p"):
-                self.path(name).write_bytes(pickle.dumps(content, 2))
+                (folder / name).write_bytes(pickle.dumps(content, 2))
             else:
-                self.path(name).write_text(json.dumps(content))
-        np.savez(self.path("42.npz"), **self.npz)
+                (folder / name).write_text(json.dumps(content))
+        np.savez(folder / "42.npz", **self.npz)
         for change in self.after:
             change()
-        panoptic = (self.path("panoptic.json"), self.folder / "panoptic", self.folder / "images")
-        captions, images = self.path("captions.jsonl"), panoptic[2]
+        panoptic = (folder / "panoptic.json", folder / "panoptic", folder / "images")
+        captions, images = folder / "captions.jsonl", panoptic[2]
         readers: dict[str, Callable[[], Any]] = {
             "panoptic": lambda: datasets.load_coco_panoptic(*panoptic),
-            "narratives": lambda: datasets.load_png(self.path("narratives.json"), *panoptic),
+            "narratives": lambda: datasets.load_png(folder / "narratives.json", *panoptic),
             "captions": lambda: datasets.load_captions(captions, *panoptic),
             "refs": lambda: datasets.load_refcoco(self.folder, "unc", "val", images),
-            "instances": lambda: load_entityseg(self.path("instances.json"), captions, images),
+            "instances": lambda: load_entityseg(folder / "instances.json", captions, images),
             "png": lambda: map(load_from_record, readers["panoptic"]()),
             "masks": lambda: map(load_from_record, readers["refs"]()),
-            "results": lambda: [load_entities(self.path("results.json"), *SIZE, image_id=42)],
-            "npz": lambda: [load_entities(self.path("42.npz"), *SIZE, image_id=42)],
+            "results": lambda: [load_entities(folder / "results.json", *SIZE, image_id=42)],
+            "npz": lambda: [load_entities(folder / "42.npz", *SIZE, image_id=42)],
         }
         return list(readers[what]())
 
@@ -162,18 +153,12 @@ def at(file: str, *place: Any) -> Spoil:
     return spoil
 
 
-def p(*place: Any) -> Spoil:
-    return at("panoptic.json", *place)
-
-
-def s(*place: Any) -> Spoil:
-    """The first panoptic segment of image 42."""
-    return p("annotations", 1, "segments_info", 0, *place)
-
-
-def r(*place: Any) -> Spoil:
-    """The last entry of the results."""
-    return at("results.json", -1, *place)
+p = partial(at, "panoptic.json")
+s = partial(p, "annotations", 1, "segments_info", 0)  # the first panoptic segment of image 42
+r = partial(at, "results.json", -1)  # and the last entry of the others
+i = partial(at, "instances.json", "annotations", -1)
+n = partial(at, "narratives.json", -1)
+c = partial(at, "captions.jsonl", -1)
 
 
 def whole(file: str, content: Any) -> Spoil:
@@ -190,7 +175,7 @@ def twice(*keys: Any) -> Spoil:
 def later(file: str, change: Callable[[bytes], bytes]) -> Spoil:
     """Change the bytes of a file once it is written."""
     return lambda f: f.after.append(
-        lambda: f.path(file).write_bytes(change(f.path(file).read_bytes()))
+        lambda: (f.folder / file).write_bytes(change((f.folder / file).read_bytes()))
     )
 
 
@@ -204,8 +189,6 @@ def not_utf8(file: str) -> Spoil:
 
 def picture(image: Any, format: str = "PNG") -> Spoil:
     """Put another file in the place of the panoptic PNG of image 42."""
-    if isinstance(image, bytes):
-        return lambda f: f.png.write_bytes(image)
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     return lambda f: image.save(f.png, format=format)
 
@@ -224,19 +207,6 @@ def palette() -> Image.Image:
     return image
 
 
-def deep_png() -> bytes:
-    """An RGB PNG with 16 bits per colour, which Pillow would cut to 8 without a word."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
-    rows = b"".join(b"\0" + bytes(6 * SIZE[1]) for _ in range(SIZE[0]))
-    header = struct.pack(">IIBBBBB", SIZE[1], SIZE[0], 16, 2, 0, 0, 0)
-    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + parts
-
-
 def bitten(data: bytes) -> bytes:
     """One byte of the pixels of the last chunk changed, behind an intact header."""
     place = data.rindex(b"IDAT") + 12
@@ -251,7 +221,8 @@ class Payload:
 
 
 MASKS = {"masks": np.stack([IDS == 300, IDS == 9])}
-CAPTIONS, NARRATIVES, INSTANCES = "captions.jsonl", "narratives.json", "instances.json"
+VOID = id_to_rgb(IDS * 0)
+CAPTIONS, NARRATIVES = "captions.jsonl", "narratives.json"
 REFS = "refs(unc).p"
 # Reader, spoiler, and the words of the error, at least one of them behind each bar.
 REFUSED: list[tuple[str, Spoil, str]] = [
@@ -288,18 +259,17 @@ REFUSED: list[tuple[str, Spoil, str]] = [
     ("png", lambda f: f.png.unlink(), "42.png|image 42|does not exist"),
     ("png", cut(PNG), "42.png|image 42|truncated"),
     ("png", later(PNG, bitten), "42.png|image 42|damaged"),
-    ("png", picture(b"<html>"), "42.png|image 42|no picture"),
+    ("png", later(PNG, lambda _: b"<html>"), "42.png|image 42|no picture"),
     ("png", picture(IDS.astype(np.uint8)), "42.png|image 42|mode is L, expected RGB"),
     ("png", picture(IDS.astype(np.uint16)), "42.png|image 42|mode is I;16|RGB"),
-    ("png", picture(deep_png()), "42.png|image 42|16 bits"),
     ("png", picture(palette()), "42.png|image 42|mode is P"),
-    ("png", picture(Image.fromarray(rgb(IDS)).convert("RGBA")), "image 42|mode is RGBA"),
-    ("png", picture(rgb(IDS), "JPEG"), "42.png|image 42|a JPEG picture"),
-    ("png", picture(rgb(IDS.T)), "42.png|image 42|12x17 pixels but the image is 17x12"),
+    ("png", picture(Image.fromarray(id_to_rgb(IDS)).convert("RGBA")), "image 42|mode is RGBA"),
+    ("png", picture(id_to_rgb(IDS), "JPEG"), "42.png|image 42|a JPEG picture"),
+    ("png", picture(id_to_rgb(IDS.T)), "42.png|image 42|12x17 pixels but the image is 17x12"),
     ("png", both(p("images", 1, "height", 17), p("images", 1, "width", 12)), "is 12x17"),
     ("png", p("annotations", 1, "segments_info", 2, DROP), "42.png|image 42|ids [70000]"),
     ("png", both(s("id", 301), s("area", 0)), "42.png|image 42|lists [301]"),
-    ("png", both(picture(rgb(IDS * 0)), p("annotations", 1, "segments_info", [])), "no entity at"),
+    ("png", both(picture(VOID), p("annotations", 1, "segments_info", [])), "no entity at"),
     ("results", cut("results.json"), "results.json|image 42|not a JSON file"),
     ("results", whole("results.json", {"annotations": []}), "image 42|no annotations|0 others"),
     ("results", whole("results.json", {"images": []}), "image 42|list of annotations"),
@@ -351,46 +321,42 @@ REFUSED: list[tuple[str, Spoil, str]] = [
     ("refs", at(REFS, -1, "image_id", 8), "refs(unc).p|ref 542|image 8"),
     ("refs", at(REFS, -1, "sentences", DROP), "refs(unc).p|ref 542|'sentences'"),
     ("refs", at(REFS, -1, "sentences", 0, "sent", DROP), "refs(unc).p|ref 542|'sent'"),
-    ("refs", at(INSTANCES, "annotations", -1, "image_id", 8), "annotation 42001|image 8"),
-    ("instances", at(INSTANCES, "annotations", -1, "id", 42000), "annotation id 42000|twice"),
-    (
-        "instances",
-        at(INSTANCES, "annotations", -1, "segmentation", DROP),
-        "instances.json|annotation 42001|'segmentation'",
-    ),
+    ("refs", i("image_id", 8), "annotation 42001|image 8"),
+    ("instances", i("id", 42000), "annotation id 42000|twice"),
+    ("instances", i("segmentation", DROP), "instances.json|annotation 42001|'segmentation'"),
     (
         "masks",
-        at(INSTANCES, "annotations", -1, "segmentation", encode_mask(np.ones((5, 5)))),
+        i("segmentation", encode_mask(np.ones((5, 5)))),
         "instances.json|image 42|segment 42001|5x5|17x12",
     ),
     (
         "masks",
-        at(INSTANCES, "annotations", -1, "segmentation", [[-9, -9, -5, -9, -5, -5]]),
+        i("segmentation", [[-9, -9, -5, -9, -5, -5]]),
         "instances.json|image 42|segment 42001|outside",
     ),
     ("captions", later(CAPTIONS, lambda d: d.replace(b"\n", b"\n{oops\n", 1)), "line 2|no JSON"),
     ("captions", not_utf8(CAPTIONS), "captions.jsonl|position|UTF-8"),
-    ("captions", at(CAPTIONS, -1, [1]), "captions.jsonl|caption 2"),
-    ("captions", at(CAPTIONS, -1, "nouns", "dog"), "captions.jsonl|image 42|'nouns'"),
-    ("captions", at(CAPTIONS, -1, "nouns", [5]), "captions.jsonl|image 42|noun 0|5"),
-    ("captions", at(CAPTIONS, -1, "nouns", ["a dog", " "]), "captions.jsonl|image 42|noun 1"),
-    ("captions", at(CAPTIONS, -1, "description", None), "captions.jsonl|image 42|'description'"),
-    ("captions", at(CAPTIONS, -1, "image_id", 8), "captions.jsonl|image 8|panoptic.json"),
-    ("captions", at(CAPTIONS, -1, "file_name", "cat.png"), "captions.jsonl|image 42|cat.png"),
+    ("captions", c([1]), "captions.jsonl|caption 2"),
+    ("captions", c("nouns", "dog"), "captions.jsonl|image 42|'nouns'"),
+    ("captions", c("nouns", [5]), "captions.jsonl|image 42|noun 0|5"),
+    ("captions", c("nouns", ["a dog", " "]), "captions.jsonl|image 42|noun 1"),
+    ("captions", c("description", None), "captions.jsonl|image 42|'description'"),
+    ("captions", c("image_id", 8), "captions.jsonl|image 8|panoptic.json"),
+    ("captions", c("file_name", "cat.png"), "captions.jsonl|image 42|cat.png"),
     ("narratives", cut(NARRATIVES), "narratives.json|char|not a JSON file"),
     ("narratives", whole(NARRATIVES, {"a": 1}), "narratives.json|dict"),
-    ("narratives", at(NARRATIVES, -1, 5), "narratives.json|narrative 1"),
-    ("narratives", at(NARRATIVES, -1, "image_id", "8"), "narratives.json|image 8|panoptic.json"),
-    ("narratives", at(NARRATIVES, -1, "caption", None), "narratives.json|image 42|'caption'"),
-    ("narratives", at(NARRATIVES, -1, "segments", DROP), "narratives.json|image 42|'segments'"),
+    ("narratives", n(5), "narratives.json|narrative 1"),
+    ("narratives", n("image_id", "8"), "narratives.json|image 8|panoptic.json"),
+    ("narratives", n("caption", None), "narratives.json|image 42|'caption'"),
+    ("narratives", n("segments", DROP), "narratives.json|image 42|'segments'"),
     (
         "narratives",
-        at(NARRATIVES, -1, "segments", 0, "segment_ids", ["301"]),
+        n("segments", 0, "segment_ids", ["301"]),
         "narratives.json|image 42|segment id 301",
     ),
-    ("narratives", at(NARRATIVES, -1, "segments", 0, "segment_ids", "300"), "42|'segment_ids'"),
-    ("narratives", at(NARRATIVES, -1, "segments", 0, "segment_ids", ["-300"]), "42|-300"),
-    ("narratives", at(NARRATIVES, -1, "segments", 0, "utterance", 5), "image 42|'utterance'"),
+    ("narratives", n("segments", 0, "segment_ids", "300"), "42|'segment_ids'"),
+    ("narratives", n("segments", 0, "segment_ids", ["-300"]), "42|-300"),
+    ("narratives", n("segments", 0, "utterance", 5), "image 42|'utterance'"),
 ]
 
 
@@ -458,7 +424,7 @@ def test_segments_of_an_own_record(files: Files, segments: Any, message: str) ->
 def test_arguments_that_do_not_fit_the_file(files: Files, name, options, message) -> None:
     files.read("results")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_entities(files.path(name), *SIZE, **{"image_id": 42, **options})
+        load_entities((files.folder / name), *SIZE, **{"image_id": 42, **options})
 
 
 def test_a_pickle_never_runs_code(files: Files) -> None:
@@ -468,7 +434,7 @@ def test_a_pickle_never_runs_code(files: Files) -> None:
     ways += [b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0btouch owned\x85R."]
     ways += [b"\x82\x01.", b"P1\n.", b"\x80\x02]q\x00b.", b"I1\n)R.", b"\x8a\xff" + b"\xff" * 9]
     for data in ways:
-        files.after = [lambda data=data: files.path(REFS).write_bytes(data)]
+        files.after = [lambda data=data: (files.folder / REFS).write_bytes(data)]
         with pytest.raises(ValueError, match=r"refs\(unc\)\.p: refused") as caught:
             files.read("refs")
         assert "\n" not in str(caught.value)
@@ -488,12 +454,13 @@ def test_every_cut_of_a_png_is_told_and_every_bit_flipped(files: Files) -> None:
 
 
 def test_every_cut_of_an_npz_is_told(files: Files) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **MASKS)
-    for end in range(0, len(buffer.getvalue()), 5):
-        files.path("42.npz").write_bytes(buffer.getvalue()[:end])
+    path = files.folder / "42.npz"
+    np.savez_compressed(path, **MASKS)
+    data = path.read_bytes()
+    for end in range(0, len(data), 5):
+        path.write_bytes(data[:end])
         with pytest.raises(ValueError, match=r"42\.npz"):
-            load_entities(files.path("42.npz"), *SIZE)
+            load_entities(path, *SIZE)
 
 
 # -- what looks wrong and is accepted ----------------------------------------------------------
@@ -502,12 +469,12 @@ def test_every_cut_of_an_npz_is_told(files: Files) -> None:
 def test_ids_may_be_text_or_numbers_and_measures_absent(files: Files) -> None:
     """PNG writes ids as text and COCO as numbers; both name the same."""
     content = files.contents["panoptic.json"]
-    for entry in (*content["images"], *content["annotations"]):
-        key = "id" if "id" in entry else "image_id"
-        entry[key] = str(entry[key])
-    for spoil in (s("id", "300"), s("category_id", "3"), s("area", DROP), s("bbox", DROP)):
-        spoil(files)
-    s("iscrowd", DROP)(files)
+    for key, entries in (("id", content["images"]), ("image_id", content["annotations"])):
+        for entry in entries:
+            entry[key] = str(entry[key])
+    for name in ("area", "bbox", "iscrowd"):
+        s(name, DROP)(files)
+    both(s("id", "300"), s("category_id", "3"))(files)
     files.contents[CAPTIONS][1]["image_id"] = files.contents["results.json"][0]["image_id"] = "42"
     files.contents[NARRATIVES][1]["image_id"] = 42
     files.contents[NARRATIVES][1]["segments"][0]["segment_ids"] = [300]
@@ -533,7 +500,7 @@ def test_a_polygon_is_clipped_and_a_mask_without_a_pixel_no_entity(files: Files)
     expected[3:6, 14:] = True
     np.testing.assert_array_equal(entities.bitmasks()[1], expected)
     r("segmentation", encode_mask(np.zeros(SIZE)))(files)
-    at(INSTANCES, "annotations", -1, "segmentation", [])(files)
+    i("segmentation", [])(files)
     assert [entities.segment_ids for entities in files.read("results")] == [[1]]
     assert [e.segment_ids for e in files.read("masks")] == [[41000, 41001], [42000]]
 
