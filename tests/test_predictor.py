@@ -115,8 +115,7 @@ def test_ids_of_any_integer_type_and_masks_of_two_numbers(image, ids):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.full((2, *SIZE), np.nan), "mask 0 holds (nan|inf)"),
-        (np.full((2, *SIZE), np.inf, np.float32), "mask 0 holds (nan|inf)"),
+        (np.full((2, *SIZE), np.nan), "mask 0 holds nan"),
         (np.random.default_rng(0).random((2, *SIZE)), "threshold them first"),
         (-np.ones(SIZE, np.int32), "holds -1; ids are 0"),
         (np.random.default_rng(0).integers(0, 9, (2, *SIZE)), "beside 8.*threshold"),
@@ -274,15 +273,6 @@ def test_extracted_nouns_that_the_caption_lacks_are_dropped(cfg: Any, scene: tup
     assert asked["task"] == "extract" and len(asked["seg_positions"]) == 0
     assert predictor.extract_nouns(CAPTION) == ["A red circle", "a unicorn", "the sand"]
     assert predictor.describe() == text
-
-
-def test_an_overlong_caption_may_be_cut(cfg: Any, scene: tuple, caplog: Any) -> None:
-    cfg.INPUT.GELLA.OVERLONG_CAPTION = "cut"
-    predictor, model = stubbed(cfg, scene)
-    with caplog.at_level("WARNING", "gella.predictor"):
-        result = predictor.ground("A red circle. " * 400, ["A red circle"] * 400)
-    assert len(result.phrases) + len(result.cut_nouns) == 400 and result.cut_nouns
-    assert len(model.inputs[0]["seg_positions"]) == len(result.phrases) > 3
 
 
 def test_refer_and_panoptic(cfg: Any, scene: tuple) -> None:

@@ -144,9 +144,7 @@ def make_record(
 def make_mapper(cfg: Any, is_train: bool, **changes: Any) -> GroundingMapper:
     """The mapper of a config, with `CATEGORIES`; training views are not mirrored."""
     arguments = GroundingMapper.from_config(cfg, is_train, dataset_names=[])
-    return GroundingMapper(
-        **{**arguments, "categories": CATEGORIES, "flip": False, **changes},
-    )
+    return GroundingMapper(**{**arguments, "categories": CATEGORIES, "flip": False, **changes})
 
 
 def without_entities(mapped: dict[str, Any]) -> dict[str, Any]:
