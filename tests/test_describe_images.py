@@ -15,6 +15,7 @@ from typing import Any
 import caption_server as chat
 import pytest
 from caption_server import KEY, answer, status
+from dataset_scripts import registered
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gella.captions.captioner import Reply
@@ -228,33 +229,26 @@ def test_no_file_holds_the_key(server, run, tmp_path):
 def test_images_come_from_files_json_or_a_dataset(server, run, tmp_path):
     truth = chat.write_pictures(tmp_path / "images" / "deep", 3)
     path, key = tmp_path / "c.jsonl", itemgetter("image_id", "file_name", "prompt_id")
-
     names = {number + 100: f"deep/{number:012d}.png" for number in sorted(truth)}
     listing = tmp_path / "list.json"
     images = [{"id": image_id, "file_name": name} for image_id, name in names.items()]
     listing.write_text(json.dumps({"images": images}))
     places = ("--images-json", str(listing), "--image-root", str(tmp_path / "images"))
     assert run("--prompt", "details", "--limit", "2", inputs=places)[0] == 0
-    assert sorted(map(key, read(path))) == [
-        (image_id, names[image_id], "details") for image_id in (101, 102)
-    ]
+    expected = [(image_id, names[image_id], "details") for image_id in (101, 102)]
+    assert sorted(map(key, read(path))) == expected
     path.unlink()
     records = [
         {"image_id": image_id, "file_name": str(tmp_path / "images" / name)}
         for image_id, name in names.items()
         for _ in range(2)  # several records of one image: it is described once
     ]
-    DatasetCatalog.register("captions_test", lambda: records)
-    MetadataCatalog.get("captions_test").set(image_root=str(tmp_path / "images"))
-    try:
-        prompts = tmp_path / "prompts.json"
-        prompts.write_text('{"short": "Say what you see."}')
-        assert run("--prompts", str(prompts), inputs=("--dataset", "captions_test"))[0] == 0
-    finally:
-        DatasetCatalog.remove("captions_test")
-    assert sorted(map(key, read(path))) == [
-        (image_id, name, "short") for image_id, name in names.items()
-    ]
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('{"short": "Say what you see."}')
+    with registered(DatasetCatalog.register, lambda: records) as name:
+        MetadataCatalog.get(name).set(image_root=str(tmp_path / "images"))
+        assert run("--prompts", str(prompts), inputs=("--dataset", name))[0] == 0
+    assert sorted(map(key, read(path))) == [(*described, "short") for described in names.items()]
     text = server.requests[-1][2]["messages"][0]["content"][0]["text"]
     assert text.startswith("Say what you see.") and '"nouns"' in text
 

@@ -13,14 +13,8 @@ from gella.utils.journal import Journal
 
 
 def record(image_id: int | str, prompt_id: str = "p") -> dict[str, Any]:
-    return {
-        "prompt_id": prompt_id,
-        "image_id": image_id,
-        "file_name": f"{image_id}.png",
-        "description": "Snøw \u2019.",
-        "nouns": ["Snøw"],
-        "model": "m",
-    }
+    said = {"description": "Snøw \u2019.", "nouns": ["Snøw"], "model": "m"}
+    return {"prompt_id": prompt_id, "image_id": image_id, "file_name": f"{image_id}.png", **said}
 
 
 def note(entry: Any) -> tuple[str, int]:
@@ -49,16 +43,17 @@ def test_it_grows_line_by_line_and_is_taken_up_again(path):
 
 @pytest.mark.parametrize("settings", [None, {"sizes": (1, 2)}])
 def test_every_cut_of_the_last_line_is_healed(path, settings, caplog):
-    with Journal(path, note, settings=settings) as file:
-        for number in (1, 2):
-            file.append({"image_id": number, "size": 3})
-    whole = path.read_bytes()
-    for length in range(whole.index(b"\n") + 1, len(whole) + 1):
-        path.write_bytes(whole[:length])
+    def write_what_is_missing():
         with Journal(path, note, settings=settings) as file:
             for number in (1, 2):
                 if str(number) not in file.entries:
                     file.append({"image_id": number, "size": 3})
+
+    write_what_is_missing()
+    whole = path.read_bytes()
+    for length in range(whole.index(b"\n") + 1, len(whole) + 1):
+        path.write_bytes(whole[:length])
+        write_what_is_missing()
         assert path.read_bytes() == whole
     assert "half-written last line" in caplog.text
     path.write_bytes(whole + b"\0\0\0")  # what some file systems leave after a power failure
