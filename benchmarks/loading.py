@@ -120,7 +120,12 @@ def _narrative(rng: random.Random, image_id: int, segments: list[dict[str, Any]]
 
 
 def measure(root: Path, workers: int) -> dict[str, Any]:
-    """Load the files in this process as training does, then read all records in forked ones."""
+    """Load the files in this process as training does, then read all records in forked ones.
+
+    Args:
+        root: the folder of ``write_files``.
+        workers: how many processes are forked; each reads every record.
+    """
     from gella.data.narratives import load_png
     from gella.data.sampling import GroundingDataset
 

@@ -70,7 +70,9 @@ def made_cases(images: int, captions: int, size: int) -> list[Case]:
 
 
 def ways(predictor: GellaPredictor, cases: list[Case]) -> dict[str, Callable[[], list[Any]]]:
-    """What is timed; each gives its results."""
+    """What is timed; each gives its results: "separate" and "shared" ground all captions of the
+    first picture, with a ``set_image`` each and with one; "single" and "batch" one caption of every
+    picture, one by one and together."""
     first = cases[0]
     requests = [
         Request("ground", case.image, case.entities, *case.captions[0], image_id=number)
