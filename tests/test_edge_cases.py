@@ -32,21 +32,10 @@ MANY = [NOUNS[i % len(NOUNS)] for i in range(60)]
 
 
 @pytest.fixture(scope="module", params=QUERIES)
-def cfg(request: pytest.FixtureRequest, tokenizer_dir: Path) -> Any:
-    """The tiny config, with each kind of queries."""
-    return make_cfg(tokenizer_dir, request.param)
-
-
-@pytest.fixture(scope="module")
-def model(cfg: Any) -> Any:
-    """A model of it with perturbed weights; tests leave it in evaluation mode."""
-    return make_model(cfg)
-
-
-@pytest.fixture
-def predictor(cfg: Any, model: Any) -> GellaPredictor:
-    """A predictor around the model."""
-    return GellaPredictor(cfg, model=model)
+def predictor(request: pytest.FixtureRequest, tokenizer_dir: Path) -> GellaPredictor:
+    """A predictor with each kind of queries; tests leave its model in evaluation mode."""
+    cfg = make_cfg(tokenizer_dir, request.param)
+    return GellaPredictor(cfg, model=make_model(cfg))
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -84,66 +73,64 @@ def check(result: Any, entities: EntityMap, nouns: list[str]) -> None:
     assert result.plot().width > 0
 
 
-def walk(
-    cfg: Any, model: Any, predictor: Any, folder: Path, entities: EntityMap, nouns: Any
-) -> Any:
+def walk(predictor: Any, folder: Path, entities: EntityMap, nouns: Any) -> Any:
     """A scene through predictor and training: its training view, losses, and test view."""
     predictor.set_image(picture(*entities.size), entities)
     check(predictor.ground(make_caption(nouns)[0], nouns), entities, nouns)
     record = make_record(folder, "scene", entities.size, entities, nouns)
-    mapped = make_mapper(cfg, is_train=True)(record, task="ground", rng_seed=(0,))
+    mapped = make_mapper(predictor.cfg, is_train=True)(record, task="ground", rng_seed=(0,))
     assert mapped["entities"].num_entities == entities.num_entities
-    losses = train(model, [mapped])
-    return mapped, losses, make_mapper(cfg, is_train=False)(record, task="ground")
+    losses = train(predictor.model, [mapped])
+    return mapped, losses, make_mapper(predictor.cfg, is_train=False)(record, task="ground")
 
 
 # -- entities --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 300])
-def test_one_and_300_entities(cfg, model, predictor, tmp_path, caplog, count):
+def test_one_and_300_entities(predictor, tmp_path, caplog, count):
     entities = make_entities(120, 90, count)
     with caplog.at_level(logging.WARNING):
-        _, losses, view = walk(cfg, model, predictor, tmp_path, entities, list(NOUNS[:3]))
+        _, losses, view = walk(predictor, tmp_path, entities, list(NOUNS[:3]))
         assert predictor.panoptic(["circle", "sand"]).ids.shape == (120, 90)
     assert losses["loss_association"] > 0
     # 8 learned queries can find 8 of 300 entities: said once, with both numbers and what to do.
     said = [r.getMessage() for r in caplog.records if "NUM_QUERIES" in r.getMessage()]
-    if model.mask_decoder.queries == "learned" and count == 300:
+    if predictor.model.mask_decoder.queries == "learned" and count == 300:
         assert len(said) == 1
         assert all(w in said[0] for w in ("300 entities", "NUM_QUERIES is 8", "QUERIES to entity"))
     else:
         assert said == []
-        (result,) = model([view])
-        if model.mask_decoder.queries == "entity":
+        (result,) = predictor.model([view])
+        if predictor.model.mask_decoder.queries == "entity":
             assert len(result["instances"]) == count
 
 
-def test_no_entity_is_an_error_for_users_but_not_for_the_model(cfg, model, predictor, tmp_path):
+def test_no_entity_is_an_error_for_users_but_not_for_the_model(predictor, tmp_path):
     with pytest.raises(ValueError, match="no entity at all"):
         predictor.set_image(picture(20, 30), EntityMap(np.zeros((20, 30), np.int32)))
     record = make_record(tmp_path, "none", (20, 30), 0, NOUNS[:2])
     with pytest.raises(ValueError, match=r"image none.*none_ids\.png.*no entity"):
-        make_mapper(cfg, is_train=True)(record, task="ground", rng_seed=(0,))
+        make_mapper(predictor.cfg, is_train=True)(record, task="ground", rng_seed=(0,))
     # Such a view beside another changes nothing for that one, and has an answer of its own.
     full = make_record(tmp_path, "some", (20, 30), 5, NOUNS[:3])
-    mapper = make_mapper(cfg, is_train=False)
+    mapper = make_mapper(predictor.cfg, is_train=False)
     for task in ("ground", "panoptic"):
         view = mapper(full, task=task)
         empty = without_entities(view)
-        first, second = model([empty, view])
-        same_result(model([view])[0], second)
-        same_result(model([empty])[0], first)
-        if model.mask_decoder.queries == "entity":
+        first, second = predictor.model([empty, view])
+        same_result(predictor.model([view])[0], second)
+        same_result(predictor.model([empty])[0], first)
+        if predictor.model.mask_decoder.queries == "entity":
             if task == "panoptic":
                 assert not first["panoptic_seg"][0].any() and first["panoptic_seg"][1] == []
             else:
                 assert [g["entity_ids"] for g in first["grounding"]] == [[]] * 3
                 assert not any(g["mask"].any() for g in first["grounding"])
             assert len(first["instances"]) == 0
-    view = make_mapper(cfg, is_train=True)(full, task="ground", rng_seed=(0,))
+    view = make_mapper(predictor.cfg, is_train=True)(full, task="ground", rng_seed=(0,))
     for batch in ([without_entities(view)], [without_entities(view), view]):
-        losses = train(model, batch)
+        losses = train(predictor.model, batch)
         assert losses["loss_answer"] > 0
         assert (losses["loss_mask"] == 0) == (len(batch) == 1)
 
@@ -152,24 +139,24 @@ def test_no_entity_is_an_error_for_users_but_not_for_the_model(cfg, model, predi
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (160, 40), (2, 700)])
-def test_sizes_and_shapes(cfg, model, predictor, tmp_path, size):
+def test_sizes_and_shapes(predictor, tmp_path, size):
     entities = make_entities(*size, min(3, size[0] * size[1]))
-    mapped, _, _ = walk(cfg, model, predictor, tmp_path, entities, list(NOUNS[:2]))
+    mapped, _, _ = walk(predictor, tmp_path, entities, list(NOUNS[:2]))
     height, width = mapped["valid_size"]
     assert max(height, width) == 96
     assert min(height, width) == max(1, round(96 * min(size) / max(size)))
 
 
-def test_an_entity_of_one_pixel_and_one_that_is_everything(cfg, model, predictor, tmp_path):
+def test_an_entity_of_one_pixel_and_one_that_is_everything(predictor, tmp_path):
     ids = np.ones((300, 400), np.int32)
     whole = EntityMap(ids.copy(), [5])
     ids[123, 321] = 2  # of 12,000 pixels the colormap shows every twelfth
     speck = EntityMap(ids, [5, 9])
     for entities in (whole, speck):
-        mapped, _, view = walk(cfg, model, predictor, tmp_path, entities, ["the speck"])
+        mapped, _, view = walk(predictor, tmp_path, entities, ["the speck"])
     assert mapped["entities"].areas()[1] == 0  # gone from the colormap, not from the answer
-    if model.mask_decoder.queries == "entity":
-        (result,) = model([view])
+    if predictor.model.mask_decoder.queries == "entity":
+        (result,) = predictor.model([view])
         assert len(result["instances"]) == 2
         shown = {i for g in result["grounding"] for i in g["entity_ids"]}
         assert shown <= {5, 9}
@@ -178,37 +165,41 @@ def test_an_entity_of_one_pixel_and_one_that_is_everything(cfg, model, predictor
 # -- nouns -----------------------------------------------------------------------------------------
 
 
-def test_no_noun_is_an_error_but_not_in_an_answer(cfg, model, predictor, tmp_path, monkeypatch):
+def test_no_noun_is_an_error_but_not_in_an_answer(predictor, tmp_path, monkeypatch):
     predictor.set_image(picture(20, 30), make_entities(20, 30, 4))
     with pytest.raises(ValueError, match='caption without nouns: "It rains"'):
         predictor.ground("It rains", [])
     record = make_record(tmp_path, "scene", (20, 30), 4, NOUNS[:2])
     with pytest.raises(ValueError, match="image scene.*the caption has no noun: 'It rains'"):
-        make_mapper(cfg, True)({**record, "caption": "It rains", "phrases": []}, task="ground")
+        make_mapper(predictor.cfg, True)(
+            {**record, "caption": "It rains", "phrases": []}, task="ground"
+        )
     # A model that names nothing: the answer is text, and the grounding empty.
-    rains = torch.tensor(model.tokenizer("It rains.", add_special_tokens=False)["input_ids"])
+    rains = torch.tensor(
+        predictor.model.tokenizer("It rains.", add_special_tokens=False)["input_ids"]
+    )
     generate = lambda grid, ids, **options: [rains] * len(ids)  # noqa: E731
-    monkeypatch.setattr(model.language_decoder, "generate", generate)
-    mapper = make_mapper(cfg, is_train=False)
+    monkeypatch.setattr(predictor.model.language_decoder, "generate", generate)
+    mapper = make_mapper(predictor.cfg, is_train=False)
     batch = [mapper(record, task=task) for task in ("extract", "ground")]
-    silent, other = model(batch)
+    silent, other = predictor.model(batch)
     assert silent["text"] == "It rains." and silent["grounding"] == []
     assert len(other["grounding"]) == 2
-    assert model(batch[:1])[0]["grounding"] == []
+    assert predictor.model(batch[:1])[0]["grounding"] == []
 
 
-def test_60_nouns_take_one_pass_and_logits_of_the_answer_only(cfg, model, predictor, tmp_path):
+def test_60_nouns_take_one_pass_and_logits_of_the_answer_only(predictor, tmp_path):
     entities = make_entities(60, 80, 12)
-    mapped, losses, _ = walk(cfg, model, predictor, tmp_path, entities, MANY)
+    mapped, losses, _ = walk(predictor, tmp_path, entities, MANY)
     assert len(mapped["seg_positions"]) == len(mapped["phrases"]) == 60
     assert losses["loss_association"] > 0
     passes: list[tuple[int, ...]] = []
-    llama = model.language_decoder.llama.base_model
+    llama = predictor.model.language_decoder.llama.base_model
     handle = llama.register_forward_pre_hook(
         lambda module, args, kwargs: passes.append(tuple(kwargs["inputs_embeds"].shape)),
         with_kwargs=True,
     )
-    head = model.language_decoder.llama.get_output_embeddings()
+    head = predictor.model.language_decoder.llama.get_output_embeddings()
     rows: list[int] = []
     counter = head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     for nouns in (MANY[:1], MANY):
@@ -216,7 +207,9 @@ def test_60_nouns_take_one_pass_and_logits_of_the_answer_only(cfg, model, predic
     handle.remove()
     counter.remove()
     assert len(passes) == 2 and all(shape[0] == 1 for shape in passes)
-    answer = model.tokenizer(" " + prompts.noun_answer(MANY), add_special_tokens=False)["input_ids"]
+    answer = predictor.model.tokenizer(" " + prompts.noun_answer(MANY), add_special_tokens=False)[
+        "input_ids"
+    ]
     assert rows[1] <= len(answer) + 1 < passes[1][1]
 
 
@@ -237,20 +230,23 @@ def test_equal_nouns_are_nouns_of_their_own(predictor):
 # -- too long a caption ----------------------------------------------------------------------------
 
 
-def short_cfg(tokenizer_dir: Path, policy: str, positions: int = 400) -> Any:
-    return make_cfg(
-        tokenizer_dir,
-        "entity",
-        *("MODEL.LANGUAGE.MAX_POSITIONS", positions),
-        *("INPUT.GELLA.OVERLONG_CAPTION", policy),
-    )
+def short_predictor(tokenizer_dir: Path, policy: str) -> GellaPredictor:
+    """A predictor of few positions."""
+    options = ("MODEL.LANGUAGE.MAX_POSITIONS", 400, "INPUT.GELLA.OVERLONG_CAPTION", policy)
+    cfg = make_cfg(tokenizer_dir, "entity", *options)
+    return GellaPredictor(cfg, model=make_model(cfg))
 
 
 @pytest.fixture(scope="module")
-def short(tokenizer_dir: Path) -> tuple[Any, Any]:
-    """A config of few positions, in which long captions are cut, and its model."""
-    cfg = short_cfg(tokenizer_dir, "cut")
-    return cfg, make_model(cfg)
+def short(tokenizer_dir: Path) -> GellaPredictor:
+    """One that cuts long captions."""
+    return short_predictor(tokenizer_dir, "cut")
+
+
+@pytest.fixture(scope="module")
+def long_record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A scene of 12 entities and 60 nouns."""
+    return make_record(tmp_path_factory.mktemp("long"), "scene", (60, 80), 12, MANY)
 
 
 def answer_of(mapped: dict[str, Any], tokenizer: Any) -> str:
@@ -258,13 +254,12 @@ def answer_of(mapped: dict[str, Any], tokenizer: Any) -> str:
     return prompts.decode_answer(tokenizer, answer.tolist())
 
 
-def test_too_long_a_caption_is_an_error_with_both_numbers(tokenizer_dir, tmp_path):
-    cfg = short_cfg(tokenizer_dir, "error")
-    record = make_record(tmp_path, "scene", (60, 80), 12, MANY)
+def test_too_long_a_caption_is_an_error_with_both_numbers(tokenizer_dir, long_record):
+    predictor, record = short_predictor(tokenizer_dir, "error"), long_record
+    cfg = predictor.cfg
     for is_train, task in ((True, "ground"), (False, "ground"), (True, "describe")):
         with pytest.raises(ValueError, match=r"image scene.*has \d{3,4} tokens.*at most 400 fit"):
             make_mapper(cfg, is_train)(record, task=task, rng_seed=(0,))
-    predictor = GellaPredictor(cfg, model=make_model(cfg))
     predictor.set_image(picture(60, 80), make_entities(60, 80, 12))
     with pytest.raises(ValueError, match=r"has \d{4} tokens.*at most 400 fit.*MAX_POSITIONS"):
         predictor.ground(record["caption"], MANY)
@@ -276,10 +271,8 @@ def test_too_long_a_caption_is_an_error_with_both_numbers(tokenizer_dir, tmp_pat
 
 
 @pytest.mark.parametrize("task", ["ground", "extract"])
-def test_a_caption_is_cut_behind_the_last_noun_that_fits(short, tmp_path, caplog, task):
-    cfg, model = short
-    record = make_record(tmp_path, "scene", (60, 80), 12, MANY)
-    mapper = make_mapper(cfg, is_train=True)
+def test_a_caption_is_cut_behind_the_last_fitting_noun(short, long_record, tmp_path, caplog, task):
+    record, mapper = long_record, make_mapper(short.cfg, is_train=True)
     with caplog.at_level(logging.WARNING):
         mapped = mapper(record, task=task, rng_seed=(0,))
     kept = len(mapped["phrases"])
@@ -298,43 +291,40 @@ def test_a_caption_is_cut_behind_the_last_noun_that_fits(short, tmp_path, caplog
     limits = {"num_image_tokens": 36, "system": "", "max_length": 9999}
     assert len(prompts.build_prompt(mapper.tokenizer, asked, answer, **limits).input_ids) > 388
     # It trains, and a caption that fits is left alone.
-    assert train(model, [mapped])["loss_association"] > 0
+    assert train(short.model, [mapped])["loss_association"] > 0
     whole = make_record(tmp_path, "short", (60, 80), 12, MANY[:3])
     mapped = mapper(whole, task=task, rng_seed=(0,))
     assert mapped["caption"] == whole["caption"] and mapped["num_cut"] == 0
 
 
-def test_cut_nouns_are_counted_and_logged_at_the_1st_2nd_4th(short, tmp_path, caplog):
-    mapper = make_mapper(short[0], is_train=True)
-    record = make_record(tmp_path, "scene", (60, 80), 12, MANY)
+def test_cut_nouns_are_counted_and_logged_at_the_1st_2nd_4th(short, long_record, caplog):
+    mapper = make_mapper(short.cfg, is_train=True)
     with caplog.at_level(logging.WARNING):
-        cut = [mapper(record, task="ground", rng_seed=(i,))["num_cut"] for i in range(6)]
+        cut = [mapper(long_record, task="ground", rng_seed=(i,))["num_cut"] for i in range(6)]
     said = [r.getMessage() for r in caplog.records]
     assert len(said) == 3
     for line, captions in zip(said, (1, 2, 4)):
         assert f"so far {sum(cut[:captions])} nouns of {captions} captions" in line
 
 
-def test_evaluation_scores_cut_nouns_as_not_found(short, tmp_path):
-    cfg, model = short
-    record = make_record(tmp_path, "scene", (60, 80), 12, MANY)
-    for phrase in record["phrases"]:
-        phrase["segment_ids"] = record["phrases"][0]["segment_ids"]
-    mapped = make_mapper(cfg, is_train=False)(record, task="ground")
+def test_evaluation_scores_cut_nouns_as_not_found(short, long_record):
+    named = long_record["phrases"][0]["segment_ids"]
+    record = {
+        **long_record,
+        "phrases": [{**p, "segment_ids": named} for p in long_record["phrases"]],
+    }
+    mapped = make_mapper(short.cfg, is_train=False)(record, task="ground")
     kept = len(mapped["seg_positions"])
     assert len(mapped["phrases"]) == 60 and mapped["num_cut"] == 60 - kept > 0
-    (output,) = model([mapped])
+    (output,) = short.model([mapped])
     assert [g["phrase"] for g in output["grounding"]] == MANY[:kept]
     evaluator = PNGEvaluator()
     evaluator.process([mapped], [output])
-    scores = evaluator.evaluate()["png"]
-    assert scores["n_without_prediction"] == 60 - kept
+    assert evaluator.evaluate()["png"]["n_without_prediction"] == 60 - kept
 
 
 def test_the_predictor_lists_the_nouns_that_it_cut(short, caplog):
-    cfg, model = short
-    predictor = GellaPredictor(cfg, model=model)
-    entities = make_entities(60, 80, 12)
+    predictor, entities = short, make_entities(60, 80, 12)
     predictor.set_image(picture(60, 80), entities)
     caption = make_caption(MANY)[0]
     with caplog.at_level(logging.WARNING):
