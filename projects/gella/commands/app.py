@@ -134,14 +134,15 @@ def is_full(folder: Path, max_bytes: float) -> bool:
     Gradio leaves those behind, directly in the folder; the others are its `delete_cache`'s.
     """
     total = 0
-    for path in folder.rglob("*"):
+    # os.walk passes over a folder that a leaving visitor's files vanish with, rglob fails on it.
+    for path in (Path(base, name) for base, _, names in os.walk(folder) for name in names):
         with suppress(FileNotFoundError):
             status = path.lstat()
             old = time.time() - status.st_mtime > _ABANDONED
-            if old and path.parent == folder and path.is_file():
+            if old and path.parent == folder:
                 path.unlink()
             else:
-                total += status.st_size * path.is_file()
+                total += status.st_size
     return total > max_bytes
 
 
