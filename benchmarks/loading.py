@@ -139,6 +139,13 @@ def measure(root: Path, workers: int) -> dict[str, Any]:
     figures["load_s"] = round(time.perf_counter() - start, 1)
     figures["peak_gib"] = round(memory("status", "VmHWM") / 2**30, 2)
     figures["store_mib"] = round(records.num_bytes / 2**20)
+    grown = grown_by_reading(dataset, workers)
+    figures["worker_grown_mib"] = [round(size / 2**20, 1) for size in grown]
+    return figures
+
+
+def grown_by_reading(dataset: Any, workers: int) -> list[int]:
+    """Bytes that became private to each of several forked processes that read every record."""
     pipes = []
     for _ in range(workers):
         receive, send = os.pipe()
@@ -152,10 +159,10 @@ def measure(root: Path, workers: int) -> dict[str, Any]:
                 os._exit(0)  # whatever happens, this is not the process that goes on
         os.close(send)
         pipes.append(receive)
-    figures["worker_grown_mib"] = [round(int(os.read(pipe, 64)) / 2**20, 1) for pipe in pipes]
+    grown = [int(os.read(pipe, 64)) for pipe in pipes]
     for _ in pipes:
         os.wait()
-    return figures
+    return grown
 
 
 def memory(file: str, name: str) -> int:

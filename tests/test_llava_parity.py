@@ -31,7 +31,7 @@ def make_llava(seed: int = 0) -> Any:
             elif "norm" not in name:
                 parameter.normal_(std=0.1)
         llava.lm_head.weight.mul_(2.0)  # clear preferences, also in bfloat16
-        llava.lm_head.weight[[EOS, *range(EXTRA, tiny.ROWS)]] = 0.0  # so that answers are long
+        llava.lm_head.weight[[EOS, *range(EXTRA, EXTRA + 8)]] = 0.0  # so that answers are long
     return llava
 
 
