@@ -131,7 +131,7 @@ def heavy_records(count: int) -> list[dict]:
 )
 def test_forked_readers_share_the_records():
     """A list of dicts would be copied into each reader: every look at an object is a write."""
-    records = heavy_records(8_000)
+    records = heavy_records(40_000)  # beside 3 MiB that any first reading takes
     dataset = GroundingDataset(records, lambda record, **key: len(record["caption"]))
     size = dataset.records.num_bytes
     assert size > 3 * 2**20
