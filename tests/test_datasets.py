@@ -338,6 +338,12 @@ def of_test_a(root: Path, **options: object) -> RecordStore:
     return datasets.load_refcoco(root / "refcoco", "unc", "testA", images, **options)
 
 
+def test_a_split_without_refs_is_named_beside_those_that_have_some(refcoco):
+    where = (refcoco / "refcoco", "unc", "testB", refcoco / "coco" / "train2014")
+    with pytest.raises(ValueError, match=r"no ref is in split 'testB'; it has .*testA"):
+        datasets.load_refcoco(*where)
+
+
 def test_objects_are_flattened_and_crowds_left_out(refcoco):
     records = of_test_a(refcoco)
     assert [r["expressions"][0]["text"] for r in records] == [
