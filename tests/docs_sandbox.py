@@ -146,7 +146,6 @@ CHANGES: dict[str, dict[str, str]] = {
         "CONFIG.yaml": "models/toy/toy.yaml",
         "WEIGHTS.pth": "models/toy/toy.pth",
         "setup=PROJECT:ADD_CONFIG": TOY,
-        "INITIAL.pth": WEIGHTS,
     },
     "datasets/README.md": {
         "datasets/prepare_shapes.py ": "datasets/prepare_shapes.py --train 4 --val 2 "

@@ -30,7 +30,7 @@ from gella.engine.optimizer import with_epochs
 from gella.engine.trainer import GellaTrainer
 from gella.entities.sources import SOURCE_KINDS
 from gella.modeling.colormap_encoder import TimmColormapEncoder
-from gella.weights.checkpoint import load_weights
+from gella.weights.checkpoint import check_state_dict, load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "configs"
@@ -50,9 +50,18 @@ def masks(*files: str) -> list[list[str]]:
     ]
 
 
+def first(name: str) -> dict[str, str]:
+    """First weights of a config's own."""
+    return {"MODEL.WEIGHTS": f"weights/first/{name}"}
+
+
 USUAL = "coco_entity_swin_l_val2017"
 PANOPTIC, NARRATIVES, COLORMAP = "Base-panoptic", "Base-narratives", "Base-colormap"
 MOBILENET = {"MODEL.COLORMAP_ENCODER.ARCH": "mobilenetv2_100"}
+HUB_MASKS = "datasets/coco/entities/mask2former_swin_l_{}2017.json"
+PARTLY = {"MODEL.WEIGHTS_ALLOW_UNEXPECTED": ["resoblend.*"]}
+IN_FOLDER = "datasets/of_the_folder.json"
+BRANCHES = ["association.*_branch.*"]
 SWIN_L_ARCH = "swin_large_patch4_window12_384"
 SWIN_L = {
     "MODEL.COLORMAP_ENCODER.ARCH": SWIN_L_ARCH,
@@ -62,13 +71,19 @@ SWIN_L = {
 LEAVE_OUT = {"INPUT.GELLA.LEAVE_OUT_MISSING": True}
 # Row of a table: (parent, what it changes besides OUTPUT_DIR).
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "table05a_clip_224": (PANOPTIC, {"MODEL.IMAGE_ENCODER.IMAGE_SIZE": 224}),
+    "table05a_clip_224": (
+        PANOPTIC,
+        {"MODEL.IMAGE_ENCODER.IMAGE_SIZE": 224, **first("table05a_clip_224")},
+    ),
     "table05a_clip_336": (PANOPTIC, {}),
     "table05b_color_location": (PANOPTIC, {"INPUT.GELLA.COLORS": "location"}),
     "table05b_color_random": (PANOPTIC, {}),
-    "table06a_mobilenetv2": (COLORMAP, MOBILENET),
+    "table06a_mobilenetv2": (
+        COLORMAP,
+        {**MOBILENET, **first("table06a_mobilenetv2")},
+    ),
     "table06a_swin_t": (COLORMAP, {}),
-    "table06a_swin_l": (COLORMAP, SWIN_L),
+    "table06a_swin_l": (COLORMAP, {**SWIN_L, **first("table06a_swin_l")}),
     "table06b_train_coco": (
         "table06a_mobilenetv2",
         {SOURCES: masks("coco_entity_swin_l_train2017"), **LEAVE_OUT},
@@ -78,11 +93,11 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         {SOURCES: masks("entityseg_swin_l_train2017"), **LEAVE_OUT},
     ),
     "table06b_train_ground_truth": ("table06a_mobilenetv2", {}),
-    "table07_no_self_attention": (PANOPTIC, {BLEND + "SELF_ATTENTION": False}),
-    "table07_no_cross_attention": (PANOPTIC, {BLEND + "CROSS_ATTENTION": False}),
-    "table07_no_feed_forward": (PANOPTIC, {BLEND + "FEED_FORWARD": False}),
+    "table07_no_self_attention": (PANOPTIC, {BLEND + "SELF_ATTENTION": False, **PARTLY}),
+    "table07_no_cross_attention": (PANOPTIC, {BLEND + "CROSS_ATTENTION": False, **PARTLY}),
+    "table07_no_feed_forward": (PANOPTIC, {BLEND + "FEED_FORWARD": False, **PARTLY}),
     "table07_no_residual": (PANOPTIC, {BLEND + "RESIDUAL": False}),
-    "table07_no_convolution": (PANOPTIC, {BLEND + "CONVOLUTION": False}),
+    "table07_no_convolution": (PANOPTIC, {BLEND + "CONVOLUTION": False, **PARTLY}),
     "table07_all": (PANOPTIC, {}),
     "table08a_train_coco": (
         PANOPTIC,
@@ -100,7 +115,14 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "table09_ratios_0_2_8": (NARRATIVES, {"DATALOADER.TASK_RATIOS": [0.0, 0.2, 0.8]}),
     "table09_ratios_1_1_8": (NARRATIVES, {"DATALOADER.TASK_RATIOS": [0.1, 0.1, 0.8]}),
     "table09_ratios_2_2_6": (NARRATIVES, {}),
-    "table10_fc_relu_fc": (NARRATIVES, {"MODEL.ASSOCIATION.STRUCTURE": "fc_relu_fc"}),
+    "table10_fc_relu_fc": (
+        NARRATIVES,
+        {
+            "MODEL.ASSOCIATION.STRUCTURE": "fc_relu_fc",
+            "MODEL.WEIGHTS_ALLOW_MISSING": BRANCHES,
+            "MODEL.WEIGHTS_ALLOW_UNEXPECTED": BRANCHES,
+        },
+    ),
     "table10_fc": (NARRATIVES, {}),
     "table11a_mask2former_swin_l": (NARRATIVES, {}),
     "table11b_coco_entity": (NARRATIVES, {}),
@@ -111,10 +133,11 @@ MASK_KINDS = {
     "coco_entity_solov2": "table11a_solov2_swin_t",
     "coco_entity_swin_t": "table11a_mask2former_swin_t",
     "coco_instance_swin_l": "table11b_coco_instance",
-    "coco_panoptic_swin_l": "table11b_coco_panoptic",
     "entityseg_swin_l": "table11b_entityseg",
 }
 ROWS |= {n: (NARRATIVES, {SOURCES: masks(f"{k}_val2017")}) for k, n in MASK_KINDS.items()}
+HUB = {SOURCES: [[VAL, "auto", HUB_MASKS.format("val")]]}
+ROWS["table11b_coco_panoptic"] = NARRATIVES, HUB
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -244,6 +267,96 @@ def test_the_paper_s_schedule(name):
 
 def test_the_paper_s_ratios():
     assert load_config(BY_NAME["gella_swin_t"]).DATALOADER.TASK_RATIOS == [0.2, 0.2, 0.6]
+
+
+def test_paths_are_sought_here_beside_the_config_and_in_the_checkout(tmp_path, monkeypatch):
+    here, beside, data = (tmp_path / name for name in ("here", "beside", "data"))
+    for folder, names in {
+        here: ("both", "module.py"),
+        beside: ("both", "weights.pth", "masks.json", IN_FOLDER),
+        data: ("tokenizer", "masks.json"),
+    }.items():
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(data))
+    stated = [["a", "auto", "masks.json"], ["b", "auto", "datasets/masks.json"], ["c", "d", ""]]
+    (beside / "config.yaml").write_text(f"INPUT: {{GELLA: {{ENTITY_SOURCES: {stated}}}}}")
+    given = {
+        "MODEL.WEIGHTS": ("weights.pth", f"{beside}/weights.pth"),
+        "MODEL.LANGUAGE.TOKENIZER": ("datasets/tokenizer", f"{data}/tokenizer"),
+        "MODEL.LANGUAGE.CONFIG": (IN_FOLDER, f"{beside}/{IN_FOLDER}"),
+        "TEST.CALIBRATION": ("both", "both"),
+        "TEST.CATEGORIES_FROM": ("gella_coco_panoptic_val2017",) * 2,  # a name, and nowhere
+        "SOLVER.ZERO.CONFIG": ("configs/zero/stage2.json", f"{ROOT}/configs/zero/stage2.json"),
+        "DATASETS.MODULES": ("('module.py', 'json.tool')", ["module.py", "json.tool"]),
+    }
+    opts = [part for key, (value, _) in given.items() for part in (key, value)]
+    cfg = load_config(beside / "config.yaml", opts)
+    assert {key: value_of(cfg, key) for key in given} == {k: v[1] for k, v in given.items()}
+    found = [path for *_, path in cfg.INPUT.GELLA.ENTITY_SOURCES]
+    assert found == [f"{beside}/masks.json", f"{data}/masks.json", ""]
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    assert datasets.root_from_environment() == f"{ROOT}/datasets"
+    (here / "datasets").mkdir()
+    assert datasets.root_from_environment() == "datasets"
+
+
+def test_nothing_trains_from_random_weights_unless_the_config_says_so(shapes, tmp_path):
+    cfg = tiny(shapes, OUTPUT_DIR=str(tmp_path), MODEL__FROM_SCRATCH=False)
+    cfg.DATASETS.TRAIN = (PREFIX + "gella_coco_png_train2017",)
+    cfg.DATALOADER.TASK_RATIOS = [0.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty.*MODEL.FROM_SCRATCH True"):
+        GellaTrainer(cfg).resume_or_load(resume=False)
+    cfg.MODEL.FROM_SCRATCH = True
+    GellaTrainer(cfg).resume_or_load(resume=False)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_of_the_paper_s_size_is_a_recipe(path):
+    """What the line as typed needs: weights, tokenizer, ZeRO 2 in bf16, masks at test."""
+    cfg = load_config(path)
+    if path.stem in ("Base-GELLA", "gella_tiny_shapes"):
+        assert cfg.MODEL.FROM_SCRATCH == (path.stem == "gella_tiny_shapes")
+        return
+    assert not cfg.MODEL.FROM_SCRATCH and cfg.SOLVER.AMP.ENABLED
+    size = "13b" if "13b" in path.stem else "7b"
+    assert cfg.MODEL.LANGUAGE.TOKENIZER == f"weights/tokenizers/llava-v1.5-{size}"
+    alone = path.stem.startswith(("table06", COLORMAP))
+    assert cfg.SOLVER.ZERO.CONFIG == ("" if alone else "configs/zero/stage2.json")
+    assert cfg.MODEL.LANGUAGE.GRADIENT_CHECKPOINTING != alone
+    owner = BY_NAME[cfg.MODEL.WEIGHTS.removeprefix("weights/first/")]
+    assert load_config(owner).MODEL.WEIGHTS == cfg.MODEL.WEIGHTS
+
+
+@pytest.mark.parametrize("name", ["table05a_clip_336", "gella_swin_t_entity_queries", *ROWS])
+def test_first_weights_of_another_config_fit(name, metas):
+    """Less what a row allows to be missing or left over; where a row has its own, nothing does."""
+    cfg = load_config(BY_NAME[name])
+    state = metas(Path(cfg.MODEL.WEIGHTS).name).state_dict()
+    allow = cfg.MODEL.WEIGHTS_ALLOW_MISSING, cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED
+    options = dict(zip(("allow_missing", "allow_unexpected"), allow))
+    check_state_dict(state, metas(name), source=cfg.MODEL.WEIGHTS, **options)
+    if any("resoblend" in key or "association" in key for key in allow[1]):
+        with pytest.raises(ValueError, match="do not fit"):
+            check_state_dict(state, metas(name), source="strictly")
+
+
+@pytest.fixture(scope="module")
+def metas() -> Any:
+    """Models by the name of their config, without memory; equal ones are built once."""
+    made: dict[str, torch.nn.Module] = {}
+
+    def make(name: str) -> torch.nn.Module:
+        node = load_config(BY_NAME[name]).MODEL
+        for key in ("WEIGHTS", "WEIGHTS_ALLOW_MISSING", "WEIGHTS_ALLOW_UNEXPECTED"):
+            del node[key]
+        if node.dump() not in made:
+            made[node.dump()] = on_meta(BY_NAME[name])
+        return made[node.dump()]
+
+    return make
 
 
 def models() -> dict[str, Path]:
@@ -412,7 +525,7 @@ def first_batch(cfg: Any) -> list[dict[str, Any]]:
 def distinct_rows() -> list[str]:
     """Rows that differ at this scale: not by the file of their masks at test alone."""
     names = [path.stem for path in ABLATIONS]
-    files = [{SOURCES: masks(f"{kind}_val2017")} for kind in MASK_KINDS]
+    files = [HUB, *({SOURCES: masks(f"{kind}_val2017")} for kind in MASK_KINDS)]
     return [n for n in names if n not in ROWS or ROWS[n][1] and ROWS[n][1] not in files]
 
 

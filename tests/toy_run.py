@@ -173,7 +173,7 @@ def toy_config(folder, iterations=8):
     cfg = get_cfg()
     add_gella_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = "ToyRunModel"
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE, cfg.MODEL.FROM_SCRATCH = "cpu", True
     cfg.SEED = 7
     cfg.DATASETS.TEST = ()
     cfg.SOLVER.IMS_PER_BATCH = 4

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import get_cfg
+
+# Keys whose values are paths of files or folders, besides DATASETS.MODULES and the third part of
+# each entry of INPUT.GELLA.ENTITY_SOURCES. Those that are to be written are not sought.
+PATHS = (
+    "MODEL.WEIGHTS",
+    "MODEL.LANGUAGE.TOKENIZER",
+    "MODEL.LANGUAGE.CONFIG",
+    "SOLVER.ZERO.CONFIG",
+    "TEST.CALIBRATION",
+    "TEST.CATEGORIES_FROM",
+)
 
 
 def add_gella_config(cfg: Any) -> None:
@@ -205,6 +217,9 @@ def _add_inference(cfg: Any, node: type) -> None:
     # Panoptic: entities whose best category scores lower are left void.
     gella.PANOPTIC_THRESHOLD = 0.0
     _add_test(cfg.TEST)
+    # Train without MODEL.WEIGHTS, from random ones: right for the synthetic shapes. A model of the
+    # paper's size that starts so learns nothing, and CLIP would stay random for ever.
+    cfg.MODEL.FROM_SCRATCH = False
     # Checkpoint keys (shell patterns) that may be absent from the file or be left over in it.
     cfg.MODEL.WEIGHTS_ALLOW_MISSING = []
     cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED = []
@@ -253,8 +268,8 @@ def _add_data(cfg: Any, node: type) -> None:
     # evaluation scores them as not found.
     gella.OVERLONG_CAPTION = "error"
 
-    # Python files (paths from the current folder) and importable modules that are imported before
-    # anything is looked up, to register datasets or parts of a model. Their code is run.
+    # Python files and importable modules that are imported before anything is looked up, to
+    # register datasets or parts of a model. Their code is run.
     cfg.DATASETS.MODULES = ()
     # Leave the val and test images of RefCOCO, RefCOCO+ and RefCOCOg (all splits whose refs are on
     # disk) out of the training datasets over COCO train2017, in which they all lie.
@@ -320,9 +335,10 @@ def _add_watching(cfg: Any, node: type) -> None:
 def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> Any:
     """Read a GELLA config file and apply ``KEY VALUE`` overrides; the result can still be changed.
 
-    ``MODEL.WEIGHTS`` and ``MODEL.LANGUAGE.TOKENIZER`` of the file are sought beside it first, so
-    that a folder of weights works from anywhere. All other paths, and those in overrides, start
-    at the working directory.
+    A relative path (`PATHS`, ``DATASETS.MODULES``, ``INPUT.GELLA.ENTITY_SOURCES``) of the file or
+    of an override is sought from the working directory, then beside the file, then in the checkout
+    of this project; before all, what begins with ``datasets/`` is sought in
+    ``$DETECTRON2_DATASETS``. A path that is nowhere stays as it is.
 
     Raises:
         FileNotFoundError: there is no such file, or a ``_BASE_`` of it is missing.
@@ -340,18 +356,34 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> Any:
         raise
     except Exception as error:
         raise ValueError(f"config {config_file}: {_one_line(error)}") from error
-    _find_beside(cfg, Path(config_file).parent)
     try:
         cfg.merge_from_list(list(opts))
     except Exception as error:
         raise ValueError(f"config override: {_one_line(error)}") from error
+    _find_paths(cfg, Path(config_file).parent)
     return cfg
 
 
-def _find_beside(cfg: Any, folder: Path) -> None:
-    for node, key in ((cfg.MODEL, "WEIGHTS"), (cfg.MODEL.LANGUAGE, "TOKENIZER")):
-        if node[key] and (folder / node[key]).exists():
-            node[key] = str(folder / node[key])
+def _find_paths(cfg: Any, beside: Path) -> None:
+    checkout = Path(__file__).resolve().parents[2]  # of an installed wheel: nothing of this project
+
+    def find(path: str) -> str:
+        root, rest = os.getenv("DETECTRON2_DATASETS"), path.removeprefix("datasets/")
+        inside = [os.path.join(root, rest)] if root and rest != path else []
+        places = (*inside, path, os.path.join(beside, path), os.path.join(checkout, path))
+        return next((place for place in places if path and os.path.exists(place)), path)
+
+    for key in PATHS:
+        node, *names = cfg, *key.split(".")
+        for name in names[:-1]:
+            node = node[name]
+        node[names[-1]] = find(node[names[-1]])
+    # "package.module" is no path
+    modules = (str(name) for name in cfg.DATASETS.MODULES)
+    cfg.DATASETS.MODULES = tuple(find(m) if m.endswith(".py") or "/" in m else m for m in modules)
+    sources = cfg.INPUT.GELLA.ENTITY_SOURCES
+    if all(isinstance(e, (list, tuple)) and len(e) == 3 for e in sources):  # else refused when read
+        cfg.INPUT.GELLA.ENTITY_SOURCES = [[*e[:2], find(str(e[2]))] for e in sources]
 
 
 def _one_line(error: BaseException) -> str:

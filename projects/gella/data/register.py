@@ -256,8 +256,10 @@ def register_entityseg(
 
 
 def root_from_environment() -> str:
-    """Return ``$DETECTRON2_DATASETS`` or its default, ``datasets``."""
-    return os.getenv("DETECTRON2_DATASETS", "datasets")
+    """``$DETECTRON2_DATASETS``, else ``datasets`` here, or in the checkout where there is none."""
+    checkout = Path(__file__).resolve().parents[3] / "datasets"
+    default = str(checkout) if checkout.is_dir() and not Path("datasets").is_dir() else "datasets"
+    return os.getenv("DETECTRON2_DATASETS", default)
 
 
 def read_dataset(name: str, problems: Problems) -> RecordStore:

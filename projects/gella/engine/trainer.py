@@ -205,7 +205,8 @@ class GellaTrainer(DefaultTrainer):
         """Continue from the newest complete checkpoint of ``OUTPUT_DIR``, or load MODEL.WEIGHTS.
 
         Raises:
-            ValueError: there are checkpoints and none is complete, or the files do not fit.
+            ValueError: there are checkpoints and none is complete, or the files do not fit, or
+                there is nothing to load and ``MODEL.FROM_SCRATCH`` is off.
         """
         newest = self.checkpoints.store.newest() if resume else None
         if newest:
@@ -213,6 +214,11 @@ class GellaTrainer(DefaultTrainer):
             self.start_iter = self.iter + 1  # the stored iteration was completed
         elif self.cfg.MODEL.WEIGHTS:
             load_weights(self.model, self.cfg.MODEL.WEIGHTS, self.cfg)
+        elif not self.cfg.MODEL.FROM_SCRATCH:
+            raise ValueError(
+                "MODEL.WEIGHTS is empty: name the weights to start from, or set MODEL.FROM_SCRATCH"
+                " True to train a model of random ones"
+            )
 
     def train(self) -> dict[str, dict[str, float]] | None:
         """Train from ``start_iter`` to the end.
