@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from gella.modeling.criterion import GellaCriterion, LossCounts
+from gella.modeling.criterion import GellaCriterion
 from gella.modeling.mask_decoder import MaskDecoderOutput
 
 Around = Callable[[str], AbstractContextManager[None]]  # what a part of the model runs inside
@@ -402,7 +402,6 @@ def criterion_bytes(
         criterion(
             output,
             target_masks=[masks] * valid[0],
-            counts=LossCounts(1.0, 1.0, 1.0, 1.0),  # whatever they are, as much is saved
             association_logits=scores,
             association_targets=[torch.zeros(len(score), entities) for score in scores],
         )

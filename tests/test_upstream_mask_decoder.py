@@ -15,7 +15,7 @@ from mask2former_upstream import upstream
 from torch import nn
 
 from gella.config import add_gella_config
-from gella.modeling.criterion import GellaCriterion, LossCounts
+from gella.modeling.criterion import GellaCriterion
 from gella.modeling.mask_decoder import Mask2FormerHead
 from gella.modeling.upstream_mask_decoder import (
     UpstreamMaskDecoder,
@@ -110,7 +110,6 @@ def test_upstreams_head_trains_on_our_losses(heads):
     losses = criterion(
         out,
         target_masks=[masks, masks[:1]],
-        counts=LossCounts(1.0, 4.0, 4.0, 22.0),
         association_logits=[out.query_embeddings[i, :, 0][None] for i in range(2)],
         association_targets=[torch.eye(3)[:1], torch.ones(1, 1)],
         association_valid=[torch.ones(1, dtype=torch.bool)] * 2,

@@ -14,8 +14,6 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from gella.modeling.criterion import LossCounts
-
 __all__ = ["StepTrainer"]
 
 
@@ -24,8 +22,7 @@ class StepTrainer(SimpleTrainer):
 
     An iteration is one optimiser step. This rank's share of its batch is cut into ``accumulate``
     contiguous parts of equal size, which go through the model one by one; their mean gradient is
-    that of the whole share (each loss divides by the count of the whole step, which a model tells
-    by ``loss_counts(batch)``; a model without this method has its losses averaged over the parts).
+    that of the whole share, since the model's losses are means over images.
 
     Before each part goes through the model the random generators are seeded by (``seed``,
     iteration, place of the part in the whole batch). So a resumed run draws the numbers of an
@@ -79,13 +76,12 @@ class StepTrainer(SimpleTrainer):
         self.batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         parts = self._parts(self.batch)
-        counts = self._counts(parts)
         self.optimizer.zero_grad()
         self.drop_step = False
         means: dict[str, Tensor] = {}
         for self.micro_step, part in enumerate(parts):
             self._seed_generators()
-            losses = self._forward_backward(part, counts)
+            losses = self._forward_backward(part)
             if losses is None:
                 self._drop()
                 return
@@ -124,22 +120,7 @@ class StepTrainer(SimpleTrainer):
             np.random.seed(int(draws[1]))
             random.seed(int(draws[2]))
 
-    def _counts(self, parts: list[Sequence[Any]]) -> LossCounts | None:
-        """Mean counts over all parts of all ranks; None for a model that counts nothing."""
-        inner: Any = getattr(self.model, "module", self.model)
-        if not hasattr(inner, "loss_counts"):
-            return None
-        device = next(inner.parameters()).device
-        sums = [sum(column) for column in zip(*(inner.loss_counts(part) for part in parts))]
-        total = torch.tensor(sums, device=device) / len(parts)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-            total /= torch.distributed.get_world_size()
-        return LossCounts(*total.tolist())
-
-    def _forward_backward(
-        self, part: Sequence[Any], counts: LossCounts | None
-    ) -> Mapping[str, Tensor] | None:
+    def _forward_backward(self, part: Sequence[Any]) -> Mapping[str, Tensor] | None:
         """Losses of one part, whose gradients were added; None if the guard says no."""
         last = self.micro_step == self.accumulate - 1
         device = next(self.model.parameters()).device.type
@@ -151,7 +132,7 @@ class StepTrainer(SimpleTrainer):
         with sync:
             autocast = torch.autocast(device, self.precision, enabled=self.precision is not None)
             with autocast:
-                losses = self.model(part) if counts is None else self.model(part, counts)
+                losses = self.model(part)
             if isinstance(losses, Tensor):
                 losses = {"total_loss": losses}
             if self.guard is not None and not self.guard.losses_ok(losses, part):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from detectron2.config import configurable
@@ -11,53 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Match = tuple[Tensor, Tensor]  # query indices and entity indices, int64, the same length
-
-
-class LossCounts(NamedTuple):
-    """What the losses of a step divide by: one number each for all its parts, on every rank.
-
-    The training step averages losses over ranks and over the micro batches of gradient
-    accumulation. The result is the loss of the joined batch only if every part divides by the same
-    number: the count of :func:`count_terms` averaged over all parts.
-
-    Attributes:
-        answer: supervised tokens.
-        masks: entities with a pixel.
-        queries: queries by their weight in the entity loss.
-        pairs: of a noun with known entities and a query.
-    """
-
-    answer: float
-    masks: float
-    queries: float
-    pairs: float
-
-
-def count_terms(
-    batched_inputs: Sequence[dict[str, Any]], num_queries: int | None, no_object_weight: float
-) -> LossCounts:
-    """Count what the losses of a batch divide by, from the data alone, before any forward pass.
-
-    Args:
-        batched_inputs: mapped dicts of one task; describing has an answer only.
-        num_queries: of learned queries; None where every entity has its own.
-        no_object_weight: of queries without an entity in the entity loss.
-    """
-    tokens = masks = pairs = 0
-    weight = 0.0
-    for inputs in batched_inputs:
-        tokens += int((inputs["labels"][1:] != -100).sum())  # the first predicts the second label
-        if inputs["task"] == "describe":
-            continue
-        entities = inputs["entities"]
-        queries = entities.num_entities if num_queries is None else num_queries
-        visible = int((entities.areas() > 0).sum())
-        matched = min(visible, queries)
-        masks += visible
-        weight += matched + no_object_weight * (queries - matched)
-        phrases = inputs["phrases"] if len(inputs["seg_positions"]) else []
-        pairs += queries * sum(p["entity_indices"] is not None for p in phrases)
-    return LossCounts(float(tokens), float(masks), weight, float(pairs))
 
 
 class GellaCriterion(nn.Module):
@@ -68,8 +21,10 @@ class GellaCriterion(nn.Module):
     every layer before it (``_0``, ``_1``, ...). ``learned`` queries meet entities by Hungarian
     matching, layer by layer; ``entity`` queries by their number.
 
-    All means are over the step as a whole, by the :class:`LossCounts` that the caller gives: an
-    image with many entities weighs more, as in Mask2Former.
+    Each loss is the mean over images of the mean over an image's own entities, queries or pairs: a
+    narrative of 5 nouns weighs as much as a list of 133 categories. An image that a loss finds
+    nothing in counts with 0, so that the loss of a batch is the mean over its parts of equal size,
+    on one process or many.
     """
 
     @configurable
@@ -129,7 +84,6 @@ class GellaCriterion(nn.Module):
         self,
         decoder_output: Any,
         target_masks: list[Tensor],
-        counts: LossCounts,
         association_logits: list[Tensor] | None = None,
         association_targets: Sequence[Tensor] = (),
         association_valid: Sequence[Tensor] | None = None,
@@ -139,7 +93,6 @@ class GellaCriterion(nn.Module):
         Args:
             decoder_output: a ``MaskDecoderOutput``.
             target_masks: per image bool (E_i, H, W) in the colormap's frame, the input entities.
-            counts: what to divide by.
             association_logits: per image (P_i, Q); None leaves ``loss_association`` out.
             association_targets: per image (P_i, E_i) in 0..1, 1 where noun p names entity e.
             association_valid: per image bool (P_i,), False where a noun's entities are unknown;
@@ -152,12 +105,10 @@ class GellaCriterion(nn.Module):
             ValueError: numbers of images, nouns or entities that disagree.
             KeyError: a loss without a weight.
         """
-        # 1 where nothing is counted; not clamped, for one mask on one of two ranks is a half.
-        divisors = LossCounts(*(count or 1.0 for count in counts))
         with torch.autocast(decoder_output.query_valid.device.type, enabled=False):
             targets = [mask.bool() for mask in target_masks]
             matches = self.match(decoder_output, targets)
-            losses = self._segmentation(decoder_output, targets, matches, divisors)
+            losses = self._segmentation(decoder_output, targets, matches)
             if association_logits is not None:
                 losses["loss_association"] = self._association(
                     decoder_output.query_valid,
@@ -165,7 +116,6 @@ class GellaCriterion(nn.Module):
                     association_logits,
                     association_targets,
                     association_valid,
-                    divisors.pairs,
                 )
         return self.weigh(losses)
 
@@ -230,7 +180,7 @@ class GellaCriterion(nn.Module):
         return query.to(entities.device), entities[entity.to(entities.device)]
 
     def _segmentation(
-        self, output: Any, targets: list[Tensor], matches: list[Match], divisors: LossCounts
+        self, output: Any, targets: list[Tensor], matches: list[Match]
     ) -> dict[str, Tensor]:
         last = len(output.mask_logits) - 1
         # What has no pixel cannot be reconstructed: no mask loss, and it counts as no object.
@@ -245,12 +195,12 @@ class GellaCriterion(nn.Module):
             if wanted is None or self.queries == "learned":
                 wanted = torch.cat([t[e] for t, (_, e) in zip(targets, pairs)]).float()  # M H W
             suffix = "" if layer == last else f"_{layer}"
-            terms = self._layer(output, layer, wanted, pairs, divisors)
+            terms = self._layer(output, layer, wanted, pairs)
             losses.update({name + suffix: loss for name, loss in terms.items()})
         return losses
 
     def _layer(
-        self, output: Any, layer: int, wanted: Tensor, pairs: list[Match], divisors: LossCounts
+        self, output: Any, layer: int, wanted: Tensor, pairs: list[Match]
     ) -> dict[str, Tensor]:
         mask_logits, entity_logits = output.mask_logits[layer], output.entity_logits[layer]
         valid = output.query_valid
@@ -258,25 +208,26 @@ class GellaCriterion(nn.Module):
         query = torch.cat([q for q, _ in pairs])
         if len(query):
             chosen = mask_logits[image, query].float()  # M h w
-            terms = self._mask_terms(chosen, wanted, divisors.masks)
+            counts = torch.tensor([len(q) for q, _ in pairs], device=image.device)
+            terms = self._mask_terms(chosen, wanted, 1.0 / (len(pairs) * counts[image]))
         else:
             terms = {"loss_mask": mask_logits.sum() * 0.0, "loss_dice": mask_logits.sum() * 0.0}
-        # Mask2FormerLoss.loss_labels with another divisor than this rank's own sum of weights.
-        wanted_class = torch.ones_like(valid, dtype=torch.int64)  # 0 entity, 1 no object
+        # Mask2FormerLoss.loss_labels, image by image.
+        wanted_class = torch.where(valid, 1, -100)  # 0 entity, 1 no object, ignored padding
         wanted_class[image, query] = 0
-        total = F.cross_entropy(
-            entity_logits[valid].float(),
-            wanted_class[valid],
-            weight=self.terms.empty_weight,
-            reduction="sum",
-        )
-        return {**terms, "loss_entity": total / divisors.queries}
+        weight = self.terms.empty_weight
+        losses = F.cross_entropy(
+            entity_logits.float().transpose(1, 2), wanted_class, weight=weight, reduction="none"
+        )  # B Q
+        weights = (weight[wanted_class.clamp(min=0)] * valid).sum(1)
+        return {**terms, "loss_entity": (losses.sum(1) / weights.clamp(min=1e-6)).mean()}
 
-    def _mask_terms(self, chosen: Tensor, wanted: Tensor, num_masks: float) -> dict[str, Tensor]:
+    def _mask_terms(self, chosen: Tensor, wanted: Tensor, shares: Tensor) -> dict[str, Tensor]:
         """``Mask2FormerLoss.loss_masks`` on pairs that are already side by side.
 
         That method pads, copies and indexes all full-size targets once per layer, a fifth of the
-        time of a small model's step. Logits are (M, h, w), targets (M, H, W), both float32.
+        time of a small model's step, and weighs all masks alike. Logits are (M, h, w), targets
+        (M, H, W), the masks' shares of the loss (M,), all float32.
         """
         from transformers.models.mask2former import modeling_mask2former as mask2former
 
@@ -292,10 +243,11 @@ class GellaCriterion(nn.Module):
             )  # M K 2, x and y in 0..1: the two sizes need not agree
             labels = mask2former.sample_point(targets, points, align_corners=False).squeeze(1)
         scores = mask2former.sample_point(logits, points, align_corners=False).squeeze(1)  # M K
-        return {
-            "loss_mask": mask2former.sigmoid_cross_entropy_loss(scores, labels, num_masks),
-            "loss_dice": mask2former.dice_loss(scores, labels, num_masks),
-        }
+        bce = F.binary_cross_entropy_with_logits(scores, labels, reduction="none").mean(1)
+        drawn = scores.sigmoid()
+        sizes = drawn.sum(1) + labels.sum(1)
+        dice = 1 - (2 * (drawn * labels).sum(1) + 1) / (sizes + 1)
+        return {"loss_mask": (bce * shares).sum(), "loss_dice": (dice * shares).sum()}
 
     def _association(
         self,
@@ -304,9 +256,8 @@ class GellaCriterion(nn.Module):
         logits: list[Tensor],
         targets: Sequence[Tensor],
         known: Sequence[Tensor] | None,
-        divisor: float,
     ) -> Tensor:
-        # Eq. 9: the mean over all pairs of a noun whose entities are known and a valid query.
+        # Eq. 9: the mean over an image's pairs of a noun of known entities and a valid query.
         if len(logits) != len(matches) or len(targets) != len(matches):
             raise ValueError(
                 f"association: {len(logits)} logits and {len(targets)} targets for "
@@ -323,7 +274,6 @@ class GellaCriterion(nn.Module):
             wanted[:, query] = target[:, entity].to(wanted)
             rows = torch.ones_like(scores[:, 0], dtype=torch.bool) if known is None else known[i]
             scores, wanted = scores[rows][:, query_valid[i]], wanted[rows][:, query_valid[i]]
-            total = total + F.binary_cross_entropy_with_logits(
-                scores.float(), wanted, reduction="sum"
-            )
-        return total / divisor
+            if scores.numel():
+                total = total + F.binary_cross_entropy_with_logits(scores.float(), wanted)
+        return total / len(logits)

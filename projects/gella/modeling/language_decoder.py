@@ -43,8 +43,8 @@ class LanguageOutput:
     """What one parallel pass over prompts and answers gives.
 
     Attributes:
-        loss_answer: scalar, mean cross-entropy over the batch's supervised tokens (eq. 5); 0 when
-            none is supervised.
+        loss_answer: scalar, mean over samples of the mean cross-entropy over a sample's supervised
+            tokens (eq. 5); a sample without any counts with 0.
         seg_embeddings: per sample (P_i, D): the final-norm hidden state at each <SEG> (E_vl), of
             the image grid's dtype.
     """
@@ -157,7 +157,6 @@ class LanguageDecoder(nn.Module):
         labels: list[Tensor],
         seg_positions: list[Tensor],
         prefixes: Sequence[Prefix] | None = None,
-        answer_count: float | None = None,
     ) -> LanguageOutput:
         """Run prompts and answers in one parallel pass.
 
@@ -168,7 +167,6 @@ class LanguageDecoder(nn.Module):
             seg_positions: per sample (P_i,) int64, where <SEG> stands in `input_ids`.
             prefixes: per sample what :meth:`remember` gave for its image: only the rest of the
                 prompts is computed, and the image grid is not looked at.
-            answer_count: supervised tokens that the loss divides by; None: those of this batch.
 
         Raises:
             ValueError: a sample is longer than ``MODEL.LANGUAGE.MAX_POSITIONS`` or holds another
@@ -192,18 +190,17 @@ class LanguageDecoder(nn.Module):
         padded = nn.utils.rnn.pad_sequence(
             [label[read:] for label in labels], batch_first=True, padding_value=IGNORE_INDEX
         )
-        return LanguageOutput(self._answer_loss(hidden, padded, answer_count), seg_embeddings)
+        return LanguageOutput(self._answer_loss(hidden, padded), seg_embeddings)
 
-    def _answer_loss(self, hidden: Tensor, labels: Tensor, count: float | None) -> Tensor:
+    def _answer_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         # Logits only where a token is supervised: at 32,000 words the full (B, L, V) tensor of a
         # long caption would cost more memory than a decoder layer.
         targets = labels[:, 1:]
         supervised = targets != IGNORE_INDEX
         logits = self.llama.get_output_embeddings()(hidden[:, :-1][supervised])
-        total = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-        if count is None:
-            return total / supervised.sum().clamp(min=1)
-        return total / (count or 1.0)
+        losses = F.cross_entropy(logits.float(), targets[supervised], reduction="none")
+        shares = supervised / supervised.sum(1, keepdim=True).clamp(min=1)  # B L-1
+        return (losses * shares[supervised]).sum() / len(labels)
 
     @torch.no_grad()
     def remember(self, image_grid: Tensor, ids: Tensor) -> list[Prefix] | None:

@@ -81,7 +81,6 @@ class Mask2FormerHead(nn.Module):
         _check_sizes(input_shape, queries, hidden_dim, num_heads)
         self.queries, self.num_heads, self.shape_size = queries, num_heads, shape_size
         self.num_outputs = decoder_layers + 1  # the queries before the first layer predict too
-        self.num_queries = num_queries if queries == "learned" else None
         self.in_features = list(input_shape)
         self._self_attention_bias: Tensor | None = None
         self.pixel_decoder, self.transformer = _build_decoders(

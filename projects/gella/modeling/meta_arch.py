@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gella.modeling import inference
 from gella.modeling.association import Association
-from gella.modeling.criterion import GellaCriterion, LossCounts, count_terms
+from gella.modeling.criterion import GellaCriterion
 from gella.modeling.generation import Prefix
 from gella.modeling.language_decoder import LanguageDecoder, LanguageOutput
 from gella.modeling.mask_decoder import MaskDecoderOutput
@@ -138,23 +138,19 @@ class GELLA(nn.Module):
         texts = [" " + parts[0] for parts in answers] + [prompts.SEG_TOKEN + answers[1][1]]
         return [self.tokenizer(t.rstrip(), add_special_tokens=False)["input_ids"] for t in texts]
 
-    def forward(
-        self, batched_inputs: list[dict[str, Any]], counts: LossCounts | None = None
-    ) -> Any:
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Train on, or ground, a batch of mapped dicts (``data/mapper.py``).
 
         Args:
             batched_inputs: in training all of one task.
-            counts: in training, what the losses of the whole step divide by; None: this batch is
-                the whole step.
 
         Returns:
-            in training a dict of weighted scalar losses with fixed names; else a dict per image:
+            in training a dict of weighted scalar losses with fixed names, means over the images of
+            what each has alone; else a dict per image:
             ``grounding``, ``instances``, ``panoptic_seg`` (panoptic), ``text`` (describe, extract).
         """
         if not self.training:
             return inference.answer_batch(self, batched_inputs)
-        counts = self.loss_counts(batched_inputs) if counts is None else counts
         if batched_inputs[0]["task"] == "describe":
             # Describing trains the language part only (section 3.4). The other losses are 0 and
             # depend on every parameter outside it, so that all steps have the same losses and all
@@ -167,15 +163,14 @@ class GELLA(nn.Module):
             )
             losses = {n: idle for n in self.criterion.loss_names(self.mask_decoder.num_outputs)}
             grid = self.image_encoder(self._pixels(batched_inputs, "image"))["penultimate"]
-            language = self.read_answers(batched_inputs, grid, answer_count=counts.answer)
+            language = self.read_answers(batched_inputs, grid)
         else:
             output, grid = self.encode(batched_inputs)
-            language = self.read_answers(batched_inputs, grid, answer_count=counts.answer)
+            language = self.read_answers(batched_inputs, grid)
             targets, known = zip(*(self._association_targets(x) for x in batched_inputs))
             losses = self.criterion(
                 output,
                 target_masks=self._entity_masks(batched_inputs),
-                counts=counts,
                 association_logits=self.association(
                     language.seg_embeddings, output.query_embeddings
                 ),
@@ -184,11 +179,6 @@ class GELLA(nn.Module):
             )
         losses["loss_answer"] = language.loss_answer * self.answer_weight
         return losses
-
-    def loss_counts(self, batched_inputs: list[dict[str, Any]]) -> LossCounts:
-        """What the losses of this batch divide by; see :func:`count_terms`."""
-        no_object = float(self.criterion.terms.empty_weight[1])
-        return count_terms(batched_inputs, self.mask_decoder.num_queries, no_object)
 
     def encode(self, batched_inputs: list[dict[str, Any]]) -> tuple[MaskDecoderOutput, Tensor]:
         """Run the vision side.
@@ -224,7 +214,6 @@ class GELLA(nn.Module):
         batched_inputs: list[dict[str, Any]],
         image_grid: Tensor,
         prefixes: Sequence[Prefix] | None = None,
-        answer_count: float | None = None,
     ) -> LanguageOutput:
         """Run the language side over prompts with their answers; see ``LanguageDecoder.forward``.
 
@@ -232,13 +221,12 @@ class GELLA(nn.Module):
             batched_inputs: mapped dicts.
             image_grid: (B, C, g, g), their penultimate grids.
             prefixes: what was read of each image already.
-            answer_count: what the loss divides by.
         """
         ids, labels, positions = (
             [x[key].to(self.device) for x in batched_inputs]
             for key in ("input_ids", "labels", "seg_positions")
         )
-        return self.language_decoder(image_grid, ids, labels, positions, prefixes, answer_count)
+        return self.language_decoder(image_grid, ids, labels, positions, prefixes)
 
     def _pixels(self, batched_inputs: list[dict[str, Any]], key: str) -> Tensor:
         pixels = torch.stack([x[key] for x in batched_inputs]).to(self.device)  # B 3 H W, uint8

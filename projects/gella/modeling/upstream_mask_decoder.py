@@ -26,8 +26,8 @@ def build_mask_decoder(cfg: Any, input_shape: dict[str, ShapeSpec]) -> nn.Module
 
     ``MaskFormerHead`` is imported and wrapped; every other name is looked up as Detectron2 does.
 
-    It maps features with these shapes to :class:`MaskDecoderOutput`, and has ``queries``,
-    ``num_queries`` (None for entity queries) and ``num_outputs``.
+    It maps features with these shapes to :class:`MaskDecoderOutput`, and has ``queries`` and
+    ``num_outputs``.
     """
     if cfg.MODEL.SEM_SEG_HEAD.NAME == UPSTREAM_NAME:
         return UpstreamMaskDecoder(cfg, input_shape)
@@ -48,7 +48,6 @@ class UpstreamMaskDecoder(nn.Module):
         super().__init__()
         self.head = head
         self.num_outputs: int = head.predictor.num_layers + 1
-        self.num_queries: int = head.predictor.num_queries
 
     @classmethod
     def from_config(cls, cfg: Any, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
