@@ -19,9 +19,11 @@ REQUIREMENTS = [
     "timm>=1.0.31",  # colormap encoder: pyramids of light backbones
     "open_clip_torch>=3.3",  # image encoder: CLIP's vision tower
     "transformers>=5.20",  # language decoder (LLaMA) and Mask2Former's modules
+    "sentencepiece>=0.2.1",  # LLaVA's tokenizer is a SentencePiece model
+    "protobuf>=7",  # with which transformers reads such models
     "tokenizers>=0.23",  # the small tokenizer of the synthetic shapes
     "safetensors>=0.8",  # weight files
-    "huggingface_hub>=1.0",  # planning of weight shards; transformers brings it
+    "huggingface_hub>=1.0",  # downloads of first weights, shards
     "scipy>=1.15.3",  # Hungarian matching of learned queries; permutation test of loss curves
     # -- data, metrics, pictures
     "numpy>=2.2.6",  # masks and metrics

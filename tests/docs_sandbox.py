@@ -22,7 +22,7 @@ import torch
 from caption_server import save_tiny_llava
 from detectron2.modeling import build_model
 from tiny_segmenters import save_mask2former, save_sam, save_toy
-from tiny_weights import llava
+from tiny_weights import fill_hub, llava
 
 from gella.config import load_config
 from gella.data.register import coco_panoptic_categories
@@ -57,6 +57,7 @@ M2F, TOY = (
 )
 SURE = "pred_iou_thresh=-100 {0} stability_score_thresh=0 {0} points_per_side=4"  # a random SAM
 TINY = "configs/gella_tiny_shapes.yaml"
+FIRST = "tools/convert_weights.py --config-file configs/gella_swin_t.yaml --from-hub"
 WEIGHTS = "output/gella_swin_t/model_final.pth"
 # page, or "*" for all of them -> what stands in its commands: what is run in its place. Each stands
 # for what a test has not: GPUs (tests/test_launching.py starts several processes in every way), the
@@ -70,6 +71,10 @@ CHANGES: dict[str, dict[str, str]] = {
         "https://host/v1": "@CHAT@",
         "GELLA_API_KEY=...": "GELLA_API_KEY=none",
         "python tools/app.py": VISIT,
+        # LLaVA from a cache of the hub; the tiny Mask2Former has another format than the hub's
+        f"python {FIRST}": f"HF_HOME=hub {sys.executable} {FIRST} --output gella_first"
+        " --mask2former model_final_9fd0ae.pkl --colormap-encoder lcnet.pth"
+        " MODEL.HUB.LLAVA tiny/llava",
     },
     "Makefile": {
         "python tools/app.py": VISIT,
@@ -265,6 +270,7 @@ def _write_weights() -> None:
         Path("output", name).mkdir(parents=True)
         torch.save({"model": model.state_dict()}, f"output/{name}/model_final.pth")
     llava(words=cfg.MODEL.LANGUAGE.VOCAB_SIZE - 1).save_pretrained("llava-1.5-7b-hf")
+    fill_hub(Path("hub/hub"), {"llava": "llava-1.5-7b-hf"})
     torch.save(timm.create_model(cfg.MODEL.COLORMAP_ENCODER.ARCH).state_dict(), "lcnet.pth")
     m2f = Mask2FormerUpstream.from_config(cfg).from_gella(model.state_dict())
     arrays = {key: np.asarray(tensor) for key, tensor in m2f.items()}

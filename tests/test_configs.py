@@ -56,6 +56,7 @@ def first(name: str) -> dict[str, str]:
 
 
 USUAL = "coco_entity_swin_l_val2017"
+CLIP_224 = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
 PANOPTIC, NARRATIVES, COLORMAP = "Base-panoptic", "Base-narratives", "Base-colormap"
 MOBILENET = {"MODEL.COLORMAP_ENCODER.ARCH": "mobilenetv2_100"}
 HUB_MASKS = "datasets/coco/entities/mask2former_swin_l_{}2017.json"
@@ -73,7 +74,8 @@ LEAVE_OUT = {"INPUT.GELLA.LEAVE_OUT_MISSING": True}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "table05a_clip_224": (
         PANOPTIC,
-        {"MODEL.IMAGE_ENCODER.IMAGE_SIZE": 224, **first("table05a_clip_224")},
+        {"MODEL.IMAGE_ENCODER.IMAGE_SIZE": 224, "MODEL.HUB.CLIP": CLIP_224}
+        | first("table05a_clip_224"),
     ),
     "table05a_clip_336": (PANOPTIC, {}),
     "table05b_color_location": (PANOPTIC, {"INPUT.GELLA.COLORS": "location"}),

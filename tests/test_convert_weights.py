@@ -491,3 +491,111 @@ def test_from_zero_writes_what_was_put_together_if_it_fits(tmp_path, monkeypatch
     monkeypatch.setattr(convert_weights, "consolidate", lambda path: {key: state[key]})
     assert run("--from-zero", folder, "--output", tmp_path / "other.pth") == 2
     assert "missing" in capsys.readouterr().err and not (tmp_path / "other.pth").exists()
+
+
+# -- from the hub ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(sources, tmp_path, monkeypatch):
+    """A hub's cache with a LLaVA, a tokenizer and a colormap encoder, no network; the overrides."""
+    from huggingface_hub import constants
+
+    timm_folder = tmp_path / "lcnet"
+    timm_folder.mkdir()
+    save_file(read_weights(sources / "lcnet.pth"), timm_folder / "model.safetensors")
+    words = tmp_path / "words"
+    words.mkdir()
+    (words / "tokenizer.model").write_bytes(b"a SentencePiece model")
+    (words / "pytorch_model.bin").write_bytes(b"much larger")
+    models = {"LLAVA": sources / "llava", "COLORMAP_ENCODER": timm_folder, "TOKENIZER": words}
+    names = tiny.fill_hub(tmp_path / "cache", models)
+    names["LLAVA"] = names["LLAVA"].split("@")[0]  # what main is
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    places = {"WEIGHTS": "made/first/tiny", "LANGUAGE.TOKENIZER": "made/tokenizers/tiny"}
+    keys = {f"HUB.{kind}": name for kind, name in names.items()} | places
+    keys["WEIGHTS_ALLOW_MISSING"] = "['mask_decoder.*']"
+    return [*tiny.OPTS, *(part for key, value in keys.items() for part in (f"MODEL.{key}", value))]
+
+
+def test_one_command_makes_weights_and_tokenizer(hub, gella, capsys):
+    assert run("--from-hub", opts=hub) == 0
+    text = capsys.readouterr().out
+    made, wanted = read_weights("made/first/tiny"), read_weights(gella)
+    assert same(part(made, "colormap_encoder", "image_encoder"),
+                part(wanted, "colormap_encoder", "image_encoder"))  # fmt: skip
+    language = part(wanted, "language_decoder")
+    assert same(part(made, "language_decoder"), {k: t.bfloat16() for k, t in language.items()})
+    assert [p.name for p in Path("made/tokenizers/tiny").iterdir()] == ["tokenizer.model"]
+    card = Path("made/first/tiny/README.md").read_text()
+    assert f"- llava: tiny/LLAVA of the Hugging Face hub, {1:040x}" in card
+    assert "/model-00001-of-" in card and "bfloat16, float32" in card
+    assert f"next: python tools/train_net.py --config-file {tiny.CONFIG}\n" in text
+    # what is there stays, and what is missing is made alone
+    shutil.rmtree("made/tokenizers")
+    before = Path("made/first/tiny/README.md").stat().st_mtime_ns
+    assert run("--from-hub", opts=hub) == 0
+    assert "is there already" in capsys.readouterr().out and Path("made/tokenizers/tiny").is_dir()
+    assert Path("made/first/tiny/README.md").stat().st_mtime_ns == before
+    next(Path("made/first/tiny").glob("*.safetensors")).unlink()
+    assert run("--from-hub", opts=hub) == 2
+    assert "are missing: model" in capsys.readouterr().err
+
+
+def test_a_file_of_ones_own_is_not_downloaded(hub, sources):
+    opts = [*hub, "MODEL.HUB.COLORMAP_ENCODER", "tiny/absent"]
+    own = ("--colormap-encoder", sources / "lcnet.pth", "--output", "own.pth")
+    assert run("--from-hub", *own, "--dtype", "float16", opts=opts) == 0
+    assert {t.dtype for t in read_weights("own.pth").values() if t.is_floating_point()} == {
+        torch.float16
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["MODEL.HUB.LLAVA", ""], "sets no MODEL.HUB.LLAVA"),
+        (["MODEL.WEIGHTS", ""], "sets no MODEL.WEIGHTS"),
+        (["MODEL.HUB.LLAVA", "tiny/absent"], "tiny/absent (MODEL.HUB) was not downloaded: "),
+        ([], "0.0 GB are needed on the disk of "),
+    ],
+)
+def test_what_stops_from_hub_is_one_line(hub, capsys, monkeypatch, changes, message):
+    if not changes:
+        full = shutil.disk_usage("/")._replace(free=5)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert run("--from-hub", opts=[*hub, *changes]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ") and message in lines[-1]
+    assert not Path("made/first").exists()
+
+
+def test_what_is_fetched_is_pinned_counted_and_no_more_than_needed(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    calls = []
+
+    def snapshot_download(name, *, revision, allow_patterns, dry_run=False):
+        calls.append((name, revision, dry_run))
+        kept = list(huggingface_hub.utils.filter_repo_objects(FILES, allow_patterns=allow_patterns))
+        if not dry_run:
+            return str(tmp_path / revision)
+        sizes = {"file_size": 10**15, "is_cached": False, "local_path": ""}
+        info = huggingface_hub.DryRunFileInfo
+        fetched.extend(kept)
+        return [info(commit_hash="c0ffee", filename=f, will_download=large, **sizes) for f in kept]
+
+    FILES = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+    FILES += ["config.json", "tokenizer.json", "tokenizer.model", "README.md"]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    fetched, large = [], False
+    names = {"llava": "a/b@abc", "tokenizer": "a/c"}
+    folders = convert_weights.download(names, tmp_path / "new" / "out", 1)
+    assert fetched == [*FILES[:2], "config.json", "tokenizer.json", "tokenizer.model"]
+    assert calls[2:] == [("a/b", "c0ffee", False), ("a/c", "c0ffee", False)]
+    assert folders == {"llava": tmp_path / "c0ffee", "tokenizer": tmp_path / "c0ffee"}
+    large = True
+    with pytest.raises(OSError, match=r"5000000\.0 GB are needed on the disk of .*, \d+\.\d GB"):
+        convert_weights.download(names, tmp_path / "new" / "out", 1)

@@ -312,6 +312,56 @@ def test_loading_adds_seg_and_a_pad_token_and_refuses_what_cannot_end(tokenizer_
             load_tokenizer(path)
 
 
+def sentencepiece_model(folder: Path, size: int = 32_000) -> None:
+    """Write `tokenizer.model` as LLaMA's was trained: byte fallback, line ends and spaces kept."""
+    from sentencepiece import SentencePieceTrainer
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    folder.mkdir()
+    sentences = ("the dog stands beside a red chair", "a cat and the dog see a tree", "USER: the")
+    (folder / "corpus").write_text("\n".join(sentences * 40))
+    SentencePieceTrainer.train(
+        input=str(folder / "corpus"),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=330,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    for number in range(size - len(model.pieces)):
+        model.pieces.add(piece=f"filler{number}", score=-1e6 - number)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    (folder / "corpus").unlink()
+    (folder / "tokenizer.vocab").unlink()
+
+
+LLAVA_CONFIG = {
+    **{"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True},
+    **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None},
+}
+
+
+@pytest.mark.parametrize("config", [None, LLAVA_CONFIG])
+def test_a_sentencepiece_model_alone_has_llavas_ids(tmp_path, config) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    folder = tmp_path / "llava-v1.5-7b"
+    sentencepiece_model(folder)
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(str(folder))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+    assert tokenizer.convert_tokens_to_ids(SEG_TOKEN) == 32_000 and len(tokenizer) == 32_001
+    theirs = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for text in ("the dog", "a cat,  two blanks", "\nPlease help: é 🐕 ASSISTANT:", "USER: "):
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == theirs.encode(text)
+    ids = tokenizer("a cat <SEG> and the dog <SEG>.", add_special_tokens=False)["input_ids"]
+    assert ids.count(32_000) == 2 and tokenizer.unk_token_id not in ids
+
+
 # -- captions that are cut -------------------------------------------------------------------------
 
 

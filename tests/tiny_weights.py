@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,21 @@ def load_gella(weights: str, opts: list[str] = OPTS, allow: list[str] = LEAVE_OU
     model = build_model(cfg).eval()
     load_weights(model, weights, cfg)
     return model
+
+
+def fill_hub(cache: Path, models: dict[str, Path | str]) -> dict[str, str]:
+    """Lay models into a cache as a download leaves them; what `MODEL.HUB` has to say, by kind.
+
+    Args:
+        cache: the hub's cache folder, ``HF_HUB_CACHE``.
+        models: by kind the folder that `save_pretrained` wrote.
+    """
+    names = {}
+    for number, (kind, folder) in enumerate(models.items(), 1):
+        commit = f"{number:040x}"
+        repository = cache / f"models--tiny--{kind}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commit)
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        names[kind] = f"tiny/{kind}@{commit}"
+    return names

@@ -220,6 +220,14 @@ def _add_inference(cfg: Any, node: type) -> None:
     # Train without MODEL.WEIGHTS, from random ones: right for the synthetic shapes. A model of the
     # paper's size that starts so learns nothing, and CLIP would stay random for ever.
     cfg.MODEL.FROM_SCRATCH = False
+    # Models on the Hugging Face hub, as owner/name@commit (without a commit: what main is then, ""
+    # for none), that `tools/convert_weights.py --from-hub` makes the first weights of.
+    hub = cfg.MODEL.HUB = node()
+    hub.LLAVA = ""  # LLaVA-1.5 in transformers' layout, which holds its CLIP
+    hub.CLIP = ""  # instead of LLaVA's
+    hub.MASK2FORMER = ""  # mask decoder, and colormap encoder
+    hub.COLORMAP_ENCODER = ""  # instead of Mask2Former's backbone
+    hub.TOKENIZER = ""  # of the original LLaVA-1.5: transformers' copy has two more words
     # Checkpoint keys (shell patterns) that may be absent from the file or be left over in it.
     cfg.MODEL.WEIGHTS_ALLOW_MISSING = []
     cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED = []

@@ -1,5 +1,9 @@
 """Make GELLA's weights from public ones, and hand GELLA's out in the formats that people use.
 
+    python tools/convert_weights.py --config-file configs/gella_swin_t.yaml --from-hub
+
+downloads what MODEL.HUB names and writes MODEL.WEIGHTS and MODEL.LANGUAGE.TOKENIZER. With files:
+
     python tools/convert_weights.py --config-file configs/gella_swin_t.yaml \\
         --llava llava-v1.5-7b --clip clip-vit-large-patch14-336 \\
         --mask2former model_final_9fd0ae.pkl --output gella_init.pth
@@ -16,8 +20,11 @@ named. docs/WEIGHTS.md says where the files come from. KEY VALUE overrides of th
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,14 +42,25 @@ from gella.data.register import import_modules
 from gella.utils.io import file_hash, read_json, write_atomically
 from gella.weights import FORMATS, LlavaHf, LlavaOriginal, detect, format_named
 from gella.weights.checkpoint import check_state_dict, consolidate
-from gella.weights.files import main_file, new_folder, read_weights, weight_files, write_shards
+from gella.weights.files import (
+    main_file,
+    new_folder,
+    read_weights,
+    stored_dtypes,
+    weight_files,
+    write_shards,
+)
 from gella.weights.layout import Assembly, Piece, assemble, cover
 from gella.weights.llava import EMBEDDINGS, fit_words
 
 TRAIN = "python tools/train_net.py --config-file"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json"]
 OPTIONS = {
     "from public weights": {
+        "--from-hub": "download what MODEL.HUB names and no option gives; write MODEL.WEIGHTS (or "
+        "--output), the language decoder in bfloat16, and the tokenizer, as far as not there",
         "--llava PATH": "LLaVA-1.5, of transformers or of its repository: file, index or folder",
         "--mask2former PATH": "Mask2Former with a Swin backbone: mask decoder, colormap encoder",
         "--clip PATH": "CLIP, where the LLaVA has no vision tower, or instead of that one",
@@ -74,9 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for option, text in options.items():
-            name, metavar = option.split()
+            name, *metavar = option.split()
             kind = int if name == "--seg-row" else str
-            group.add_argument(name, metavar=metavar, help=text, type=kind)
+            how: Any = (
+                {"metavar": metavar[0], "type": kind} if metavar else {"action": "store_true"}
+            )
+            group.add_argument(name, help=text, **how)
             if name[2:] in FORMATS:
                 names = [layout.name for layout in FORMATS[name[2:]]]
                 group.add_argument(f"{name}-format", choices=names, help="default: by its keys")
@@ -88,7 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """ValueError for options that do not go together, before anything is read."""
-    given = [f"--{kind}" for kind in FORMATS if getattr(args, kind.replace("-", "_"))]
+    kinds = ("from-hub", *FORMATS)
+    given = [f"--{kind}" for kind in kinds if getattr(args, kind.replace("-", "_"))]
     exports = [p for p in (args.export, args.export_llava, args.export_llava_original) if p]
     finished, zero, output = bool(args.weights or exports), args.from_zero, args.output
     every, size = f"--{', --'.join(FORMATS)}", args.max_shard_size
@@ -97,7 +119,8 @@ def check_arguments(args: argparse.Namespace) -> None:
          " one after the other"),
         (zero and (given or finished or not output),
          "--from-zero goes with --output PATH and no other input or export"),
-        (given and not output, "--output is missing: a .pth file or a new folder to write to"),
+        (given and not (output or args.from_hub),
+         "--output is missing: a .pth file or a new folder to write to"),
         (output and not given and not zero,
          f"--output needs public weights: give {every} (as far as needed)"),
         (exports and not args.weights, "--export needs --weights: the checkpoint to export"),
@@ -120,11 +143,93 @@ def check_arguments(args: argparse.Namespace) -> None:
 # -- from public weights ---------------------------------------------------------------------------
 
 
-def convert(args: argparse.Namespace, cfg: Any) -> None:
-    """Make GELLA's weights from public ones and report what they are made of."""
+def from_hub(args: argparse.Namespace, cfg: Any) -> None:
+    """Write what the config starts from, as far as it is not there: weights and tokenizer.
+
+    Raises:
+        ValueError: the config names no model or no place.
+        OSError: no room, no network, no such model.
+    """
+    hub, tokenizer = cfg.MODEL.HUB, Path(cfg.MODEL.LANGUAGE.TOKENIZER)
+    args.output = args.output or cfg.MODEL.WEIGHTS
+    for key, value in (("HUB.LLAVA", hub.LLAVA), ("WEIGHTS", args.output)):
+        if not value:
+            raise ValueError(f"{args.config_file} sets no MODEL.{key}, which --from-hub needs")
+    done = Path(args.output).exists() and bool(weight_files(args.output))  # it was written whole
+    names = {} if done else {k: hub[k.upper().replace("-", "_")] for k in FORMATS}
+    names = {k: n for k, n in names.items() if n and not getattr(args, k.replace("-", "_"))}
+    if hub.TOKENIZER and not any(tokenizer.glob("tokenizer*")):
+        names["tokenizer"] = hub.TOKENIZER
+    state = {} if done else build_on_meta(plain_config(cfg)).state_dict()
+    size = sum(t.numel() * (2 if k.startswith("language_") else 4) for k, t in state.items())
+    notes = []
+    for kind, folder in download(names, Path(args.output), size).items():
+        notes.append(f"{kind}: {names[kind].split('@')[0]} of the Hugging Face hub, {folder.name}")
+        print(notes[-1], flush=True)
+        if kind != "tokenizer":
+            setattr(args, kind.replace("-", "_"), str(folder))
+            continue
+        tokenizer.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(tokenizer) as new:
+            for file in (f for pattern in TOKENIZER_FILES for f in folder.glob(pattern)):
+                shutil.copyfile(file, new / file.name)
+        print(f"wrote {tokenizer}")
+    if done:
+        print(f"{args.output} is there already; remove it to make it anew")
+        return
+    Path(args.output).absolute().parent.mkdir(parents=True, exist_ok=True)
+    convert(args, cfg, notes)
+
+
+def download(names: Mapping[str, str], output: Path, written: int) -> dict[str, Path]:
+    """Bring models to the hub's cache (``HF_HOME``), and go on where a download was broken off.
+
+    Args:
+        names: by kind "owner/name@commit"; without a commit what ``main`` is now. Only the files
+            that are needed are taken.
+        output, written: what will be made of them, and its bytes: room for all is checked first.
+
+    Returns:
+        a folder by kind, whose name is the commit.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    fetched, wanted = 0, []
+    for kind, name in names.items():
+        repository, _, commit = name.partition("@")
+        patterns = TOKENIZER_FILES if kind == "tokenizer" else WEIGHT_FILES
+        get = functools.partial(snapshot_download, repository, allow_patterns=patterns)
+        commit = commit or "main"
+        with contextlib.suppress(DryRunError):  # offline: what is in the cache is all there is
+            files: Any = get(revision=commit, dry_run=True)
+            fetched += sum(file.file_size or 0 for file in files if file.will_download)
+            commit = files[0].commit_hash if files else commit
+        wanted.append((kind, functools.partial(get, revision=commit)))
+    needed: Counter[int] = Counter()
+    for place, size in ((Path(constants.HF_HUB_CACHE), fetched), (output, written)):
+        there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+        disk, free = there.stat().st_dev, shutil.disk_usage(there).free
+        needed[disk] += size
+        if free < needed[disk]:
+            raise OSError(
+                f"{needed[disk] / 1e9:.1f} GB are needed on the disk of {there}, {free / 1e9:.1f}"
+                " GB are free: make room, or set HF_HOME or MODEL.WEIGHTS to another disk"
+            )
+    folders = {}
+    for kind, get in wanted:
+        try:
+            folders[kind] = Path(str(get()))
+        except (OSError, ValueError) as error:
+            raise OSError(f"{names[kind]} (MODEL.HUB) was not downloaded: {error}") from error
+    return folders
+
+
+def convert(args: argparse.Namespace, cfg: Any, notes: Iterable[str] = ()) -> None:
+    """Make GELLA's weights from public ones and report what they are made of, after ``notes``."""
     plain = plain_config(cfg)
     model = build_on_meta(plain)
-    pieces, notes = [], []
+    pieces, notes = [], list(notes)
     for kind in FORMATS:
         path = getattr(args, kind.replace("-", "_"))
         if path:
@@ -147,7 +252,8 @@ def convert(args: argparse.Namespace, cfg: Any) -> None:
     state = {key: state[key] for key in expected if key in state}
     card = {"fresh": cover(result.fresh, expected), "notes": [*notes, *result.notes]}
     write_gella(args, args.output, state, cfg, sources, **card)
-    print(f"next: {TRAIN} {args.config_file} MODEL.WEIGHTS {args.output}")
+    weights = "" if args.output == cfg.MODEL.WEIGHTS else f" MODEL.WEIGHTS {args.output}"
+    print(f"next: {TRAIN} {args.config_file}{weights}")
 
 
 def plain_config(cfg: Any) -> Any:
@@ -305,7 +411,7 @@ def hash_files(paths: Iterable[str]) -> list[tuple[str, str]]:
     size = sum(file.stat().st_size for file in files)
     with tqdm(total=size, unit="B", unit_scale=True, desc="sha256", leave=False) as bar:
         # folder and file: enough to recognise a model, and nothing of this machine
-        return [(f"{f.resolve().parent.name}/{f.name}", file_hash(f, bar.update)) for f in files]
+        return [(f"{f.absolute().parent.name}/{f.name}", file_hash(f, bar.update)) for f in files]
 
 
 # -- what is written -------------------------------------------------------------------------------
@@ -354,17 +460,19 @@ def write_gella(
         sources: (file, sha256) of what the weights were made from.
         fresh, notes: names of what no source has and is untrained, and more lines for the card.
     """
-    dtype = DTYPES.get(args.dtype)
+    dtype: Any = {"language_decoder": torch.bfloat16} if args.from_hub else None
+    dtype = DTYPES.get(args.dtype, dtype)
+    kinds = stored_dtypes(state, dtype)
     if Path(path).suffix == ".pth" and path != args.export:
-        kept = {k: t.to(dtype) if dtype and t.is_floating_point() else t for k, t in state.items()}
+        kept = {key: tensor.to(kinds[key]) for key, tensor in state.items()}
         write_atomically(path, lambda stream: torch.save({"model": kept}, stream))
     else:
         with new_folder(path) as folder:
             size = args.max_shard_size
             shards = write_shards(state, folder, max_shard_size=size, dtype=dtype)
             (folder / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
-            kinds = {str(t.dtype if dtype is None else dtype) for t in state.values()}
-            facts = f"{', '.join(sorted(kinds)).replace('torch.', '')}, {len(shards)} file(s)"
+            dtypes = sorted({str(kind).removeprefix("torch.") for kind in kinds.values()})
+            facts = f"{', '.join(dtypes)}, {len(shards)} file(s)"
             name = Path(args.config_file).name
             card = model_card(state, name, facts, sources, fresh, notes)
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -517,6 +625,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_arguments(args)
         cfg = load_config(args.config_file, args.opts)
         import_modules(cfg)
-        (hand_out if args.from_zero or args.weights else convert)(args, cfg)
+        finished = args.from_zero or args.weights
+        (hand_out if finished else from_hub if args.from_hub else convert)(args, cfg)
 
-    return exit_status(work, interrupted="stopped; nothing was written")
+    told = "stopped; the same command goes on with what was downloaded"
+    return exit_status(work, interrupted=told)

@@ -85,15 +85,19 @@ class FittedPrompt:
 def load_tokenizer(path: str) -> Any:
     """Read a transformers tokenizer (a folder, or a name on the hub) and give it one `<SEG>`.
 
+    A folder with nothing but `tokenizer.model`, a SentencePiece model, is LLaMA's and LLaVA's.
     Without a pad token it takes the unknown token for it (as LLaVA does), or else the end of
     sentence. Raises FileNotFoundError when nothing readable is there and ValueError when the
     tokenizer has no end of sentence.
     """
-    from transformers import AddedToken, AutoTokenizer
+    from transformers import AddedToken, AutoTokenizer, LlamaTokenizer
 
     # Single sentences gain nothing from its threads, and they do not survive a worker's fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    advice = "set MODEL.LANGUAGE.TOKENIZER to a folder that holds tokenizer.json"
+    advice = (
+        "set MODEL.LANGUAGE.TOKENIZER to a folder that holds tokenizer.json or tokenizer.model; "
+        "`tools/convert_weights.py --config-file CONFIG --from-hub` makes LLaVA's"
+    )
     # The hub's names are "owner/name"; anything else would be asked of it in vain.
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if not path or (looks_local and not os.path.isdir(os.path.expanduser(path))):
@@ -102,7 +106,14 @@ def load_tokenizer(path: str) -> Any:
             "`python datasets/prepare_shapes.py` writes one)"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path))
+        folder = os.path.expanduser(path)
+        # Without a configuration AutoTokenizer takes words and no rules: line ends get lost.
+        names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        bare = "tokenizer.model" in names and not names & {
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+        tokenizer = (LlamaTokenizer if bare else AutoTokenizer).from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise FileNotFoundError(

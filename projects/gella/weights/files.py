@@ -111,12 +111,27 @@ def read_torch(path: str | Path, *, mmap: bool = False) -> Any:
         raise ValueError(f"weights {path} cannot be read ({reason})") from error
 
 
+def stored_dtypes(
+    state: Mapping[str, Tensor], dtype: torch.dtype | Mapping[str, torch.dtype] | None
+) -> dict[str, torch.dtype]:
+    """What each tensor is written in, by key.
+
+    ``dtype`` is of all floating-point tensors, or by the first word of their keys; tensors for
+    which it has none keep their own.
+    """
+    kinds = {}
+    for key, tensor in state.items():
+        kind = dtype.get(key.split(".")[0]) if isinstance(dtype, Mapping) else dtype
+        kinds[key] = kind if kind and tensor.is_floating_point() else tensor.dtype
+    return kinds
+
+
 def write_shards(
     state: Mapping[str, Tensor],
     folder: Path,
     *,
     max_shard_size: str = "5GB",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
 ) -> list[str]:
     """Write safetensors shards and ``model.safetensors.index.json``.
 
@@ -126,7 +141,7 @@ def write_shards(
         state: tensors by key.
         folder: an existing folder; see :func:`new_folder`.
         max_shard_size: such as "5GB"; a larger tensor gets a shard of its own.
-        dtype: of the floating-point tensors in the files; None keeps each tensor's own.
+        dtype: in the files, see :func:`stored_dtypes`.
 
     Returns:
         Names of the shards.
@@ -138,7 +153,7 @@ def write_shards(
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    kinds = {k: dtype if dtype and t.is_floating_point() else t.dtype for k, t in state.items()}
+    kinds = stored_dtypes(state, dtype)
     # Planned on empty tensors: what shares memory here is written twice, as two plain tensors.
     plan = split_torch_state_dict_into_shards(
         {k: torch.empty(t.shape, dtype=kinds[k], device="meta") for k, t in state.items()},
