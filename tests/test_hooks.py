@@ -206,15 +206,18 @@ def test_what_the_keys_may_be(tmp_path):
 # -- clipping --------------------------------------------------------------------------------------
 
 
-def clip(model, *args):
+def clip(model, *args, language_value=7.0, roles=()):
     """Clip the gradients of a model as a hook of a trainer would; returns the logged norm."""
     logged = {}
-    inner = SimpleNamespace(optimizer=torch.optim.SGD(model.parameters(), 1.0))
-    hook = GradientClipper(*args)
+    groups = [{"params": [parameter]} for parameter in model.parameters()]
+    inner = SimpleNamespace(optimizer=torch.optim.SGD(groups, 1.0))
+    for group, role in zip(inner.optimizer.param_groups, roles):
+        group["role"] = role
+    hook = GradientClipper(*args, language_value=language_value)
     storage = SimpleNamespace(put_scalar=logged.__setitem__)
     hook.trainer = SimpleNamespace(_trainer=inner, storage=storage)
     hook.after_backward()
-    return logged["grad_norm"]
+    return logged["grad_norm"] if not roles else logged
 
 
 def test_clipping_by_the_norm_of_the_whole_model():
@@ -233,11 +236,24 @@ def test_clipping_by_the_norm_of_the_whole_model():
     clip(model, "value", 0.5, 2.0)
     torch.testing.assert_close(model.weight.grad, torch.tensor([[0.5, 0.0]]))
     with pytest.raises(ValueError, match="CLIP_TYPE is 'both'"):
-        GradientClipper("both", 1.0, 2.0)
-    GradientClipper("full_model", 1.0, 2.0, zero=object())
-    for wrong in [("norm", 1.0, 2.0), ("full_model", 1.0, 1.0)]:
-        with pytest.raises(ValueError, match="only 'full_model' and 2.0"):
-            GradientClipper(*wrong, zero=object())
+        GradientClipper("both", 1.0, 2.0, language_value=1.0)
+    GradientClipper("full_model", 1.0, 2.0, language_value=1.0, zero=object())
+    for wrong in [("norm", 1.0, 2.0), ("full_model", 1.0, 1.0), ("per_side", 1.0, 1.0)]:
+        with pytest.raises(ValueError, match=r"only \('per_side', 'full_model'\) and 2.0"):
+            GradientClipper(*wrong, language_value=1.0, zero=object())
+
+
+def test_each_side_is_clipped_by_its_own_norm_and_limit():
+    model = nn.Linear(2, 1)  # the weight stands for the masks' side, the bias for the words'
+    for limit, language in [(500.0, 1.0), (1.0, 0.5), (1.0, 9.0)]:
+        model.weight.grad, model.bias.grad = torch.tensor([[300.0, 400.0]]), torch.tensor([2.0])
+        arguments = ("per_side", limit, 2.0)
+        norms = clip(model, *arguments, language_value=language, roles=("vision", "language"))
+        assert norms == pytest.approx(
+            {"grad_norm": 500.004, "grad_norm_language": 2.0, "grad_norm_vision": 500.0}
+        )
+        assert model.weight.grad.norm().item() == pytest.approx(min(500.0, limit), rel=1e-5)
+        assert model.bias.grad.item() == pytest.approx(min(2.0, language), rel=1e-5)
 
 
 # -- scalars ---------------------------------------------------------------------------------------

@@ -145,6 +145,7 @@ def test_split_off_keeps_the_schedule_in_one_place(cfg):
 
 def test_epochs_become_iterations(cfg):
     assert with_epochs(cfg, 100) is cfg
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 40_000, (30_000,)  # as Detectron2 has them
     cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.SOLVER.IMS_PER_BATCH = 50, (46, 48), 16
     found = with_epochs(cfg, 134_272).SOLVER
     assert (found.MAX_ITER, found.STEPS) == (419_600, (386_032, 402_816))
@@ -159,8 +160,22 @@ def test_epochs_become_iterations(cfg):
             with_epochs(cfg, 25)
 
 
+def test_epochs_and_iterations_cannot_contradict_each_other(cfg):
+    cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.SOLVER.EPOCH_SIZE = 2, (1,), 80
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 40, [20]  # what a checkpoint's config.yaml says
+    assert with_epochs(cfg, 25).SOLVER.MAX_ITER == 40
+    for key, wrong in [("MAX_ITER", 20), ("STEPS", (10,))]:
+        changed = cfg.clone()
+        changed.SOLVER[key] = wrong
+        with pytest.raises(ValueError, match=rf"EPOCHS 2 makes SOLVER.{key} .*, but .*EPOCHS 0"):
+            with_epochs(changed, 25)
+        changed.SOLVER.EPOCHS = 0
+        assert with_epochs(changed, 25).SOLVER[key] == wrong
+
+
 def test_epochs_end_the_run(cfg, monkeypatch, gella_log):
     monkeypatch.setattr(ToyRunLoader, "dataset", range(12), raising=False)
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 40_000, (30_000,)
     cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.SOLVER.WARMUP_ITERS = 3, (2,), 0
     trainer = toy_run(cfg)
     assert "3 epochs of 12 images" in gella_log.text and "SOLVER.MAX_ITER 9" in gella_log.text
@@ -198,7 +213,7 @@ def test_a_key_of_older_runs_is_read_and_a_frozen_model_refused(cfg):
 
 def test_training_clips_logs_and_evaluates(cfg):
     """after_backward of outer hooks is reached, and the results of all datasets are merged."""
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e-6
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = "full_model", 1e-6
     cfg.SOLVER.WEIGHT_DECAY = 0.0
     norms = []
 

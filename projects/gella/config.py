@@ -299,9 +299,9 @@ def _add_training(cfg: Any, node: type) -> None:
     # An iteration is one optimiser step on IMS_PER_BATCH images over all processes. Each process
     # takes its share in this many forward and backward passes: less memory, the same step.
     cfg.SOLVER.ACCUMULATE = 1
-    # Above 0, MAX_ITER and STEPS are computed and what they are set to does not count: an epoch is
-    # EPOCH_SIZE images, or with 0 as many as DATASETS.TRAIN has records, whichever task each is
-    # drawn for. To try a few iterations: SOLVER.EPOCHS 0 SOLVER.MAX_ITER 2.
+    # Above 0, MAX_ITER and STEPS are computed, and setting them to anything else is an error: an
+    # epoch is EPOCH_SIZE images, or with 0 as many as DATASETS.TRAIN has records, whichever task
+    # each is drawn for. To try a few iterations: SOLVER.EPOCHS 0 SOLVER.MAX_ITER 2.
     cfg.SOLVER.EPOCHS = 0
     cfg.SOLVER.STEP_EPOCHS = (46, 48)  # the rate is multiplied by GAMMA after these epochs
     cfg.SOLVER.EPOCH_SIZE = 0  # images; 0: as many as DATASETS.TRAIN has records
@@ -314,7 +314,11 @@ def _add_training(cfg: Any, node: type) -> None:
     # CHECKPOINT_KEEP_EVERY iterations, 0 none.
     cfg.SOLVER.CHECKPOINT_KEEP = 3
     cfg.SOLVER.CHECKPOINT_KEEP_EVERY = 0
-    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"  # one norm over all parameters
+    # "per_side": the norm of the language decoder's gradient is limited to LANGUAGE_VALUE, that of
+    # all other parts' to CLIP_VALUE; "full_model": their joint norm to CLIP_VALUE; also "norm" and
+    # "value", of each parameter and number.
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "per_side"
+    cfg.SOLVER.CLIP_GRADIENTS.LANGUAGE_VALUE = 1.0  # a norm; LLaVA's limit
     # Images per forward pass of each process at test; does not change the results.
     cfg.TEST.IMS_PER_BATCH = 1
     # Images per dataset, evenly spaced over it, in the evaluations of every TEST.EVAL_PERIOD

@@ -59,17 +59,27 @@ def any_rank(flag: bool) -> bool:
 class GradientClipper(HookBase):
     """Clip gradients after the backward pass as ``SOLVER.CLIP_GRADIENTS`` says; log their norm.
 
-    ``full_model`` scales all gradients by one factor so that their joint norm is at most
-    ``CLIP_VALUE``; ``norm`` does so for each parameter alone, ``value`` clamps each number. With
-    the language decoder under ZeRO, where no rank has a whole gradient, only ``full_model``.
+    ``per_side`` scales the gradient of the language decoder and that of all other parts each by a
+    factor of its own so that its norm is at most ``LANGUAGE_VALUE`` and ``CLIP_VALUE``. One limit
+    for both would scale the language side by what ten supervised mask outputs need.
+
+    ``full_model`` has one factor for the joint norm of all gradients and ``CLIP_VALUE``; ``norm``
+    does so for each parameter alone, ``value`` clamps each number. With the language decoder under
+    ZeRO, where no rank has a whole gradient, only the first two.
     """
 
-    TYPES = ("full_model", "norm", "value")
+    TYPES = ("per_side", "full_model", "norm", "value")
 
     def __init__(
-        self, clip_type: str, clip_value: float, norm_type: float, *, zero: Any = None
+        self,
+        clip_type: str,
+        clip_value: float,
+        norm_type: float,
+        *,
+        language_value: float,
+        zero: Any = None,
     ) -> None:
-        """The three keys of ``SOLVER.CLIP_GRADIENTS``, and a ``ZeroHook`` or None.
+        """The keys of ``SOLVER.CLIP_GRADIENTS``, and a ``ZeroHook`` or None.
 
         Raises:
             ValueError: an unknown type, or one that cannot be had of divided gradients.
@@ -78,12 +88,13 @@ class GradientClipper(HookBase):
             raise ValueError(
                 f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip_type!r}: use one of {self.TYPES}"
             )
-        if zero is not None and (clip_type != "full_model" or norm_type != 2.0):
+        if zero is not None and (clip_type not in self.TYPES[:2] or norm_type != 2.0):
             raise ValueError(
                 f"SOLVER.CLIP_GRADIENTS has CLIP_TYPE {clip_type!r} and NORM_TYPE {norm_type}:"
-                " with SOLVER.ZERO.CONFIG only 'full_model' and 2.0 are possible"
+                f" with SOLVER.ZERO.CONFIG only {self.TYPES[:2]} and 2.0 are possible"
             )
         self._type, self._value, self._norm, self._zero = clip_type, clip_value, norm_type, zero
+        self._language_value = language_value if clip_type == "per_side" else clip_value
 
     def after_backward(self) -> None:
         """Clip, and put the norms before clipping into the storage.
@@ -110,11 +121,14 @@ class GradientClipper(HookBase):
         device = norms["vision"].device
         norm = nn.utils.get_total_norm([n.to(device) for n in norms.values()], self._norm)
         parameters = sides["vision"] + sides["language"]
-        if self._type == "full_model":
-            nn.utils.clip_grads_with_norm_(parameters, self._value, norm)
+        if self._type in self.TYPES[:2]:
+            limited = norms if self._type == "per_side" else dict.fromkeys(norms, norm)
+            limit = self._language_value
+            nn.utils.clip_grads_with_norm_(sides["vision"], self._value, limited["vision"])
+            nn.utils.clip_grads_with_norm_(sides["language"], limit, limited["language"])
             if self._zero is not None:
                 # PyTorch's own rule for the factor
-                self._zero.clip(min(1.0, self._value / (float(norm) + 1e-6)))
+                self._zero.clip(min(1.0, limit / (float(limited["language"]) + 1e-6)))
         elif self._type == "norm":
             for parameter in parameters:
                 nn.utils.clip_grad_norm_(parameter, self._value, self._norm)

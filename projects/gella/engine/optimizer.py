@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from detectron2.config import get_cfg
 from torch import nn
 
 from gella.engine.evaluation_hooks import with_keys
@@ -112,7 +113,8 @@ def with_epochs(cfg: Any, num_records: int) -> Any:
     images; the iteration in which an epoch ends is its last one.
 
     Raises:
-        ValueError: ``SOLVER.STEP_EPOCHS`` that do not rise within 0 to ``SOLVER.EPOCHS``.
+        ValueError: ``SOLVER.STEP_EPOCHS`` that do not rise within 0 to ``SOLVER.EPOCHS``; a
+            ``MAX_ITER`` or ``STEPS`` that was set beside the epochs and is not what they make.
     """
     solver = cfg.SOLVER
     if solver.EPOCHS <= 0:
@@ -128,5 +130,13 @@ def with_epochs(cfg: Any, num_records: int) -> Any:
     def iteration(epoch: float) -> int:
         return math.ceil(epoch * size / solver.IMS_PER_BATCH)
 
-    ends = tuple(iteration(epoch) for epoch in steps)
-    return with_keys(cfg, {"SOLVER.MAX_ITER": iteration(solver.EPOCHS), "SOLVER.STEPS": ends})
+    computed = {"MAX_ITER": iteration(solver.EPOCHS), "STEPS": tuple(map(iteration, steps))}
+    unset = get_cfg().SOLVER
+    for key, value in computed.items():
+        given = solver[key] if key == "MAX_ITER" else tuple(solver[key])
+        if given not in (value, unset[key]):
+            raise ValueError(
+                f"SOLVER.EPOCHS {solver.EPOCHS:g} makes SOLVER.{key} {value}, but it is set to"
+                f" {given}: leave it out, or set SOLVER.EPOCHS 0 to count iterations"
+            )
+    return with_keys(cfg, {f"SOLVER.{key}": value for key, value in computed.items()})

@@ -121,7 +121,9 @@ class GellaTrainer(DefaultTrainer):
         detectron2 = {type(hook).__name__: hook for hook in super().build_hooks()}
         clip = solver.CLIP_GRADIENTS
         clipper = clip.ENABLED and GradientClipper(
-            clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE, zero=self._zero
+            *(clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE),
+            language_value=clip.LANGUAGE_VALUE,
+            zero=self._zero,
         )
         guard = NonFiniteGuard(solver.NONFINITE, solver.NONFINITE_LIMIT, cfg.OUTPUT_DIR)
         self._trainer.guard = guard
