@@ -230,7 +230,7 @@ def loader_speed(
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = workers
-    batches = iter(build_train_loader(cfg, records=records, mapper=mapper))
+    batches = iter(build_train_loader(cfg, datasets=[records], mapper=mapper))
     # What the workers had in hand when the clock starts would count as done in no time.
     for _ in range(2 * workers + 1):
         next(batches)

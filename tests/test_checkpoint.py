@@ -250,7 +250,7 @@ def test_the_place_of_the_data_is_saved_and_compared(tmp_path, gella_log):
     caplog = gella_log
 
     def loader(seed=3, batch=4, ratios=(0, 0.5, 0.5), records=5):
-        pools = {task: range(records) for task in TASKS}
+        pools = {task: [range(records)] for task in TASKS}
         sampler = GroundingBatchSampler(pools, ratios, batch, seed)
         return GroundingTrainLoader([], sampler, 0)
 
@@ -264,14 +264,14 @@ def test_the_place_of_the_data_is_saved_and_compared(tmp_path, gella_log):
     checkpoints(loader()).save(9)
     folder = tmp_path / "checkpoints" / "iter_0000009"
     data = json.loads((folder / "state.json").read_text())["data"]
-    assert data["iteration"] == 10 and sum(data["batches"].values()) == 10
-    assert data["batches"]["describe"] == 0 and data["records"]["ground"] == 5
+    assert data["iteration"] == 10 and sum(n for (n,) in data["batches"].values()) == 10
+    assert data["batches"]["describe"] == [0] and data["records"]["ground"] == [5]
     assert "SEED: 3" in (folder / "config.yaml").read_text()
     checkpoints(loader()).resume(folder)
     assert [record for record in caplog.records if record.levelname == "WARNING"] == []
     checkpoints(loader(batch=8, records=6)).resume(folder)
     assert "trained with batch 4, this run has 8" in caplog.text
-    assert "'ground': 5}, this run has {" in caplog.text and "seed" not in caplog.text
+    assert "'ground': [5]}, this run has {" in caplog.text and "seed" not in caplog.text
     drawn = loader(seed=99)
     checkpoints(drawn, seed=-1).resume(folder)
     assert drawn.sampler.seed == 3  # a seed that was drawn is drawn once

@@ -324,7 +324,7 @@ def test_views_do_not_depend_on_the_workers(record: dict, make: Any, workers: in
     cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, cfg.DATALOADER.NUM_WORKERS = 3, 11, workers
     records = [{**record, "image_id": i, "caption": f"{record['caption']} {i}"} for i in range(5)]
     mapper = make(flip=True, flip_text="swap")
-    loader = build_train_loader(cfg, records=records, mapper=mapper, start_iteration=2)
+    loader = build_train_loader(cfg, datasets=[records], mapper=mapper, start_iteration=2)
     keys = itertools.islice(iter(loader.sampler), 4)
     views = list(itertools.islice(iter(loader), 4))
     for batch, batch_keys in zip(views, keys):

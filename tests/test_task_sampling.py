@@ -15,7 +15,11 @@ from gella.data.sampling import GroundingBatchSampler, build_train_loader, task_
 from gella.text.prompts import TASKS
 
 RATIOS = (0.2, 0.2, 0.6)
-POOLS = {"describe": range(0, 7), "extract": range(5, 16), "ground": range(20, 50)}
+POOLS = {
+    "describe": [range(0, 9), ()],
+    "extract": [range(5, 16), ()],
+    "ground": [range(20, 50), range(60, 70)],
+}
 
 
 def batches(count: int, **changes: Any) -> list[list]:
@@ -42,20 +46,33 @@ def test_tasks_have_their_shares_and_depend_on_seed_and_iteration() -> None:
 def test_a_batch_has_one_task_and_its_pool() -> None:
     for iteration, batch in enumerate(batches(300)):
         task = task_at(3, iteration, RATIOS)
-        for place, (index, said, rng_seed) in enumerate(batch):
-            assert said == task and index in POOLS[task] and rng_seed == (3, iteration, place)
+        for place, (_, said, rng_seed) in enumerate(batch):
+            assert said == task and rng_seed == (3, iteration, place)
+        assert any({index for index, *_ in batch} <= set(pool) for pool in POOLS[task])
 
 
 def test_every_epoch_visits_each_record_once_in_another_order() -> None:
     visits: dict[str, list[int]] = {task: [] for task in TASKS}
     for batch in batches(400):
         visits[batch[0][1]] += [index for index, _, _ in batch]
-    for task, pool in POOLS.items():
-        size = len(pool)
-        epochs = [visits[task][k : k + size] for k in range(0, len(visits[task]) - size, size)]
+    for task, pool in [(task, pool) for task, pools in POOLS.items() for pool in pools if pool]:
+        size, seen = len(pool), [index for index in visits[task] if index in pool]
+        epochs = [seen[k : k + size] for k in range(0, len(seen) - size, size)]
         assert len(epochs) > 3
         assert all(sorted(epoch) == list(pool) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+@pytest.mark.parametrize(("ratios", "share"), [((), 0.75), ((1, 1), 0.5), ((0, 2), 0.0)])
+def test_datasets_have_their_shares_of_a_task(ratios: tuple, share: float) -> None:
+    """Without ratios their numbers of records; a dataset without records of a task has none."""
+    pools = {**POOLS, "describe": [(), range(3)], "extract": [(), range(3, 9)]}
+    drawn = [(b[0][1], b[0][0] < 60) for b in batches(3000, pools=pools, dataset_ratios=ratios)]
+    first = [is_first for task, is_first in drawn if task == "ground"]
+    deviation = (share * (1 - share) / len(first)) ** 0.5
+    assert abs(sum(first) / len(first) - share) <= 4 * deviation
+    # The datasets do not follow the tasks' dice.
+    assert len({task for task, _ in drawn}) == 3
 
 
 @pytest.mark.parametrize("start", [1, 17, 150, 4090, 4096, 8195])
@@ -76,7 +93,10 @@ def test_ranks_share_the_batch_and_its_task(world_size: int) -> None:
     ("changes", "message"),
     [
         ({"batch_size": 16, "world_size": 3}, "16.*3 processes"),
-        ({"pools": {**POOLS, "extract": []}}, "'extract'.*0.2"),
+        ({"pools": {**POOLS, "extract": [(), ()]}}, "'extract'.*0.2"),
+        ({"dataset_ratios": (0, 1)}, "'describe'.*DATASET_RATIOS"),
+        ({"dataset_ratios": (1,)}, r"DATASET_RATIOS makes shares \[1\] of 2 datasets"),
+        ({"dataset_ratios": (1, -1)}, "not negative"),
         ({"seed": -1}, "negative"),
         *[({"ratios": wrong}, "TASK_RATIOS") for wrong in ((1, 1), (0, 0, 0), (1, 1, -1))],
         ({"ratios": (1, 1, float("nan"))}, "TASK_RATIOS"),
@@ -85,7 +105,7 @@ def test_ranks_share_the_batch_and_its_task(world_size: int) -> None:
 def test_what_cannot_be_sampled_is_an_error(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         batches(1, **changes)
-    assert len(batches(3, pools={"ground": [4]}, ratios=(0, 0, 1))) == 3
+    assert len(batches(3, pools={"ground": [[4]]}, ratios=(0, 0, 1))) == 3
 
 
 def echo(record: dict, *, task: str, rng_seed: tuple) -> dict:
@@ -97,7 +117,8 @@ def config(*options: Any) -> Any:
     cfg = get_cfg()
     add_gella_config(cfg)
     small = ("SOLVER.IMS_PER_BATCH", 4, "SEED", 5, "DATALOADER.NUM_WORKERS", 0)
-    cfg.merge_from_list(["DATASETS.TRAIN", ("gella_some_train",), *small, *options])
+    cfg.merge_from_list(["DATASETS.TRAIN", ("gella_some_train", "gella_more_train"), *small])
+    cfg.merge_from_list(["DATALOADER.DATASET_RATIOS", [["gella_s*", 3], ["x", 7]], *options])
     return cfg
 
 
@@ -109,15 +130,16 @@ def test_the_loader_maps_the_samplers_keys_whatever_the_workers_and_resumes() ->
         return list(itertools.islice(iter(loader), count))
 
     loader, parallel = (
-        build_train_loader(config(*workers), records=RECORDS, mapper=echo)
+        build_train_loader(config(*workers), datasets=[RECORDS[:8], RECORDS[8:]], mapper=echo)
         for workers in ((), ("DATALOADER.NUM_WORKERS", 2))
     )
     some = [i for i in range(20) if i % 3]
     pools = {"describe": some, "extract": some, "ground": range(20)}
+    pools = {t: [[i for i in p if i < 8], [i for i in p if i > 7]] for t, p in pools.items()}
     ratios = config().DATALOADER.TASK_RATIOS
     expected = [
         [{"name": index, "task": task, "seed": seed} for index, task, seed in batch]
-        for batch in batches(12, pools=pools, ratios=ratios, seed=5)
+        for batch in batches(12, pools=pools, ratios=ratios, seed=5, dataset_ratios=(3, 1))
     ]
     assert len(loader.dataset) == 20 and first(loader, 12) == expected
     torch.manual_seed(0)
@@ -131,7 +153,7 @@ def test_the_loader_maps_the_samplers_keys_whatever_the_workers_and_resumes() ->
 def test_the_loader_names_the_datasets_that_cannot_train_a_task() -> None:
     only_ground = [record for record in RECORDS if len(record["tasks"]) == 1]
     with pytest.raises(ValueError, match="gella_some_train.*'describe'"):
-        build_train_loader(config(), records=only_ground, mapper=echo)
+        build_train_loader(config(), datasets=[only_ground, []], mapper=echo)
     cfg = config("DATALOADER.TASK_RATIOS", [0.0, 0.0, 1.0], "SEED", -1)
-    loader = build_train_loader(cfg, records=only_ground, mapper=echo)
+    loader = build_train_loader(cfg, datasets=[only_ground, []], mapper=echo)
     assert next(iter(loader))[0]["task"] == "ground"

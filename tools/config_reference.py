@@ -62,7 +62,7 @@ DETECTRON2 = {
     "SOLVER.CHECKPOINT_PERIOD": "iterations between checkpoints",
     "SOLVER.AMP.ENABLED": "mixed precision, bfloat16 where the GPU has it; needs a GPU",
     "SOLVER.CLIP_GRADIENTS.ENABLED": "clip the gradients",
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "largest norm of a gradient; `per_side`: of the vision side's",
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "largest norm; `per_side`: of the vision side's gradient",
     "TEST.EVAL_PERIOD": "iterations between evaluations; 0: only at the end",
     "TEST.EXPECTED_RESULTS": "`[[task, metric, expected, tolerance], ...]`, checked at the end",
     "VIS_PERIOD": "iterations between pictures of a training sample in TensorBoard; 0: none",

@@ -286,6 +286,10 @@ def _add_data(cfg: Any, node: type) -> None:
     # Shares of describing, noun extraction and grounding (Table 9). One task per iteration, the
     # same on every rank.
     cfg.DATALOADER.TASK_RATIOS = [0.2, 0.2, 0.6]
+    # An iteration is of one dataset too: [dataset name or shell pattern, share] each, the first
+    # that fits counts, of the iterations of every task that the dataset has records of; datasets
+    # without one have a share of 1. []: the shares are the numbers of these records.
+    cfg.DATALOADER.DATASET_RATIOS = []
 
 
 def _add_training(cfg: Any, node: type) -> None:

@@ -1,7 +1,9 @@
-"""Which task each iteration trains (paper, Table 9), and which images, the same on every rank.
+"""Which task each iteration trains (paper, Table 9), of which dataset, and which images.
 
-Everything here is a function of (seed, iteration): a run that is resumed anywhere, on any number of
-ranks and with any number of workers, draws the batches of an uninterrupted run.
+Everything here is a function of (seed, iteration), the same on every rank: a run that is resumed
+anywhere, on any number of ranks and with any number of workers, draws the batches of an
+uninterrupted run. A batch is of one dataset: a list of 133 categories beside narratives of 5 nouns
+would make every prompt of the batch as long as its own.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +27,7 @@ import torch
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gella.data.records import as_records, indices_with_task
+from gella.data.records import as_records, concatenated, indices_with_task
 from gella.entities.view import received, to_send
 from gella.text.prompts import TASKS
 
@@ -33,7 +36,7 @@ SampleKey = tuple[int, str, tuple[int, int, int]]
 _PR_SET_PDEATHSIG = 1  # of prctl(2): the signal a process gets when its parent ends
 _BLOCK = 4096  # iterations whose tasks are drawn at once
 # Keep the streams of chance apart: SeedSequence pads with zeros, so lengths alone do not.
-_TASK_STREAM, _ORDER_STREAM = 0x7A5C, 0x0D3E
+_TASK_STREAM, _ORDER_STREAM, _DATASET_STREAM = 0x7A5C, 0x0D3E, 0xDA7A
 
 
 def task_at(seed: int, iteration: int, ratios: Sequence[float]) -> str:
@@ -54,30 +57,34 @@ def task_at(seed: int, iteration: int, ratios: Sequence[float]) -> str:
 class GroundingBatchSampler(Sampler[list[SampleKey]]):
     """Endless batches of keys (record index, task, seed of the view) for one rank.
 
-    Each task goes through its own pool in a new permutation per epoch. The batch of an iteration
-    does not depend on the number of ranks: rank r takes the r-th contiguous part of it.
+    Each task goes through each of its pools, one per dataset, in a new permutation per epoch. The
+    batch of an iteration is of one task and one dataset, and does not depend on the number of
+    ranks: rank r takes the r-th contiguous part of it.
     """
 
     def __init__(
         self,
-        pools: Mapping[str, Sequence[int] | np.ndarray],
+        pools: Mapping[str, Sequence[Sequence[int] | np.ndarray]],
         ratios: Sequence[float],
         batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         start_iteration: int = 0,
+        dataset_ratios: Sequence[float] = (),
     ) -> None:
         """Args:
-        pools: record indices per task.
+        pools: per task the record indices of each dataset.
         ratios: as in `task_at`.
         batch_size: images per iteration over all ranks, a multiple of `world_size`.
         seed: not negative.
         rank, world_size: of this process and the number of all.
         start_iteration: the first iteration to yield.
+        dataset_ratios: one share per dataset, in any unit, of the iterations of every task that it
+            has records of; empty: the number of these records.
 
-        Raises ValueError when the batch does not divide or a task that is to be trained has no
-        record.
+        Raises ValueError when the batch does not divide, a task that is to be trained has no
+        record, or there are not as many ratios as datasets.
         """
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
@@ -87,17 +94,24 @@ class GroundingBatchSampler(Sampler[list[SampleKey]]):
         if seed < 0:
             raise ValueError(f"the sampler's seed is {seed}; it must not be negative")
         self.ratios = _checked_ratios(ratios)
+        self.pools = {
+            task: [np.asarray(pool, dtype=np.int64) for pool in pools.get(task, ())]
+            for task in TASKS
+        }
+        self._shares: dict[str, np.ndarray] = {}  # cumulated, per dataset
         for task, ratio in zip(TASKS, self.ratios):
-            if ratio > 0 and not len(pools.get(task, ())):
+            weights = _dataset_weights([len(pool) for pool in self.pools[task]], dataset_ratios)
+            if ratio > 0 and not weights.sum() > 0:
                 raise ValueError(
                     f"task {task!r} has ratio {ratio:g} but no record that can train it; add a "
-                    "dataset or set its DATALOADER.TASK_RATIOS to 0"
+                    "dataset (or its share of DATALOADER.DATASET_RATIOS), or set its "
+                    "DATALOADER.TASK_RATIOS to 0"
                 )
-        self.pools = {task: np.asarray(pools.get(task, ()), dtype=np.int64) for task in TASKS}
+            self._shares[task] = np.cumsum(weights) / (weights.sum() or 1.0)
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.start_iteration = start_iteration
-        self._orders: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
+        self._orders: OrderedDict[tuple[str, int, int], np.ndarray] = OrderedDict()
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         """Yield this rank's keys from `start_iteration` on, without end."""
@@ -106,10 +120,12 @@ class GroundingBatchSampler(Sampler[list[SampleKey]]):
         mine = range(self.rank * share, (self.rank + 1) * share)
         for iteration in itertools.count(self.start_iteration):
             task = task_at(self.seed, iteration, self.ratios)
-            first = done[task] * self.batch_size
-            done[task] += 1
+            drawn = _dataset_block(self.seed, iteration // _BLOCK)[iteration % _BLOCK]
+            dataset = int(np.searchsorted(self._shares[task], drawn, side="right"))
+            first = done[task][dataset] * self.batch_size
+            done[task][dataset] += 1
             yield [
-                (self._record(task, first + place), task, (self.seed, iteration, place))
+                (self._record(task, dataset, first + place), task, (self.seed, iteration, place))
                 for place in mine
             ]
 
@@ -121,27 +137,34 @@ class GroundingBatchSampler(Sampler[list[SampleKey]]):
             "seed": int(self.seed),
             "batch": self.batch_size,
             "ratios": list(self.ratios),
-            "records": {task: len(pool) for task, pool in self.pools.items()},
+            "records": {task: [len(x) for x in pools] for task, pools in self.pools.items()},
+            "datasets": {task: shares.tolist() for task, shares in self._shares.items()},
         }
 
-    def _earlier_batches(self, iteration: int) -> dict[str, int]:
-        """Batches of each task before `iteration`."""
-        counts = np.zeros(len(TASKS), dtype=np.int64)
+    def _earlier_batches(self, iteration: int) -> dict[str, list[int]]:
+        """Batches of each task and dataset before `iteration`."""
+        counts = {task: np.zeros(len(pools), np.int64) for task, pools in self.pools.items()}
         for block in range(iteration // _BLOCK + 1):
-            drawn = _task_block(self.seed, block, self.ratios)[: iteration - block * _BLOCK]
-            counts += np.bincount(drawn, minlength=len(TASKS))
-        return {task: int(count) for task, count in zip(TASKS, counts)}
+            stop = iteration - block * _BLOCK
+            tasks = _task_block(self.seed, block, self.ratios)[:stop]
+            numbers = _dataset_block(self.seed, block)[:stop]
+            for place, (task, shares) in enumerate(self._shares.items()):
+                drawn = np.searchsorted(shares, numbers[tasks == place], side="right")
+                counts[task] += np.bincount(drawn, minlength=len(shares))
+        return {task: count.tolist() for task, count in counts.items()}
 
-    def _record(self, task: str, place: int) -> int:
-        """Record at one place of a task's endless sequence of permutations."""
-        pool = self.pools[task]
+    def _record(self, task: str, dataset: int, place: int) -> int:
+        """Record at one place of a pool's endless sequence of permutations."""
+        pool = self.pools[task][dataset]
         epoch, offset = divmod(place, len(pool))
-        order = self._orders.get((task, epoch))
+        order = self._orders.get((task, dataset, epoch))
         if order is None:
-            key = (self.seed, _ORDER_STREAM + TASKS.index(task), epoch)
+            key = (self.seed, _ORDER_STREAM + TASKS.index(task), dataset, epoch)
             # Of the epoch alone, so that a resumed run need not replay those before.
-            order = self._orders[task, epoch] = np.random.default_rng(key).permutation(len(pool))
-            if len(self._orders) > 2 * len(TASKS):  # the current epochs and those just left
+            order = np.random.default_rng(key).permutation(len(pool))
+            self._orders[task, dataset, epoch] = order
+            # the current epochs and those just left
+            if len(self._orders) > 2 * len(TASKS) * len(self.pools[task]):
                 self._orders.popitem(last=False)
         return int(pool[order[offset]])
 
@@ -208,22 +231,30 @@ class GroundingTrainLoader:
 
 
 def build_train_loader(
-    cfg: Any, *, records: Sequence[dict[str, Any]], mapper: Any, start_iteration: int = 0
+    cfg: Any,
+    *,
+    datasets: Sequence[Sequence[dict[str, Any]]],
+    mapper: Any,
+    start_iteration: int = 0,
 ) -> GroundingTrainLoader:
     """Training loader of this rank.
 
     Args:
-        cfg: `DATALOADER.TASK_RATIOS`, `DATALOADER.NUM_WORKERS`, `SOLVER.IMS_PER_BATCH`,
-            `DATASETS.TRAIN` (for errors) and `SEED`; a negative seed draws one that all ranks
-            share, and such a run cannot be resumed into the same order.
-        records: dataset dicts; `tasks` says which tasks each can train.
+        cfg: `DATALOADER.TASK_RATIOS`, `DATALOADER.DATASET_RATIOS`, `DATALOADER.NUM_WORKERS`,
+            `SOLVER.IMS_PER_BATCH`, `DATASETS.TRAIN` (for errors) and `SEED`; a negative seed draws
+            one that all ranks share, and such a run cannot be resumed into the same order.
+        datasets: dataset dicts per name of `DATASETS.TRAIN`; `tasks` says which tasks each can
+            train.
         mapper: a `GroundingMapper` for training.
         start_iteration: the first iteration; may be set later.
 
     Raises ValueError when a task with a ratio above 0 has no record, naming the datasets.
     """
-    records = as_records(records)
-    pools = {task: indices_with_task(records, task) for task in TASKS}
+    parts = [as_records(part) for part in datasets]
+    starts = np.cumsum([0, *map(len, parts)])
+    pools = {
+        task: [s + indices_with_task(p, task) for s, p in zip(starts, parts)] for task in TASKS
+    }
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     try:
         sampler = GroundingBatchSampler(
@@ -234,14 +265,35 @@ def build_train_loader(
             rank=comm.get_rank(),
             world_size=comm.get_world_size(),
             start_iteration=start_iteration,
+            dataset_ratios=_dataset_ratios(cfg),
         )
     except ValueError as error:
         raise ValueError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: {error}") from error
-    sizes = ", ".join(f"{task} {len(pool):,}" for task, pool in pools.items())
-    logging.getLogger(__name__).info("Training records: %s", sizes)
-    return GroundingTrainLoader(
-        GroundingDataset(records, mapper), sampler, int(cfg.DATALOADER.NUM_WORKERS)
-    )
+    for task, own in pools.items():
+        sizes = " + ".join(f"{len(pool):,}" for pool in own)
+        logging.getLogger(__name__).info("Training records of the datasets: %s %s", task, sizes)
+    dataset = GroundingDataset(concatenated(parts), mapper)
+    return GroundingTrainLoader(dataset, sampler, int(cfg.DATALOADER.NUM_WORKERS))
+
+
+def _dataset_ratios(cfg: Any) -> list[float]:
+    """The share of each of `DATASETS.TRAIN`; none where the config gives none."""
+    given = cfg.DATALOADER.DATASET_RATIOS
+    return [
+        next((float(share) for pattern, share in given if fnmatchcase(name, pattern)), 1.0)
+        for name in (cfg.DATASETS.TRAIN if given else ())
+    ]
+
+
+def _dataset_weights(sizes: Sequence[int], ratios: Sequence[float]) -> np.ndarray:
+    """Weights of a task's pools of these sizes."""
+    if len(ratios) and (len(ratios) != len(sizes) or not min(ratios) >= 0):
+        raise ValueError(
+            f"DATALOADER.DATASET_RATIOS makes shares {list(ratios)} of {len(sizes)} datasets; each "
+            "name of DATASETS.TRAIN needs one that is not negative"
+        )
+    weights = np.asarray(ratios if len(ratios) else sizes, dtype=np.float64)
+    return np.where(np.asarray(sizes) > 0, weights, 0.0)
 
 
 def _checked_ratios(ratios: Sequence[float]) -> tuple[float, ...]:
@@ -259,6 +311,11 @@ def _task_block(seed: int, block: int, ratios: tuple[float, ...]) -> np.ndarray:
     shares = np.asarray(ratios) / sum(ratios)
     rng = np.random.default_rng((seed, _TASK_STREAM, block))
     return rng.choice(len(TASKS), size=_BLOCK, p=shares)
+
+
+@lru_cache(maxsize=64)
+def _dataset_block(seed: int, block: int) -> np.ndarray:
+    return np.random.default_rng((seed, _DATASET_STREAM, block)).random(_BLOCK)
 
 
 def _as_list(batch: list[Any]) -> list[Any]:

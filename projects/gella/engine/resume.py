@@ -200,7 +200,7 @@ class RunCheckpoints(HookBase):
         if self._cfg.SEED < 0 and saved and sampler is not None:
             sampler.seed = saved["seed"]  # it was drawn at random: this run's is of no meaning
         now = self._position(self._facts["iteration"] + 1)
-        for key in ("seed", "batch", "ratios", "records"):
+        for key in ("seed", "batch", "ratios", "records", "datasets"):
             if key in saved and key in now and saved[key] != now[key]:
                 _logger.warning(
                     "the checkpoint was trained with %s %s, this run has %s: the images come in"

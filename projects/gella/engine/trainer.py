@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from gella.data.mapper import GroundingMapper
-from gella.data.records import Records, concatenated
+from gella.data.records import Records, as_records, concatenated
 from gella.data.refcoco import without_held_out
 from gella.data.register import choose_entities, root_from_environment
 from gella.data.sampling import build_train_loader
@@ -40,11 +40,11 @@ from gella.weights.checkpoint import load_weights
 # The child of the model that SOLVER.ZERO.CONFIG puts under DeepSpeed.
 LANGUAGE = "language_decoder"
 
-__all__ = ["GellaTrainer", "load_records"]
+__all__ = ["GellaTrainer", "load_datasets", "load_records"]
 
 
-def load_records(names: Any, key: str, cfg: Any = None) -> Records:
-    """Records of several registered datasets, in order.
+def load_datasets(names: Any, key: str, cfg: Any = None) -> list[Records]:
+    """Records of each of several registered datasets.
 
     Args:
         names: dataset names.
@@ -65,10 +65,14 @@ def load_records(names: Any, key: str, cfg: Any = None) -> Records:
             root = root_from_environment()
             parts = [without_held_out(part, name, root) for part, name in zip(parts, names)]
         parts = [choose_entities(p, name, cfg, is_train=train) for p, name in zip(parts, names)]
-    records = concatenated(parts)
-    if not records:
+    if not any(map(len, parts)):
         raise ValueError(f"{key} {tuple(names)} has no record: check the annotation files")
-    return records
+    return [as_records(part) for part in parts]
+
+
+def load_records(names: Any, key: str, cfg: Any = None) -> Records:
+    """The records of :func:`load_datasets`, one dataset after the other."""
+    return concatenated(load_datasets(names, key, cfg))
 
 
 class GellaTrainer(DefaultTrainer):
@@ -253,10 +257,10 @@ class GellaTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: Any) -> Any:
-        """Batches of one task each (Table 9), reproducible from (``SEED``, iteration)."""
-        records = load_records(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", cfg)
+        """Batches of one task (Table 9) and dataset, reproducible from (``SEED``, iteration)."""
+        datasets = load_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", cfg)
         mapper = GroundingMapper(cfg, is_train=True)
-        return build_train_loader(cfg, records=records, mapper=mapper, start_iteration=0)
+        return build_train_loader(cfg, datasets=datasets, mapper=mapper, start_iteration=0)
 
     @classmethod
     def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
