@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from gella.commands import convert_weights
 from gella.weights import LlavaHf, LlavaOriginal
-from gella.weights.files import read_weights
+from gella.weights.files import download, read_weights
 from gella.weights.llava import EMBEDDINGS, ClipOpenAI
 from gella.weights.mask2former import Mask2FormerUpstream
 
@@ -592,10 +592,10 @@ def test_what_is_fetched_is_pinned_counted_and_no_more_than_needed(monkeypatch, 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     fetched, large = [], False
     names = {"llava": "a/b@abc", "tokenizer": "a/c"}
-    folders = convert_weights.download(names, tmp_path / "new" / "out", 1)
+    folders = download(names, tmp_path / "new" / "out", 1)
     assert fetched == [*FILES[:2], "config.json", "tokenizer.json", "tokenizer.model"]
     assert calls[2:] == [("a/b", "c0ffee", False), ("a/c", "c0ffee", False)]
     assert folders == {"llava": tmp_path / "c0ffee", "tokenizer": tmp_path / "c0ffee"}
     large = True
     with pytest.raises(OSError, match=r"5000000\.0 GB are needed on the disk of .*, \d+\.\d GB"):
-        convert_weights.download(names, tmp_path / "new" / "out", 1)
+        download(names, tmp_path / "new" / "out", 1)

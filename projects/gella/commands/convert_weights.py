@@ -20,8 +20,6 @@ named. docs/WEIGHTS.md says where the files come from. KEY VALUE overrides of th
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import json
 import re
 import shutil
@@ -43,6 +41,8 @@ from gella.utils.io import file_hash, read_json, write_atomically
 from gella.weights import FORMATS, LlavaHf, LlavaOriginal, detect, format_named
 from gella.weights.checkpoint import check_state_dict, consolidate
 from gella.weights.files import (
+    TOKENIZER_FILES,
+    download,
     main_file,
     new_folder,
     read_weights,
@@ -55,8 +55,6 @@ from gella.weights.llava import EMBEDDINGS, fit_words
 
 TRAIN = "python tools/train_net.py --config-file"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
-WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json"]
-TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json"]
 OPTIONS = {
     "from public weights": {
         "--from-hub": "download what MODEL.HUB names and no option gives; write MODEL.WEIGHTS (or "
@@ -179,50 +177,6 @@ def from_hub(args: argparse.Namespace, cfg: Any) -> None:
         return
     Path(args.output).absolute().parent.mkdir(parents=True, exist_ok=True)
     convert(args, cfg, notes)
-
-
-def download(names: Mapping[str, str], output: Path, written: int) -> dict[str, Path]:
-    """Bring models to the hub's cache (``HF_HOME``), and go on where a download was broken off.
-
-    Args:
-        names: by kind "owner/name@commit"; without a commit what ``main`` is now. Only the files
-            that are needed are taken.
-        output, written: what will be made of them, and its bytes: room for all is checked first.
-
-    Returns:
-        a folder by kind, whose name is the commit.
-    """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import DryRunError
-
-    fetched, wanted = 0, []
-    for kind, name in names.items():
-        repository, _, commit = name.partition("@")
-        patterns = TOKENIZER_FILES if kind == "tokenizer" else WEIGHT_FILES
-        get = functools.partial(snapshot_download, repository, allow_patterns=patterns)
-        commit = commit or "main"
-        with contextlib.suppress(DryRunError):  # offline: what is in the cache is all there is
-            files: Any = get(revision=commit, dry_run=True)
-            fetched += sum(file.file_size or 0 for file in files if file.will_download)
-            commit = files[0].commit_hash if files else commit
-        wanted.append((kind, functools.partial(get, revision=commit)))
-    needed: Counter[int] = Counter()
-    for place, size in ((Path(constants.HF_HUB_CACHE), fetched), (output, written)):
-        there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
-        disk, free = there.stat().st_dev, shutil.disk_usage(there).free
-        needed[disk] += size
-        if free < needed[disk]:
-            raise OSError(
-                f"{needed[disk] / 1e9:.1f} GB are needed on the disk of {there}, {free / 1e9:.1f}"
-                " GB are free: make room, or set HF_HOME or MODEL.WEIGHTS to another disk"
-            )
-    folders = {}
-    for kind, get in wanted:
-        try:
-            folders[kind] = Path(str(get()))
-        except (OSError, ValueError) as error:
-            raise OSError(f"{names[kind]} (MODEL.HUB) was not downloaded: {error}") from error
-    return folders
 
 
 def convert(args: argparse.Namespace, cfg: Any, notes: Iterable[str] = ()) -> None:

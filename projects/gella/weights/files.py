@@ -8,11 +8,13 @@ the file allows it; a folder of shards is therefore opened without being held in
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from gella.weights.layout import some
 
 # The names of transformers, then what else is found in a folder of weights.
 _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json"]  # patterns, as on the hub
+_WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json"]
 _SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
 _TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".ckpt")
 _SUFFIXES = (".safetensors", *_TORCH_SUFFIXES, ".pkl")
@@ -109,6 +113,50 @@ def read_torch(path: str | Path, *, mmap: bool = False) -> Any:
     except Exception as error:  # torch raises many types for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"weights {path} cannot be read ({reason})") from error
+
+
+def download(names: Mapping[str, str], output: Path, written: int) -> dict[str, Path]:
+    """Bring models to the hub's cache (``HF_HOME``), and go on where a download was broken off.
+
+    Args:
+        names: by kind "owner/name@commit"; without a commit what ``main`` is now. Only the files
+            that are needed are taken.
+        output, written: what will be made of them, and its bytes: room for all is checked first.
+
+    Returns:
+        a folder by kind, whose name is the commit.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    fetched, wanted = 0, []
+    for kind, name in names.items():
+        repository, _, commit = name.partition("@")
+        patterns = TOKENIZER_FILES if kind == "tokenizer" else _WEIGHT_FILES
+        get = functools.partial(snapshot_download, repository, allow_patterns=patterns)
+        commit = commit or "main"
+        with contextlib.suppress(DryRunError):  # offline: what is in the cache is all there is
+            files: Any = get(revision=commit, dry_run=True)
+            fetched += sum(file.file_size or 0 for file in files if file.will_download)
+            commit = files[0].commit_hash if files else commit
+        wanted.append((kind, functools.partial(get, revision=commit)))
+    needed: Counter[int] = Counter()
+    for place, size in ((Path(constants.HF_HUB_CACHE), fetched), (output, written)):
+        there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
+        disk, free = there.stat().st_dev, shutil.disk_usage(there).free
+        needed[disk] += size
+        if free < needed[disk]:
+            raise OSError(
+                f"{needed[disk] / 1e9:.1f} GB are needed on the disk of {there}, {free / 1e9:.1f}"
+                " GB are free: make room, or set HF_HOME or MODEL.WEIGHTS to another disk"
+            )
+    folders = {}
+    for kind, get in wanted:
+        try:
+            folders[kind] = Path(str(get()))
+        except (OSError, ValueError) as error:
+            raise OSError(f"{names[kind]} (MODEL.HUB) was not downloaded: {error}") from error
+    return folders
 
 
 def stored_dtypes(
