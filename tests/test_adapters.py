@@ -136,13 +136,30 @@ def test_merged_equals_unmerged_and_is_a_plain_decoder():
     assert all(p.requires_grad for p in decoder.parameters())
 
 
-def test_adapters_of_half_precision_weights_are_float32():
-    decoder = make_decoder(dtype="bfloat16", lora=lora()).train()
-    kinds = {p.dtype for n, p in decoder.named_parameters() if ".lora_" in n}
-    assert kinds == {torch.float32}
-    assert decoder.llama.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    decoder(*make_batch([5])).loss_answer.backward()
-    assert all(p.grad.isfinite().all() for p in decoder.parameters() if p.requires_grad)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_trains_beside_half_precision_weights_is_float32_and_moves(tied, autocast):
+    config = make_config(tie_word_embeddings=tied)
+    decoder = make_decoder(config=config, dtype="bfloat16", lora=lora(train_embeddings=True))
+    randomise_adapters(decoder)
+    trained = {n: p for n, p in decoder.train().named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert {n.split(".")[0] for n in trained} == {"projector", "llama"} and len(trained) > 12
+    kept = decoder.llama.model.layers[0].mlp.up_proj.weight
+    assert kept.dtype == torch.bfloat16 and not kept.requires_grad
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), 1e-5, weight_decay=0.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        output = decoder(*make_batch([5, 14]))
+    (output.loss_answer + sum(e.float().sum() for e in output.seg_embeddings)).backward()
+    optimizer.step()
+    for name, parameter in trained.items():
+        touched = parameter.grad != 0
+        assert touched.any() and (parameter != before[name])[touched].float().mean() > 0.99, name
+    exact = make_decoder(config=config, lora=lora(train_embeddings=True))
+    exact.load_state_dict({n: t.float() for n, t in decoder.state_dict().items()})
+    expected, found = exact.train()(*make_batch([5])), decoder(*make_batch([5]))
+    assert found.loss_answer.item() == pytest.approx(expected.loss_answer.item(), rel=0.05)
 
 
 def test_wrong_adapter_options_are_named():

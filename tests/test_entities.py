@@ -379,6 +379,17 @@ def test_sizes_and_pixels_of_the_fitted_image() -> None:
     assert abs(float(fit_image(stripes, 16).mean()) - 127.5) < 10
 
 
+@pytest.mark.parametrize("side", [30, 60, 100])
+def test_images_are_resized_as_clips_processor_does(side: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    options = {"do_center_crop": False, "do_rescale": False, "do_normalize": False}
+    process = transformers.CLIPImageProcessor(size={"height": side, "width": side}, **options)
+    picture = rng().integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    expected = np.asarray(process(picture, return_tensors="np")["pixel_values"][0])
+    found = fit_image(picture, side).transpose(2, 0, 1).astype(float)
+    assert np.abs(found - expected).max() <= 2  # Pillow's rounding and torchvision's
+
+
 def test_a_view_of_another_size_or_type_is_refused() -> None:
     image, entities = scene(40, 80)
     with pytest.raises(ValueError, match="80x40.*50x40"):

@@ -136,7 +136,11 @@ def test_grounding_targets_and_answer(record: dict, make: Any, tokenizer: Any) -
     before = copy.deepcopy(record)
     mapped = make()(record, task="ground", rng_seed=(0, 0, 0))
     assert record == before
-    assert [p["entity_indices"] for p in mapped["phrases"]] == [[0, 2], [1], [], []]
+    # The third noun has no segment: absent. The last one's is a crowd, no entity: unknown.
+    assert [p["entity_indices"] for p in mapped["phrases"]] == [[0, 2], [1], [], None]
+    tested = make(is_train=False)(record, task="ground")
+    assert [p["entity_indices"] for p in tested["phrases"]] == [[0, 2], [1], [], []]
+    assert tested["num_unmatched"] == 1
     assert [p["text"] for p in mapped["phrases"]] == [p["text"] for p in record["phrases"]]
     assert mapped["phrases"][0]["start"] == 0 and mapped["num_unmatched"] == 1  # the crowd of stars
     assert answer_of(mapped, tokenizer) == noun_answer([p["text"] for p in record["phrases"]])
@@ -154,7 +158,7 @@ def test_describing_has_no_noun_and_extraction_keeps_unknown_segments(
     assert described["phrases"] == [] and len(described["seg_positions"]) == 0
     assert answer_of(described, tokenizer) == record["caption"]
     extracted = make()(record, task="extract", rng_seed=(0, 0, 0))
-    assert [p["entity_indices"] for p in extracted["phrases"]] == [[0, 2], None, [], []]
+    assert [p["entity_indices"] for p in extracted["phrases"]] == [[0, 2], None, [], None]
     assert len(extracted["seg_positions"]) == 4
 
 
@@ -290,7 +294,7 @@ def test_mirrored_views_say_the_other_side(record: dict, make: Any, tokenizer: A
         for said in view["phrases"][:3]:
             assert view["caption"][said["start"] : said["end"]] == said["text"]
         assert answer_of(view, tokenizer) == noun_answer(texts)
-        assert [p["entity_indices"] for p in view["phrases"]] == [[0, 2], [1], [], []]
+        assert [p["entity_indices"] for p in view["phrases"]] == [[0, 2], [1], None, []]
     assert seen == {True, False}
     record["caption"] = "Two circles"  # the noun outside it counts too
     unmoved = [make(flip=True)(record, task="ground", rng_seed=(0, i)) for i in range(10)]

@@ -119,6 +119,23 @@ def test_initialisation_and_gradients(queries):
     assert all(torch.isfinite(p.grad).all() for p in head.parameters())
 
 
+@pytest.mark.parametrize("queries", ["learned", "entity"])
+def test_the_pixel_decoder_runs_in_float32_under_autocast(queries):
+    head, maps, seen = build(queries), features(), {}
+    for name, module in head.named_modules():
+        module.register_forward_hook(lambda m, _, out, name=name: seen.update({name: out}))
+    with torch.no_grad():
+        head(maps, masks())
+        exact = dict(seen)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            head(maps, masks())
+    inside = [name for name in seen if name.startswith("pixel_decoder.")]
+    tensors = [n for n in inside if isinstance(seen[n], torch.Tensor)]
+    assert any("sampling_offsets" in n for n in tensors) and len(tensors) > 10
+    assert all(torch.equal(seen[name], exact[name]) for name in tensors)
+    assert seen["entity_head"].dtype == torch.bfloat16  # the rest is in the precision of autocast
+
+
 def test_padding_queries_are_invisible_and_a_batch_equals_its_images():
     head, maps, all_masks = build("entity"), features(), masks()
     valid = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)

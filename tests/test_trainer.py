@@ -17,6 +17,7 @@ from toy_run import ToyRunLoader, toy_config, toy_run
 from gella.engine.optimizer import build_optimizer, role_of, split_off, with_epochs
 from gella.engine.step import StepTrainer
 from gella.engine.trainer import load_records
+from gella.weights.mask2former import Mask2FormerTransformers, MaskFormerHeadUpstream
 
 
 @pytest.fixture
@@ -119,6 +120,14 @@ def test_roles():
     names += ["mask_decoder.pixel_decoder.x", "image_encoder.x", "colormap_encoder.x"]
     heads = ["heads"] * 4
     assert [role_of(n) for n in names] == ["language", *heads, "vision", "vision", "vision"]
+
+
+@pytest.mark.parametrize("layout", [Mask2FormerTransformers, MaskFormerHeadUpstream])
+def test_what_the_public_weights_leave_out_is_of_the_heads(layout):
+    for pattern in layout(queries="entity").fresh:
+        assert role_of(pattern.replace("*", "1")) == "heads", pattern
+    kept = ["input_projections.0.1.weight", "input_projections.1.1.bias", "adapter_1.1.weight"]
+    assert {role_of(f"mask_decoder.pixel_decoder.{name}") for name in kept} == {"vision"}
 
 
 def test_split_off_keeps_the_schedule_in_one_place(cfg):

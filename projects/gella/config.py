@@ -249,6 +249,8 @@ def _add_test(test: Any) -> None:
 
 def _add_data(cfg: Any, node: type) -> None:
     cfg.INPUT.FORMAT = "RGB"  # order of the channels of images as they are read
+    # Section 4 has resizing and padding alone; "horizontal" mirrors half of the training images.
+    cfg.INPUT.RANDOM_FLIP = "none"
     gella = cfg.INPUT.GELLA = node()
     gella.COLORMAP_SIZE = 896  # pixels; the padded square side of the colormap. Swin: n x 224
     gella.COLORS = "random"  # "random", "location" (Table 5b) or "separated"
@@ -268,8 +270,8 @@ def _add_data(cfg: Any, node: type) -> None:
     # words, though "right behind" becomes "left behind"; "skip" does not mirror these images.
     gella.FLIP_TEXT = "skip"
     # Absent category names listed with the present ones when a panoptic image trains grounding;
-    # -1 lists every category.
-    gella.PANOPTIC_NEGATIVES = -1
+    # -1 lists every category, as every test does.
+    gella.PANOPTIC_NEGATIVES = 20
     # A caption whose prompt has more than MODEL.LANGUAGE.MAX_POSITIONS tokens: "error" names both
     # numbers; "cut" shortens it behind the last noun that fits (a description, and a caption whose
     # nouns are to be extracted: at the end of a sentence). Cut nouns are counted and logged, and

@@ -148,7 +148,8 @@ def mapped_input(
         task: "describe", "extract", "ground", "panoptic" or "refer".
         fitted: from :meth:`InputMaker.fit`.
         caption: the sentence.
-        phrases: with ``segment_ids`` and ``entity_indices``, None where nobody knows them.
+        phrases: with ``segment_ids`` and ``entity_indices``, None where nobody knows them or, in
+            training, where no input entity covers their segments.
     """
     grounded = [phrase for phrase in phrases if phrase["segment_ids"]]
     return {
@@ -159,7 +160,7 @@ def mapped_input(
         "input_ids": fitted.prompt.input_ids,
         "labels": fitted.prompt.labels,
         "seg_positions": fitted.prompt.seg_positions,
-        # Those whose segments no input entity covers have no target; they are counted and logged.
+        # Those whose segments no input entity covers: they are counted and logged.
         "num_grounded": len(grounded),
         "num_unmatched": sum(not phrase["entity_indices"] for phrase in grounded),
         "num_cut": fitted.num_cut,
@@ -337,10 +338,13 @@ class GroundingMapper(InputMaker):
             caption, phrases = fitted.caption, phrases[: fitted.num_nouns]
         if task == "describe":
             phrases = []  # its answer names no noun
-        phrases = [
-            {**phrase, "entity_indices": matcher.entity_indices(phrase["segment_ids"])}
-            for phrase in phrases
-        ]
+        targets = [matcher.entity_indices(phrase["segment_ids"]) for phrase in phrases]
+        if self.is_train:
+            # Entities that no input mask covers are unknown, not absent: the noun has no target.
+            targets = [
+                found or (None if p["segment_ids"] else found) for found, p in zip(targets, phrases)
+            ]
+        phrases = [{**p, "entity_indices": found} for p, found in zip(phrases, targets)]
         return fitted, caption, phrases, mirrored
 
     def _log_cut(self, record: dict[str, Any], fitted: FittedPrompt, length: int) -> None:

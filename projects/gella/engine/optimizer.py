@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,8 +15,25 @@ from gella.engine.evaluation_hooks import with_keys
 
 __all__ = ["ROLES", "build_optimizer", "role_of", "split_off", "with_epochs"]
 
-# Parts without public pretrained weights start from nothing and may want a higher rate.
-HEADS = ("resoblend.", "association.", "mask_decoder.entity_head.", "mask_decoder.entity_queries.")
+# Parts without public pretrained weights start from nothing and may want a higher rate. Of the mask
+# decoder, ours and upstream's, the convolutions that read ResoBlend's channels are among them.
+HEADS = (
+    *(
+        "resoblend.*",
+        "association.*",
+        "mask_decoder.entity_head.*",
+        "mask_decoder.entity_queries.*",
+    ),
+    *(
+        "mask_decoder.pixel_decoder.input_projections.?.0.*",
+        "mask_decoder.pixel_decoder.adapter_1.0.*",
+    ),
+    "mask_decoder.head.predictor.class_embed.*",
+    *(
+        "mask_decoder.head.pixel_decoder.input_proj.?.0.*",
+        "mask_decoder.head.pixel_decoder.adapter_1.weight",
+    ),
+)
 LANGUAGE_PREFIX = "language_decoder."
 ROLES = ("heads", "language", "vision")
 
@@ -24,12 +42,13 @@ def role_of(name: str) -> str:
     """Whose learning rate a parameter of the model takes: "language", "heads" or "vision".
 
     Language is everything below ``language_decoder``, its image projector included. Heads are the
-    parts that no public weights exist for: ResoBlend, association, the entity classifier and entity
-    queries. Vision is the rest: colormap encoder, image encoder, mask decoder.
+    parts that no public weights exist for: ResoBlend, association, the entity classifier, entity
+    queries and the mask decoder's convolutions on ResoBlend's channels. Vision is the rest:
+    colormap encoder, image encoder, mask decoder.
     """
     if name.startswith(LANGUAGE_PREFIX):
         return "language"
-    return "heads" if name.startswith(HEADS) else "vision"
+    return "heads" if any(fnmatchcase(name, pattern) for pattern in HEADS) else "vision"
 
 
 def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:

@@ -88,7 +88,8 @@ def fitted_size(height: int, width: int, side: int) -> tuple[int, int]:
 def fit_image(image: np.ndarray, side: int) -> np.ndarray:
     """Scale uint8 (H, W, 3) to the longest side ``side`` and pad with zeros to (side, side, 3).
 
-    Bilinear with antialiasing (Pillow's reducing filter). The picture stays at the top left.
+    Bicubic with antialiasing, as CLIP's and LLaVA's own processors. The picture stays at the top
+    left.
     """
     height, width = fitted_size(image.shape[0], image.shape[1], side)
     square = np.zeros((side, side, 3), dtype=np.uint8)
@@ -99,7 +100,7 @@ def fit_image(image: np.ndarray, side: int) -> np.ndarray:
         picture = Image.fromarray(image[:, ::-1] if mirrored else image)
         if mirrored:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+        resized = picture.resize((width, height), Image.Resampling.BICUBIC)
         square[:height, :width] = np.asarray(resized)
     return square
 

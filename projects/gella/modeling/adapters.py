@@ -32,7 +32,10 @@ def add_lora(
 ) -> None:
     """Freeze a causal language model and put LoRA adapters beside its linear layers.
 
-    The adapters are float32 and start at zero: the output does not change.
+    The adapters start at zero: the output does not change. They, and the embeddings where these are
+    trained, become float32 whatever the model's precision, which the hidden states keep: at rates
+    near 1e-5 most steps are lost in bfloat16. DeepSpeed's ``bf16`` makes all of them bfloat16 again
+    and steps float32 copies of them; its ``torch_autocast`` leaves them as they are.
 
     Args:
         model: of transformers; changed in place.
@@ -67,11 +70,14 @@ def add_lora(
     )
     inject_adapter_in_model(config, model)
     if train_embeddings:
-        for layer in _embeddings(model):
+        dtype = _dtype(model)
+        words, output = _embeddings(model)
+        for layer in (words, output):
             layer.requires_grad_(True)
-    for name, parameter in model.named_parameters():
-        # Steps of 1e-4 would be lost in half precision.
-        if any(f".{part}." in name for part in _ADAPTER_PARTS):
+        words.register_forward_hook(lambda layer, _, embeds: embeds.to(dtype))
+        output.register_forward_pre_hook(lambda layer, args: (args[0].to(layer.weight.dtype),))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.register_state_dict_post_hook(_hide_base_layers)
     model.register_load_state_dict_pre_hook(_find_base_layers)
@@ -201,7 +207,9 @@ def _write_unrounded(
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    return _embeddings(model)[0].weight.dtype  # type: ignore[return-value]
+    # What LoRA trains may be of a higher precision than the model.
+    frozen = (p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
+    return next(frozen, _embeddings(model)[0].weight.dtype)  # type: ignore[arg-type]
 
 
 def _refuse_loading(model: nn.Module, *_: Any) -> None:

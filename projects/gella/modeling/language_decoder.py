@@ -112,8 +112,9 @@ class LanguageDecoder(nn.Module):
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
         )
-        self.projector.to(self.llama.dtype)
-        if lora is not None:
+        if lora is None:
+            self.projector.to(self.llama.dtype)
+        else:  # what is trained beside the adapters is float32
             add_lora(self.llama, **lora)
         self.has_adapters = lora is not None
         self.image_token_stride = image_token_stride

@@ -133,7 +133,11 @@ class Mask2FormerHead(nn.Module):
             ValueError: ``entity`` queries without masks, or masks of another batch size.
         """
         maps = [features[name] for name in self.in_features]
-        pixels = self.pixel_decoder(maps, output_attentions=False, output_hidden_states=False)
+        with torch.autocast(maps[0].device.type, enabled=False):
+            # As upstream's: in bfloat16 sampled places would be rounded to whole pixels.
+            pixels = self.pixel_decoder(
+                [x.float() for x in maps], output_attentions=False, output_hidden_states=False
+            )
         if self.queries == "learned":
             content = self.transformer.queries_features.weight.expand(len(maps[0]), -1, -1)
             position = self.transformer.queries_embedder.weight.expand(len(maps[0]), -1, -1)
