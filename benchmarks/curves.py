@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -32,15 +31,14 @@ import numpy as np
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
-from measuring import OPTS
+from matplotlib.figure import Figure
+from measuring import OPTS, config_of
 from scipy.stats import permutation_test
 from tabulate import tabulate
 
-from gella import load_config
-from gella.data.register import import_modules
 from gella.engine.launch import leave_process_group
 from gella.engine.trainer import GellaTrainer
-from gella.utils.io import write_json
+from gella.utils.io import read_json, write_json
 
 NUMBERS = {
     "processes": (2, 2, "under ZeRO"),
@@ -49,11 +47,7 @@ NUMBERS = {
 }
 OPTIONS = {
     "--config-file": {"required": True, "metavar": "FILE"},
-    "--zero": {
-        "default": "configs/zero/stage2.json",
-        "metavar": "FILE",
-        "help": "DeepSpeed's JSON",
-    },
+    "--zero": {"default": "configs/zero/stage2.json", "metavar": "FILE", "help": "DeepSpeed's"},
     "--plot": {"metavar": "PNG", "help": "draw the curves into this file"},
     "opts": OPTS,
 }
@@ -87,10 +81,7 @@ def train(config_file: str, options: list[Any], output: str, moved: int) -> None
             them.
     """
     torch.set_num_threads(1)
-    cfg = load_config(config_file, [*options, "OUTPUT_DIR", output])
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    import_modules(cfg)
+    cfg = config_of(config_file, [*options, "OUTPUT_DIR", output])
     cfg.freeze()
     os.makedirs(output, exist_ok=True)
     torch.manual_seed(max(cfg.SEED, 0))  # the same initial weights in all runs
@@ -124,8 +115,7 @@ def record(args: argparse.Namespace) -> dict[str, list[Curves]]:
         with tempfile.TemporaryDirectory() as folder:
             job = (args.config_file, [*common, *options], folder, moved)
             launch(train, processes, dist_url="auto", args=job)
-            with open(os.path.join(folder, "curves.json"), encoding="utf-8") as stream:
-                curves[kind].append(json.load(stream))
+            curves[kind].append(read_json(os.path.join(folder, "curves.json")))
     return curves
 
 
@@ -203,33 +193,25 @@ def energy_test(curves: dict[str, list[Curves]]) -> dict[str, float]:
 
 def draw(curves: dict[str, list[Curves]], path: str, title: str) -> None:
     """The total losses, one over the other, and what runs differ by, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     plain, zero = ([run["total_loss"] for run in curves[kind]] for kind in ("plain", "zero"))
-    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(7, 6), height_ratios=[3, 2])
+    figure = Figure(figsize=(7, 6), layout="tight")
+    top, bottom = figure.subplots(2, sharex=True, height_ratios=[3, 2])
     top.plot(plain[0], color="#999999", linewidth=3, label="plain, one process")
     top.plot(zero[0], color="#d55e00", linewidth=1, label=title)
-    ways = {
-        "two plain runs": (itertools.combinations(plain, 2), "#0072b2"),
-        "ZeRO and plain from the same weights": (zip(plain, zero, strict=True), "#d55e00"),
-    }
-    for label, (pairs, color) in ways.items():
-        for one, other in pairs:
-            apart = np.abs(np.subtract(one, other)) + 1e-9  # a logarithmic scale has no zero
-            bottom.semilogy(apart, color=color, linewidth=0.7, alpha=0.6, label=label)
-            label = ""
-    top.set_ylabel("total loss")
-    bottom.set_ylabel("difference")
-    bottom.set_xlabel("iteration")
-    top.legend()
-    bottom.legend()
-    figure.tight_layout()
+    for label, pairs, color in (
+        ("two plain runs", itertools.combinations(plain, 2), "#0072b2"),
+        ("ZeRO and plain from the same weights", zip(plain, zero, strict=True), "#d55e00"),
+    ):
+        # A logarithmic scale has no zero.
+        apart = np.transpose([np.abs(np.subtract(*pair)) + 1e-9 for pair in pairs])
+        lines = bottom.semilogy(apart, color=color, linewidth=0.7, alpha=0.6)
+        lines[0].set_label(label)
+    top.set(ylabel="total loss")
+    bottom.set(ylabel="difference", xlabel="iteration")
+    for axes in (top, bottom):
+        axes.legend()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -21,15 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import get_cfg
-from measuring import OPTS, judge, machine, take_turns, threads, with_verdicts
+from measuring import OPTS, config_of, judge, machine, take_turns, threads, with_verdicts
 from PIL import Image
 from scenes import id_image, picture_size, write_scenes
 from tabulate import tabulate
 from tqdm import tqdm
 
-from gella import add_gella_config, load_config
+from gella import add_gella_config
 from gella.data.mapper import GroundingMapper
-from gella.data.register import import_modules
 from gella.data.sampling import build_train_loader
 from gella.data.targets import EntityMatcher
 from gella.engine.trainer import load_records
@@ -74,13 +73,12 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[Any, Sequence[dict[
         raise ValueError(f"--workers is {args.workers}; give at least 0")
     size = picture_size(args.size)
     if args.config_file:
-        cfg = load_config(args.config_file, args.opts)
+        cfg = config_of(args.config_file, args.opts)
     else:
         cfg = get_cfg()
         add_gella_config(cfg)
         cfg.SOLVER.IMS_PER_BATCH = 8
         cfg.merge_from_list(args.opts)
-    import_modules(cfg)
     cfg.SEED = max(cfg.SEED, 0)
     if args.dataset:
         if not args.config_file:
@@ -170,6 +168,7 @@ def stage_times(
 ) -> dict[str, float]:
     """Median milliseconds of each of `STAGES` for a picture, and of the whole "mapper"."""
     options, numbers = cfg.INPUT.GELLA, range(len(records))
+    side = cfg.MODEL.IMAGE_ENCODER.IMAGE_SIZE
     task = "ground" if "ground" in records[0]["tasks"] else records[0]["tasks"][0]
     rng = np.random.default_rng(0)
 
@@ -196,10 +195,7 @@ def stage_times(
         "decode image": lambda i: read_image(records[i]["file_name"]),
         "decode mask file": decode_masks,
         "ids to entities": lambda i: load_from_record(records[i]),
-        "resize and pad": lambda i: (
-            fit_image(images[i], cfg.MODEL.IMAGE_ENCODER.IMAGE_SIZE),
-            fit(i),
-        ),
+        "resize and pad": lambda i: (fit_image(images[i], side), fit(i)),
         "colors": lambda i: entity_colors(views[i], options.COLORS, rng),
         "colormap": lambda i: np.ascontiguousarray(
             paint_colormap(views[i], colors[i]).transpose(2, 0, 1)

@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from detectron2.modeling import build_model
-from measuring import OPTS
+from measuring import OPTS, config_of
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from gella import load_config
 from gella.data.mapper import GroundingMapper
-from gella.data.register import import_modules
 from gella.engine.trainer import load_records
 from gella.text.prompts import decode_answer
 from gella.weights.checkpoint import load_weights
@@ -50,29 +47,9 @@ WAYS = {
 }
 
 
-@dataclass
-class Tally:
-    """What one way of decoding took.
-
-    Attributes:
-        calls: passes of the language model.
-        tokens: generated tokens, end tokens included.
-        seconds: of generation alone, by the wall clock.
-        answers: token ids of each answer, without the end token.
-    """
-
-    calls: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    answers: list[list[int]] = field(default_factory=list)
-
-
 def prepare(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], int]:
     """The model with its weights, mapped inputs, and the draft length."""
-    cfg = load_config(args.config_file, args.opts)
-    import_modules(cfg)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    cfg = config_of(args.config_file, args.opts)
     lookup = args.lookup or cfg.MODEL.LANGUAGE.PROMPT_LOOKUP_TOKENS
     if lookup < 1:
         raise ValueError(f"the config's draft length is {lookup}: give --lookup, at least 1")
@@ -92,20 +69,26 @@ def prepare(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], int]:
 
 
 @torch.no_grad()
-def count_calls(model: Any, inputs: list[dict[str, Any]], lookup: int) -> dict[str, Tally]:
+def count_calls(model: Any, inputs: list[dict[str, Any]], lookup: int) -> dict[str, Any]:
     """Answer every input in each of the ``WAYS``, one at a time.
 
     Args:
         model: GELLA in evaluation mode.
         inputs: mapped dicts of the task extract.
         lookup: the longest draft, in tokens.
+
+    Returns:
+        per way ``calls`` (passes of the language model), ``tokens`` (generated ones, end tokens
+        included), ``calls_per_token``, ``seconds`` of generation by the wall clock, ``answers``
+        (token ids without the end token) and ``identical`` (answers equal to greedy's);
+        ``captions``; ``calls_ratio`` of drafts to greedy.
     """
     decoder, before = model.language_decoder, model.language_decoder.prompt_lookup_tokens
-    tallies = {name: Tally() for name in WAYS}
-    now = tallies["greedy"]
+    taken = {way: {"calls": 0, "tokens": 0, "seconds": 0.0, "answers": []} for way in WAYS}
+    now: dict[str, Any] = {}
 
     def count(*_: Any) -> None:
-        now.calls += 1
+        now["calls"] += 1
 
     decoder.prompt_lookup_tokens = lookup
     hook = decoder.llama.base_model.register_forward_hook(count)
@@ -116,20 +99,25 @@ def count_calls(model: Any, inputs: list[dict[str, Any]], lookup: int) -> dict[s
             ids = item["input_ids"].to(grid.device)
             limit = min(model.max_new_tokens, decoder.max_positions - len(ids))
             options = {"max_new_tokens": limit, **ends}
-            for way, now in tallies.items():
+            for way, now in taken.items():
                 start = time.perf_counter()
                 if way == "transformers":
                     answer = library_lookup(decoder, grid, ids, **options)
                 else:
                     snippets = model.noun_snippets if way == "drafts" else None
                     answer = decoder.generate(grid, [ids], snippets=snippets, **options)[0].tolist()
-                now.seconds += time.perf_counter() - start  # the lists have waited for the device
-                now.tokens += len(answer) + (len(answer) < limit)
-                now.answers.append(answer)
+                now["seconds"] += time.perf_counter() - start  # the lists waited for the device
+                now["tokens"] += len(answer) + (len(answer) < limit)
+                now["answers"].append(answer)
     finally:
         hook.remove()
         decoder.prompt_lookup_tokens = before
-    return tallies
+    greedy = taken["greedy"]
+    for way in taken.values():
+        way["calls_per_token"] = way["calls"] / way["tokens"]
+        way["identical"] = sum(map(list.__eq__, greedy["answers"], way["answers"]))
+    ratio = taken["drafts"]["calls"] / greedy["calls"]
+    return {**taken, "captions": len(inputs), "calls_ratio": ratio}
 
 
 def library_lookup(decoder: Any, grid: Tensor, ids: Tensor, **options: Any) -> list[int]:
@@ -161,44 +149,20 @@ def library_lookup(decoder: Any, grid: Tensor, ids: Tensor, **options: Any) -> l
     return answer[:-1] if answer[-1] == options["eos_token_id"] else answer
 
 
-def summarise(tallies: dict[str, Tally]) -> dict[str, Any]:
-    """Figures: per way ``calls``, ``tokens``, ``calls_per_token``, ``seconds`` and ``identical``
-    (answers equal to greedy's); ``captions``; ``calls_ratio`` of drafts to greedy.
-    """
-    greedy = tallies["greedy"]
-    figures: dict[str, Any] = {
-        name: {
-            "calls": tally.calls,
-            "tokens": tally.tokens,
-            "calls_per_token": tally.calls / tally.tokens,
-            "seconds": tally.seconds,
-            "identical": sum(map(list.__eq__, greedy.answers, tally.answers)),
-        }
-        for name, tally in tallies.items()
-    }
-    ratio = tallies["drafts"].calls / greedy.calls
-    return {**figures, "captions": len(greedy.answers), "calls_ratio": ratio}
-
-
-def report(figures: dict[str, Any], lookup: int, example: str) -> str:
-    """The printed table."""
-    rows = []
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The figures and the text to print. ValueError, OSError, KeyError for wrong arguments."""
+    model, inputs, lookup = prepare(args)
+    figures, rows = count_calls(model, inputs, lookup), []
+    example = decode_answer(model.tokenizer, figures["greedy"]["answers"][0])
     for way, title in WAYS.items():
         taken = figures[way]
+        del taken["answers"]
         same = f"{taken['identical']} of {figures['captions']}"
         counts = (taken["calls"], taken["tokens"], f"{taken['calls_per_token']:.3f}", same)
         rows.append((title.format(lookup), *counts, f"{taken['seconds']:.2f}"))
     head = ["decoding", "calls", "tokens", "calls per token", "same answers", "seconds"]
-    return (
+    return figures, (
         f"{tabulate(rows, head, colalign=('left', *['right'] * 5), disable_numparse=True)}\n\n"
-        f"calls with drafts / greedy calls: {figures['calls_ratio']:.3f}\nfirst answer: {example}"
+        f"calls with drafts / greedy calls: {figures['calls_ratio']:.3f}\n"
+        f"first answer: {example[:200]}"
     )
-
-
-def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The figures and the text to print. ValueError, OSError, KeyError for wrong arguments."""
-    model, inputs, lookup = prepare(args)
-    tallies = count_calls(model, inputs, lookup)
-    example = decode_answer(model.tokenizer, tallies["greedy"].answers[0])
-    figures = summarise(tallies)
-    return figures, report(figures, lookup, example[:200])

@@ -20,14 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from measuring import OPTS, judge, machine, take_turns, threads, with_verdicts
+from measuring import OPTS, config_of, judge, machine, take_turns, threads, with_verdicts
 from shapes import make_sample
 from shapes_text import train_tokenizer, write_narrative
 from tabulate import tabulate
 
 from gella import EntityMap, GellaPredictor, Request
-from gella.config import load_config
-from gella.data.register import import_modules
 
 NUMBERS = {
     "captions": (20, 2, "of one picture"),
@@ -126,19 +124,12 @@ def time_ways(
 def rules(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """What is asked of the predictor, why, and whether this run met it."""
     seconds, captions, images = figures["seconds"], figures["captions"], figures["images"]
-    asked = (
-        f"{captions} captions on one set_image, in {captions} separate calls",
-        seconds["shared"] / seconds["separate"],
-        SHARE,
-        "the vision side and the keys and values of the image tokens are computed once",
-    )
-    batch = (
-        f"a batch of {images} pictures, in {images} single ones",
-        seconds["batch"] / seconds["single"],
-        BATCH_SHARE,
-        "one pass through each part instead of one per picture",
-    )
-    return judge([asked, batch])
+    one = f"{captions} captions on one set_image, in {captions} separate calls"
+    batch = f"a batch of {images} pictures, in {images} single ones"
+    shares = seconds["shared"] / seconds["separate"], seconds["batch"] / seconds["single"]
+    kept = "the vision side and the keys and values of the image tokens are computed once"
+    together = "one pass through each part instead of one per picture"
+    return judge([(one, shares[0], SHARE, kept), (batch, shares[1], BATCH_SHARE, together)])
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -146,8 +137,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     images, captions = args.images, args.captions
     with threads(args.threads), tempfile.TemporaryDirectory() as folder:
         cases = made_cases(images, captions, args.size)
-        cfg = load_config(args.config_file, args.opts)
-        import_modules(cfg)
+        cfg = config_of(args.config_file, args.opts)
         cfg.MODEL.WEIGHTS = args.weights
         if not args.weights and not Path(cfg.MODEL.LANGUAGE.TOKENIZER).expanduser().is_dir():
             train_tokenizer([text for case in cases for text, _ in case.captions], folder)
