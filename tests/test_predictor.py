@@ -237,19 +237,15 @@ def test_ground_with_given_nouns(cfg: Any, scene: tuple) -> None:
 
 def test_a_grounding_as_json_and_as_masks(cfg: Any, scene: tuple) -> None:
     result = stubbed(cfg, scene)[0].ground(CAPTION, ["A red circle", "two squares"])
-    loaded, coded = json.loads(json.dumps([result.to_json(), result.to_rle()]))
+    loaded = json.loads(json.dumps(result.to_json()))
     known = {"weights": "untrained", "caption": CAPTION, "num_entities": 4}
     assert loaded.items() >= {**known, "height": 60, "width": 90}.items()
     ids = scene[1].ids
-    for noun, bare, phrase in zip(loaded["nouns"], coded["nouns"], result.phrases, strict=True):
+    for noun, phrase in zip(loaded["nouns"], result.phrases, strict=True):
         assert (mask_utils.decode(noun["mask"]).astype(bool) == phrase["mask"]).all()
         assert (np.isin(ids, noun["entity_numbers"]) == phrase["mask"]).all()
-        assert CAPTION[noun["start"] : noun["end"]] == noun["noun"] == bare["noun"]
-        assert bare["mask"] == noun["mask"]
+        assert CAPTION[noun["start"] : noun["end"]] == noun["noun"]
     assert noun["entity_ids"] == [5, 7] and noun["entity_numbers"] == [2, 4]
-    entities = {e["number"]: (e["id"], mask_utils.decode(e["mask"])) for e in coded["entities"]}
-    assert [name for name, _ in entities.values()] == [11, 5, 300, 7]
-    assert all((mask == (ids == number)).all() for number, (_, mask) in entities.items())
 
 
 def test_a_panoptic_result_as_json(cfg: Any, scene: tuple) -> None:
@@ -258,7 +254,6 @@ def test_a_panoptic_result_as_json(cfg: Any, scene: tuple) -> None:
     loaded = json.loads(json.dumps(result.to_json()))
     mask = loaded["segments"][0].pop("mask")
     assert (mask_utils.decode(mask) == (result.ids == 1)).all() and result.untrained
-    assert result.to_rle() == [{"id": 1, "mask": mask}]
     segment = {"id": 1, "category_id": 4, "category": "sand", "isthing": False, "score": 0.5}
     known = {"config": "", "weights": "untrained", "categories": [sand], "segments": [segment]}
     assert loaded == {"task": "panoptic", "height": 60, "width": 90, **known}

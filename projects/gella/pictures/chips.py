@@ -44,20 +44,11 @@ _COLORS: tuple[Color, ...] = (
 
 
 def palette(count: int) -> list[Color]:
-    """Return ``count`` distinct RGB colours (0..255), the first ones being those farthest apart.
+    """Return ``count`` RGB colours (0..255), the first ones being those farthest apart.
 
-    A shorter palette is the start of a longer one. The first 64 were searched for; later ones are
-    their lighter and darker shades.
+    A shorter palette is the start of a longer one. From the 65th on they come again.
     """
-    colors: list[Color] = []
-    for index in range(count):
-        turn, place = divmod(index, len(_COLORS))
-        # Shades alternate: towards white, towards black, each round a step further.
-        share = 1 - 0.6 ** ((turn + 1) // 2)
-        target = 255 if turn % 2 else 0
-        red, green, blue = (round(value + (target - value) * share) for value in _COLORS[place])
-        colors.append((red, green, blue))
-    return colors
+    return [_COLORS[index % len(_COLORS)] for index in range(count)]
 
 
 def ink_on(color: Color) -> Color:

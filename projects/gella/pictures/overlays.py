@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 _GAP = 1.0  # pixels between labels
@@ -59,17 +60,8 @@ class Grid:
     """The way from the pixels of a frame to those of a drawing of another size."""
 
     def __init__(self, frame: tuple[int, int], size: tuple[int, int]) -> None:
-        """Args:
-        frame: (H, W) of the masks.
-        size: (h, w) of the drawing; no side is larger while the other is smaller.
-        """
-        self._grows = size[0] >= frame[0] and size[1] >= frame[1]
-        # Where the drawing's pixels start in the frame (reduced), or the frame's in the drawing
-        # (enlarged); exact in whole numbers.
-        self._starts = []
-        for before, after in zip(frame, size):
-            few, many = sorted((before, after))
-            self._starts.append(-(-np.arange(few + 1, dtype=np.int64) * many // few))
+        """``frame``: (H, W) of the masks; ``size``: (h, w) of the drawing."""
+        self._frame, self._size = np.array(frame), np.array(size)
 
     def layer(self, mask: np.ndarray, origin: tuple[int, int] = (0, 0)) -> Layer | None:
         """Bring a mask to the drawing; None if it is empty.
@@ -84,27 +76,23 @@ class Grid:
         box = mask_box(mask)
         if box is None:
             return None
-        crop = mask[box[1] : box[3], box[0] : box[2]]
-        left, top = box[0] + origin[0], box[1] + origin[1]
-        if self._grows:
-            rows, columns = (
-                starts[first : first + count + 1]
-                for starts, first, count in zip(self._starts, (top, left), crop.shape)
-            )
-            large = np.repeat(np.repeat(crop, np.diff(rows), axis=0), np.diff(columns), axis=1)
-            return Layer(large, int(columns[0]), int(rows[0]))
-        cover: np.ndarray = crop.astype(np.float32)
-        firsts = []
-        for axis, offset in ((0, top), (1, left)):
-            starts = self._starts[axis]
-            first = int(np.searchsorted(starts, offset, side="right")) - 1
-            last = int(np.searchsorted(starts, offset + crop.shape[axis] - 1, side="right"))
-            cuts = np.maximum(starts[first:last] - offset, 0)
-            sizes = np.diff(starts[first : last + 1]).reshape((-1, 1) if axis == 0 else (1, -1))
-            cover = np.add.reduceat(cover, cuts, axis=axis) / sizes
-            firsts.append(first)
-        solid = cover >= 0.5
-        return Layer(solid | ((cover > 0) & ~_dilate(solid, 1)), firsts[1], firsts[0])
+        left, top, right, bottom = box
+        start = np.array([top + origin[1], left + origin[0]])
+        end = start + (bottom - top, right - left)
+        # The drawing's pixels that show a part of it, and what they show of the frame.
+        first, last = start * self._size // self._frame, -(-end * self._size // self._frame)
+        shown = np.array([first, last]) * self._frame / self._size
+        low, high = np.floor(shown[0]).astype(int), np.ceil(shown[1]).astype(int)
+        part = np.zeros(high - low, dtype=np.float32)
+        part[tuple(map(slice, start - low, end - low))] = mask[top:bottom, left:right]
+        (y, x), (height, width) = first.tolist(), (last - first).tolist()
+        (upper, near), (lower, far) = (shown - low).tolist()
+        resized = Image.fromarray(part).resize(
+            (width, height), Image.Resampling.BOX, (near, upper, far, lower)
+        )
+        cover = np.asarray(resized)
+        solid = cover >= 0.5 - 1e-6  # of sums of fractions
+        return Layer(solid | ((cover > 1e-6) & ~_dilate(solid, 1)), x, y)
 
 
 def looks(
