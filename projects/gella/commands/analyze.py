@@ -27,13 +27,11 @@ import numpy as np
 import pandas as pd
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
 from gella import load_config
 from gella.commands.analyze_cases import (
-    COLOUR_DISTANCE,
     ERRORS,
-    RELATIONS,
     TAKEN,
     Predictions,
     Scene,
@@ -41,32 +39,25 @@ from gella.commands.analyze_cases import (
     find_predictions,
     scenes,
 )
-from gella.commands.console import exit_status
+from gella.commands.console import Parser, exit_status
 from gella.data.register import import_modules
 from gella.evaluation import metrics
 from gella.pictures.panels import MASK_OPACITY
 from gella.utils.io import write_json, write_text
 
+# By part, one for all figures; of Okabe and Ito, safe for colour-blind readers.
 COLOURS = {"all": "#1f2328", "thing": "#0072b2", "stuff": "#d55e00", "oracle": "#8c959f"}
-"""By part, one for all figures; of Okabe and Ito, safe for colour-blind readers."""
-
-COLOURS_OF_MASKS = {
-    "truth": (0, 114, 178),
-    "predicted, right": (0, 158, 115),
-    "predicted, wrong": (213, 94, 0),
-}
-"""RGB of the truth's mask, and of the predicted pixels inside and outside of it."""
-
-SIDE = 340
-"""Pixels of a picture's longer side on the page."""
-
+# RGB of the truth's mask, and of the predicted pixels inside and outside of it.
+COLOURS_OF_MASKS = {"truth": (0, 114, 178), "predicted, right": (0, 158, 115)}
+COLOURS_OF_MASKS["predicted, wrong"] = (213, 94, 0)
+SIDE = 340  # pixels of a picture's longer side on the page
+# By which a phrase says where something is.
 POSITION_WORDS = (
     r"(?i)\b(?:left|right|top|bottom|upper|lower|above|below|under|over|behind|front|beside|between|"
     r"near|nearest|next|middle|cent(?:er|re)|corner|far|farthest|closest|side|edge|foreground|"
     r"background|inside|outside|around|opposite)\b"
 )
-"""Words by which a phrase says where something is."""
-
+# Ways to sort cases, in the order of the page, and how a group is told.
 NOTES = {
     "words of the phrase": "words between blanks, articles among them",
     "entities that the phrase names": "segments of the annotation",
@@ -77,7 +68,6 @@ NOTES = {
     "singular or plural": "as the dataset flags the phrase",
     "words of position": "such as left, behind, near, corner",
 }
-"""Ways to sort cases, in the order of the page, and how a group is told."""
 
 
 def _named(cases: pd.DataFrame) -> pd.Series:
@@ -182,41 +172,15 @@ def figures_of(predictions: Predictions, cases: pd.DataFrame) -> dict[str, Any]:
         "recall_curves": {name: recall_curve(ious) for name, ious in curves.items()},
         "groups": {title: items for title, items in groups.items() if items},
         "errors": {},
-        "relations_of_wrong_entities": [],
         "confusions": [],
     }
     if "error" in cases:
         counts = cases.error.value_counts()
         figures["errors"] = {ERRORS[k]: int(counts[k]) for k in ERRORS if k in counts}
-        figures["relations_of_wrong_entities"] = relations(cases)
         pairs = Counter(pair for confused in cases.confused for pair in confused)
         most = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:15]
         figures["confusions"] = [{"wanted": a, "taken": b, "cases": n} for (a, b), n in most]
     return figures
-
-
-def relations(cases: pd.DataFrame) -> list[dict[str, Any]]:
-    """What wrongly taken entities have in common with the right ones.
-
-    Returns:
-        per relation of ``RELATIONS``, and for "none of these": ``name``, ``count``, ``n`` wrongly
-        taken entities, and ``expected``, the count if they had been drawn blindly (None for "none
-        of these"). Empty without any.
-    """
-    wrong = pd.DataFrame(row for rows in cases.wrong for row in rows)
-    if wrong.empty:
-        return []
-    rows = [
-        {
-            "name": name,
-            "count": int(wrong[name].sum()),
-            "expected": math.fsum(wrong[f"{name} by chance"]),
-        }
-        for name in RELATIONS
-    ]
-    alone = int((~wrong[list(RELATIONS)].any(axis=1)).sum())
-    rows.append({"name": "none of these", "count": alone, "expected": None})
-    return [{**row, "n": len(wrong)} for row in rows]
 
 
 def choose(cases: pd.DataFrame, count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -240,25 +204,24 @@ def choose(cases: pd.DataFrame, count: int) -> tuple[pd.DataFrame, pd.DataFrame]
 
 def histogram_figure(counts: Mapping[str, Sequence[int]]) -> Figure:
     """Stacked bars of counts per equal bin of [0, 1], by part (a key of ``COLOURS``)."""
-    figure = Figure(figsize=(5.4, 2.7), layout="constrained")
-    axes, base = figure.add_subplot(xlabel="IoU"), np.zeros(0)
+    figure, axes = _axes(2.7, xlabel="IoU")
+    base: Any = 0
     for name, part in counts.items():
-        base, low = base if base.size else np.zeros(len(part)), np.arange(len(part)) / len(part)
-        axes.bar(low, part, 0.9 / len(part), base, align="edge", color=COLOURS[name], label=name)
-        base = base + part
-    return _plain(figure)
+        low, width = np.arange(len(part)) / len(part), 0.9 / len(part)
+        axes.bar(low, part, width, base, align="edge", color=COLOURS[name], label=name)
+        base = base + np.array(part)
+    return _with_legend(figure)
 
 
 def curve_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
     """Lines of recall (0..1) over equally spaced thresholds 0..1, by part."""
-    figure = Figure(figsize=(5.4, 2.7), layout="constrained")
-    axes = figure.add_subplot(xlabel="IoU threshold", ylim=(0, 1.02))
+    figure, axes = _axes(2.7, xlabel="IoU threshold", ylim=(0, 1.02))
     # The oracle lies below, dashed: a part that reaches it covers it.
     for name, curve in curves.items():
         style, order = ("--", 1) if name == "oracle" else ("-", 2)
         places = np.linspace(0, 1, len(curve))
         axes.plot(places, curve, style, color=COLOURS[name], label=name, zorder=order)
-    return _plain(figure)
+    return _with_legend(figure)
 
 
 def bar_figure(groups: Sequence[Mapping[str, Any]], mean: float) -> Figure:
@@ -267,31 +230,31 @@ def bar_figure(groups: Sequence[Mapping[str, Any]], mean: float) -> Figure:
     ``mean``: average recall of all, drawn as a line.
     """
     table = pd.DataFrame(groups)[::-1]
-    figure = Figure(figsize=(5.4, 0.45 + 0.27 * len(table)), layout="constrained")
-    axes = figure.add_subplot(xlim=(0, 1), xticks=[])
-    bars = axes.barh(table.label, table.recall, 0.75, color=COLOURS["thing"])
+    figure, axes = _axes(0.45 + 0.27 * len(table), xlim=(0, 1), xticks=[])
+    axes.barh(table.label, table.recall, 0.75, color=COLOURS["thing"])
     ends = np.clip([table.recall - table.margin, table.recall + table.margin], 0, 1)
     axes.hlines(table.label, *ends, color=COLOURS["all"], lw=1.5)
-    oracle = table.oracle.astype(float)
-    axes.plot(oracle, table.label, "|", color=COLOURS["stuff"], ms=14, mew=2)
+    axes.plot(table.oracle.astype(float), table.label, "|", color=COLOURS["stuff"], ms=14, mew=2)
     axes.axvline(mean, color="#656d76", lw=1)
     axes.spines["bottom"].set_visible(False)
-    texts = [
-        f"{100 * row.recall:.1f}"
-        + (f" ± {100 * row.margin:.1f}" if math.isfinite(row.margin) else "")
-        + f"  (n {row.n})"
-        for row in table.itertuples()
-    ]
-    for bar, text in zip(bars, texts, strict=True):
-        axes.text(1.02, bar.get_y() + bar.get_height() / 2, text, va="center", fontsize=9)
-    return _plain(figure)
+    for place, row in enumerate(table.itertuples()):
+        margin = f" ± {100 * row.margin:.1f}" if math.isfinite(row.margin) else ""
+        text = f"{100 * row.recall:.1f}{margin}  (n {row.n})"
+        axes.text(1.02, place, text, va="center", fontsize=9)
+    return figure
 
 
-def _plain(figure: Figure) -> Figure:
-    """Without a frame, in small type, with a legend where there are several parts."""
-    (axes,) = figure.axes
+def _axes(height: float, **settings: Any) -> tuple[Figure, Any]:
+    """A figure without a frame, in small type."""
+    figure = Figure(figsize=(5.4, height), layout="constrained")
+    axes = figure.add_subplot(**settings)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(labelsize=9, length=0)
+    return figure, axes
+
+
+def _with_legend(figure: Figure) -> Figure:
+    (axes,) = figure.axes
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(fontsize=9, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
@@ -328,13 +291,10 @@ def pictures(case: Any, scene: Scene) -> dict[str, np.ndarray]:
 
 
 def _jpeg(image: np.ndarray) -> bytes:
-    height, width = image.shape[:2]
-    scale = SIDE / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
     # Enlarged pixels stay pixels, so that a border is where the mask has it.
-    way = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
+    way = Image.Resampling.NEAREST if max(image.shape) < SIDE else Image.Resampling.BICUBIC
     stream = io.BytesIO()
-    Image.fromarray(image).resize(size, way).save(stream, "JPEG", quality=85)
+    ImageOps.contain(Image.fromarray(image), (SIDE, SIDE), way).save(stream, "JPEG", quality=85)
     return stream.getvalue()
 
 
@@ -363,48 +323,41 @@ def render(predictions: Predictions, figures: Mapping[str, Any]) -> str:
     cells["phrases"] = str(overall["n"])
     cells["images"] = str(predictions.cases.image_id.astype(str).nunique())
     rule = next((f"Protocol {r}. " for r in metrics.PROTOCOLS if results.get(f"protocol_{r}")), "")
-    curves = figures["recall_curves"]
-    recalls = 100 * pd.DataFrame(curves).iloc[[30, 50, 70, 90]]
+    recalls = 100 * pd.DataFrame(figures["recall_curves"]).iloc[[30, 50, 70, 90]]
     recalls.insert(0, "recall at", ["0.3", "0.5", "0.7", "0.9"])
     area = "Share of phrases with at least that IoU; the area below is the average recall"
     bars = [
-        _figure(
-            bar_figure(groups, overall["recall"]),
-            f"Average recall by {title}",
-            f"By {title}: {NOTES[title]}",
-        )
+        _figure(bar_figure(groups, overall["recall"]), f"Average recall by {title}", f"By {told}")
         for title, groups in figures["groups"].items()
+        for told in [f"{title}: {NOTES[title]}"]
     ]
-    parts = [
-        _table(pd.DataFrame(cells.items(), columns=["", "percent or count"])),
-        f'<p class="note">{rule}Read from {escape(predictions.file.name)}.</p>',
-        '<h3>IoU and recall</h3><div class="row">',
-        _figure(histogram_figure(figures["histograms"]), "Histogram of IoU", "Phrases by IoU"),
-        _figure(curve_figure(curves), "Recall over the IoU threshold", area),
-        f"</div>{_table(recalls)}<h3>Average recall by what the phrase is like</h3>",
-        '<p class="note">Bar: average recall in percent, with the 95 % interval of the mean if '
-        "phrases were independent. Grey line: all phrases. Orange tick: the oracle.</p>",
-        f'<div class="row">{"".join(bars)}</div><h3>What was taken instead</h3>',
-    ]
+    return "\n".join(
+        [
+            _table(pd.DataFrame(cells.items(), columns=["", "percent or count"])),
+            f'<p class="note">{rule}Read from {escape(predictions.file.name)}.</p>',
+            '<h3>IoU and recall</h3><div class="row">',
+            _figure(histogram_figure(figures["histograms"]), "Histogram of IoU", "Phrases by IoU"),
+            _figure(curve_figure(figures["recall_curves"]), "Recall over the IoU threshold", area),
+            f"</div>{_table(recalls)}<h3>Average recall by what the phrase is like</h3>",
+            '<p class="note">Bar: average recall in percent, with the 95 % interval of the mean if '
+            "phrases were independent. Grey line: all phrases. Orange tick: the oracle.</p>",
+            f'<div class="row">{"".join(bars)}</div><h3>What was taken instead</h3>',
+            _taken_instead(figures)
+            or '<p class="note">Not told: analysed without the dataset.</p>',
+        ]
+    )
+
+
+def _taken_instead(figures: Mapping[str, Any]) -> str:
+    """What masks took that they should not."""
     if not figures["errors"]:
-        return "\n".join([*parts, '<p class="note">Not told: analysed without the dataset.</p>'])
+        return '<p class="note">Not told: analysed without the dataset.</p>'
     kinds = pd.DataFrame(figures["errors"].items(), columns=["the mask takes", "phrases"])
-    kinds["%"] = 100 * kinds.phrases / overall["n"]
-    parts += [
+    kinds["%"] = 100 * kinds.phrases / figures["overall"]["n"]
+    parts = [
         '<p class="note">A segment counts as taken when the predicted mask covers more than '
         f"{TAKEN:.0%} of it.</p>{_table(kinds)}"
     ]
-    if figures["relations_of_wrong_entities"]:
-        wrong = pd.DataFrame(figures["relations_of_wrong_entities"])
-        shares = 100 * wrong[["count", "expected"]].astype(float).div(wrong.n, axis=0)
-        shares.insert(0, "", wrong.name)
-        parts += [
-            f"<h3>What the {wrong.n[0]} wrongly taken entities have in common with a right one"
-            '</h3><p class="note">"By chance": the same for an entity drawn blindly among those of '
-            "the image that were not meant. Colours are similar below a CIE Lab distance of "
-            f"{COLOUR_DISTANCE:.0f} between the means.</p>",
-            _table(shares.set_axis(["", "% of them", "% by chance"], axis=1)),
-        ]
     if figures["confusions"]:
         pairs = pd.DataFrame(figures["confusions"])
         pairs = pairs.set_axis(["meant and missed", "taken instead", "phrases"], axis=1)
@@ -509,9 +462,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status, 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("folder", help="OUTPUT_DIR/inference, one dataset's folder in it, or a table's folder")
     add("--output", metavar="FILE", help="default: report.html in the folder")

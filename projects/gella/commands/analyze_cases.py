@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,8 @@ from gella.entities.sources import annotation_of
 from gella.evaluation.truth import TruthReader
 from gella.utils.io import read_json
 
-TAKEN = 0.5
-"""A mask takes a segment when it covers more than this share of the segment's pixels."""
-
-COLOUR_DISTANCE = 20.0
-"""CIE Lab distance of mean colours below which two segments look alike."""
-
+TAKEN = 0.5  # a mask takes a segment when it covers more than this share of its pixels
+# Kinds of outcome of a case, and what they mean.
 ERRORS = {
     "right": "the right entities",
     "none": "no mask at all",
@@ -42,14 +37,8 @@ ERRORS = {
     "other": "only wrong ones",
     "unneeded": "a mask where nothing was meant",
 }
-"""Kinds of outcome of a case, and what they mean."""
-
-RELATIONS = ("same category", "similar colour", "touching")
-"""What a wrongly taken entity may have in common with a right one."""
-
+# Files of predictions that can be analysed, and their task.
 FILES = {"png_predictions.json": "png", "referring_predictions.json": "refer"}
-"""Files of predictions that can be analysed, and their task."""
-
 _SAME_IOU = 1e-6
 
 
@@ -143,33 +132,6 @@ class Scene:
     regions: EntityMap  # all segments; of polygons, which may overlap, the smaller lies on top
     categories: list[str]  # per segment
 
-    @cached_property
-    def colours(self) -> np.ndarray:
-        """Mean colour per segment in CIE Lab, (S, 3); of segments without pixels, black."""
-        numbers, count = self.regions.ids.reshape(-1), self.regions.num_entities + 1
-        sums = [
-            np.bincount(numbers, self.image[..., channel].reshape(-1), count)[1:]
-            for channel in range(3)
-        ]
-        means = np.stack(sums, axis=1) / np.maximum(self.regions.areas(), 1)[:, None]
-        return to_lab(means / 255)
-
-    @cached_property
-    def touching(self) -> np.ndarray:
-        """Which segments lie next to each other, bool (S, S).
-
-        A gap of a pixel, or of a hundredth of the shorter side, does not part them: annotations
-        often leave a line of void between neighbours.
-        """
-        ids, count = self.regions.ids, self.regions.num_entities + 1
-        pairs = np.zeros((count, count), dtype=bool)
-        for step in (1, 1 + max(1, round(min(ids.shape) / 100))):
-            pairs[ids[step:], ids[:-step]] = True
-            pairs[ids[:, step:], ids[:, :-step]] = True
-        pairs = (pairs | pairs.T)[1:, 1:]
-        np.fill_diagonal(pairs, False)
-        return pairs
-
     def indices(self, segment_ids: Iterable[int]) -> list[int]:
         """Indices of the named segments that the picture shows, ascending."""
         present = self.regions.segment_ids
@@ -180,18 +142,6 @@ class Scene:
         if segmentation is None:
             return np.zeros(self.regions.size, dtype=bool)
         return decode_segmentation(segmentation, self.regions.size)
-
-
-def to_lab(rgb: np.ndarray) -> np.ndarray:
-    """SRGB in [0, 1], (N, 3), as CIE Lab under D65 (IEC 61966-2-1, CIE 15)."""
-    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    matrix = np.array(
-        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
-    )
-    xyz = linear @ matrix.T / matrix.sum(axis=1)
-    root = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
-    x, y, z = root.T
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
 
 
 def read_scene(record: dict[str, Any], names: Mapping[Any, str], reader: TruthReader) -> Scene:
@@ -308,45 +258,27 @@ def case_facts(segment_ids: Sequence[int], segmentation: Any, scene: Scene) -> d
     Returns:
         ``error``, a key of ``ERRORS``; ``pixel_iou`` (two empty masks have 1); ``area_share`` of
         the image, covered by the truth; the category names of segments ``meant`` and ``taken``;
-        ``rivals``, segments of a meant one's category that are not meant (NaN if nothing is);
-        ``confused``, (missed, wrongly taken) categories; and ``wrong``: for each wrongly taken
-        segment, which of ``RELATIONS`` hold with any of the meant ones, and by chance, which is the
-        share of the image's other segments for which each does.
+        ``rivals``, segments of a meant one's category that are not meant (NaN if nothing is); and
+        ``confused``, (missed, wrongly taken) categories.
     """
-    regions, areas = scene.regions, scene.regions.areas()
+    regions, areas, names = scene.regions, scene.regions.areas(), scene.categories
     meant, mask = scene.indices(segment_ids), scene.predicted(segmentation)
     # Pixels under the mask by segment; what lies on void is in [0] and only enlarges the union.
     covered = np.bincount(regions.ids[mask], minlength=regions.num_entities + 1)
     inter, size = int(covered[1:][meant].sum()), int(areas[meant].sum())
     union = size + int(covered.sum()) - inter
     taken = np.flatnonzero(covered[1:] > TAKEN * areas).tolist()
-    others = [i for i in range(regions.num_entities) if i not in meant]
-    wrong = [i for i in taken if i in others]
-    missed = {scene.categories[i] for i in meant if i not in taken}
-    categories = {scene.categories[i] for i in meant}
-    distances = np.linalg.norm(scene.colours[:, None] - scene.colours[meant], axis=2)
-    holds = np.stack(  # of each segment, in the order of RELATIONS
-        [
-            np.isin(scene.categories, list(categories)),
-            (distances < COLOUR_DISTANCE).any(axis=1),
-            scene.touching[:, meant].any(axis=1),
-        ],
-        axis=1,
-    )
-    chance = holds[others].mean(axis=0).tolist() if wrong else []
+    missed, wrong = {*meant} - {*taken}, {*taken} - {*meant}
+    categories = {names[i] for i in meant}
+    rivals = sum(name in categories for name in names) - len(meant)
     return {
         "error": _error(set(meant), set(taken), bool(mask.any())),
         "pixel_iou": inter / union if union else 1.0,
         "area_share": size / regions.ids.size,
-        "meant": [scene.categories[i] for i in meant],
-        "taken": [scene.categories[i] for i in taken],
-        "rivals": int(holds[others, 0].sum()) if meant else math.nan,
-        "confused": sorted((a, b) for a in missed for b in {scene.categories[i] for i in wrong}),
-        "wrong": [
-            {name: bool(holds[i, k]) for k, name in enumerate(RELATIONS)}
-            | {f"{name} by chance": share for name, share in zip(RELATIONS, chance)}
-            for i in (wrong if meant else [])
-        ],
+        "meant": [names[i] for i in meant],
+        "taken": [names[i] for i in taken],
+        "rivals": rivals if meant else math.nan,
+        "confused": sorted({(names[a], names[b]) for a in missed for b in wrong}),
     }
 
 

@@ -27,7 +27,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from gella import load_config
-from gella.commands.console import exit_status
+from gella.commands.console import Parser, exit_status
 from gella.data.register import import_modules
 from gella.engine.trainer import GellaTrainer
 from gella.evaluation.calibration import TAKE_ALL, PanopticSweep, SelectionSweep
@@ -137,9 +137,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status, 2 for wrong arguments or files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--config-file", required=True, metavar="FILE", help="config of the model")
     add("--weights", default="", metavar="FILE", help="default: the config's MODEL.WEIGHTS")

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from gella import load_config
-from gella.commands.console import exit_status
+from gella.commands.console import Parser, exit_status
 from gella.data.mapper import expression_phrase, record_fields
 from gella.data.register import import_modules
 from gella.engine.trainer import load_records
@@ -232,9 +232,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; the exit status, 2 for wrong arguments or files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("folder", help="OUTPUT_DIR of an evaluation, or a run's folder of --table")
     add("--config-file", default="", metavar="FILE", help="default: FOLDER/config.yaml")
