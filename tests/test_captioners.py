@@ -353,7 +353,7 @@ def test_a_rate_limit_stops_all_threads_and_is_no_failure(server):
 
 @pytest.mark.parametrize(
     ("behaviour", "settings", "end"),
-    [(status(500), {"backoff": 60.0}, "stop"), (chat.stall, {"timeout": 60.0}, "abort")],
+    [(status(500), {"backoff": 60.0}, "stop")],
 )
 def test_stop_ends_pauses_and_abort_cuts_requests(server, behaviour, settings, end):
     server.default = behaviour

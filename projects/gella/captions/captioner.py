@@ -1,15 +1,9 @@
 """Captions from other models: a picture goes in, a description and its nouns come out.
 
-A captioner answers one question about one picture. ``gella.captions.endpoint.EndpointCaptioner``
-asks a chat endpoint, ``gella.captions.local.LocalCaptioner`` a model in this process; whatever has
-their ``ask`` works::
-
-    captioner = EndpointCaptioner.from_environment()
-    caption = describe(captioner, load_picture("street.jpg"), PROMPTS["overview"])
-    print(caption.description, caption.nouns)
-
-Models fence their JSON, cut it, and name nouns in other words than the description's. What can be
-repaired without guessing is repaired; everything else is counted, and asked for again.
+A captioner answers one question about one picture: a chat endpoint (`EndpointCaptioner`), a model
+in this process (`LocalCaptioner`), or whatever has their ``ask``. Models fence their JSON, cut it,
+and name nouns in other words than the description's. What can be repaired without guessing is
+repaired; everything else is counted, and asked for again.
 """
 
 from __future__ import annotations
@@ -130,7 +124,6 @@ class Tally:
     """Counts of a run, by name; several threads may add to it."""
 
     def __init__(self) -> None:
-        """Start with nothing counted."""
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
 
@@ -206,10 +199,9 @@ def describe(
         AnswerError: no answer could be used; says why of the last.
         RequestError, EndpointError, StoppedError: of the captioner.
     """
-    mode = mode or captioner.mode
+    mode, tally = mode or captioner.mode, Tally() if tally is None else tally
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; there are: {', '.join(MODES)}")
-    tally = Tally() if tally is None else tally
     reason = "no attempt was made"
 
     def ask(text: str, shown: Picture | None, attempt: int) -> str:
@@ -227,29 +219,21 @@ def describe(
                 description = clean_description(ask(prompt + _TEXT_RULE, picture, attempt))
                 question = _NOUNS_QUESTION.replace("{description}", description)
                 listed = parse_noun_list(ask(question, None, attempt))
-            return Caption(description, _accepted(description, listed, min_found, tally))
+            match = match_nouns(description, listed)
+            lost = match.missing
+            if not match.nouns or match.found_share < min_found:
+                tally.add(nouns_missing=len(lost))
+                example = f", such as {lost[0][:60]!r}" if lost else ""
+                count = f"{len(lost)} of {len(listed)}"
+                raise AnswerError(f"{count} nouns are not in the description{example}")
+            repaired, merged = match.changed, len(match.merged)
+            tally.add(nouns=len(match.nouns), nouns_repaired=repaired, nouns_merged=merged)
+            tally.add(nouns_dropped=len(lost))
+            return Caption(description, match.nouns)
         except AnswerError as error:
             tally.add(rejected=1)
             reason = str(error)
     raise AnswerError(f"none of {attempts} answers could be used; the last: {reason}")
-
-
-def _accepted(description: str, listed: list[str], min_found: float, tally: Tally) -> list[str]:
-    """The nouns of an answer, counted; AnswerError if too few stand in its description."""
-    match = match_nouns(description, listed)
-    if not match.nouns or match.found_share < min_found:
-        tally.add(nouns_missing=len(match.missing))
-        raise AnswerError(
-            f"{len(match.missing)} of {len(listed)} nouns are not in the description"
-            + (f", such as {match.missing[0][:60]!r}" if match.missing else "")
-        )
-    tally.add(
-        nouns=len(match.nouns),
-        nouns_repaired=match.changed,
-        nouns_merged=len(match.merged),
-        nouns_dropped=len(match.missing),
-    )
-    return match.nouns
 
 
 # -- answers ---------------------------------------------------------------------------------------

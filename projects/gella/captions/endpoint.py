@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import ssl
 import threading
@@ -33,15 +32,12 @@ from gella.captions.captioner import (
     Tally,
 )
 
-__all__ = ["EndpointCaptioner", "EndpointSettings"]
-
 _logger = logging.getLogger(__name__)
 _PATH = "/chat/completions"
 _RETRIED = {408, 409, 425, 429}  # and every 5xx
 _NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _LONG_KEY = 16  # shorter keys ("EMPTY") may be words of a description
 _CONNECT_TIMEOUT = 20.0  # seconds at most
-_TICK = 0.1  # seconds between looks at whether a request under way is to be cut
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class EndpointSettings:
     """How patiently to ask.
 
     Attributes:
-        timeout: seconds for one whole request.
+        timeout: seconds for one request; a server that falls silent in its midst has twice that.
         retries: how often one question is asked again after a failure that may pass.
         backoff: seconds before the first retry; doubled each time, with a random factor 0.5 to 1.
         max_backoff: longest of these pauses, seconds.
@@ -77,11 +73,11 @@ class EndpointSettings:
 
 
 class _LaterError(Exception):
-    """A failure that may pass. ``wait``: seconds that the endpoint asks for, if it does."""
+    """A failure that may pass: reason, seconds that the endpoint asks for, if it does, and whether
+    it is a rate limit."""
 
-    def __init__(self, reason: str, wait: float | None = None, limited: bool = False) -> None:
-        super().__init__(reason)
-        self.wait, self.limited = wait, limited
+    wait: float | None = None
+    limited: bool = False
 
 
 class EndpointCaptioner:
@@ -132,7 +128,7 @@ class EndpointCaptioner:
         if self._key and base.startswith("http:") and not local:
             _logger.warning("%s is not encrypted: the key is readable on its way", self.address)
         self._client = _open_client(base, query, self._key, self.settings, use_proxies=not local)
-        self._stop, self._abort = threading.Event(), threading.Event()
+        self._stop = threading.Event()
         self._gate = threading.Lock()
         self._not_before = 0.0  # time.monotonic() before which a rate limit forbids requests
 
@@ -149,10 +145,12 @@ class EndpointCaptioner:
         Raises ValueError without address or model, and what the class raises.
         """
         url, model = url or os.getenv("GELLA_API_URL"), model or os.getenv("GELLA_API_MODEL")
-        if not url or not model:
-            name = "model" if url else "url"
+        if not url:
+            raise ValueError("the endpoint needs an address: use --url or set GELLA_API_URL")
+        if not model:
+            how = "--model, in the demo and the app --captioner-model,"
             raise ValueError(
-                f"the endpoint's {name} is not given: use --{name} or set GELLA_API_{name.upper()}"
+                f"the endpoint needs the name of a model: use {how} or set GELLA_API_MODEL"
             )
         return cls(url, model, os.getenv("GELLA_API_KEY") if key is None else key, **options)
 
@@ -164,10 +162,7 @@ class EndpointCaptioner:
         """Begin no request any more; pauses end at once, requests under way are finished."""
         self._stop.set()
 
-    def abort(self) -> None:
-        """Stop, and leave the requests under way."""
-        self._stop.set()
-        self._abort.set()
+    abort = stop  # nothing wakes a socket that waits for a silent server
 
     def ask(self, text: str, picture: Picture | None, *, attempt: int = 0) -> Reply:
         """Answer a question about a picture, or about nothing but the text.
@@ -180,7 +175,7 @@ class EndpointCaptioner:
             AnswerError: there is an answer without text (a refusal, a filter).
             RequestError: refused for good, or still failing after all retries.
             EndpointError: no question can be answered (key, model, address, quota, a long wait).
-            StoppedError: :meth:`stop` or :meth:`abort` was called.
+            StoppedError: :meth:`stop` was called.
         """
         request = self._request(text, picture, attempt)
         failures = limits = 0
@@ -221,65 +216,53 @@ class EndpointCaptioner:
         return {name: value for name, value in request.items() if value is not None}
 
     def _post(self, request: dict[str, Any]) -> tuple[int, Mapping[str, str], str]:
-        """Status, headers and text of the response, whatever its status.
-
-        The request has a thread of its own, which is left behind when time is over or the request
-        is cut: a socket that waits for a silent server cannot be woken.
-        """
+        """Status, headers and text of the response, whatever its status."""
         import openai
 
-        outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-        def work() -> None:
-            try:
-                raw = self._client.chat.completions.with_raw_response.create(
-                    model=self.model,
-                    messages=request["messages"],
-                    extra_body=request,
-                    extra_headers={} if self._key else {"Authorization": openai.Omit()},
-                )
-                outcomes.put(raw.http_response)
-            except openai.APIStatusError as error:
-                outcomes.put(error.response)
-            except Exception as error:
-                outcomes.put(self._no_response(error))
-
-        threading.Thread(target=work, daemon=True).start()
-        end = time.monotonic() + self.settings.timeout
-        outcome = None
-        while outcome is None:
-            try:
-                outcome = outcomes.get(timeout=_TICK)
-            except queue.Empty:
-                if self._abort.is_set():
-                    raise StoppedError("stopped") from None
-                if time.monotonic() >= end:
-                    outcome = self._no_response(TimeoutError())
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome.status_code, outcome.headers, outcome.text
+        end, data = time.monotonic() + self.settings.timeout, bytearray()
+        try:
+            with self._client.chat.completions.with_streaming_response.create(
+                model=self.model,
+                messages=request["messages"],
+                extra_body=request,
+                extra_headers={} if self._key else {"Authorization": openai.Omit()},
+            ) as response:
+                if response.headers.get("content-encoding", "identity") != "identity":
+                    # A few bytes may become any number of them.
+                    raise _LaterError("the answer is compressed, which nobody asked for")
+                for part in response.iter_bytes():
+                    data += part
+                    if len(data) > self.settings.max_bytes:
+                        limit = f"{self.settings.max_bytes} bytes (--max-answer-bytes)"
+                        raise _LaterError(f"the answer is larger than {limit}")
+                    if time.monotonic() > end:  # a byte now and then passes every other limit
+                        raise TimeoutError
+            return response.status_code, response.headers, data.decode("utf-8", "replace")
+        except openai.APIStatusError as error:
+            return error.response.status_code, error.response.headers, error.response.text
+        except Exception as error:
+            raise self._no_response(error) from None
 
     def _no_response(self, error: BaseException) -> Exception:
         """The error for a request without a complete response; it holds no secret."""
-        chain: list[BaseException] = []
+        causes: list[BaseException] = []
         cause: BaseException | None = error
-        while cause is not None and cause not in chain:
-            chain.append(cause)
+        while cause is not None and cause not in causes:
+            causes.append(cause)
             cause = cause.__cause__ or cause.__context__
-        for link in chain:
-            if isinstance(link, _LaterError):
-                return _LaterError(f"{self.address}: {link}")
-            if isinstance(link, ssl.SSLCertVerificationError):
-                return EndpointError(
-                    f"{self.address}: the certificate is not trusted ({link.verify_message}); give "
-                    "the authority's certificate by --ca-file"
-                )
-            if isinstance(link, TimeoutError):
-                late = f"no complete answer within {self.settings.timeout:g} s (--timeout)"
-                return _LaterError(f"{self.address}: {late}")
         # The client's own error says no more than that there was one.
-        link = chain[min(1, len(chain) - 1)]
-        return _LaterError(_redact(f"{self.address}: {type(link).__name__}: {link}", self._key))
+        reason = f"{type(causes[:2][-1]).__name__}: {causes[:2][-1]}"
+        for cause in causes:
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                return EndpointError(
+                    f"{self.address}: the certificate is not trusted ({cause.verify_message}); "
+                    "give the authority's certificate by --ca-file"
+                )
+            if isinstance(cause, TimeoutError):
+                reason = f"no complete answer within {self.settings.timeout:g} s (--timeout)"
+            elif isinstance(cause, _LaterError):
+                reason = str(cause)
+        return _LaterError(_redact(f"{self.address}: {reason}", self._key))
 
     def _delay(self, error: _LaterError, times: int) -> float:
         """Seconds until this question is asked again; a rate limit also closes the gate."""
@@ -331,7 +314,9 @@ class EndpointCaptioner:
         if {str(details.get("code")), str(details.get("type"))} & _NO_QUOTA or status == 402:
             return EndpointError(f"{message}; the account has no quota left")
         if status in _RETRIED or status >= 500:
-            return _LaterError(message, _retry_after(headers), limited=status == 429)
+            later = _LaterError(message)
+            later.wait, later.limited = _retry_after(headers), status == 429
+            return later
         if status == 401:
             return EndpointError(f"{message}; check the key (GELLA_API_KEY or --key)")
         if status in (404, 405):
@@ -347,7 +332,7 @@ class EndpointCaptioner:
 def _open_client(
     base: str, query: str, key: str, settings: EndpointSettings, *, use_proxies: bool
 ) -> Any:
-    """The client of the `openai` package, with bounds on the time and the size of a response."""
+    """The client of the `openai` package, which sends the key to this address only."""
     try:
         import httpx2  # what it sends with
         import openai
@@ -355,30 +340,6 @@ def _open_client(
         raise ImportError(
             'a chat endpoint needs the package openai; install it: pip install -e ".[captions]"'
         ) from error
-
-    class BoundedStream(httpx2.SyncByteStream):
-        def __init__(self, stream: Any) -> None:
-            self._stream, self._end = stream, time.monotonic() + settings.timeout
-
-        def __iter__(self) -> Any:
-            size = 0
-            for part in self._stream:
-                size += len(part)
-                if size > settings.max_bytes:
-                    limit = f"{settings.max_bytes} bytes (--max-answer-bytes)"
-                    raise _LaterError(f"the answer is larger than {limit}")
-                if time.monotonic() > self._end:  # a byte now and then passes every other limit
-                    raise TimeoutError
-                yield part
-
-        def close(self) -> None:
-            self._stream.close()
-
-    def bound(response: Any) -> None:
-        if response.headers.get("content-encoding", "identity") != "identity":
-            # A few bytes may become any number of them.
-            raise _LaterError("the answer is compressed, which nobody asked for")
-        response.stream = BoundedStream(response.stream)
 
     for name in ("openai", "httpx2", "httpcore2"):
         # At DEBUG they tell pictures and what the server sent, which may be the key.
@@ -399,7 +360,6 @@ def _open_client(
             verify=_tls(settings),
             follow_redirects=False,  # the key would go to another host
             trust_env=use_proxies,
-            event_hooks={"response": [bound]},
         ),
     )
 
@@ -460,24 +420,21 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 def _read_reply(payload: Any) -> tuple[Reply | None, str]:
     """The reply of a chat completion, None if it is none, and why it holds no answer."""
     try:
-        choice = payload["choices"][0]
-        message = choice["message"]
-        content = message.get("content")
-        usage = payload.get("usage") or {}
-        reason = choice.get("finish_reason")
+        choice, usage = payload["choices"][0], payload.get("usage") or {}
+        message, reason = choice["message"], choice.get("finish_reason")
+        content, refusal = message.get("content"), str(message.get("refusal") or "")
         tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     except (KeyError, IndexError, TypeError, AttributeError):
         return None, ""
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, dict)]
         content = "".join(part for part in parts if isinstance(part, str))
-    if content is not None and not isinstance(content, str):
+    if not isinstance(content, str | None):
         return None, ""
     counts = [n if isinstance(n, int) and n >= 0 else None for n in tokens]
-    refusal = str(message.get("refusal") or "")
     if reason == "content_filter":
         refusal = refusal or "the endpoint's content filter"
-    return Reply(content or "", counts[0], counts[1], complete=reason != "length"), refusal
+    return Reply(content or "", counts[0], counts[1], reason != "length"), refusal
 
 
 def _redact(text: str, secret: str) -> str:

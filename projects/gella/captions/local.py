@@ -7,6 +7,7 @@ import os
 import threading
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -24,9 +25,8 @@ class LocalCaptioner:
         max_tokens: longest answer, in tokens.
         tally: gets ``requests``, ``prompt_tokens``, ``completion_tokens``.
 
-    Raises:
-        FileNotFoundError: no model can be read there; says why.
-        ValueError: unknown dtype, or a device that this machine lacks.
+    Raises FileNotFoundError where no model can be read, and ValueError for an unknown dtype or a
+    device that this machine lacks.
     """
 
     mode = "two-steps"  # models of the size that fits a machine rarely write JSON
@@ -82,32 +82,26 @@ class LocalCaptioner:
             raise StoppedError("stopped")
         asked = int(inputs["input_ids"].shape[1])
         answer = output[0, asked:]
-        self.tally.add(requests=1)
         written = self._processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
-        ends = self._model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        ended = len(answer) < self._max_tokens or (len(answer) > 0 and int(answer[-1]) in ends)
+        ends = np.ravel(self._model.generation_config.eos_token_id)  # a model may have several
+        ended = len(answer) < self._max_tokens or int(answer[-1]) in ends
         reply = Reply(written, asked, len(answer), complete=ended)
+        self.tally.add(requests=1)
         self.tally.add_tokens(reply)
         return reply
 
     def _inputs(self, text: str, picture: Picture | None) -> Any:
         shown = None if picture is None else Image.open(io.BytesIO(picture.data)).convert("RGB")
         if getattr(self._processor, "chat_template", None):
-            content: list[dict[str, Any]] = [{"type": "text", "text": text}]
-            if shown is not None:
-                content.insert(0, {"type": "image", "image": shown})
-            return self._processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
+            content: list[dict[str, Any]] = [{"type": "image", "image": shown}] if shown else []
+            message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+            form: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+            template = self._processor.apply_chat_template
+            return template([message], add_generation_prompt=True, **form)
         # LLaVA-1.5's conversation; its early checkpoints were saved without a template.
-        mark = getattr(self._processor, "image_token", "<image>")
-        image = {} if shown is None else {"images": shown}
-        question = f"USER: {f'{mark}' + chr(10) if image else ''}{text} ASSISTANT:"
+        mark = getattr(self._processor, "image_token", "<image>") + "\n"
+        image = {"images": shown} if shown else {}
+        question = f"USER: {mark if image else ''}{text} ASSISTANT:"
         return self._processor(text=question, return_tensors="pt", **image)
 
 

@@ -36,7 +36,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -49,26 +48,26 @@ from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from gella.captions import describe, is_endpoint, load_picture, open_captioner
-from gella.captions.captioner import AnswerError, EndpointError, RequestError, StoppedError
+from gella.captions import describe, load_picture, open_captioner
+from gella.captions.captioner import Caption, EndpointError, StoppedError
+from gella.captions.run import in_threads
 from gella.commands.console import Parser, exit_status, shown
 from gella.commands.demo_inputs import (
     Job,
-    Live,
     Masks,
-    Records,
     assign,
     dataset_jobs,
-    list_pictures,
     masks_beside,
     masks_from,
+    masks_live,
+    masks_of_records,
     output_names,
     plain,
     read_captions,
     read_categories,
     split_nouns,
 )
-from gella.commands.inputs import Source
+from gella.commands.inputs import Source, list_pictures
 from gella.config import load_config
 from gella.data.register import import_modules
 from gella.entities.view import read_image
@@ -98,8 +97,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong one ends the process with code 2 and one line."""
     parser = Parser(__doc__)
     _add_model(parser.add_argument_group("model and output").add_argument)
-    _add_input(parser.add_argument_group("pictures and masks").add_argument)
-    _add_text(parser.add_argument_group("questions").add_argument)
+    _add_input(parser.add_argument_group("pictures and masks"))
+    _add_text(parser.add_argument_group("questions"))
     args = parser.parse_args(argv)
     if args.config_file is None:
         if not RELEASE.is_file():
@@ -121,72 +120,67 @@ def _add_model(add: Any) -> None:
     add("--opts", help="config overrides; must come last", **more)
 
 
-def _add_input(add: Any) -> None:
-    masks = "mask file, a folder of them by name, or one COCO JSON; "
-    masks += "default: scene_masks.png beside scene.jpg"
-    add("--input", metavar="PATH", help="a picture, or a folder of pictures (searched through)")
-    add("--masks", metavar="PATH", help=masks)
+def _add_input(group: Any) -> None:
+    add = group.add_argument
+    either = group.add_mutually_exclusive_group(required=True).add_argument
+    either("--input", metavar="PATH", help="a picture, or a folder of pictures (searched through)")
+    either("--dataset", metavar="NAME", help="a registered dataset instead of --input")
+    add("--num", type=int, default=3, help="with --dataset: how many pictures (default 3)")
+    masks = group.add_mutually_exclusive_group().add_argument
+    beside = "default: scene_masks.png beside scene.jpg"
+    given = f"mask file, a folder of them by name, or one COCO JSON; {beside}"
+    masks("--masks", metavar="PATH", help=given)
+    masks("--segmenter", metavar="SPEC", help=f"makes the masks on the spot: {SPECS}")
     add("--masks-format", default="auto", metavar="FORMAT", help="panoptic_png, gray_png, npz, ...")
     add("--panoptic-json", metavar="JSON", help="of one PNG: COCO file that says what is crowd")
-    add("--segmenter", metavar="SPEC", help=f"makes the masks on the spot: {SPECS}")
     add("--segmenter-option", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
     add("--min-area", type=int, default=1, metavar="PIXELS", help="of the segmenter's masks")
     add("--max-entities", type=int, metavar="N", help="the segmenter's best N of a picture")
-    add("--dataset", metavar="NAME", help="a registered dataset instead of --input")
-    add("--num", type=int, default=3, help="with --dataset: how many pictures (default 3)")
 
 
-def _add_text(add: Any) -> None:
+def _add_text(group: Any) -> None:
+    add, text = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    nouns = group.add_mutually_exclusive_group().add_argument
     caption = "the sentence or expression, for every picture; repeatable"
     captions = "text: name<TAB>caption, or a caption per line; .jsonl: "
     captions += '{"image", "caption", "nouns", "masks"} per line'
     captioner = "an OpenAI-compatible endpoint (key: GELLA_API_KEY), or a local model of "
     captioner += "transformers, writes the captions"
     add("--task", choices=TASKS, default="ground", help="default: ground")
-    add("--caption", action="append", metavar="TEXT", help=caption)
-    add("--captions", metavar="FILE", help=captions)
-    add("--nouns", metavar="A,B,C", help="nouns of --caption in their order")
-    add("--extract", action="store_true", help="the model finds the nouns, given ones or not")
-    add("--describe-first", action="store_true", help="the model writes the captions")
-    add("--captioner", metavar="URL", help=captioner)
+    text("--caption", action="append", metavar="TEXT", help=caption)
+    text("--captions", metavar="FILE", help=captions)
+    text("--describe-first", action="store_true", help="the model writes the captions")
+    text("--captioner", metavar="URL", help=captioner)
     add("--captioner-model", metavar="NAME", help="of the endpoint; default: GELLA_API_MODEL")
+    nouns("--nouns", metavar="A,B,C", help="nouns of --caption in their order")
+    nouns("--extract", action="store_true", help="the model finds the nouns, given ones or not")
     add("--categories", metavar="A,B,C", help='for panoptic: names, "coco", or a file of them')
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the command line, in words; the first is told."""
-    if args.dataset is None and args.input is None:
-        yield "--input is missing (or give --dataset NAME)"
-    for name in ("input", "masks", "segmenter", "caption", "captions", "nouns"):
+    # An empty --caption is given, too: it has an error of its own.
+    values = (args.caption is not None, args.captions, args.describe_first, args.captioner)
+    text = next((option for option, value in zip(TEXTS, values) if value), None)
+    for name in ("masks", "segmenter", "caption", "captions", "nouns"):
         if args.dataset is not None and getattr(args, name) is not None:
             yield f"--{name} and --dataset exclude each other"
-    if args.masks is not None and args.segmenter is not None:
-        yield "--masks and --segmenter exclude each other"
+    for option in args.segmenter_option:
+        if "=" not in option:
+            yield f"--segmenter-option {option} is no KEY=VALUE"
     if args.panoptic_json is not None and args.masks is None:
         yield "--panoptic-json needs --masks, a PNG"
     for option, number in (("--num", args.num), ("--batch-size", args.batch_size)):
         if number < 1:
             yield f"{option} is {number}; at least 1"
-    for option in args.segmenter_option:
-        if "=" not in option:
-            yield f"--segmenter-option {option} is no KEY=VALUE"
-    # An empty --caption is given, too: it has an error of its own.
-    values = (args.caption is not None, args.captions, args.describe_first, args.captioner)
-    given = [option for option, value in zip(TEXTS, values) if value]
-    if len(given) > 1:
-        yield f"{given[0]} and {given[1]} exclude each other"
-    if args.task in ("ground", "refer", "extract") and args.dataset is None and not given:
+    if args.task in ("ground", "refer", "extract") and args.dataset is None and not text:
         yield f"--caption is missing (or give one of {', '.join(TEXTS[1:])})"
-    if args.task in ("panoptic", "describe") and given:
-        yield f"--task {args.task} takes no captions; leave {given[0]} out"
-    if args.task == "refer" and given and given[0] in TEXTS[2:]:
-        yield f"--task refer takes expressions; {given[0]} writes captions"
-    if args.task == "panoptic" and args.categories is None:
-        yield "--task panoptic needs --categories"
-    if args.categories is not None and args.task != "panoptic":
-        yield "--categories goes with --task panoptic only"
-    if args.nouns is not None and args.extract:
-        yield "--nouns and --extract exclude each other"
+    if args.task in ("panoptic", "describe") and text:
+        yield f"--task {args.task} takes no captions; leave {text} out"
+    if args.task == "refer" and text in TEXTS[2:]:
+        yield f"--task refer takes expressions; {text} writes captions"
+    if (args.task == "panoptic") != (args.categories is not None):
+        yield "--task panoptic needs --categories, and they go with --task panoptic only"
     if args.nouns is not None and (args.task != "ground" or len(args.caption or ()) != 1):
         yield "--nouns goes with one --caption and --task ground only"
     if args.captioner_model is not None and not args.captioner:
@@ -205,14 +199,14 @@ def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Source]]:
         assigned, lost = assign(read_captions(args.captions), pictures)
         for entry in lost[:LISTED]:
             print(f"note: {shown(entry.where)}: {shown(entry.image)} is no picture of --input")
-        jobs = [
-            Job(pictures[place], "", entry.text, entry.nouns, entry.masks)
-            for place, entries in sorted(assigned.items())
-            for entry in entries
-        ]
-        bare = len(pictures) - len(assigned)
-        if bare:
+        if len(pictures) > len(assigned):
+            bare = len(pictures) - len(assigned)
             print(f"note: {bare} of {len(pictures)} pictures have no caption")
+        jobs = [
+            Job(picture, "", entry.text, entry.nouns, entry.masks)
+            for picture in pictures
+            for entry in assigned.get(picture.name, ())
+        ]
     else:
         texts = [plain(text) for text in args.caption] if args.caption else [None]
         if any(text is not None and not text.strip() for text in texts):
@@ -223,14 +217,14 @@ def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Source]]:
     return [replace(job, name=title) for job, title in zip(jobs, titles)], pictures
 
 
-def choose_masks(args: argparse.Namespace, pictures: Sequence[Source]) -> Masks | Live:
+def choose_masks(args: argparse.Namespace, pictures: Sequence[Source]) -> Masks:
     """The masks that the arguments name; wrong ones are ValueErrors."""
     if args.dataset is not None:
-        return Records()
+        return masks_of_records()
     if args.segmenter is not None:
         options = dict(option.split("=", 1) for option in args.segmenter_option)
         limits = MaskLimits(args.min_area, max_entities=args.max_entities)
-        return Live(args.segmenter, args.device, options, limits)
+        return masks_live(args.segmenter, args.device, options, limits)
     if args.masks is not None:
         return masks_from(Path(args.masks), pictures, args.masks_format, args.panoptic_json)
     # What the language model says of a picture does not depend on masks.
@@ -257,7 +251,7 @@ class Run:
         self,
         args: argparse.Namespace,
         predictor: GellaPredictor,
-        masks: Masks | Live,
+        masks: Masks,
         categories: Sequence[dict[str, Any] | str] | None = None,
         captioner: Any = None,
         strict: bool = False,
@@ -367,9 +361,7 @@ class Run:
         """Whether a job's files are all there, made from the same input; takes its HTML then."""
         try:
             content = json.loads((self.folder / f"{job.name}.json").read_text(encoding="utf-8"))
-            names = [Path(name) for name in content["files"]]
-            inside = all(not name.is_absolute() and ".." not in name.parts for name in names)
-            there = inside and all((self.folder / name).is_file() for name in names)
+            there = all((self.folder / name).is_file() for name in content["files"])
             if content["fingerprint"] == fingerprint and there:
                 html = (self.folder / PARTS / f"{job.name}.html").read_text(encoding="utf-8")
                 self._sections[job.name] = html
@@ -402,30 +394,29 @@ class Run:
 
     def _with_captions(self, batch: list[Job]) -> list[Job]:
         """The batch with texts; a job whose caption fails is left out and counted."""
-        answers: list[Any]
         if self.captioner is not None:
-            with ThreadPoolExecutor(4 if hasattr(self.captioner, "address") else 1) as pool:
-                answers = list(pool.map(self._caption, batch))
+            threads = 4 if hasattr(self.captioner, "address") else 1
+            pictures = enumerate(load_picture(job.image) for job in batch)
+            said = in_threads(lambda item: describe(self.captioner, item[1]), pictures, threads)
+            by_place = {place: answer for (place, _), answer in said}
+            # Threads that were told to stop leave the rest.
+            answers = [by_place.get(place, StoppedError("stopped")) for place in range(len(batch))]
         elif self.args.describe_first:
-            answers = [(text, None) for text in self._ask(batch, task="describe")]
+            answers = self._ask(batch, task="describe")
         else:
             return batch
         captioned = []
-        for job, (text, nouns) in zip(batch, answers, strict=True):
-            if isinstance(text, EndpointError):
-                raise text
-            if isinstance(text, str):
-                captioned.append(replace(job, text=text, nouns=nouns))
-            elif not isinstance(text, StoppedError):
-                self._fail(job, text)
+        for job, answer in zip(batch, answers, strict=True):
+            if isinstance(answer, EndpointError):
+                raise answer
+            if isinstance(answer, Caption):
+                nouns = tuple(answer.nouns)
+                captioned.append(replace(job, text=answer.description, nouns=nouns))
+            elif isinstance(answer, str):
+                captioned.append(replace(job, text=answer, nouns=None))
+            elif not isinstance(answer, StoppedError):
+                self._fail(job, answer)
         return captioned
-
-    def _caption(self, job: Job) -> tuple[Any, tuple[str, ...] | None]:
-        try:
-            caption = describe(self.captioner, load_picture(job.image))
-        except (AnswerError, RequestError, EndpointError, StoppedError, ValueError) as error:
-            return error, None
-        return caption.description, tuple(caption.nouns)
 
     def _ask(self, batch: list[Job], task: str | None = None) -> list[Any]:
         """The results of the batch, an exception for each that failed, in order."""
@@ -459,51 +450,46 @@ class Run:
 
         All lies directly in the output folder or in its folder ``page``.
         """
-        task = self.args.task
-        pictures: dict[str, Image.Image] = {}
+        task, name = self.args.task, f"{job.name}.json"
+        drawn: dict[str, Image.Image] = {}
         if isinstance(result, Grounding):
-            pictures[f"{job.name}_grounding.png"] = result.plot()
-            pictures[f"{job.name}_colormap.png"] = result.plot_colormap()
+            drawn[f"{job.name}_grounding.png"] = result.plot()
+            drawn[f"{job.name}_colormap.png"] = result.plot_colormap()
         elif isinstance(result, PanopticResult):
-            pictures[f"{job.name}_panoptic.png"] = result.plot()
-        small, data = _small(job.image, enlarge=not pictures)
-        name = f"{job.name}.json"
-        html = _section(task, result, job, f"{PARTS}/{job.name}.{small}", [*pictures, name])
-        parts = {f"{PARTS}/{job.name}.{small}": data}
-        parts[f"{PARTS}/{job.name}.html"] = html.encode("utf-8")
+            drawn[f"{job.name}_panoptic.png"] = result.plot()
+        suffix, small = _small(job.image, enlarge=not drawn)
+        picture = f"{PARTS}/{job.name}.{suffix}"
+        html = _section(task, result, job, picture, [*drawn, name])
+        files = {file: _bytes(image, "PNG") for file, image in drawn.items()}
+        files |= {picture: small, f"{PARTS}/{job.name}.html": html.encode("utf-8")}
         content = {"image": plain(job.picture.path), **self._origin}
         if job.record is not None:
             content["image_id"] = job.record["image_id"]
-        content.update(fingerprint=job.fingerprint, files=[*pictures, *parts])
-        content.update(_as_json(task, result, job))
-        for file, picture in pictures.items():
-            self._put(file, _bytes(picture, "PNG"))
-        for file, data in parts.items():
-            self._put(file, data)
+        content.update(fingerprint=job.fingerprint, files=[*files], **_as_json(task, result, job))
         # The JSON comes last: while it is not there, the job is not finished.
-        text = plain(json.dumps(content, indent=2, ensure_ascii=False))
-        self._put(name, text.encode("utf-8"))
+        files[name] = plain(json.dumps(content, indent=2, ensure_ascii=False)).encode("utf-8")
+        for file, data in files.items():
+            self._put(file, data)
         self._sections[job.name] = html
-        return [self.folder / file for file in (*pictures, name)]
+        return [self.folder / file for file in (*drawn, name)]
 
     def _write_page(self, total: int) -> None:
         """Write the page as far as it goes."""
         began = time.monotonic()
-        there = self.done + self.skipped
         weights = self.predictor.cfg.MODEL.WEIGHTS or "untrained weights"
-        state = f"{there} of {total} done, {len(self.failures)} failed"
+        state = f"{self.done + self.skipped} of {total} done, {len(self.failures)} failed"
         note = f"Task: {self.args.task}. Model: {weights}. Pictures and captions: {state}."
-        items = "".join(
-            f"<li><b>{escape(plain(item['image']))}</b>: {escape(plain(item['reason']))}</li>"
-            for item in self.failures
-        )
-        head = f"<h2>Failed: {len(self.failures)}</h2>"
-        failed = f'<section id="failures">{head}<ul>{items}</ul></section>' if items else ""
-        body = [f"<p>{escape(plain(note))}</p>", *self._sections.values(), failed]
+        body = [f"<p>{escape(plain(note))}</p>", *self._sections.values()]
+        if self.failures:
+            items = "".join(
+                f"<li><b>{escape(plain(item['image']))}</b>: {escape(plain(item['reason']))}</li>"
+                for item in self.failures
+            )
+            head = f"<h2>Failed: {len(self.failures)}</h2>"
+            body.append(f'<section id="failures">{head}<ul>{items}</ul></section>')
         self._put(PAGE, page("GELLA", body).encode("utf-8"))
         # A page of thousands is long: refreshing it stays a small part of the time.
-        took = time.monotonic() - began
-        self._next_page = began + max(_REFRESH, _TIMES * took)
+        self._next_page = began + max(_REFRESH, _TIMES * (time.monotonic() - began))
 
     def _put(self, name: str, data: bytes) -> None:
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -530,9 +516,10 @@ def _as_json(task: str, result: Any, job: Job) -> dict[str, Any]:
     if task == "describe":
         return {"task": task, "text": result}
     caption = job.text or ""
+    spans = locate_phrases(caption, list(result))
     nouns = [
-        {"noun": noun, "start": span[0] if span else -1, "end": span[1] if span else -1}
-        for noun, span in zip(result, locate_phrases(caption, list(result)), strict=True)
+        {"noun": noun, **dict(zip(("start", "end"), span or (-1, -1)))}
+        for noun, span in zip(result, spans, strict=True)
     ]
     return {"task": task, "caption": caption, "nouns": nouns}
 
@@ -540,14 +527,12 @@ def _as_json(task: str, result: Any, job: Job) -> dict[str, Any]:
 def _small(image: np.ndarray, *, enlarge: bool) -> tuple[str, bytes]:
     """The picture as the page shows it, and its suffix; a browser would blur a small one."""
     picture = Image.fromarray(np.ascontiguousarray(image))
-    if max(picture.size) <= _EXACT_SIDE:
-        if enlarge:
-            times = _SHOWN_SIDE // max(picture.size)
-            size = (picture.width * times, picture.height * times)
-            picture = picture.resize(size, Image.Resampling.NEAREST)
-        return "png", _bytes(picture, "PNG")
-    picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.LANCZOS)
-    return "jpg", _bytes(picture, "JPEG", quality=88)
+    if max(picture.size) > _EXACT_SIDE:
+        picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.LANCZOS)
+        return "jpg", _bytes(picture, "JPEG", quality=88)
+    times = _SHOWN_SIDE // max(picture.size) if enlarge else 1
+    size = (picture.width * times, picture.height * times)
+    return "png", _bytes(picture.resize(size, Image.Resampling.NEAREST), "PNG")
 
 
 def _bytes(picture: Image.Image, form: str, **options: Any) -> bytes:
@@ -559,20 +544,17 @@ def _bytes(picture: Image.Image, form: str, **options: Any) -> bytes:
 def _section(task: str, result: Any, job: Job, address: str, files: Sequence[str]) -> str:
     """One job's part of the page."""
     key = hashlib.sha256(job.name.encode("utf-8")).hexdigest()[:16]
-    if isinstance(result, Grounding):
-        figure = grounding_html(result, key=key, image_src=quote(address))
-    elif isinstance(result, PanopticResult):
-        figure = panoptic_html(result, key=key, image_src=quote(address))
+    if isinstance(result, Grounding | PanopticResult):
+        draw: Any = grounding_html if isinstance(result, Grounding) else panoptic_html
+        figure = draw(result, key=key, image_src=quote(address))
     else:  # the picture beside the text that the model wrote, in the form of the other figures
-        texts = [escape(result)] if task == "describe" else [escape(job.text or "")]
-        if task != "describe":
-            marks = " ".join(f"<mark>{escape(noun)}</mark>" for noun in result)
-            texts.append(marks or "no nouns")
-        said = "".join(f'<p class="caption" dir="auto">{text}</p>' for text in texts)
+        marks = "" if task == "describe" else "".join(f"<mark>{escape(n)}</mark> " for n in result)
+        texts = [result] if task == "describe" else [job.text or "", "" if result else "no nouns"]
+        said = "".join(f'<p class="caption" dir="auto">{escape(text)}</p>' for text in texts)
         # No <image> of SVG: the figures' style fades what no noun names.
         figure = (
             f'<figure class="gella"><div class="stage"><img src="{quote(address)}" width="100%" '
-            f'alt="" loading="lazy"></div><figcaption>{said}</figcaption></figure>'
+            f'alt="" loading="lazy"></div><figcaption>{said}{marks}</figcaption></figure>'
         )
     links = ", ".join(f'<a href="{quote(name)}">{escape(name)}</a>' for name in files)
     title = escape(plain(job.picture.name))
@@ -599,7 +581,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.captioner:
         device = args.device or "cpu"
         captioner = open_captioner(args.captioner, args.captioner_model, device=device)
-        if is_endpoint(args.captioner):
+        if hasattr(captioner, "address"):
             print(f"captions: the pictures are sent to {captioner.address}")
     categories = read_categories(args.categories)
     single = args.dataset is None and len(jobs) == 1 and not Path(args.input).is_dir()
@@ -615,7 +597,7 @@ def execute(args: argparse.Namespace) -> int:
 
     def end_at_once(number: int) -> None:
         if captioner is not None:
-            captioner.abort()  # or its threads would be waited for
+            captioner.abort()
         raise KeyboardInterrupt
 
     with StopRequest(end, end_at_once) as stop, logging_redirect_tqdm():
@@ -626,24 +608,22 @@ def execute(args: argparse.Namespace) -> int:
 
 def _summarize(run: Run, total: int, stopped: bool) -> None:
     """Say what was done, what failed, where to look and what to do next."""
-    args, folder = run.args, run.folder
+    args, page_file = run.args, run.folder / PAGE
     if run.skipped:
         print(f"{run.skipped} of {total} were done before (--overwrite does them again)")
     print(f"{run.done} done, {len(run.failures)} failed")
     for failure in run.failures[:LISTED]:
         print(f"failed: {shown(failure['image'])}: {shown(failure['reason'])}")
-    if len(run.failures) > LISTED:
-        print(f"and {len(run.failures) - LISTED} more")
     if run.failures:
-        print(f"all failures: {folder / FAILURES}")
+        print(f"all failures: {run.folder / FAILURES}")
     if run.done or run.skipped or run.failures:
-        print(f"wrote {folder / PAGE}")
+        print(f"wrote {page_file}")
     if stopped:
         print("next: the same command goes on where this one stopped")
     elif run.failures:
         print("next: mend these and run the same command again; it does only what is missing")
     else:
-        print(f"next: open {folder / PAGE} in a browser, or try your own:")
+        print(f"next: open {page_file} in a browser, or try your own:")
         released = args.config_file == os.path.relpath(RELEASE)
         model = "" if released else f" --config-file {shell_quote(args.config_file)}"
         model += f" --weights {shell_quote(args.weights)}" if args.weights else ""

@@ -16,17 +16,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gella.commands.inputs import SUFFIXES, Source, dataset_records, distinct
+from gella.commands.inputs import MASKS_BESIDE, Source, dataset_records, distinct
 from gella.data.panoptic import read_categories as coco_categories
 from gella.data.records import Place
 from gella.data.register import choose_entities, coco_panoptic_categories
 from gella.entities.entity_map import EntityMap
-from gella.entities.sources import FileSource, load_from_record
-from gella.predictor import image_id_of
+from gella.entities.sources import FileSource, LiveSource, load_from_record
 from gella.segmenters.segmenter import MaskLimits, load_segmenter
 from gella.utils.io import file_hash, json_lines, read_json
 
-MASKS_BESIDE = "_masks"  # scene_masks.png is no picture, but the masks of scene.png
 RESERVED = ("failures",)  # the demo's own JSON in the output folder, without the suffix
 _MASK_SUFFIXES = (".npz", ".png")
 _LONGEST = 80  # bytes of an output name; file systems allow 255 for the whole
@@ -66,45 +64,6 @@ def plain(text: object) -> str:
     return str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def list_pictures(root: Path, leave_out: Sequence[Path] = ()) -> list[Source]:
-    """The pictures of a folder and its subfolders, by name; or the one picture that ``root`` is.
-
-    Hidden files and folders, other files, mask files beside their picture (``scene_masks.png``
-    with a ``scene.*``) and what lies in ``leave_out`` are no pictures. Links to folders are not
-    followed.
-
-    Raises:
-        FileNotFoundError: there is neither a file nor a folder.
-        ValueError: the folder holds no picture.
-    """
-    if not root.exists():
-        raise FileNotFoundError(f"image {root} does not exist; check --input")
-    if not root.is_dir():
-        return [Source(image_id_of(root), root, root.name)]
-    excluded = {path.resolve() for path in leave_out}
-    if root.resolve() in excluded:
-        raise ValueError(
-            f"--input {root} is also the folder of the output or of the masks; write elsewhere, "
-            f"and name masks beside pictures scene{MASKS_BESIDE}.png, or move them"
-        )
-    found: list[Path] = []
-    for folder, folders, files in os.walk(root):
-        here = Path(folder)
-        seen = (name for name in folders if not name.startswith("."))
-        folders[:] = [name for name in seen if (here / name).resolve() not in excluded]
-        names = (name for name in files if not name.startswith("."))
-        found += [here / name for name in names if name.lower().endswith(SUFFIXES)]
-    beside = {path.with_name(path.stem + MASKS_BESIDE) for path in found}
-    pictures = [
-        Source(image_id_of(path), path, path.relative_to(root).as_posix())
-        for path in sorted(found, key=lambda path: path.relative_to(root).parts)
-        if path.with_suffix("") not in beside or not path.stem.endswith(MASKS_BESIDE)
-    ]
-    if not pictures:
-        raise ValueError(f"folder {root} holds no picture ({', '.join(SUFFIXES)})")
-    return pictures
-
-
 def output_names(names: Sequence[str]) -> list[str]:
     """Names of output files for pictures' names, all different and safe on every file system.
 
@@ -124,17 +83,15 @@ def output_names(names: Sequence[str]) -> list[str]:
             text = f"{kept}_{digest}"
         return (text or "picture") + (f"_{key[1] + 1}" if key[1] else "")
 
-    times: Counter[str] = Counter()
+    times = Counter[str]()
     keys = []  # (picture's name, how often it came before)
     for name in names:
         keys.append((name, times[name]))
         times[name] += 1
     chosen = {key: title(key, "stem") for key in keys}
     for form in ("suffix", "mark"):
-        counts = Counter(name.casefold() for name in chosen.values())
-        for key, name in chosen.items():
-            if counts[name.casefold()] > 1 or name.casefold() in RESERVED:
-                chosen[key] = title(key, form)
+        counts = Counter([*RESERVED, *(name.casefold() for name in chosen.values())])
+        chosen |= {k: title(k, form) for k, name in chosen.items() if counts[name.casefold()] > 1}
     return [chosen[key] for key in keys]
 
 
@@ -163,11 +120,43 @@ def dataset_jobs(name: str, num: int, cfg: Any, task: str) -> list[Job]:
         what = "an expression" if task == "refer" else "a caption and nouns"
         raise ValueError(f"dataset {name} has no record with {what}")
     counts = Counter(job.picture.name for job in jobs.values())
-    whole = [
-        path if counts[job.picture.name] > 1 else job.picture.name for path, job in jobs.items()
-    ]
-    titles = output_names(whole)
+    titles = output_names(
+        [path if counts[job.picture.name] > 1 else job.picture.name for path, job in jobs.items()]
+    )
     return [replace(job, name=title) for job, title in zip(jobs.values(), titles, strict=True)]
+
+
+class Names:
+    """Pictures by the names that files give them.
+
+    A name is a picture's path below the input folder, or as much of the path's end as is enough;
+    the suffix may be left out, and the more exact meaning counts. A name with more folders than the
+    input has ("data/img/a.png" for "a.png") is tried by its end, unless it leads upwards. Names are
+    only compared, never opened.
+    """
+
+    def __init__(self, pictures: Sequence[Source]) -> None:
+        """``pictures`` whose names are their paths below the input folder."""
+        self._meanings: list[dict[str, list[Source]]] = [defaultdict(list) for _ in range(4)]
+        for picture in pictures:
+            path = PurePosixPath(plain(picture.name))
+            for place, form in enumerate((path, path.with_suffix(""))):
+                self._meanings[place][str(form)].append(picture)
+                for start in range(1, len(form.parts)):
+                    end = PurePosixPath(*form.parts[start:])
+                    self._meanings[2 + place][str(end)].append(picture)
+
+    def meant(self, name: str) -> list[Source]:
+        """The pictures that a name means: none, one, or several that it cannot tell apart."""
+        return next((meaning[name] for meaning in self._meanings if name in meaning), [])
+
+    def find(self, name: str) -> list[Source]:
+        """The same of a name that may have more folders."""
+        path = PurePosixPath(name.replace("\\", "/"))
+        parts = path.parts[1:] if path.is_absolute() else path.parts
+        starts = range(0 if ".." in parts else len(parts))
+        found = (self.meant(str(PurePosixPath(*parts[start:]))) for start in starts)
+        return next(filter(None, found), [])
 
 
 # -- captions --------------------------------------------------------------------------------------
@@ -256,89 +245,73 @@ def _json_entry(path: Path, number: int, item: Any) -> Entry:
 
 def assign(
     entries: Sequence[Entry], pictures: Sequence[Source]
-) -> tuple[dict[int, list[Entry]], list[Entry]]:
-    """Which captions each picture has.
-
-    A name means the picture whose path below the input folder it is, or as much of the path's end
-    as is enough; the suffix may be left out. A name with more folders than the input has
-    ("data/img/a.png" for "a.png") is tried by its end, unless it leads upwards. Names are only
-    compared, never opened.
+) -> tuple[dict[str, list[Entry]], list[Entry]]:
+    """Which captions each picture has, see `Names`.
 
     Returns:
-        Entries by the place of their picture, and those whose picture is not there.
+        Entries by the name of their picture, in the order of the pictures, and those whose picture
+        is not there.
 
     Raises:
         ValueError: captions without names do not go with the number of pictures, or a name is of
             several pictures, or no caption is of any picture.
     """
-    if entries[0].image is None:
-        # All captions of a nameless file are of the one picture, else one of each.
-        if len(pictures) == 1:
-            return {0: list(entries)}, []
-        if len(entries) != len(pictures):
+    assigned: dict[str, list[Entry]] = {picture.name: [] for picture in pictures}
+    lost: list[Entry] = []
+    nameless = entries[0].image is None
+    # All captions of a nameless file are of the one picture, else one of each.
+    if nameless and 1 != len(pictures) != len(entries):
+        raise ValueError(
+            f"{entries[0].where.rpartition(',')[0]} has {len(entries)} captions without names, "
+            f"but there are {len(pictures)} pictures; write name<TAB>caption, or a caption for "
+            "each picture in their order"
+        )
+    names = Names(pictures)
+    for place, entry in enumerate(entries):
+        meant = [pictures[place % len(pictures)]] if nameless else names.find(entry.image or "")
+        if len(meant) > 1:
             raise ValueError(
-                f"{entries[0].where.rpartition(',')[0]} has {len(entries)} captions without names, "
-                f"but there are {len(pictures)} pictures; write name<TAB>caption, or a caption for "
-                "each picture in their order"
+                f"{entry.where}: {entry.image!r} could be {meant[0].name} or {meant[1].name}; "
+                "write more of its path"
             )
-        return {place: [entry] for place, entry in enumerate(entries)}, []
-    names = [plain(picture.name) for picture in pictures]
-    ends: dict[PurePosixPath, list[int]] = defaultdict(list)
-    for place, path in enumerate(map(PurePosixPath, names)):
-        for form in {path, path.with_suffix("")}:
-            for start in range(len(form.parts)):
-                ends[PurePosixPath(*form.parts[start:])].append(place)
-    assigned: dict[int, list[Entry]] = defaultdict(list)
-    lost = []
-    for entry in entries:
-        path = PurePosixPath((entry.image or "").replace("\\", "/"))
-        parts = path.parts[1:] if path.is_absolute() else path.parts
-        starts = range(0 if ".." in parts else len(parts))
-        places = next((p for k in starts if (p := ends.get(PurePosixPath(*parts[k:])))), [])
-        places = [place for place in places if names[place] == entry.image] or places
-        if len(places) > 1:
-            raise ValueError(
-                f"{entry.where}: {entry.image!r} could be {names[places[0]]} or "
-                f"{names[places[1]]}; write more of its path"
-            )
-        if places:
-            assigned[places[0]].append(entry)
-        else:
-            lost.append(entry)
-    if not assigned:
+        (assigned[meant[0].name] if meant else lost).append(entry)
+    if len(lost) == len(entries):
         raise ValueError(
             f"{lost[0].where}: {lost[0].image!r} is none of the {len(pictures)} pictures, and no "
             f"other caption is of one (the first picture is {pictures[0].name})"
         )
-    return dict(assigned), lost
+    return {name: listed for name, listed in assigned.items() if listed}, lost
 
 
 # -- masks -----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Masks:
-    """The entities of jobs, from files.
+    """Where the entities of jobs come from.
 
-    ``find`` tells ``file_name``, ``format`` and ``segments_info`` of a job's file, as a dataset
-    dict has them; {}: the whole picture is one entity. It raises FileNotFoundError or ValueError
-    for a job that has no file, or one that might be another's.
+    Attributes:
+        find: the ``entities`` of a job's dataset dict (docs/FORMATS.md 7); {}: the whole picture is
+            one entity. Raises FileNotFoundError or ValueError for a job that has none, or one that
+            might be another's.
+        made_by: what a live segmenter's masks follow from.
     """
 
-    def __init__(self, find: Callable[[Job], dict[str, Any]]) -> None:
-        self.find = find
+    find: Callable[[Job], dict[str, Any]]
+    made_by: Any = None
 
     def key(self, job: Job) -> Any:
         """What JSON can hold, and changes when the entities would change, so that finished pictures
         are known without decoding a mask; errors as `find`."""
         place = self.find(job)
-        if not place:
-            return "whole"
+        if "file_name" not in place:
+            return self.made_by or "whole"
         file = Path(place["file_name"])
         if not file.is_file():
             raise FileNotFoundError(f"image {job.picture.name}: masks {file} do not exist")
         # Of a JSON the entries say all; in other files the masks themselves lie.
         masks = None if file.suffix.lower() == ".json" else file_hash(file)
-        return [masks, *(place[name] for name in ("format", "segments_info") if name in place)]
+        return [masks, *(place.get(name) for name in ("format", "segments_info"))]
 
     def load(self, job: Job, image: np.ndarray) -> EntityMap:
         """The job's entities in the frame of its picture, uint8 (H, W, 3).
@@ -346,55 +319,26 @@ class Masks:
         Raises:
             FileNotFoundError, ValueError: there are none, or they are damaged or of another size.
         """
-        place = self.find(job)
+        place, size = self.find(job), image.shape[:2]
         if not place:
-            return EntityMap(np.ones(image.shape[:2], dtype=np.int32), [1])
-        record = {"image_id": job.picture.image_id, "entities": place}
-        height, width = image.shape[:2]
-        return load_from_record({**record, "height": height, "width": width}, image)
+            return EntityMap(np.ones(size, dtype=np.int32), [1])
+        picture = {"image_id": job.picture.image_id, "file_name": job.picture.name}
+        record = job.record or {**picture, "height": size[0], "width": size[1]}
+        return load_from_record({**record, "entities": place}, image)
 
 
-class Records(Masks):
-    """The masks that the records of a dataset lead to, in whatever way."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda job: (job.record or {}).get("entities") or {})
-
-    def key(self, job: Job) -> Any:
-        """See `Masks.key`."""
-        place = self.find(job)
-        return {name: str(place.get(name)) for name in ("format", "file_name", "segments_info")}
-
-    def load(self, job: Job, image: np.ndarray) -> EntityMap:
-        """See `Masks.load`."""
-        return load_from_record(job.record or {}, image)
+def masks_live(
+    spec: str, device: str | None, options: Mapping[str, str], limits: MaskLimits
+) -> Masks:
+    """Made on the spot; arguments as `load_segmenter`, ``limits`` say which masks are kept."""
+    segmenter = load_segmenter(spec, device, options)
+    source = LiveSource(lambda image: segmenter.segment(image, limits))
+    return Masks(lambda job: {"source": source}, [spec, sorted(options.items()), vars(limits)])
 
 
-class Live:
-    """Makes masks on the spot, as `Masks` reads them; arguments as `load_segmenter`.
-
-    ``limits`` say which masks are kept.
-    """
-
-    def __init__(
-        self, spec: str, device: str | None, options: Mapping[str, str], limits: MaskLimits
-    ) -> None:
-        self._limits, self._key = limits, [spec, sorted(options.items()), vars(limits)]
-        self._segmenter = load_segmenter(spec, device, options)
-
-    def key(self, job: Job) -> Any:
-        """See `Masks.key`."""
-        return self._key
-
-    def load(self, job: Job, image: np.ndarray) -> EntityMap:
-        """See `Masks.load`."""
-        entities = self._segmenter.segment(image, self._limits)
-        if entities.num_entities == 0:
-            raise ValueError(
-                f"image {job.picture.name}: the segmenter found no entity; lower its thresholds "
-                "(--segmenter-option) or --min-area"
-            )
-        return entities
+def masks_of_records() -> Masks:
+    """Those that the records of a dataset lead to, in whatever way."""
+    return Masks(lambda job: (job.record or {}).get("entities") or {})
 
 
 def masks_beside(whole: bool = False) -> Masks:
@@ -408,7 +352,7 @@ def masks_beside(whole: bool = False) -> Masks:
         beside = [path.with_name(path.stem + MASKS_BESIDE + suffix) for suffix in _MASK_SUFFIXES]
         file = job.masks or next((file for file in beside if file.is_file()), None)
         if file is not None:
-            return {"file_name": file, "format": "auto", "segments_info": None}
+            return {"file_name": file, "format": "auto"}
         if whole:
             return {}
         raise FileNotFoundError(
@@ -452,47 +396,33 @@ def masks_from(
             ) from None
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{panoptic_json} is no COCO panoptic file ({error!r})") from error
-    place = {"file_name": path, "format": format, "segments_info": segments}
-    return Masks(lambda job: place)
+    return Masks(lambda job: {"file_name": path, "format": format, "segments_info": segments})
 
 
 def _masks_of_folder(folder: Path, pictures: Sequence[Source], format: str) -> Masks:
-    """An ``.npz`` or ``.png`` per picture, in the input's subfolders or in none.
-
-    Those of ``a/x.jpg`` are ``a/x.npz``, ``a/x.png``, ``a/x.jpg.npz``, ..., ``x.npz``, ..., and all
-    of these with ``_masks`` before the suffix.
-    """
-
-    def stems(name: str) -> tuple[list[str], list[str]]:
-        """Names without their suffix: below the picture's folders, and without folders."""
-        path = PurePosixPath(name)
-        flat = [path.stem, path.name] if len(path.parts) > 1 else []
-        return list(dict.fromkeys([str(path.with_suffix("")), name])), list(dict.fromkeys(flat))
-
-    named = [stems(picture.name) for picture in pictures]
-    claims = Counter(stem for _, flat in named for stem in flat)
-    # A file without folders belongs to a picture without folders, if there is one.
-    owned = Counter(stem for own, _ in named for stem in own)
-    claims.update({stem: count - claims[stem] for stem, count in owned.items()})
-    endings = [mark + suffix for mark in ("", MASKS_BESIDE) for suffix in _MASK_SUFFIXES]
+    """An ``.npz`` or ``.png`` per picture that bears its name, see `Names`, or that and _masks."""
+    names = Names(pictures)
+    files: dict[str, list[tuple[bool, int, Path]]] = defaultdict(list)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in _MASK_SUFFIXES:
+            stem = plain(path.relative_to(folder).with_suffix("").as_posix())
+            meant = names.meant(stem) or names.meant(stem.removesuffix(MASKS_BESIDE))
+            for picture in meant:  # the first is taken: a name of one picture, with its folders
+                files[picture.name].append((len(meant) > 1, -len(path.parts), path))
 
     def find(job: Job) -> dict[str, Any]:
-        own, flat = stems(job.picture.name)
-        usable = [*own, *(stem for stem in flat if stem not in owned)]
-        for stem in sorted(usable, key=lambda stem: claims[stem] > 1):
-            for ending in endings:
-                path = folder / f"{stem}{ending}"
-                if path.is_file() and claims[stem] == 1:
-                    return {"file_name": path, "format": format}
-                if path.is_file():
-                    better = next((stem for stem in own if claims[stem] == 1), own[0])
-                    raise ValueError(
-                        f"image {job.picture.name}: its masks {path} could be those of another "
-                        f"picture, too; call them {better}{ending}"
-                    )
-        raise FileNotFoundError(
-            f"image {job.picture.name}: no masks in {folder}, such as {own[0]}.png"
-        )
+        name = job.picture.name
+        stem = str(PurePosixPath(name).with_suffix(""))
+        if name not in files:
+            raise FileNotFoundError(f"image {name}: no masks in {folder}, such as {stem}.png")
+        shared, _, path = min(files[name])
+        if shared:
+            better = stem if len(names.meant(plain(stem))) == 1 else name
+            raise ValueError(
+                f"image {name}: its masks {path} could be those of another picture, too; call them "
+                f"{better}{path.suffix}"
+            )
+        return {"file_name": path, "format": format}
 
     return Masks(find)
 
@@ -502,29 +432,24 @@ def _masks_of_json(path: Path, pictures: Sequence[Source], format: str) -> Masks
 
     Two pictures of one id are a ValueError; the other errors are those of `FileSource`.
     """
-    source = FileSource(path, format)
-    content = read_json(path)
+    source, names, content = FileSource(path, format), Names(pictures), read_json(path)
     images = content.get("images") if isinstance(content, dict) else None
-    named = {
-        image["file_name"]: image["id"]
-        for image in (images if isinstance(images, list) else ())
-        if isinstance(image, dict) and isinstance(image.get("file_name"), str) and "id" in image
-    }
-    last = Counter(PurePosixPath(name).name for name in named)
-    short = {PurePosixPath(name).name: number for name, number in named.items()}
-    named = {**{name: k for name, k in short.items() if last[name] == 1}, **named}
+    ids: dict[str, dict[str, Any]] = defaultdict(dict)  # by picture, and by how the file calls it
+    for image in images if isinstance(images, list) else ():
+        if isinstance(image, dict) and isinstance(image.get("file_name"), str) and "id" in image:
+            for picture in names.find(image["file_name"]):
+                ids[picture.name][image["file_name"]] = image["id"]
     sources = {}
     for picture in pictures:
-        by_name = named.get(picture.name, named.get(PurePosixPath(picture.name).name))
-        image_id = picture.image_id if by_name is None else by_name
-        sources[picture.name] = replace(picture, image_id=image_id)
+        known = ids[picture.name]
+        (only,) = known.values() if len(known) == 1 else (picture.image_id,)
+        sources[picture.name] = replace(picture, image_id=known.get(picture.name, only))
     distinct(sources.values(), f"in {path} they could not be told apart: give masks by a folder")
 
     def find(job: Job) -> dict[str, Any]:
         name, image_id = str(job.picture.path), sources[job.picture.name].image_id
         record: dict[str, Any] = {"image_id": image_id, "file_name": name, "entities": {}}
-        place = source.lead(record)["entities"]
-        return {key: place[key] for key in ("file_name", "format", "segments_info")}
+        return {**source.lead(record)["entities"], "targets": None}
 
     return Masks(find)
 

@@ -37,9 +37,8 @@ from gella.captions.endpoint import EndpointCaptioner, EndpointSettings
 from gella.captions.local import LocalCaptioner
 from gella.captions.run import CaptionRun, Job, open_captions
 from gella.commands.console import USER_ERRORS, Parser, exit_status
-from gella.commands.inputs import SUFFIXES, Source, dataset_records, distinct
+from gella.commands.inputs import Source, dataset_records, distinct, list_pictures
 from gella.data.records import Place, read_json
-from gella.predictor import image_id_of
 from gella.utils.io import read_json as read_any_json
 from gella.utils.io import write_json
 from gella.utils.journal import Journal
@@ -102,7 +101,7 @@ def _add_model(add: Any) -> None:
 
 def _add_patience(add: Any) -> None:
     add("--concurrency", type=int, default=4, metavar="N", help="requests at once; default 4")
-    add("--timeout", type=float, default=120, metavar="S", help="a whole request; default 120")
+    add("--timeout", type=float, default=120, metavar="S", help="a request; default 120")
     add("--retries", type=int, default=6, metavar="N", help="per request; default 6")
     add("--backoff", type=float, default=1, metavar="S", help="before the first retry; default 1")
     add("--max-wait", type=float, default=300, metavar="S", help="longest Retry-After; default 300")
@@ -122,30 +121,19 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
     elif args.images_json:
         named = _from_json(args.images_json, Path(args.image_root))
     else:
-        named = (source for path in args.input for source in _from_path(Path(path)))
+        named = (source for path in args.input for source in list_pictures(Path(path)))
     sources = distinct(named, "name them apart, or give their ids by --images-json")
     if not sources:
-        raise ValueError("there is no image; folders are searched for " + " ".join(SUFFIXES))
+        raise ValueError("there is no image in it")
     return sources[: args.limit]
-
-
-def _from_path(path: Path) -> Iterator[Source]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; check --input")
-    if not path.is_dir():
-        yield Source(image_id_of(path), path, path.name)
-        return
-    for file in sorted(path.rglob("*")):
-        if file.suffix.lower() in SUFFIXES and file.is_file():
-            yield Source(image_id_of(file), file, file.relative_to(path).as_posix())
 
 
 def _from_dataset(name: str) -> Iterator[Source]:
     records = dataset_records(name)
-    root = MetadataCatalog.get(name).get("image_root", "")
+    root = MetadataCatalog.get(name).get("image_root", None)
     for record in records:
         path = Path(record["file_name"])
-        inside = bool(root) and path.is_relative_to(root)
+        inside = root is not None and path.is_relative_to(root)
         short = path.relative_to(root).as_posix() if inside else path.name
         yield Source(record["image_id"], path, short)
 
@@ -221,13 +209,9 @@ def report_of(run: CaptionRun, args: argparse.Namespace, done: int, total: int) 
     """
     counts = Counter(run.tally.as_dict())
     asked, answered = counts["prompt_tokens"], counts["completion_tokens"]
+    open_ones = {"failed": len(run.failures), "open": total - done - run.written}
     return {
-        "captions": {
-            "written": run.written,
-            "there_before": done,
-            "failed": len(run.failures),
-            "open": total - done - run.written,
-        },
+        "captions": {"written": run.written, "there_before": done, **open_ones},
         "counts": dict(counts),
         "cost": (asked * args.price_in + answered * args.price_out) / 1e6,
         "prices_per_million_tokens": {"prompt": args.price_in, "answer": args.price_out},
@@ -241,30 +225,27 @@ def report_of(run: CaptionRun, args: argparse.Namespace, done: int, total: int) 
 
 def print_summary(report: dict[str, Any], output: str) -> None:
     """Say what was done, what it cost, what failed and what to do next."""
-    captions, counts = report["captions"], Counter(report["counts"])
-    print(
-        f"{output}: {captions['written']} captions written, {captions['there_before']} were there, "
-        f"{captions['failed']} failed, {captions['open']} to do"
+    captions, counts, failures = report["captions"], Counter(report["counts"]), report["failures"]
+    written, requests, nouns, tokens = (
+        "{written} captions written, {there_before} were there, {failed} failed, {open} to do",
+        "requests {0[requests]}, retries {0[retries]} ({0[rate_limited]} by rate limits), answers "
+        "rejected {0[rejected]}",
+        "nouns {0[nouns]}: {0[nouns_repaired]} repaired; left out: {0[nouns_merged]} repeated or "
+        "nested, {0[nouns_dropped]} not in the text",
+        "tokens: {0[prompt_tokens]} asked, {0[completion_tokens]} answered",
     )
-    print(
-        f"requests {counts['requests']}, retries {counts['retries']} "
-        f"({counts['rate_limited']} by rate limits), answers rejected {counts['rejected']}"
-    )
-    print(
-        f"nouns {counts['nouns']}: {counts['nouns_repaired']} repaired; left out: "
-        f"{counts['nouns_merged']} repeated or nested, {counts['nouns_dropped']} not in the text"
-    )
+    print(f"{output}: {written.format_map(captions)}\n{requests.format(counts)}")
     unknown = counts["answers_without_usage"]
-    prices = report["prices_per_million_tokens"]
+    paid = any(report["prices_per_million_tokens"].values())
     print(
-        f"tokens: {counts['prompt_tokens']} asked, {counts['completion_tokens']} answered"
+        f"{nouns.format(counts)}\n{tokens.format(counts)}"
         + (f" (not told for {unknown} answers)" if unknown else "")
-        + (f"; cost {report['cost']:.4f}" if any(prices.values()) else "")
+        + (f"; cost {report['cost']:.4f}" if paid else "")
     )
-    for failure in report["failures"][:LISTED]:
-        print(f"failed: {failure['file_name']}, {failure['prompt_id']}: {failure['reason']}")
-    if len(report["failures"]) > LISTED:
-        print(f"and {len(report['failures']) - LISTED} more (all of them: --json FILE)")
+    for failure in failures[:LISTED]:
+        print("failed: {file_name}, {prompt_id}: {reason}".format_map(failure))
+    if len(failures) > LISTED:
+        print(f"and {len(failures) - LISTED} more (all of them: --json FILE)")
     if captions["open"]:
         print("next: run the same command again; it goes on with what is missing")
     else:
@@ -274,8 +255,7 @@ def print_summary(report: dict[str, Any], output: str) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Read the input, ask the model, write; return the exit code."""
     prompts = choose_prompts(args.prompts, args.prompt or ())
-    sources = read_sources(args)
-    tally = Tally()
+    sources, tally = read_sources(args), Tally()
     captioner = None if args.local else build_captioner(args, tally)
     with open_captions(args.output) as file:
         jobs = open_jobs(sources, list(prompts), file)
@@ -284,24 +264,13 @@ def execute(args: argparse.Namespace) -> int:
         print(f"{len(sources)} images, {total} captions, of which {done} are there")
         if captioner is None and jobs:  # loading a large model takes minutes: only if needed
             captioner = build_captioner(args, tally)
-        if captioner is not None:
-            others = sorted({model for _, model in file.entries.values()} - {captioner.model})
-            if others:
-                print(f"note: {args.output} also holds captions of {', '.join(others)}")
-        run = CaptionRun(
-            captioner,
-            file,
-            prompts,
-            tally,
-            picture={"max_side": args.max_side, "upright": args.upright},
-            rules={
-                "mode": args.mode,
-                "attempts": args.answer_attempts,
-                "min_found": args.min_found,
-            },
-            workers=1 if args.local else args.concurrency,
-            max_failures=args.max_failures,
-        )
+        others = {model for _, model in file.entries.values()} - {getattr(captioner, "model", "")}
+        if captioner is not None and others:
+            print(f"note: {args.output} also holds captions of {', '.join(sorted(others))}")
+        picture = {"max_side": args.max_side, "upright": args.upright}
+        rules = {"attempts": args.answer_attempts, "min_found": args.min_found, "mode": args.mode}
+        run = CaptionRun(captioner, file, prompts, tally, picture, rules)
+        run.workers, run.max_failures = 1 if args.local else args.concurrency, args.max_failures
         try:
             run.do(jobs, done)
         finally:
@@ -309,9 +278,7 @@ def execute(args: argparse.Namespace) -> int:
             print_summary(report, args.output)
             if args.json:
                 write_json(args.json, report)
-    if run.fatal is not None:
-        raise run.fatal
-    return run.stop.status or (1 if run.failures else 0)
+    return run.status or int(bool(run.failures))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog
 
+from gella.predictor import image_id_of
+
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+MASKS_BESIDE = "_masks"  # scene_masks.png is no picture, but the masks of scene.png
 
 
 @dataclass(frozen=True)
@@ -52,3 +56,42 @@ def distinct(sources: Iterable[Source], advice: str) -> list[Source]:
                 f"{other.path} and {source.path} have one image id, {source.image_id}; {advice}"
             )
     return list(kept.values())
+
+
+def list_pictures(root: Path, leave_out: Sequence[Path] = ()) -> list[Source]:
+    """The pictures of a folder and its subfolders, by name; or the one picture that ``root`` is.
+
+    Hidden files and folders, other files, mask files beside their picture (``scene_masks.png``
+    with a ``scene.*``) and what lies in ``leave_out`` are no pictures. Links to folders are not
+    followed.
+
+    Raises:
+        FileNotFoundError: there is neither a file nor a folder.
+        ValueError: the folder holds no picture.
+    """
+    if not root.exists():
+        raise FileNotFoundError(f"image {root} does not exist; check --input")
+    if not root.is_dir():
+        return [Source(image_id_of(root), root, root.name)]
+    excluded = {path.resolve() for path in leave_out}
+    if root.resolve() in excluded:
+        raise ValueError(
+            f"--input {root} is also the folder of the output or of the masks; write elsewhere, "
+            f"and name masks beside pictures scene{MASKS_BESIDE}.png, or move them"
+        )
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        here = Path(folder)
+        seen = (name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in seen if (here / name).resolve() not in excluded]
+        names = (name for name in files if not name.startswith("."))
+        found += [here / name for name in names if name.lower().endswith(SUFFIXES)]
+    beside = {path.with_name(path.stem + MASKS_BESIDE) for path in found}
+    pictures = [
+        Source(image_id_of(path), path, path.relative_to(root).as_posix())
+        for path in sorted(found, key=lambda path: path.relative_to(root).parts)
+        if path.with_suffix("") not in beside or not path.stem.endswith(MASKS_BESIDE)
+    ]
+    if not pictures:
+        raise ValueError(f"folder {root} holds no picture ({', '.join(SUFFIXES)})")
+    return pictures
