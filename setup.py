@@ -24,7 +24,7 @@ REQUIREMENTS = [
     "tokenizers>=0.23",  # the small tokenizer of the synthetic shapes
     "safetensors>=0.8",  # weight files
     "huggingface_hub>=1.0",  # downloads of first weights, shards
-    "scipy>=1.15.3",  # Hungarian matching of learned queries; permutation test of loss curves
+    "scipy>=1.15.3",  # Hungarian matching of learned queries; filters of masks in pictures
     # -- data, metrics, pictures
     "numpy>=2.2.6",  # masks and metrics
     "pandas>=2.3",  # groups of the error analysis

@@ -12,10 +12,7 @@ is moved by one unit in its last place, at random, the same way in both runs of 
 Printed for every loss and the gradient's norm, over the first twenty and over all iterations: the
 largest difference between the two runs of a pair, and the largest between any two plain runs; and
 over the second half of the iterations the mean of the runs of each kind, and their standard
-deviation. Last, over all curves: how far apart two runs are within each kind and across, and how
-often they are as far apart across when the kinds are swapped in some pairs (permutation test of the
-energy distance, Szekely and Rizzo 2004). A small share, say below 0.05, means that ZeRO trains
-differently; of N pairs it can be 1 in 2 ** (N - 1) at least.
+deviation.
 """
 
 from __future__ import annotations
@@ -33,7 +30,6 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from matplotlib.figure import Figure
 from measuring import OPTS, config_of
-from scipy.stats import permutation_test
 from tabulate import tabulate
 
 from gella.engine.launch import leave_process_group
@@ -52,8 +48,7 @@ OPTIONS = {
     "opts": OPTS,
 }
 NEXT = "train under ZeRO: docs/TRAINING.md says how"
-EARLY = 20  # iterations of the second column, and of a stretch
-PERMUTATIONS = 9999  # at most; all, if there are fewer
+EARLY = 20  # iterations of the second column
 
 Curves = dict[str, list[float]]  # by name
 
@@ -149,48 +144,6 @@ def table(curves: dict[str, list[Curves]]) -> list[dict[str, Any]]:
     return rows
 
 
-def distances(runs: list[Curves]) -> np.ndarray:
-    """Distance of any two runs, (N, N): root mean square difference of their stretches' means.
-
-    Stretches are of ``EARLY`` iterations. Each counts in standard deviations over the runs, so that
-    all stretches of all curves weigh the same.
-    """
-    means = []
-    for name in runs[0]:
-        values = np.array([run[name] for run in runs])
-        edges = range(EARLY, values.shape[1], EARLY)
-        means += [part.mean(1) for part in np.split(values, edges, axis=1)]
-    deviations = [(part - part.mean()) / part.std() for part in means if part.std() > 0]
-    points = np.stack(deviations, 1)
-    return np.sqrt(((points[:, None] - points[None]) ** 2).mean(-1))
-
-
-def energy_test(curves: dict[str, list[Curves]]) -> dict[str, float]:
-    """Whether it matters to a run which kind it is of.
-
-    Returns:
-        the mean distance of two plain runs, of two ZeRO runs and of one of each, pairs with the
-        same first weights left out; and "share": of all ways to swap the kinds within pairs, or of
-        many random ones, those whose energy distance is no smaller.
-    """
-    apart = distances(curves["plain"] + curves["zero"])
-
-    def mean_distances(one: np.ndarray, other: np.ndarray) -> list[float]:
-        others = ~np.eye(len(one), dtype=bool)  # neither a run and itself, nor a pair
-        ways = ((one, one), (other, other), (one, other))
-        return [float(apart[np.ix_(a.astype(int), b.astype(int))][others].mean()) for a, b in ways]
-
-    def energy(one: np.ndarray, other: np.ndarray) -> float:
-        plain, zero, across = mean_distances(one, other)
-        return 2 * across - plain - zero
-
-    groups = np.split(np.arange(len(apart)), 2)
-    options = {"permutation_type": "samples", "alternative": "greater", "rng": 0}
-    test = permutation_test(groups, energy, n_resamples=PERMUTATIONS, **options)
-    names = ("two plain runs", "two ZeRO runs", "one of each")
-    return {**dict(zip(names, mean_distances(*groups), strict=True)), "share": float(test.pvalue)}
-
-
 def draw(curves: dict[str, list[Curves]], path: str, title: str) -> None:
     """The total losses, one over the other, and what runs differ by, as a PNG."""
     plain, zero = ([run["total_loss"] for run in curves[kind]] for kind in ("plain", "zero"))
@@ -217,14 +170,9 @@ def draw(curves: dict[str, list[Curves]], path: str, title: str) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The figures, all values among them, and the text to print; draws what was asked for."""
     curves = record(args)
-    rows, test = table(curves), energy_test(curves)
-    apart = ", ".join(f"{k} {v:.4g}" for k, v in test.items() if k != "share")
-    text = (
-        tabulate(rows, "keys", floatfmt=("", ".3f", ".1e", ".1e", ".1e", ".1e", "", ""))
-        + f"\n\nmean distance of {apart}"
-        + f"\nas far apart with kinds swapped in some pairs: {test['share']:.3f} of all ways"
-    )
+    rows = table(curves)
+    text = tabulate(rows, "keys", floatfmt=("", ".3f", ".1e", ".1e", ".1e", ".1e", "", ""))
     if args.plot:
         draw(curves, args.plot, f"{args.processes} processes, {Path(args.zero).stem}")
         text += f"\n\nwrote {args.plot}"
-    return {"curves": curves, "rows": rows, "energy_test": test}, text
+    return {"curves": curves, "rows": rows}, text

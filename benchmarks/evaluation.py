@@ -1,12 +1,11 @@
-"""Speed of evaluation: panoptic quality, average recall, and all nouns of a caption in one pass.
+"""Speed of evaluation: panoptic quality and average recall.
 
     python tools/benchmark.py eval                         scenes made on the spot
-    python tools/benchmark.py eval --json eval.json --nouns 12
+    python tools/benchmark.py eval --json eval.json
     python tools/benchmark.py eval --panoptic-json datasets/coco/annotations/panoptic_val2017.json
 
 Panoptic quality is timed from files, by the processor time of one thread, beside decoding the same
-PNGs and, where panopticapi is importable, beside panopticapi, with which it must agree. The
-language model has random weights, which changes no time.
+PNGs and, where panopticapi is importable, beside panopticapi, with which it must agree.
 """
 
 from __future__ import annotations
@@ -22,29 +21,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from measuring import Task, judge, machine, take_turns, with_verdicts
-from scenes import id_image, made_caption, picture_size
-from shapes_text import train_tokenizer
+from scenes import id_image, picture_size
 from tabulate import tabulate
 
 from gella.data.register import coco_panoptic_categories
 from gella.entities.files import read_id_png, write_id_png
 from gella.evaluation import metrics
 from gella.evaluation.panoptic_quality import PQCounts, pq_counts
-from gella.modeling.language_decoder import LanguageDecoder
-from gella.text.prompts import Prompt, build_prompt, load_tokenizer, task_text
 from gella.utils.io import read_json
 
 NUMBERS = {
     "images": (24, 1, "images to score"),
     "segments": (20, 1, "of made scenes"),
     "recall-nouns": (100_000, 1, "for average recall"),
-    "nouns": (12, 1, "of the caption"),
-    "grid": (24, 1, "image tokens a side; CLIP ViT-L/14 at 336 pixels has the default's"),
-    "layers": (8, 1, "of the language model"),
-    "width": (768, 64, "of it, a multiple of 64"),
-    "vocabulary": (32_001, 640, "its words"),
     "repeat": (5, 1, "passes; medians count"),
 }
 OPTIONS = {
@@ -53,7 +43,6 @@ OPTIONS = {
 }
 NEXT = "python tools/train_net.py --eval-only --config-file YAML MODEL.WEIGHTS FILE"
 AGREEMENT = 1e-9  # of the sums of IoUs that the two ways add up
-IMAGE_DIM, MAX_POSITIONS = 1024, 4096  # of the language model's input
 
 
 # -- panoptic quality ------------------------------------------------------------------------------
@@ -228,80 +217,12 @@ def time_recall(nouns: int, repeat: int) -> dict[str, float]:
     return take_turns(tasks, repeat, time.perf_counter, warm=False)
 
 
-def prompts_of(tokenizer: Any, nouns: int, image_tokens: int) -> tuple[Prompt, list[Prompt]]:
-    """The prompt that names all nouns, and one per noun, as grounding words them."""
-    caption, names = made_caption(nouns)
-
-    def prompt(chosen: Sequence[str]) -> Prompt:
-        limits = {"num_image_tokens": image_tokens, "system": "", "max_length": MAX_POSITIONS}
-        return build_prompt(tokenizer, *task_text("ground", caption, chosen), **limits)
-
-    return prompt(names), [prompt([name]) for name in names]
-
-
-def random_decoder(layers: int, width: int, vocabulary: int) -> LanguageDecoder:
-    """An untrained LLaMA with LLaVA's projector, on the CPU; heads of 64 channels."""
-    from transformers import LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=width * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=False,
-    )
-    options = {"image_dim": IMAGE_DIM, "projector": "mlp2x_gelu", "image_token_stride": 1}
-    decoder = LanguageDecoder(model_config=config, max_positions=MAX_POSITIONS, **options)
-    return decoder.eval()
-
-
-@torch.no_grad()
-def compare_passes(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Wall time for the nouns of one caption, in one pass and one by one.
-
-    Returns:
-        ``one_pass_s``, ``per_noun_s``, ``times_faster``, ``parameters`` of the language model,
-        ``nouns``, ``one_pass_tokens`` and ``per_noun_tokens`` (of all passes together).
-    """
-    nouns, side = args.nouns, args.grid
-    train_tokenizer([made_caption(nouns)[0]], str(folder))
-    together, single = prompts_of(load_tokenizer(str(folder)), nouns, side * side)
-    decoder = random_decoder(args.layers, args.width, args.vocabulary)
-    grid = torch.randn(1, IMAGE_DIM, side, side, generator=torch.Generator().manual_seed(1))
-
-    def embed(prompts: Sequence[Prompt]) -> list[torch.Tensor]:
-        """(P, D) per prompt, as grounding with given nouns does it."""
-        return [
-            decoder(grid, [p.input_ids], [p.labels], [p.seg_positions]).seg_embeddings[0]
-            for p in prompts
-        ]
-
-    assert len(embed([together])[0]) == nouns  # also the pass that warms up
-    tasks: dict[str, Task] = {"one": (embed, [[together]]), "many": (embed, [single])}
-    seconds = take_turns(tasks, args.repeat, time.perf_counter, warm=False)
-    return {
-        "one_pass_s": seconds["one"],
-        "per_noun_s": seconds["many"],
-        "times_faster": seconds["many"] / seconds["one"],
-        "parameters": sum(p.numel() for p in decoder.llama.parameters()),
-        "nouns": nouns,
-        "one_pass_tokens": len(together.input_ids),
-        "per_noun_tokens": sum(len(prompt.input_ids) for prompt in single),
-    }
-
-
 # -- all together ----------------------------------------------------------------------------------
 
 
 def rules(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """What is asked of evaluation, why it can be met, and whether this run met it."""
-    panoptic, nouns = figures["panoptic"], figures["nouns"]
-    slowest = max(figures["recall_s"].values())
-    passes = f"{nouns['nouns']} given nouns in one pass, times faster than a pass each"
+    panoptic, slowest = figures["panoptic"], max(figures["recall_s"].values())
     return judge(
         [
             (
@@ -322,20 +243,12 @@ def rules(figures: dict[str, Any]) -> list[dict[str, Any]]:
                 1.0,
                 "thresholds up to an IoU are found by bisection, not one by one",
             ),
-            (
-                passes,
-                nouns["times_faster"],
-                6.0,
-                "the image and the caption are read once, not once per noun",
-            ),
         ]
     )
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The figures and the text to print. ValueError, OSError for wrong arguments."""
-    if args.width % 64:
-        raise ValueError(f"--width is {args.width}; give a multiple of 64, the width of a head")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if args.panoptic_json:
@@ -348,27 +261,20 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             "panoptic": compare_panoptic(pairs, args.repeat),
             "recall_nouns": args.recall_nouns,
             "recall_s": time_recall(args.recall_nouns, args.repeat),
-            "nouns": compare_passes(folder / "tokenizer", args),
         }
     figures["rules"] = rules(figures)
-    panoptic, nouns = figures["panoptic"], figures["nouns"]
+    panoptic = figures["panoptic"]
     rows = [
         ("decoding truth and prediction", panoptic["decode_ms"], ""),
         ("panoptic quality of decoded images", panoptic["count_ms"], ""),
         ("both from files", panoptic["total_ms"], panoptic["reference_total_ms"]),
     ]
-    passes = [
-        ("one pass", nouns["one_pass_tokens"], nouns["one_pass_s"]),
-        ("a pass per noun", nouns["per_noun_tokens"], nouns["per_noun_s"]),
-    ]
     head = ["per image, one thread", "ours, ms", "panopticapi, ms"]
     protocol = f"AR of {args.recall_nouns:,} nouns, protocol"
-    model = f"{nouns['nouns']} nouns, {nouns['parameters']:,} parameters"
     parts = [
         f"{figures['of']}: {panoptic['images']} images, {panoptic['segments']:.1f} segments each",
         figures["machine"],
         tabulate(rows, head, floatfmt=".2f", missingval="not importable"),
         tabulate(figures["recall_s"].items(), [protocol, "seconds"], floatfmt=".4f"),
-        tabulate(passes, [model, "tokens", "seconds"], floatfmt=".3f"),
     ]
     return figures, with_verdicts(parts, figures["rules"])

@@ -11,10 +11,7 @@ from shapes_text import train_tokenizer
 
 from gella.entities.entity_map import id_to_rgb
 
-WORDS = (
-    "person dog table window road tree cup horse lamp boat chair river train cloud bench flower"
-).split()
-_NOUNS = 8  # of a scene's caption
+NOUNS = "person dog table window road tree cup horse".split()  # of a scene's caption
 _CELL = 4  # pixels: the coarse grid on which regions are laid out
 
 
@@ -41,13 +38,6 @@ def id_image(height: int, width: int, segments: int, rng: np.random.Generator) -
     return (np.take_along_axis(fine, columns, axis=1) + 1000).astype(np.int32)
 
 
-def made_caption(nouns: int) -> tuple[str, list[str]]:
-    """A sentence that names ``nouns`` things, and their names in order, no two the same."""
-    rounds = (divmod(number, len(WORDS)) for number in range(nouns))
-    names = [WORDS[word] + (f" {turn + 1}" if turn else "") for turn, word in rounds]
-    return "In this picture there is " + " beside ".join(f"a {name}" for name in names) + ".", names
-
-
 def write_scenes(
     folder: Path, count: int, size: tuple[int, int], segments: int
 ) -> tuple[list[dict[str, Any]], str]:
@@ -63,7 +53,7 @@ def write_scenes(
         Dataset dicts, which can train every task, and the tokenizer's folder.
     """
     rng, records, (width, height) = np.random.default_rng(0), [], size
-    caption, nouns = made_caption(_NOUNS)
+    caption = "In this picture there is " + " beside ".join(f"a {noun}" for noun in NOUNS) + "."
     for number in range(count):
         ids = id_image(height, width, segments, rng)
         coarse = (max(height // 16, 1), max(width // 16, 1), 3)
@@ -77,8 +67,8 @@ def write_scenes(
         present = np.unique(ids).tolist()
         infos = [{"id": i, "category_id": 1, "iscrowd": 0} for i in present]
         phrases = []
-        for place, noun in enumerate(nouns):
-            start, named = caption.index(f"a {noun}") + 2, present[place::_NOUNS]
+        for place, noun in enumerate(NOUNS):
+            start, named = caption.index(f"a {noun}") + 2, present[place :: len(NOUNS)]
             span = {"text": noun, "start": start, "end": start + len(noun), "segment_ids": named}
             phrases.append({**span, "is_plural": len(named) > 1, "is_thing": True})
         records.append(

@@ -87,8 +87,8 @@ CHANGES: dict[str, dict[str, str]] = {
         "SOLVER.MAX_ITER 3000": "SOLVER.MAX_ITER 3",
     },
     "docs/ANALYSIS.md": {
-        "benchmark.py eval": "benchmark.py eval --images 2 --size 96x64 --recall-nouns 100 --grid 4"
-        " --layers 1 --width 64 --vocabulary 640 --repeat 1",
+        "benchmark.py eval": "benchmark.py eval --images 2 --size 96x64 --recall-nouns 100"
+        " --repeat 1",
     },
     "docs/CAPTIONS.md": {  # random weights describe nothing
         "--device cuda --dtype float16 \\\n    --input images --output captions.jsonl": (

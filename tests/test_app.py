@@ -27,6 +27,7 @@ from caption_server import answer, chat_server, status
 from PIL import Image
 from pycocotools import mask as mask_utils
 
+from gella.captions.endpoint import is_loopback
 from gella.commands import app
 from gella.entities.entity_map import EntityMap, id_to_rgb
 from gella.entities.rle import encode_mask
@@ -746,7 +747,7 @@ def test_wrong_arguments_are_one_line(capsys):
     assert app.main(["--config-file", "none.yaml"]) == 2
     assert capsys.readouterr().err.startswith("error: config none.yaml does not exist")
     for host, own in (("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False)):
-        assert app.is_loopback(host) is own
+        assert is_loopback(host) is own
 
 
 def test_examples_that_are_missing_or_wrong_are_named(tmp_path):
@@ -778,8 +779,6 @@ def test_the_command_serves_until_it_is_stopped_and_leaves_nothing(tmp_path, mon
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=600) as answer:
                 assert b"the answers mean nothing" in answer.read()
             assert list(tmp_path.glob("gella_app_*"))
-            with pytest.raises(OSError, match=f"port {port}"):
-                app.check_address("127.0.0.1", port)
         finally:
             stop.set()
         run.result()

@@ -11,13 +11,6 @@ import torch
 from PIL import Image
 
 
-def run_with(value: float, noise: float = 0.0, seed: int = 0) -> dict[str, list[float]]:
-    """A run of 40 iterations whose loss falls to a value."""
-    generator = torch.Generator().manual_seed(seed)
-    rounding = noise * torch.randn(40, generator=generator, dtype=torch.float64)
-    return {"total_loss": [value + 1 / (i + 1) + float(rounding[i]) for i in range(40)]}
-
-
 def test_differences_of_early_and_of_all_iterations():
     plain = {"total_loss": [float(i) for i in range(30)]}
     zero = {"total_loss": [i + (0.5 if i == 3 else -2.0 if i == 25 else 0.0) for i in range(30)]}
@@ -44,31 +37,6 @@ def test_the_table_compares_runs_of_a_pair_and_any_two_plain_ones():
     assert (row["two plain, early"], row["two plain, all"]) == (3.0, 3.0)
     # The last 20 iterations: 1, 2 and 2 in the mean.
     assert row["late plain"] == "1.667 ± 0.58"
-
-
-def test_runs_that_differ_by_rounding_alone_are_told_from_others():
-    def share(value: float) -> float:
-        plain = [run_with(1.0, 0.01, seed) for seed in range(8)]
-        zero = [run_with(value, 0.01, 100 + seed) for seed in range(8)]
-        return benchmark_curves.energy_test({"plain": plain, "zero": zero})["share"]
-
-    assert share(1.0) > 0.05
-    assert share(1.02) == 1 / 2**7  # of all 2 ** 8 ways to swap, this one and its mirror image
-
-
-def test_a_pair_is_left_out_of_the_distances_across():
-    plain = [run_with(1.0, 0.01, seed) for seed in range(4)]
-    found = benchmark_curves.energy_test({"plain": plain, "zero": plain})
-    assert found["one of each"] == pytest.approx(found["two plain runs"])
-    assert found["share"] == 1.0
-
-
-def test_stretches_weigh_the_same_whatever_their_size():
-    runs = [run_with(1.0, 0.01, seed) for seed in range(5)]
-    larger = [{"total_loss": [100 * v for v in run["total_loss"]]} for run in runs]
-    found = benchmark_curves.distances(runs)
-    assert found == pytest.approx(benchmark_curves.distances(larger))
-    assert found == pytest.approx(found.T) and (found.diagonal() == 0).all() and found.max() > 1
 
 
 def test_the_picture(tmp_path):

@@ -346,12 +346,10 @@ def test_labels_of_small_masks() -> None:
         assert not beside or abs(spot.x - 103) >= 13 or abs(spot.y - 83) >= 11
 
 
-def test_very_wide_pictures_stand_above_each_other_with_room_for_labels() -> None:
+def test_very_wide_pictures_stand_above_each_other() -> None:
     ids = np.repeat(np.arange(1, 41, dtype=np.int32), 50)[None].repeat(40, axis=0)
     picture = grounded(EntityMap(ids), [("all", list(range(1, 41)))]).plot()
     assert 1800 <= picture.width <= 2000 and picture.height < 700
-    dark = (np.asarray(picture) == (25, 25, 25)).all(axis=2)
-    assert dark.sum() > 40 * 100  # the labels' boxes
 
 
 # -- figures as HTML -------------------------------------------------------------------------------
@@ -742,17 +740,6 @@ def test_lines_thinner_than_the_screen_have_their_colour(show: Any, tmp_path: Pa
     height = tab.locator("#gella-a svg").bounding_box()["height"]
     column = seen(tab, tmp_path, 30, height / 2 - 5, 4, 10)[:, 2]
     assert (np.abs(column - palette(1)[0]).max(axis=1) < 40).sum() >= 2
-
-
-@pytest.mark.parametrize("size", [(40, 1900), (1900, 40)])
-def test_very_long_pictures_scroll_and_have_labels(show: Any, size: tuple[int, int]) -> None:
-    result = grounded(EntityMap(np.ones(size, dtype=np.int32)), [("a wall", [1])])
-    tab = show(grounding_html(result, key="a"))
-    box = tab.locator("#gella-a svg").bounding_box()
-    assert 90 <= min(box["width"], box["height"]) <= 100
-    assert max(box["width"], box["height"]) > 4000
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 1000
-    assert 10 <= tab.locator("#gella-a text").bounding_box()["height"] <= 30
 
 
 @pytest.mark.parametrize("width", [360, 1200])

@@ -13,7 +13,7 @@
 ``cost`` counts parameters, FLOPs and memory of each part, and memory per GPU under ZeRO, without
 weights or a GPU. ``data`` times the mapper, the loader and the colormap. ``loading`` loads
 annotations of COCO's size. ``generation`` counts the calls of the language model for an answer.
-``eval`` times the metrics and the language pass of given nouns. ``predict`` times captions on one
+``eval`` times the metrics. ``predict`` times captions on one
 picture and pictures in one batch. ``curves`` lays a training under ZeRO over a plain one. ``crash``
 kills a training again and again. Each explains itself: ``python tools/benchmark.py cost --help``.
 """
@@ -41,7 +41,7 @@ MODES = {
     "data": ("data", "images per second of mapper and loader"),
     "loading": ("loading", "time and memory of annotations of COCO's and PNG's size"),
     "generation": ("generation", "calls of the language model for an answer"),
-    "eval": ("evaluation", "time of panoptic quality, average recall and given nouns"),
+    "eval": ("evaluation", "time of panoptic quality and average recall"),
     "predict": ("predict", "captions on one picture, and pictures in one batch"),
 }
 

@@ -393,12 +393,16 @@ def _read_address(url: str) -> tuple[str, str, bool]:
         raise ValueError(
             f"the address does not begin with http:// or https:// and a host; {advice}"
         )
-    try:
-        local = ipaddress.ip_address(parts.hostname).is_loopback
-    except ValueError:
-        local = parts.hostname.lower() == "localhost"
     path = parts.path.rstrip("/").removesuffix(_PATH)
-    return f"{parts.scheme}://{parts.netloc}{path}", parts.query, local
+    return f"{parts.scheme}://{parts.netloc}{path}", parts.query, is_loopback(parts.hostname)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server at this host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

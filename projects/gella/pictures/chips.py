@@ -78,13 +78,11 @@ class Piece(NamedTuple):
 
 
 def load_font(size: int) -> Any:
-    """Return DejaVu Sans (shipped with matplotlib, wide script coverage) or Pillow's own font."""
-    try:
-        import matplotlib
-    except ImportError:
-        return ImageFont.load_default(size)
+    """Return DejaVu Sans, which comes with matplotlib and knows many scripts."""
+    import matplotlib
+
     file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(str(file), size) if file.is_file() else ImageFont.load_default(size)
+    return ImageFont.truetype(str(file), size)
 
 
 def wrap_pieces(line: Sequence[Piece], font: Any, width: int) -> list[list[Piece]]:

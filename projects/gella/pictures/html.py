@@ -33,8 +33,6 @@ _EMBEDDED = 1600  # pixels; larger pictures are embedded at this longest side
 _EXACT = 256  # pixels; up to this side pictures are shown pixel by pixel
 # In pixels of a screen on which a picture is some 700 pixels wide:
 _SIDE = 700
-_SHORT_SIDE = 96  # of pictures so long (more than _LONG to one) that they scroll; see the style
-_LONG = 12
 _TEXT = 16  # height of the numbers
 _STRIPE = 12  # width of the stripes of areas with several nouns
 _THIN = 3  # mean width of areas that are drawn as lines
@@ -262,9 +260,7 @@ def _areas_svg(
         ident: start of the ids in it; unique on the page and safe.
     """
     height, width = size
-    kind, scale = "plain", _SIDE / max(size)  # pixels of the screen that one of the frame gets
-    if max(size) > _LONG * min(size):  # scrolls; the style gives the shorter side
-        kind, scale = "wide" if width > height else "tall", _SHORT_SIDE / min(size)
+    scale = _SIDE / max(size)  # pixels of the screen that one of the frame gets
     drawn, stride = _thinned(areas)
     patterns: dict[tuple[int, ...], str] = {}
     paths = []
@@ -287,7 +283,7 @@ def _areas_svg(
     named = {number for noun in nouns for number in noun.numbers}
     labelled = [area for area in areas if area.labelled and area.number in named]
     return (
-        f'<div class="stage {kind}{" crisp" if max(size) <= _EXACT else ""}">'
+        f'<div class="stage{" crisp" if max(size) <= _EXACT else ""}">'
         f'<svg viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="picture with {len(areas)} masks">{_stripes(patterns, _STRIPE / scale)}'
         f'<image href="{safe(source)}" width="{width}" height="{height}" '

@@ -30,12 +30,10 @@ _STRIPE = 8  # pixels; width of a stripe where several nouns claim a place
 _PANEL_SIDE = 960  # pixels; larger pictures are reduced to this longest side
 _WIDE_SIDE = 1800  # pixels; the same for panels that stand one above the other
 _STACK = 2.5  # width over height from which they do
-_THIN = 120  # pixels; panels with a shorter side get room for labels beside the picture
-_THIN_MARGIN = 48  # pixels; that room
 
 
 class Panels:
-    """The picture in the size of a panel, plain and with masks, in a margin if it is very thin.
+    """The picture in the size of a panel, plain and with masks.
 
     ``image`` is uint8 (H, W, 3) RGB. Small pictures are enlarged.
     """
@@ -49,7 +47,6 @@ class Panels:
         if max(height, width) * scale > side:
             scale = side / max(height, width)
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        self._margins = tuple(_THIN_MARGIN if length < _THIN else 0 for length in size)
         self._plain = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
         self._grid = Grid((height, width), (size[1], size[0]))
         self._thickness = 2 if scale >= 2 else 1
@@ -118,10 +115,8 @@ class Panels:
             items: what is set as a list.
             untrained: warn above the panels that the weights are random.
         """
-        marked = self._framed(Image.fromarray(np.rint(self._pixels).astype(np.uint8)))
-        right, down = self._margins
-        moved = [Layer(layer.mask, layer.x + right, layer.y + down) for layer in numbered.values()]
-        _draw_labels(marked, moved, [str(number) for number in numbered])
+        marked = Image.fromarray(np.rint(self._pixels).astype(np.uint8))
+        _draw_labels(marked, [*numbered.values()], [str(number) for number in numbered])
         tall, inner = marked.height, marked.width
         step = (0, tall + _MARGIN) if self._stacked else (inner + _MARGIN, 0)
         tall, inner = tall + step[1], inner + step[0]
@@ -139,16 +134,10 @@ class Panels:
             draw.rectangle((0, 0, width, banner), fill=(160, 30, 30))
             draw.text((width / 2, banner / 2), UNTRAINED, font=font, anchor="mm", fill=PAPER)
         x, y = (width - inner) // 2, banner + _MARGIN
-        canvas.paste(self._framed(self._plain), (x, y))
+        canvas.paste(self._plain, (x, y))
         canvas.paste(marked, (x + step[0], y + step[1]))
         for number, row in enumerate(rows):
             draw_row(draw, (_MARGIN, top + number * spacing), row, font, spacing)
-        return canvas
-
-    def _framed(self, picture: Image.Image) -> Image.Image:
-        right, down = self._margins
-        canvas = Image.new("RGB", (picture.width + 2 * right, picture.height + 2 * down), PAPER)
-        canvas.paste(picture, (right, down))
         return canvas
 
 
