@@ -75,6 +75,7 @@ def send(handler: Any, status: int, body: bytes, length: int | None = None, **he
     """A response; header names with _ for -; ``length`` that it claims to have."""
     handler.send_response_only(status)  # without a Date of its own
     headers.setdefault("Content_Length", str(len(body) if length is None else length))
+    headers.setdefault("Connection", "close")  # as the server does
     for name, value in headers.items():
         handler.send_header(name.replace("_", "-"), value)
     handler.end_headers()

@@ -36,7 +36,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from shlex import quote as shell_quote
@@ -231,43 +231,41 @@ def choose_masks(args: argparse.Namespace, pictures: Sequence[Source]) -> Masks:
     return masks_beside(whole=args.task in ("describe", "extract"))
 
 
+@dataclass
 class Run:
     """One run over jobs; keeps what it did.
 
-    Args:
+    Attributes:
         args: of the command line.
         predictor: answers.
         masks: where entities come from.
         categories: of the task "panoptic".
         captioner: another model writes the captions, see `gella.captions`.
         strict: raise the first failure instead of counting it.
-
-    Attributes:
         done: jobs that were done now; ``skipped``: that were done before.
         failures: ``image``, ``caption`` and ``reason`` of each that failed.
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        predictor: GellaPredictor,
-        masks: Masks,
-        categories: Sequence[dict[str, Any] | str] | None = None,
-        captioner: Any = None,
-        strict: bool = False,
-    ) -> None:
-        self.args, self.predictor, self.masks, self.categories = args, predictor, masks, categories
-        self.captioner, self.strict, self.folder = captioner, strict, Path(args.output)
+    args: argparse.Namespace
+    predictor: GellaPredictor
+    masks: Masks
+    categories: Sequence[dict[str, Any] | str] | None = None
+    captioner: Any = None
+    strict: bool = False
+    done: int = 0
+    skipped: int = 0
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.args.output)
         # Where the input comes from; every JSON says so.
-        named = {name: getattr(args, name) for name in ("masks", "segmenter", "dataset")}
+        named = {name: getattr(self.args, name) for name in ("masks", "segmenter", "dataset")}
         self._origin = {name: value for name, value in named.items() if value is not None}
-        if captioner is not None:
-            self._origin["captioner"] = captioner.model
-        self.done = self.skipped = 0
-        self.failures: list[dict[str, str]] = []
+        if self.captioner is not None:
+            self._origin["captioner"] = self.captioner.model
         self._sections: dict[str, str] = {}  # by job, in the order of the jobs
         self._next_page = time.monotonic() + _REFRESH
-        self._model = _model_key(predictor)
+        self._model = _model_key(self.predictor)
         self._last: tuple[Any, Any] = (None, None)  # picture and entities that were read last
 
     def do(self, jobs: Sequence[Job], stop: StopRequest) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch.nn.functional import interpolate
 
 from gella.text.words import bare_noun
 
@@ -132,27 +134,15 @@ def ratio_iou(intersection: float, union: float, protocol: str = "hard") -> floa
     return float(intersection / union) if union else 0.0
 
 
-def _bilinear_matrix(source: int, target: int) -> np.ndarray:
-    """Weights (target, source) of bilinear resizing, pixel centres at half integers."""
-    centres = (np.arange(target) + 0.5) * source / target - 0.5
-    centres = centres.clip(0, source - 1)
-    low = np.floor(centres).astype(np.int64)
-    share = centres - low
-    matrix = np.zeros((target, source))
-    np.add.at(matrix, (np.arange(target), low), 1 - share)
-    np.add.at(matrix, (np.arange(target), np.minimum(low + 1, source - 1)), share)
-    return matrix
-
-
 def soften(mask: np.ndarray) -> np.ndarray:
     """Send a mask (H, W) through 256x256 and back bilinearly: float64 (H, W), not binarised.
 
     What the PNG baseline does to truth and proposals before it compares them ("official").
     """
-    height, width = mask.shape
-    rows = _bilinear_matrix(_SOFT_SIDE, height) @ _bilinear_matrix(height, _SOFT_SIDE)
-    columns = _bilinear_matrix(_SOFT_SIDE, width) @ _bilinear_matrix(width, _SOFT_SIDE)
-    return rows @ mask.astype(np.float64) @ columns.T
+    soft = torch.from_numpy(mask.astype(np.float64))[None, None]
+    for size in ((_SOFT_SIDE, _SOFT_SIDE), mask.shape):
+        soft = interpolate(soft, size, mode="bilinear", align_corners=False)
+    return soft[0, 0].numpy()
 
 
 def noun_iou(prediction: np.ndarray, truth: np.ndarray, protocol: str = "hard") -> float:
