@@ -219,21 +219,25 @@ def describe(
                 description = clean_description(ask(prompt + _TEXT_RULE, picture, attempt))
                 question = _NOUNS_QUESTION.replace("{description}", description)
                 listed = parse_noun_list(ask(question, None, attempt))
-            match = match_nouns(description, listed)
-            lost = match.missing
-            if not match.nouns or match.found_share < min_found:
-                tally.add(nouns_missing=len(lost))
-                example = f", such as {lost[0][:60]!r}" if lost else ""
-                count = f"{len(lost)} of {len(listed)}"
-                raise AnswerError(f"{count} nouns are not in the description{example}")
-            repaired, merged = match.changed, len(match.merged)
-            tally.add(nouns=len(match.nouns), nouns_repaired=repaired, nouns_merged=merged)
-            tally.add(nouns_dropped=len(lost))
-            return Caption(description, match.nouns)
+            return Caption(description, _accepted(description, listed, min_found, tally))
         except AnswerError as error:
             tally.add(rejected=1)
             reason = str(error)
     raise AnswerError(f"none of {attempts} answers could be used; the last: {reason}")
+
+
+def _accepted(description: str, listed: list[str], min_found: float, tally: Tally) -> list[str]:
+    """The nouns of an answer, counted; AnswerError if too few stand in its description."""
+    match = match_nouns(description, listed)
+    lost = match.missing
+    if not match.nouns or match.found_share < min_found:
+        tally.add(nouns_missing=len(lost))
+        example = f", such as {lost[0][:60]!r}" if lost else ""
+        raise AnswerError(f"{len(lost)} of {len(listed)} nouns are not in the description{example}")
+    repaired, merged = match.changed, len(match.merged)
+    tally.add(nouns=len(match.nouns), nouns_repaired=repaired, nouns_merged=merged)
+    tally.add(nouns_dropped=len(lost))
+    return match.nouns
 
 
 # -- answers ---------------------------------------------------------------------------------------
