@@ -112,9 +112,8 @@ class LanguageDecoder(nn.Module):
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
         )
-        if lora is None:
-            self.projector.to(self.llama.dtype)
-        else:  # what is trained beside the adapters is float32
+        self.projector.to(self.llama.dtype if lora is None else torch.float32)  # as add_lora's
+        if lora is not None:
             add_lora(self.llama, **lora)
         self.has_adapters = lora is not None
         self.image_token_stride = image_token_stride
@@ -179,13 +178,14 @@ class LanguageDecoder(nn.Module):
                 f"weights of MODEL.LANGUAGE.QUANTIZATION {self.quantization!r} cannot be trained: "
                 "set it to '', or MODEL.LANGUAGE.LORA.ENABLED True to train adapters beside them"
             )
-        embeds, attention_mask = self._embed(image_grid, input_ids, "right", prefixes)
+        embeds, _ = self._embed(image_grid, input_ids, "right", prefixes)
         read, cache = 0, {}
         if prefixes is not None:
             read = len(prefixes[0].ids)
             cache["past_key_values"] = joined_cache(prefixes)
+        # No mask: nothing that counts looks right, to the padding, and attention is fused then.
         hidden = self.llama.base_model(
-            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=bool(cache), **cache
+            inputs_embeds=embeds, use_cache=bool(cache), **cache
         ).last_hidden_state  # B L D, without what was read before
         seg_embeddings = [h[p - read].to(image_grid.dtype) for h, p in zip(hidden, seg_positions)]
         padded = nn.utils.rnn.pad_sequence(
