@@ -107,6 +107,9 @@ CHANGES: dict[str, dict[str, str]] = {
         "setup=mask2former:add_maskformer2_config"
         " --option MODEL.MASK_FORMER.TEST.INSTANCE_ON=True": TOY,
         "--min-area 100": "--min-area 1 --option " + SURE.format("--option"),
+        "tue-mps/coco_panoptic_eomt_large_640": "models/mask2former",
+        "--nnodes 2 --nproc-per-node 8": "--nproc-per-node 2",
+        "10.0.0.1:29500": "127.0.0.1:@PORT@",
         '"A man leads two dogs."': '"A man leads two dogs." --nouns "A man,two dogs"',
         "CONFIG": "configs/gella_swin_t.yaml",
         "PTH": WEIGHTS,

@@ -5,7 +5,12 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +236,7 @@ def test_nothing_but_failures_can_be_repaired(run, pictures, tmp_path):
         ({"images": "{tmp}/twins"}, "01.png and {tmp}/twins/1.png have one image id, 1"),
         ({"images": None, "dataset": "precompute_unheard"}, "is not registered"),
         ({"batch_size": 0}, "--batch-size is 0"),
+        ({"num_gpus": 0}, "--num-gpus is 0"),
         ({"min_area": -3}, "-3 pixels"),
         ({"max_entities": 0}, "at most 0"),
         ({"option": "threshold"}, "no KEY=VALUE"),
@@ -317,3 +323,102 @@ def test_killed_between_output_and_tidying_up(run, tmp_path, monkeypatch):
     code, out, _ = run()
     assert code == 0 and "6 of 6 images are done" in out
     assert (tmp_path / "masks.json").read_bytes() == before
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+TESTS = str(Path(__file__).resolve().parent)
+# Every picture takes its time, and the ninth of a process never comes.
+SLOW = """
+find, seen = toys.ToyColorSegmenter.find, []
+def wait(self, entry):
+    seen.append(entry)
+    time.sleep(0.01 if len(seen) < 9 else 1000)
+    return find(self, entry)
+toys.ToyColorSegmenter.find = wait
+"""
+
+
+@pytest.fixture
+def forty(pictures):
+    """40 pictures of three sizes."""
+    for path in pictures.iterdir():
+        path.unlink()
+    for k in range(40):
+        Image.fromarray(draw(k, 40 + k % 3)).save(pictures / f"{k:012d}.png")
+    return pictures
+
+
+def start_two(toy: str, pictures: Path, output: Path, patch: str = "") -> subprocess.Popen[str]:
+    """Start the tool with two processes, in which the code of ``patch`` runs first."""
+    script = output.with_suffix(".py")
+    script.write_text(
+        f"import sys, time\nimport tiny_segmenters as toys\n{patch}\n"
+        "from gella.commands.precompute_entities import main\n"
+        "if __name__ == '__main__':\n    sys.exit(main())\n"
+    )
+    given = {"segmenter": toy, "images": pictures, "output": output, "device": "cpu", "num-gpus": 2}
+    command = [sys.executable, str(script), *(f"--{k}={v}" for k, v in given.items())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, TESTS])}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, env=environment, start_new_session=True, **streams)
+
+
+@pytest.fixture
+def run_rank(run, monkeypatch):
+    """Call the tool as torchrun does in one of its processes."""
+
+    def call(rank: int, size: int, **changes: Any) -> tuple[int, str, str]:
+        with monkeypatch.context() as patch:
+            for name, value in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", rank)):
+                patch.setenv(name, str(value))
+            return run(**changes)
+
+    return call
+
+
+def test_one_process_two_and_two_killed_and_taken_up_by_one_write_equal_files(
+    run, run_rank, toy, forty, tmp_path
+):
+    one, two, placed, killed = (tmp_path / f"{name}.json" for name in ("1", "2", "run", "killed"))
+    started = start_two(toy, forty, two)
+    cut = start_two(toy, forty, killed, SLOW)
+    assert run(output=one)[0] == 0
+    assert run_rank(1, 2, output=placed)[0] == 0 and not placed.exists()
+    assert run_rank(0, 2, output=placed)[0] == 0
+    journals = [tmp_path / f"killed.json.{rank}of2.journal" for rank in (0, 1)]
+    while not all(j.exists() and j.read_bytes().count(b"\n") == 9 for j in journals):
+        assert cut.poll() is None, cut.communicate()
+        time.sleep(0.05)
+    code, _, err = run(output=killed)
+    assert code == 2 and "is being written by another process" in err
+    os.killpg(cut.pid, signal.SIGKILL)
+    cut.communicate()
+    with journals[0].open("ab") as stream:
+        stream.write(b'{"image_id": 16, "by')  # killed while it wrote
+    code, out, _ = run(output=killed)
+    assert code == 0 and "going on: 16 of 40 images are done" in out
+    out, err = started.communicate()
+    assert started.returncode == 0 and "40 of 40" in out, err
+    assert not list(tmp_path.glob("*.journal"))
+    contents = {file.read_bytes() for file in (one, two, placed, killed)}
+    assert len(contents) == 1 and len(json.loads(contents.pop())) == 80
+
+
+def test_what_failed_in_another_process_is_told_and_tried_again(run, run_rank, forty, tmp_path):
+    bad = forty / f"{7:012d}.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(b"no picture")
+    assert run_rank(1, 2)[0] == 0  # torchrun would end all for another code
+    code, out, _ = run_rank(0, 2)
+    assert code == 1 and "39 of 40" in out
+    (reason,) = content(tmp_path / "masks.json.report.json")["failed"].values()
+    assert str(bad) in reason
+    bad.write_bytes(whole)
+    for rank in (2, 1, 0):
+        code, out, _ = run_rank(rank, 3)
+        assert code == 0
+    assert "40 of 40" in out and content(tmp_path / "masks.json.report.json")["failed"] == {}
+    assert run_rank(0, 2, num_gpus=2)[2] == (
+        "error: torchrun has started 2 processes: leave --num-gpus out\n"
+    )

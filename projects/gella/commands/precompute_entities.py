@@ -19,6 +19,9 @@ or made from the file name (000000142238.jpg is 142238). Every finished image is
 OUTPUT.journal: after a kill or Ctrl-C the same command goes on where it stopped. OUTPUT.report.json
 says which images failed and which have no mask. docs/ENTITY_MASKS.md has the details.
 
+--num-gpus N shares the work among N processes, torchrun among those of several machines; a run may
+go on with another number of them.
+
 Exit code 0: all images done; 1: some images failed, the rest is written, and the same command tries
 the failed ones again; 2 and one line "error: ..." for wrong input; 130 after Ctrl-C.
 """
@@ -26,19 +29,24 @@ the failed ones again; 2 and one line "error: ..." for wrong input; 130 after Ct
 from __future__ import annotations
 
 import argparse
+import contextlib
+import glob
 import json
 import logging
+import multiprocessing
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import gella  # noqa: F401  registers the datasets
@@ -67,6 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--module", action="append", default=[], metavar="FILE.py", help=own)
     add("--output", required=True, metavar="JSON", help="file to write, COCO results")
     add("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")
+    add("--num-gpus", type=int, default=1, metavar="N", help="processes, a GPU each (default 1)")
     add("--batch-size", type=int, default=1, metavar="N", help="images at a time (default 1)")
     add("--min-area", type=int, default=1, metavar="PIXELS", help="smaller entities are left out")
     add("--min-score", type=float, metavar="S", help="entities of lower score are left out")
@@ -74,8 +83,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     again = "setting of the segmenter, again for more (points_per_side=16, threshold=0.3, ...)"
     add("--option", action="append", default=[], metavar="KEY=VALUE", help=again)
     args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error(f"--batch-size is {args.batch_size}; it must be at least 1")
+    for option, number in (("--batch-size", args.batch_size), ("--num-gpus", args.num_gpus)):
+        if number < 1:
+            parser.error(f"{option} is {number}; it must be at least 1")
     for option in args.option:
         if "=" not in option:
             parser.error(f"--option {option} is no KEY=VALUE")
@@ -108,9 +118,8 @@ def segment_all(
     limits: MaskLimits,
     batch_size: int,
     journal: Journal,
-) -> dict[str, str]:
-    """Enter the entities of each picture into the journal; return why files failed, by path."""
-    failed: dict[str, str] = {}
+) -> None:
+    """Enter the entities of each picture, or why there are none, into the journal."""
     bar = tqdm(total=len(sources), unit="image", desc="segmenting")
     for start in range(0, len(sources), batch_size):
         images: dict[Source, np.ndarray] = {}
@@ -123,12 +132,12 @@ def segment_all(
         results.update(_segment(segmenter, images, limits))
         for source, result in results.items():
             bar.update()
-            if isinstance(result, str):
-                failed[str(source.path)] = result
-                tqdm.write(f"failed: {result}", file=sys.stderr)
-                continue
             # As in a file of COCO results; all entities are of one category.
             fixed = {"image_id": source.image_id, "category_id": 1}
+            if isinstance(result, str):
+                journal.append({"image_id": source.image_id, "failed": result})
+                tqdm.write(f"failed: {result}", file=sys.stderr)
+                continue
             coded = [
                 {**fixed, "segmentation": code, "score": round(float(score), 6)}
                 for code, score in zip(result.to_rle(), result.scores)
@@ -136,7 +145,6 @@ def segment_all(
             size = source.path.stat().st_size
             journal.append({"image_id": source.image_id, "bytes": size, "results": coded})
     bar.close()
-    return failed
 
 
 def read_picture(source: Source) -> np.ndarray:
@@ -171,42 +179,52 @@ def _segment(
         return results
 
 
-def open_journal(output: Path, made_by: dict[str, Any]) -> Journal:
-    """The journal of an output file: one line a picture, with all its results.
+Noted = tuple[int, int] | str
+"""Of a finished picture the bytes of its file and the number of its entities, or why it failed."""
 
-    It remembers the size of the picture's file, in bytes, and the number of entities. Raises
-    ValueError if the output is complete, and what `Journal` raises.
+
+def open_journal(
+    path: Path, made_by: dict[str, Any], reader: Literal["", "now", "wait"] = ""
+) -> Journal:
+    """A journal of an output file: one line a picture, with all its results, or why it failed.
+
+    Every process has its own; all were made with these settings. Remembered is `Noted`. Raises what
+    `Journal` raises.
     """
-    path = output.with_name(output.name + ".journal")
-    if output.is_dir():
-        raise ValueError(f"output {output} is a folder; name a file")
-    if output.exists() and not path.exists():
-        raise ValueError(
-            f"{output} exists already and is complete; delete it or choose another --output"
-        )
 
-    def note(entry: Any) -> tuple[str, tuple[int, int]]:
+    def note(entry: Any) -> tuple[str, Noted]:
+        if "failed" in entry:
+            return str(entry["image_id"]), str(entry["failed"])
         return str(entry["image_id"]), (int(entry["bytes"]), len(entry["results"]))
 
-    return Journal(path, note, settings=made_by, advice="delete this file to start anew")
+    advice = "delete this file to start anew"
+    return Journal(path, note, settings=made_by, advice=advice, reader=reader)
 
 
-def done_counts(journal: Journal, sources: Sequence[Source]) -> dict[Source, int]:
-    """Entities by picture, of those that are done and whose files are as long as they were then."""
-    counts = {}
+def journal_path(output: Path, rank: int, size: int) -> Path:
+    """The journal of a process, the ``rank``-th of ``size``; an output's are OUTPUT.*journal."""
+    which = "" if size == 1 else f"{rank}of{size}."
+    return output.with_name(f"{output.name}.{which}journal")
+
+
+def find_done(journals: Sequence[Journal], sources: Sequence[Source]) -> dict[Source, Journal]:
+    """Who has the pictures, in their order, that are done and as long as they were then."""
+    found = {}
     for source in sources:
-        size, number = journal.entries.get(str(source.image_id), (None, 0))
-        if source.path.is_file() and source.path.stat().st_size == size:
-            counts[source] = number
-    return counts
+        size = source.path.stat().st_size if source.path.is_file() else None
+        for journal in journals:
+            noted = journal.entries.get(str(source.image_id))
+            if isinstance(noted, tuple) and noted[0] == size:
+                found[source] = journal
+    return found
 
 
-def write_output(journal: Journal, done: Sequence[Source], output: Path) -> None:
+def write_output(done: dict[Source, Journal], output: Path) -> None:
     """Write the results of the pictures that are done, in this order."""
 
     def write(stream: IO[bytes]) -> None:
         separator = b"[\n"
-        for source in done:
+        for source, journal in done.items():
             for result in journal.read(str(source.image_id))["results"]:
                 stream.write(separator + json.dumps(result).encode())
                 separator = b",\n"
@@ -255,59 +273,133 @@ def print_next(args: argparse.Namespace, sources: Sequence[Source], failed: bool
         )
 
 
-def run(args: argparse.Namespace) -> int:
-    """List the images, load the segmenter, go through what is not done, write; return the code."""
+def merge(
+    args: argparse.Namespace,
+    sources: Sequence[Source],
+    journals: Sequence[Journal],
+    report: dict[str, Any],
+) -> int:
+    """Write what all processes have done and the report; the exit code, 1 if an image is not done.
+
+    Args:
+        args, sources: the command line and all its pictures.
+        journals: of every process; removed if all is done.
+        report: what it begins with.
+    """
+    output = Path(args.output)
+    report_file = output.with_name(output.name + ".report.json")
+    done = find_done(journals, sources)
+    write_output(done, output)
+    undone = [source for source in sources if source not in done]
+    reasons = {key: noted for journal in journals for key, noted in journal.entries.items()}
+    counts = {source: j.entries[str(source.image_id)][1] for source, j in done.items()}
+    numbers = list(counts.values())
+    spread = None
+    if numbers:
+        spread = {"mean": float(np.mean(numbers)), "min": min(numbers), "max": max(numbers)}
+    report |= {
+        "images": len(sources),
+        "done": len(numbers),
+        "failed": {str(s.path): str(reasons.get(str(s.image_id), "not tried")) for s in undone},
+        "without_mask": [str(source.path) for source in counts if counts[source] == 0],
+        "entities": sum(numbers),
+        "entities_per_image": spread,
+    }
+    write_json(report_file, report)
+    if not undone:
+        for journal in journals:
+            journal.remove()
+    print_summary(report, report_file)
+    print(f"wrote {output}")
+    print_next(args, sources, bool(undone))
+    return 1 if undone else 0
+
+
+def run(args: argparse.Namespace, rank: int, size: int, wait: Callable[[], object]) -> int:
+    """Do a process's share, every ``size``-th image; the first process writes what all have done.
+
+    ``wait`` is called by it and returns when the others have begun, or have ended. Returns the exit
+    code.
+    """
     limits = MaskLimits(args.min_area, args.min_score, args.max_entities)
     options = dict(option.split("=", 1) for option in args.option)
     import_modules(SimpleNamespace(DATASETS=SimpleNamespace(MODULES=args.module)))
     sources, output = list_pictures(args), Path(args.output)
-    report_file = output.with_name(output.name + ".report.json")
     made_by = {"segmenter": args.segmenter, "options": options, "limits": vars(limits)}
-    failed: dict[str, str] = {}
-    with open_journal(output, made_by) as journal:
-        counts = done_counts(journal, sources)
-        remaining = [source for source in sources if source not in counts]
-        if counts:
-            print(f"going on: {len(counts)} of {len(sources)} images are done")
+    team = [journal_path(output, number, size) for number in range(size)]
+    present = set(output.parent.glob(f"{glob.escape(output.name)}.*journal"))
+    if output.is_dir():
+        raise ValueError(f"output {output} is a folder; name a file")
+    if output.exists() and not present:
+        raise ValueError(
+            f"{output} exists already and is complete; delete it or choose another --output"
+        )
+    with contextlib.ExitStack() as stack:
+        earlier = [open_journal(path, made_by, "now") for path in sorted(present - set(team))]
+        journal = open_journal(team[rank], made_by)
+        journals = [stack.enter_context(opened) for opened in (*earlier, journal)]
+        done = find_done(journals, sources)
+        remaining = [source for source in sources[rank::size] if source not in done]
+        if done and not rank:
+            print(f"going on: {len(done)} of {len(sources)} images are done")
         started = time.perf_counter()
         try:
             if remaining:
                 segmenter = load_segmenter(args.segmenter, args.device, options)
                 started = time.perf_counter()
-                failed = segment_all(segmenter, remaining, limits, args.batch_size, journal)
+                segment_all(segmenter, remaining, limits, args.batch_size, journal)
         except BaseException:
-            if not journal.entries:
+            if not journal.entries and size == 1:
                 journal.remove()  # nothing is lost, and other settings may follow
             raise
         elapsed = time.perf_counter() - started
-        counts = done_counts(journal, sources)
-        write_output(journal, [source for source in sources if source in counts], output)
-        numbers = list(counts.values())
-        spread = None
-        if numbers:
-            spread = {"mean": float(np.mean(numbers)), "min": min(numbers), "max": max(numbers)}
-        report = {
-            **made_by,
-            "images": len(sources),
-            "done": len(numbers),
-            "failed": failed,
-            "without_mask": [str(source.path) for source in counts if counts[source] == 0],
-            "entities": sum(numbers),
-            "entities_per_image": spread,
-            "seconds_per_image": elapsed / len(remaining) if remaining else None,
-        }
-        write_json(report_file, report)
-        if not failed:
-            journal.remove()
-    print_summary(report, report_file)
-    print(f"wrote {output}")
-    print_next(args, sources, bool(failed))
-    return 1 if failed else 0
+        if rank:
+            return 0  # torchrun would end all for another code; the first process tells of failures
+        wait()
+        ended = [open_journal(path, made_by, "wait") for path in team[1:] if path.exists()]
+        journals += [stack.enter_context(opened) for opened in ended]
+        each = elapsed / len(remaining) if remaining else None
+        return merge(args, sources, journals, {**made_by, "seconds_per_image": each})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def share(args: argparse.Namespace, argv: Sequence[str], rank: int) -> int:
+    """Work as torchrun has placed this process, or start ``--num-gpus`` of them here.
+
+    ``rank`` is of a process that was started here. Each takes the GPU of its number, if there are
+    any.
+    """
+    gpus, placed = torch.cuda.device_count(), ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    size, local, started = args.num_gpus, rank, []
+    if all(name in os.environ for name in placed):
+        rank, size, local = (int(os.environ[name]) for name in placed)
+        if args.num_gpus > 1:
+            raise ValueError(f"torchrun has started {size} processes: leave --num-gpus out")
+    elif size > gpus > 0:
+        raise ValueError(f"--num-gpus is {size} but this machine has {gpus} GPUs")
+    elif not rank:
+        process = multiprocessing.get_context("spawn").Process
+        started = [process(target=main, args=(argv, n), daemon=True) for n in range(1, size)]
+        # Daemons end with this process, if Python ends it.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if size > 1 and gpus and args.device in (None, "cuda"):
+        args.device = f"cuda:{local}"
+    for one in started:
+        one.start()
+
+    def wait() -> None:
+        for one in started:
+            one.join()
+        paths = [journal_path(Path(args.output), n, size) for n in range(size)]
+        while not started and not all(path.exists() for path in paths):
+            time.sleep(0.2)  # torchrun ends all if one of them cannot begin
+
+    return run(args, rank, size, wait)
+
+
+def main(argv: Sequence[str] | None = None, rank: int = 0) -> int:
     """Run the tool; return its exit code. ``GELLA_TRACEBACK=1`` shows where an error arose."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     told = "interrupted; the same command goes on where it stopped"
-    return exit_status(lambda: run(args), interrupted=told)
+    return exit_status(lambda: share(args, argv, rank), interrupted=told)

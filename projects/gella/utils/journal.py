@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["Journal"]
 
@@ -31,6 +31,8 @@ class Journal:
         settings: how entries are made, JSON values; they are the first line of the file, and a
             journal of others is refused. None: the file holds entries only.
         advice: what to do about a damaged line.
+        reader: leave the file, which has to exist, as it is; others may read it at the same time,
+            nobody may write. "wait" waits for the writer's end, "now" refuses a held file.
 
     Attributes:
         entries: what is remembered, by key, in the order of the file.
@@ -48,10 +50,11 @@ class Journal:
         *,
         settings: Mapping[str, Any] | None = None,
         advice: str = "repair or remove it",
+        reader: Literal["", "now", "wait"] = "",
     ) -> None:
         self.path = Path(path)
         self.entries: dict[Hashable, Any] = {}
-        self._note, self._advice = note, advice
+        self._note, self._advice, self._reader = note, advice, reader
         names = [_FIRST] if settings is None else [_FIRST, _SETTINGS]
         self._starts = [f'{{"{name}"'.encode() for name in names]
         # As they will be read again: tuples are lists, keys are texts.
@@ -60,7 +63,8 @@ class Journal:
         if self.path.is_dir():
             raise ValueError(f"{path} is a folder; name a file")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        flags = os.O_RDONLY if reader else os.O_RDWR | os.O_CREAT | os.O_APPEND
+        self._handle = os.open(self.path, flags, 0o644)
         try:
             self._lock()
             self._read()
@@ -101,7 +105,8 @@ class Journal:
         try:
             import fcntl
 
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if self._reader else fcntl.LOCK_EX
+            fcntl.flock(self._handle, kind | (0 if self._reader == "wait" else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ValueError(
                 f"{self.path} is being written by another process; wait for it, or name another "
@@ -128,13 +133,15 @@ class Journal:
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if self._is_half(line):
+                    if self._reader:
+                        break
                     os.ftruncate(self._handle, place)
                     os.fsync(self._handle)
                     _logger.warning("%s: removed a half-written last line", self.path)
                     break
                 if line.strip():
                     repeated += self._take(line, number, place)
-                if not line.endswith(b"\n"):  # whole but for its end, after an edit by hand
+                if not (self._reader or line.endswith(b"\n")):  # whole, after an edit by hand
                     os.write(self._handle, b"\n")
                 place += len(line)
         if repeated:
