@@ -12,17 +12,20 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
 from evaluation_scenes import CATEGORIES, answer, make_sample, run, run_all
 from tiny_gella import make_cfg, make_model, make_record
 
 from gella import add_gella_config, evaluation
 from gella.data.register import import_modules
 from gella.engine import evaluate as evaluating
+from gella.engine import trainer as trainer_module
 from gella.engine.trainer import GellaTrainer
-from gella.evaluation.results import describe_run
+from gella.evaluation.results import amp_dtype, describe_run, settings
 from gella.evaluation.tables import (
     PAPER,
     TABLES,
+    Run,
     changed,
     compared_markdown,
     plan_table,
@@ -215,25 +218,89 @@ def test_all_modes_are_crossed(cfg):
     runs = plan_table(cfg, "all", "data")
     assert len({run.modes for run in runs}) == 8
     outcomes = [{"gella_shapes_png_val": {"png": {"AR": float(k)}}} for k in range(8)]
-    text = table_markdown("all", runs, outcomes)
+    text = table_markdown("all", runs, outcomes, [{}] * 8)
     assert "| extracted | predicted | off | 7.0 |" in text
 
 
-def test_our_row_stands_beside_the_papers():
+PREDICTED = "masks of an entity Mask2Former Swin-L, drawn; else not said"
+ANNOTATED = "annotated masks, nouns given, snapped, protocol hard, float32"
+
+
+def test_our_row_stands_beside_the_papers(cfg):
     ar = {"AR": 70.04, "AR_thing": math.nan, "AR_stuff": 71.0}
-    text = compared_markdown({"gella_coco_png_val2017": {"png": ar, "nouns": {"recall": 95.0}}})
+    name, mode = "gella_coco_png_val2017", settings(cfg)
+    text = compared_markdown({name: {"png": ar, "nouns": {"recall": 95.0}}}, mode)
     lines = text.splitlines()
-    assert "| GELLA-7B (paper) | COCO val2017 | 69.8 | 66.2 | 72.3 | 69.9 | 58.4 |" in lines
-    assert "| **ours** | gella_coco_png_val2017 | 70.0 | - | 71.0 | - | - |" in lines
-    assert "| **ours** | gella_coco_png_val2017 | 95.0 | - |" in lines
-    assert "do not compare" not in text
+    assert (
+        f"| GELLA-7B (paper) | COCO val2017 | {PREDICTED} | 69.8 | 66.2 | 72.3 | 69.9 | 58.4 |"
+        in lines
+    )
+    assert "| PiGLET (paper) | COCO val2017 | masks of its own | 65.9 |" in text
+    assert f"| **ours** | {name} | {ANNOTATED} | 70.0 | - | 71.0 | - | - |" in lines
+    assert f"| **ours** | {name} | {ANNOTATED} | 95.0 | - |" in lines
+    assert "other data" not in text
     scores = {"gella_refcoco_unc_testA": 80.0, "mine": 12.0}
-    text = compared_markdown({name: {"refer": {"cIoU": v}} for name, v in scores.items()})
+    text = compared_markdown({name: {"refer": {"cIoU": v}} for name, v in scores.items()}, mode)
     head = next(line for line in text.splitlines() if line.startswith("| Table 2"))
-    assert head.endswith("| RefCOCOg test | mine |") and "do not compare" not in text
+    assert head.endswith("| RefCOCOg test | mine |") and "other data" not in text
     (row,) = [line for line in text.splitlines() if "**ours**" in line]
-    assert row.split(" | ")[3] == "80.0" and row.endswith("| 12.0 |")
-    assert "do not compare" in compared_markdown({"mine": {"png": ar}})
+    assert row.split(" | ")[4] == "80.0" and row.endswith("| 12.0 |")
+    assert "other data: the rows do not compare" in compared_markdown({"mine": {"png": ar}}, mode)
+
+
+@pytest.mark.parametrize(
+    ("changes", "table", "datasets", "how", "bound"),
+    [
+        ({}, 3, ["a_png"], ANNOTATED, True),
+        ({"INPUT.GELLA.ENTITY_SOURCES": [["a_*", "auto", "x/m2f.json"]]}, 3, ["a_png"],
+         "masks of m2f.json, nouns given, snapped, protocol hard, float32", False),
+        ({"INPUT.GELLA.ENTITY_SOURCES": [["a_*", "auto", "m2f.json"]]}, 2, ["a_x", "b"],
+         "masks of m2f.json and annotated masks, nouns given, snapped, protocol hard, float32",
+         True),
+        ({"TEST.NOUNS": "extracted", "TEST.PNG_PROTOCOL": "flmm", "MODEL.GELLA.SNAP": False,
+          "MODEL.LANGUAGE.DTYPE": "bfloat16"}, 3, ["a"],
+         "annotated masks, nouns extracted, drawn, protocol flmm, bfloat16", True),
+        ({}, 6, ["a"], ANNOTATED, False),  # the paper's are annotated too
+        (None, 4, ["a"], "masks and modes not recorded", False),
+    ],
+)  # fmt: skip
+def test_a_row_says_how_it_was_got(cfg, changes, table, datasets, how, bound):
+    run = Run("", "ours", tuple(datasets), changes or {})
+    mode = {} if changes is None else settings(changed(cfg, run, "out"))
+    text = table_markdown(str(table), [run], [{name: {} for name in datasets}], [mode])
+    (row,) = [line for line in text.splitlines() if "**ours**" in line]
+    assert row.split(" | ")[2] == how
+    assert ("upper bound: it does not compare with predicted" in text) is bound
+    others = [line.split(" | ")[2] for line in text.splitlines() if "(paper)" in line]
+    assert others and all("masks" in other for other in others)
+
+
+@pytest.mark.parametrize(
+    ("device", "enabled", "has", "expected"),
+    [
+        ("cuda", True, True, torch.bfloat16),
+        ("cuda:1", True, False, torch.float16),
+        ("cuda", False, True, None),
+        ("cpu", True, True, None),
+    ],
+)
+def test_evaluation_computes_in_the_precision_of_training(
+    cfg, monkeypatch, device, enabled, has, expected
+):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has)
+    cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED = device, enabled
+    assert amp_dtype(cfg) is expected
+    assert settings(cfg)["precision"] == str(expected or "float32").removeprefix("torch.")
+    seen = []
+
+    def test(cls, cfg, model, evaluators):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+
+    monkeypatch.setattr(DefaultTrainer, "test", classmethod(test))
+    monkeypatch.setattr(trainer_module, "amp_dtype", lambda cfg: torch.bfloat16)
+    cfg.MODEL.DEVICE = "cpu"
+    GellaTrainer.test(cfg, torch.nn.Linear(1, 1))
+    assert seen == [torch.bfloat16]
 
 
 def test_format_results_shows_every_score_with_its_count(tmp_path):
@@ -278,7 +345,7 @@ def test_results_hold_the_run_and_come_back(cfg, tmp_path):
     assert read["weights_sha256"] == hashlib.sha256(b"weights").hexdigest()
     assert read["settings"]["png_protocol"] == "hard" and read["seconds"] == 1.2
     assert read["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert "| **ours** | d | 1.5 |" in (tmp_path / "deep" / "results.md").read_text()
+    assert f"| **ours** | d | {ANNOTATED} | 1.5 |" in (tmp_path / "deep" / "results.md").read_text()
     with pytest.raises(FileNotFoundError, match="evaluate first"):
         evaluation.load_results(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("[]")

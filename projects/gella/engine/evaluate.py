@@ -140,7 +140,7 @@ def save_evaluation(folder: str | Path, evaluation: Evaluation) -> str:
     """
     path = os.path.join(folder, "results.json")
     save_results(evaluation.results, path, evaluation.run)
-    text = compared_markdown(evaluation.outcome)
+    text = compared_markdown(evaluation.outcome, evaluation.run.get("settings", {}))
     if text:
         write_text(os.path.join(folder, "results.md"), text)
     return path
@@ -176,15 +176,17 @@ def evaluate_table(cfg: Any, model: nn.Module, table: str, **record: Any) -> tup
     outcomes: list[Any] = [evaluation.outcome for evaluation in done]
     written = {run.name: {"scores": e.outcome, "run": e.run} for run, e in zip(runs, done)}
     write_json(folder / "results.json", written)
-    for run, outcome in _earlier(cfg.OUTPUT_DIR, table):
+    modes = [evaluation.run["settings"] for evaluation in done]
+    for run, outcome, mode in _earlier(cfg.OUTPUT_DIR, table):
         runs.append(run)
         outcomes.append(outcome)
-    text = table_markdown(table, runs, outcomes)
+        modes.append(mode)
+    text = table_markdown(table, runs, outcomes, modes)
     write_text(folder / "results.md", text)
     return text, folder
 
 
-def _earlier(output: str, table: str) -> list[tuple[Run, dict[str, Any]]]:
+def _earlier(output: str, table: str) -> list[tuple[Run, dict[str, Any], dict[str, Any]]]:
     """Rows of ablations that were evaluated before: tables whose rows are different weights."""
     if table not in ("6", "8", "9"):
         return []
@@ -196,7 +198,8 @@ def _earlier(output: str, table: str) -> list[tuple[Run, dict[str, Any]]]:
         results, run = load_results(path)
         datasets = tuple(run.get("datasets", ()))
         label = f"ours, {path.parent.name}"
-        rows.append((Run("", label, datasets), by_dataset(results, datasets)))
+        outcome = by_dataset(results, datasets)
+        rows.append((Run("", label, datasets), outcome, run.get("settings", {})))
     return rows
 
 

@@ -35,6 +35,7 @@ from gella.engine.resume import RunCheckpoints
 from gella.engine.step import StepTrainer
 from gella.engine.zero import ZeroHook, hide_from_ddp, read_config
 from gella.evaluation import asked_categories, build_evaluator, merge_datasets, task_for
+from gella.evaluation.results import amp_dtype
 from gella.weights.checkpoint import load_weights
 
 # The child of the model that SOLVER.ZERO.CONFIG puts under DeepSpeed.
@@ -175,12 +176,8 @@ class GellaTrainer(DefaultTrainer):
     def _replace_step(self) -> None:
         """Put our step in the place of Detectron2's, and the language decoder under ZeRO."""
         old, solver = self._trainer, self.cfg.SOLVER
-        precision, scaler = None, None
-        if solver.AMP.ENABLED:
-            precision, scaler = torch.float16, old.grad_scaler
-            if torch.cuda.is_bf16_supported():
-                # bfloat16 has float32's range and needs no loss scaling.
-                precision, scaler = torch.bfloat16, None
+        precision = amp_dtype(self.cfg)
+        scaler = old.grad_scaler if precision is torch.float16 else None
         step = StepTrainer(
             old.model,
             old.data_loader,
@@ -297,14 +294,15 @@ class GellaTrainer(DefaultTrainer):
     def test(
         cls, cfg: Any, model: nn.Module, evaluators: Any = None
     ) -> dict[str, dict[str, float]]:
-        """Evaluate on ``DATASETS.TEST``, of each set ``TEST.SUBSET`` images; the model and the
-        random generators are left as they were.
+        """Evaluate on ``DATASETS.TEST``, of each set ``TEST.SUBSET`` images, in the precision of
+        training; the model and the random generators are left as they were.
 
         Returns:
             ``{task: {metric: score}}`` over all datasets, on the main process. Where two datasets
             report the same task, the later one's key is ``task@dataset``.
         """
-        with undisturbed(model):
+        device, dtype = str(cfg.MODEL.DEVICE).split(":")[0], amp_dtype(cfg)
+        with undisturbed(model), torch.autocast(device, dtype, enabled=dtype is not None):
             results = super().test(cfg, model, evaluators)
         if len(cfg.DATASETS.TEST) == 1:
             return dict(results or {})

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.utils import comm
 
 from gella.evaluation.metrics import PROTOCOLS, SUBSETS
@@ -73,6 +74,16 @@ def by_dataset(
     return split
 
 
+def amp_dtype(cfg: Any) -> torch.dtype | None:
+    """What training and evaluation compute in by autocast, with SOLVER.AMP on a GPU; else None.
+
+    bfloat16 where the GPU has it: with float32's range it needs no loss scaling.
+    """
+    if not cfg.SOLVER.AMP.ENABLED or not str(cfg.MODEL.DEVICE).startswith("cuda"):
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
 def settings(cfg: Any) -> dict[str, Any]:
     """The keys that decide by which rule and in which mode scores were computed."""
     gella, test = cfg.MODEL.GELLA, cfg.TEST
@@ -85,6 +96,7 @@ def settings(cfg: Any) -> dict[str, Any]:
         "queries": cfg.MODEL.MASK_DECODER.QUERIES,
         "snap": bool(gella.SNAP),
         "snap_iou": float(gella.SNAP_IOU),
+        "precision": str(amp_dtype(cfg) or cfg.MODEL.LANGUAGE.DTYPE).removeprefix("torch."),
         "thresholds": {
             "entity_score": float(gella.ENTITY_SCORE_THRESHOLD),
             "association": float(gella.ASSOCIATION_THRESHOLD),

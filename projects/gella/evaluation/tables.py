@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from detectron2.data import MetadataCatalog
@@ -32,14 +34,20 @@ class Column(NamedTuple):
     dataset: str = ""
 
 
+_PREDICTED = "masks of an entity Mask2Former Swin-L, drawn; else not said"
+_OTHERS = ("LISA-7B", "PiGLET", "PPO-TD")  # draw masks of their own
+
+
 class PaperTable(NamedTuple):
-    """A table as the paper prints it. ``data`` names what the figures were measured on; a row is a
-    name and a figure per column, None where it is unreadable or not given."""
+    """A table as the paper prints it. ``data`` names what the figures were measured on, ``how``
+    what `conditions` says of ours; a row is a name and a figure per column, None where it is
+    unreadable or not given."""
 
     title: str
     data: str
     columns: tuple[Column, ...]
     rows: dict[str, tuple[float | None, ...]]
+    how: str = _PREDICTED
 
 
 _AR = (
@@ -95,6 +103,7 @@ PAPER: dict[int, PaperTable] = {
             "6b trained on masks of an EntitySeg model": (94.9, 98.5, 97.0),
             "6b trained on the annotation": (95.2, 96.9, None),
         },
+        "annotated masks, drawn; else not said",
     ),
     8: PaperTable(
         "Sources of entity masks",
@@ -108,6 +117,7 @@ PAPER: dict[int, PaperTable] = {
             "8b tested on masks of an EntitySeg model": (49.2, 83.7, 58.6),
             "8b tested on the annotation": (79.6, 97.8, 91.4),
         },
+        "masks as 8b says, 8a of a COCO model, drawn; else not said",
     ),
     9: PaperTable(
         "Shares of describing, noun extraction and grounding in training",
@@ -277,13 +287,39 @@ Outcome = Mapping[str, Mapping[str, Mapping[str, float]]]
 """{dataset: {task: {metric: score}}} of one run."""
 
 
-def table_markdown(table: str, runs: Sequence[Run], outcomes: Sequence[Outcome]) -> str:
+def conditions(settings: Mapping[str, Any], datasets: Sequence[str]) -> str:
+    """In what mode a row was got: its masks, nouns, snapping, protocol and precision.
+
+    ``settings`` are those of `results.settings`, without which an old results.json was written.
+    """
+    if "precision" not in settings:
+        return "masks and modes not recorded"
+    sources = settings["entity_sources"]
+    files = (
+        next((f for name, _, f in sources if fnmatchcase(dataset, name)), "")
+        if isinstance(sources, list)
+        else ""
+        for dataset in datasets
+    )
+    masks = dict.fromkeys(f"masks of {Path(f).name}" if f else "annotated masks" for f in files)
+    how = "snapped" if settings["snap"] else "drawn"
+    protocol = f"protocol {settings['png_protocol']}"
+    nouns = f"nouns {settings['nouns']}"
+    return ", ".join([" and ".join(masks), nouns, how, protocol, settings["precision"]])
+
+
+def table_markdown(
+    table: str,
+    runs: Sequence[Run],
+    outcomes: Sequence[Outcome],
+    modes: Sequence[Mapping[str, Any]],
+) -> str:
     """Our rows beside the paper's, or for "all" one row per combination of modes.
 
     Args:
         table: one of ``TABLES``.
         runs: of `plan_table`.
-        outcomes: of the runs, in the same order.
+        outcomes, modes: of the runs, in the same order; the latter as `results.settings` has them.
     """
     if table == "all":
         columns = [*PAPER[3].columns, Column("oracle AR", "png", "oracle_AR")]
@@ -307,12 +343,17 @@ def table_markdown(table: str, runs: Sequence[Run], outcomes: Sequence[Outcome])
     rows = []
     for name, figures in paper.rows.items():
         padding = [None] * (len(columns) - len(figures))  # the paper has no such datasets
-        rows.append([f"{name} (paper)", paper.data, *map(_figure, [*figures, *padding])])
-    for run, outcome in zip(runs, outcomes, strict=True):
-        rows.append([f"**{run.label}**", ", ".join(run.datasets), *_scores(outcome, columns)])
-    head = [f"Table {table}", "on", *(column.head for column in columns)]
+        how = "masks of its own" if name in _OTHERS else paper.how
+        rows.append([f"{name} (paper)", paper.data, how, *map(_figure, [*figures, *padding])])
+    for run, outcome, mode in zip(runs, outcomes, modes, strict=True):
+        how = conditions(mode, run.datasets)
+        names = ", ".join(run.datasets)
+        rows.append([f"**{run.label}**", names, how, *_scores(outcome, columns)])
+    head = [f"Table {table}", "on", "how", *(column.head for column in columns)]
     apart = any(paper.data not in map(_images_of, run.datasets) for run in runs)
     note = " Ours is on other data: the rows do not compare." if apart else ""
+    if paper.how == _PREDICTED and any("annotated masks" in row[2] for row in rows):
+        note += " On annotated masks is an upper bound: it does not compare with predicted ones."
     return f"{paper.title}.{note}\n\n{_markdown(head, rows)}\n"
 
 
@@ -323,19 +364,23 @@ def _images_of(dataset: str) -> str:
     return "COCO train2014" if "refcoco" in dataset else _VAL
 
 
-def compared_markdown(outcome: Outcome) -> str:
-    """Every task of an evaluation with the paper's row of the same figures, where it has one."""
+def compared_markdown(outcome: Outcome, mode: Mapping[str, Any]) -> str:
+    """Every task of an evaluation with the paper's row of the same figures, where it has one.
+
+    ``mode``: as `results.settings` has it.
+    """
     parts = []
     for number, task in ((3, "png"), (4, "panoptic_seg"), (6, "entity"), (2, "refer")):
         part = {name: tasks for name, tasks in outcome.items() if task in tasks}
         if part:
-            parts.append(table_markdown(str(number), [Run("", "ours", tuple(part))], [part]))
+            run = Run("", "ours", tuple(part))
+            parts.append(table_markdown(str(number), [run], [part], [mode]))
     for name, tasks in outcome.items():
         if "nouns" in tasks:
-            head = ["Noun extraction", "on", "recall", "precision"]
+            head = ["Noun extraction", "on", "how", "recall", "precision"]
             figures = (tasks["nouns"].get(key) for key in ("recall", "precision"))
-            rows = [["GELLA-7B (paper, Table 9)", _VAL, "96.1", "-"]]
-            rows.append(["**ours**", name, *map(_figure, figures)])
+            rows = [["GELLA-7B (paper, Table 9)", _VAL, _PREDICTED, "96.1", "-"]]
+            rows.append(["**ours**", name, conditions(mode, [name]), *map(_figure, figures)])
             parts.append(f"Nouns in generated answers.\n\n{_markdown(head, rows)}\n")
     return "\n".join(parts)
 
