@@ -433,7 +433,7 @@ def test_proxies_of_the_environment_are_used_but_not_for_this_machine(server, mo
     assert client(server).ask("What?", None).text == "hello"
 
 
-def test_certificates_are_checked_unless_told_otherwise(server, tmp_path):
+def test_certificates_are_checked(tmp_path, monkeypatch):
     import ssl
 
     certificate, key = tmp_path / "c.pem", tmp_path / "k.pem"
@@ -447,16 +447,14 @@ def test_certificates_are_checked_unless_told_otherwise(server, tmp_path):
     context.load_cert_chain(certificate, key)
     with chat.chat_server(context) as secure:
         secure.default = answer("hello")
-        with pytest.raises(EndpointError, match="certificate.*--ca-file"):
+        with pytest.raises(EndpointError, match="certificate.*SSL_CERT_FILE"):
             client(secure).ask("What?", None)
         assert not secure.requests
-        assert client(secure, ca_file=str(certificate)).ask("What?", None).text == "hello"
-        assert client(secure, verify=False).ask("What?", None).text == "hello"
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert client(secure).ask("What?", None).text == "hello"
         secure.default = chat.stall  # the time limit reaches below TLS too
         with pytest.raises(RequestError, match="within 0.5 s"):
-            client(secure, verify=False, timeout=0.5, retries=0).ask("What?", None)
-    with pytest.raises(FileNotFoundError, match="none.pem does not exist"):
-        EndpointCaptioner("https://h", "m", settings=EndpointSettings(ca_file="none.pem"))
+            client(secure, timeout=0.5, retries=0).ask("What?", None)
 
 
 # -- a local model ---------------------------------------------------------------------------------

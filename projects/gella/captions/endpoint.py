@@ -54,8 +54,6 @@ class EndpointSettings:
         rate_limit_retries: how often one question may meet a rate limit; these are not failures.
         max_tokens: longest answer, in tokens.
         max_bytes: longest response, in bytes.
-        verify: check the server's certificate.
-        ca_file: certificates to trust instead of the system's.
         extra: fields of the request to add or replace, such as temperature; None removes one.
     """
 
@@ -67,8 +65,6 @@ class EndpointSettings:
     rate_limit_retries: int = 50
     max_tokens: int = 1024
     max_bytes: int = 1_000_000
-    verify: bool = True
-    ca_file: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -101,7 +97,6 @@ class EndpointCaptioner:
 
     Raises:
         ValueError: the address, the model or the key cannot be right; the key is not shown.
-        FileNotFoundError: there is no such certificate file.
         ImportError: the package `openai` is missing.
     """
 
@@ -256,7 +251,7 @@ class EndpointCaptioner:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 return EndpointError(
                     f"{self.address}: the certificate is not trusted ({cause.verify_message}); "
-                    "give the authority's certificate by --ca-file"
+                    "name a file of the authority's certificate by SSL_CERT_FILE"
                 )
             if isinstance(cause, TimeoutError):
                 reason = f"no complete answer within {self.settings.timeout:g} s (--timeout)"
@@ -357,23 +352,11 @@ def _open_client(
             **{"OpenAI-Organization": nothing, "OpenAI-Project": nothing},
         },
         http_client=httpx2.Client(
-            verify=_tls(settings),
+            verify=ssl.create_default_context(),  # which heeds SSL_CERT_FILE
             follow_redirects=False,  # the key would go to another host
             trust_env=use_proxies,
         ),
     )
-
-
-def _tls(settings: EndpointSettings) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=settings.ca_file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"certificate file {settings.ca_file} does not exist") from None
-    except ssl.SSLError as error:
-        raise ValueError(f"{settings.ca_file} holds no PEM certificate ({error.reason})") from None
-    if not settings.verify:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
 
 
 def _read_address(url: str) -> tuple[str, str, bool]:

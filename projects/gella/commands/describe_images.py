@@ -109,8 +109,6 @@ def _add_patience(add: Any) -> None:
     add("--max-failures", type=int, default=20, metavar="N", help="in a row: stop; default 20")
     add("--price-in", type=float, default=0, metavar="X", help="per million prompt tokens")
     add("--price-out", type=float, default=0, metavar="X", help="per million answer tokens")
-    add("--ca-file", metavar="PEM", help="certificates to trust instead of the system's")
-    add("--insecure", action="store_true", help="do not check the server's certificate")
     add("--verbose", action="store_true", help="say why each request is retried")
 
 
@@ -157,11 +155,10 @@ def build_captioner(args: argparse.Namespace, tally: Tally) -> Any:
         raise ValueError(f"--extra is no JSON ({error})") from None
     if not isinstance(extra, dict):
         raise ValueError('--extra must be an object, such as {"temperature": 0.2}')
-    same = ("timeout", "retries", "backoff", "max_wait", "max_tokens", "ca_file")
+    same = ("timeout", "retries", "backoff", "max_wait", "max_tokens")
     settings = EndpointSettings(
         **{name: getattr(args, name) for name in same},
         max_bytes=args.max_answer_bytes,
-        verify=not args.insecure,
         extra=extra,
     )
     address = (args.url, args.model, args.key)
