@@ -750,7 +750,7 @@ def test_wrong_captions_are_told_with_file_and_line(tmp_path, name, text, words)
 def test_masks_of_a_folder_by_name(tmp_path: Path) -> None:
     names = ["x.png", "x.jpg", "a/x.png", "a/y.png", "b/y.png", "b/z.webp", "w.png", "v.png"]
     jobs = {name: Job(picture(name), name) for name in (*names, "c/v.png")}
-    files = ("a/x.png", "x.png", "x.jpg.png", "y.png", "z.png", "v.png")
+    files = ("a/x.png", "x.png", "x.jpg.png", "y.png", "z.png", "v.png", "other/w.png")
     for number, name in enumerate(files, start=1):
         write_ids(tmp_path / name, number)
     masks = masks_from(tmp_path, [job.picture for job in jobs.values()])

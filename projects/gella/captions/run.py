@@ -28,6 +28,7 @@ from gella.utils.stopping import StopRequest
 Item = TypeVar("Item")
 # What fails one picture only; anything else would fail the next one, too.
 OF_ONE = (AnswerError, RequestError, ValueError, OSError)
+_GRACE = 2.0  # seconds that threads have for their end
 _FIELDS: dict[str, Any] = {"image_id": (int, str), "file_name": str, "description": str}
 _FIELDS |= {"nouns": list, "model": str, "prompt_id": (str, int)}
 
@@ -66,7 +67,7 @@ def in_threads(
     """Call ``work`` for every item in some threads; yields (item, result or exception) as they end.
 
     A thread whose work raised what is not ``OF_ONE`` takes no further item. They are daemons: who
-    leaves the loop early waits for no model that hangs.
+    leaves the loop early waits for no server that hangs.
     """
     waiting: queue.SimpleQueue[Item] = queue.SimpleQueue()
     results: queue.SimpleQueue[tuple[Item, Any] | None] = queue.SimpleQueue()
@@ -85,14 +86,19 @@ def in_threads(
                         break
         results.put(None)
 
-    for _ in range(threads):
-        threading.Thread(target=run, daemon=True).start()
-    while threads:
-        result = results.get()
-        if result is None:
-            threads -= 1
-        else:
-            yield result
+    started = [threading.Thread(target=run, daemon=True) for _ in range(threads)]
+    for thread in started:
+        thread.start()
+    try:
+        while threads:
+            result = results.get()
+            if result is None:
+                threads -= 1
+            else:
+                yield result
+    finally:  # a model in this process that was told to stop ends at its next token
+        for thread in started:
+            thread.join(_GRACE / len(started))
 
 
 @dataclass
