@@ -770,6 +770,8 @@ def test_the_command_serves_until_it_is_stopped_and_leaves_nothing(tmp_path, mon
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=600) as answer:
                 assert b"the answers mean nothing" in answer.read()
             assert list(tmp_path.glob("gella_app_*"))
+            with pytest.raises(OSError, match=f"port {port}"):
+                app.check_address("127.0.0.1", port)
         finally:
             stop.set()
         run.result()

@@ -20,6 +20,7 @@ import argparse
 import importlib.util
 import logging
 import os
+import socket
 import sys
 import tempfile
 import threading
@@ -208,6 +209,21 @@ async def _drain(receive: Any, limit: int) -> None:
             return
 
 
+def check_address(host: str, port: int | None) -> None:
+    """Raise OSError for a port in use or a host of another machine, before the model is loaded."""
+    try:
+        family = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port or 0))
+    except OSError as error:
+        address = f"{host}, port {port}" if port else host
+        raise OSError(
+            f"the page cannot answer at {address} ({error.strerror or error}); choose another "
+            "address by --host and --port"
+        ) from None
+
+
 def make_desk(args: argparse.Namespace, folder: Path) -> Any:
     """Load the model, the segmenter and the captioner; return the `Desk` over them.
 
@@ -246,15 +262,7 @@ def open_page(desk: Any, args: argparse.Namespace, folder: Path) -> tuple[Any, s
         max_body=_SLACK + 12 * desk.limits.max_caption,  # a character may be \uXXXX twice
         full=lambda: is_full(folder, MAX_UPLOADS * desk.limits.max_upload),
     )
-    examples = read_examples(Path(args.examples))
-    try:
-        return launch(desk, args, examples, guard)
-    except OSError as error:
-        address = f"{args.host}, port {args.port}" if args.port else args.host
-        raise OSError(
-            f"the page cannot answer at {address} ({error}); choose another address by --host and "
-            "--port"
-        ) from None
+    return launch(desk, args, read_examples(Path(args.examples)), guard)
 
 
 def run(args: argparse.Namespace, stop: threading.Event) -> None:
@@ -263,6 +271,7 @@ def run(args: argparse.Namespace, stop: threading.Event) -> None:
         raise ImportError('the web page needs gradio; install it: pip install -e ".[app]"')
     from gella.captions.endpoint import is_loopback
 
+    check_address(args.host, args.port)
     with own_folder() as folder:
         print("loading the model ...", flush=True)
         desk = make_desk(args, folder)
