@@ -1,17 +1,13 @@
 """Fixtures shared by the tests: small things built on the spot, nothing downloaded."""
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 
 @pytest.fixture(scope="session")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_dir(tmp_path_factory):
     """A folder with a byte-level BPE tokenizer of 400 tokens, as `save_pretrained` writes it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -34,15 +30,14 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tokenizer_dir: Path) -> Any:
-    """The tokenizer of `tokenizer_dir` with `<SEG>`."""
+def tokenizer(tokenizer_dir):
     from gella.text.prompts import load_tokenizer
 
     return load_tokenizer(str(tokenizer_dir))
 
 
 @pytest.fixture(scope="session")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scenes(tmp_path_factory):
     """A folder for DETECTRON2_DATASETS with 40 + 4 drawn scenes in ``shapes``; to be read only."""
     import prepare_shapes
 
@@ -52,7 +47,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def coco_sample() -> Path:
+def coco_sample():
     """The folder of the two real COCO images; tests that need it skip where it is absent."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "coco_sample"
     if not folder.is_dir():
@@ -61,9 +56,7 @@ def coco_sample() -> Path:
 
 
 @pytest.fixture
-def gella_log(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[pytest.LogCaptureFixture]:
+def gella_log(caplog, monkeypatch):
     """What gella logs, whoever set the logging up before."""
     logger = logging.getLogger("gella")
     monkeypatch.setattr(logger, "propagate", False)
@@ -74,7 +67,7 @@ def gella_log(
 
 
 @pytest.fixture(scope="session")
-def small_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_shapes(tmp_path_factory):
     """Six training and four held-out scenes in all formats; not to be changed."""
     import prepare_shapes
 

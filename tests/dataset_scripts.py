@@ -1,16 +1,11 @@
 """Helpers of the tests about datasets: where the files of a split are, names of a moment."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 
-def places(root: Path, split: str) -> dict[str, Path]:
+def places(root, split):
     """Panoptic files and images of one split below a folder laid out as COCO's."""
     notes = root / "annotations"
     return {
@@ -21,7 +16,7 @@ def places(root: Path, split: str) -> dict[str, Path]:
 
 
 @contextmanager
-def registered(register: Any, *args: Any, **options: Any) -> Iterator[str]:
+def registered(register, *args, **options):
     """Register a dataset under a name of its own, and forget it at the end."""
     name = f"gella_test_{register.__name__}"
     register(name, *args, **options)

@@ -8,8 +8,6 @@
 Python; only the seconds in which torch and transformers are imported are saved.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -24,7 +22,7 @@ import urllib.request
 IMPORTS = ("torch", "transformers", "timm", "detectron2.modeling", "gella", "PIL.Image")
 
 
-def serve(address: str) -> None:
+def serve(address):
     """Import the libraries, then fork a supervisor for each connection, and it a worker."""
     for name in IMPORTS:
         __import__(name)
@@ -34,36 +32,34 @@ def serve(address: str) -> None:
     server.listen(8)
     print("listening", flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors are nobody's to wait for
-    while True:
-        connection, _ = server.accept()
-        if os.fork():
-            connection.close()
-            continue
-        server.close()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        data, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
-        if worker := os.fork():
-            for stream in streams:
-                os.close(stream)
-            connection.sendall(f"{worker}\n".encode())
-            code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
-            connection.sendall(f"{code}\n".encode())
-            os._exit(0)
+    connection, _ = server.accept()
+    while os.fork():
         connection.close()
-        for number, stream in enumerate(streams):
-            os.dup2(stream, number)
+        connection, _ = server.accept()
+    server.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    data, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    if worker := os.fork():
+        for stream in streams:
             os.close(stream)
-        return become(**json.loads(data))
+        connection.sendall(f"{worker}\n".encode())
+        code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+        connection.sendall(f"{code}\n".encode())
+        os._exit(0)
+    connection.close()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    become(**json.loads(data))
 
 
-def become(folder: str, environment: dict[str, str], arguments: list[str]) -> None:
+def become(folder, environment, arguments):
     """Run a command line as the interpreter would; what it raises ends the process."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     # PYTHONPATH of the server is in sys.path already; its first entry is this file's folder.
-    first, *rest = arguments
-    sys.argv = arguments
+    first, *rest = sys.argv = arguments
     if first == "-c":
         sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
         exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
@@ -75,7 +71,7 @@ def become(folder: str, environment: dict[str, str], arguments: list[str]) -> No
         runpy.run_path(first, run_name="__main__")
 
 
-def run(address: str, arguments: list[str]) -> int:
+def run(address, arguments):
     """Hand a command line to the server; returns its exit status."""
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(address)
@@ -89,10 +85,9 @@ def run(address: str, arguments: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def visit(arguments: list[str]) -> int:
+def visit(arguments):
     """Run a server until it has printed its address and given its page; its exit status."""
     server = subprocess.Popen(["python", *arguments], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
     for line in server.stdout:
         print(line, end="", flush=True)
         if address := re.search(r"http://127\.0\.0\.1:\d+\S*", line):

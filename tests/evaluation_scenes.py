@@ -1,10 +1,6 @@
 """Small annotated scenes and the answers of imagined models, for the tests of the evaluators."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +17,9 @@ CATEGORIES = [
 ]
 
 
-def make_sample(folder: Path, image_id: int) -> dict[str, Any]:
+def make_sample(folder, image_id):
     """A 20 x 30 scene: two circles, a star, a crowd of stars, sand and a void strip."""
-    rng = np.random.default_rng(image_id)
-    ids = np.full((20, 30), 70_000)
+    rng, ids = np.random.default_rng(image_id), np.full((20, 30), 70_000)
     ids[2:8, 2:8], ids[2:8, 12:18], ids[12:18, 2:9], ids[12:16, 20:28] = 300, 301, 302, 303
     ids[:, 29] = 0
     ids = np.roll(ids, int(rng.integers(0, 2)), axis=0)
@@ -52,16 +47,14 @@ def make_sample(folder: Path, image_id: int) -> dict[str, Any]:
     }
 
 
-def phrase(text: str, segment_ids: list[int], thing: bool) -> dict[str, Any]:
-    """A phrase of a mapped dict, at the beginning of the caption."""
+def phrase(text, segment_ids, thing):
     span = {"text": text, "start": 0, "end": len(text), "segment_ids": segment_ids}
     return {**span, "is_thing": thing, "is_plural": len(segment_ids) > 1}
 
 
-def answer(sample: dict[str, Any], *, empty: bool = False, shift: int = 0) -> dict[str, Any]:
+def answer(sample, *, empty=False, shift=0):
     """Output of a model that knows the truth, or says nothing, or is off by some columns."""
-    truth = TruthReader()(sample)
-    grounding = []
+    truth, grounding = TruthReader()(sample), []
     for p in sample["phrases"]:
         mask = np.roll(truth.mask([] if empty else p["segment_ids"]), shift, axis=1)
         entry = {"phrase": p["text"], "start": p["start"], "end": p["end"], "mask": mask}
@@ -81,7 +74,7 @@ def answer(sample: dict[str, Any], *, empty: bool = False, shift: int = 0) -> di
     }
 
 
-def referring(samples: list[dict[str, Any]], shift: int = 0) -> tuple[list[dict], list[dict]]:
+def referring(samples, shift=0):
     """One expression per sample; the last has no target, and none is found for it."""
     inputs, outputs = [], []
     for k, sample in enumerate(samples):
@@ -92,16 +85,14 @@ def referring(samples: list[dict[str, Any]], shift: int = 0) -> tuple[list[dict]
     return inputs, outputs
 
 
-def run(evaluator: Any, inputs: list[dict], outputs: list[dict], batch: int = 1) -> dict[str, Any]:
-    """Reset, process in batches, evaluate."""
+def run(evaluator, inputs, outputs, batch=1):
     evaluator.reset()
     for k in range(0, len(inputs), batch):
         evaluator.process(inputs[k : k + batch], outputs[k : k + batch])
     return evaluator.evaluate()
 
 
-def all_evaluators(folder: Path | None = None) -> list[Any]:
-    """Those that take the answers of `answer`."""
+def all_evaluators(folder=None):
     return [
         evaluation.PNGEvaluator(folder),
         evaluation.PanopticEvaluator(CATEGORIES, folder),
@@ -110,9 +101,8 @@ def all_evaluators(folder: Path | None = None) -> list[Any]:
     ]
 
 
-def run_all(inputs: list[dict], outputs: list[dict], batch: int = 1) -> dict[str, Any]:
-    """Results of all of them."""
-    results: dict[str, Any] = {}
+def run_all(inputs, outputs, batch=1):
+    results = {}
     for evaluator in all_evaluators():
         results.update(run(evaluator, inputs, outputs, batch))
     return results

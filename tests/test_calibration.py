@@ -1,17 +1,14 @@
 """Picking thresholds: the sweep against evaluating each threshold, files and their errors."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
 from evaluation_scenes import CATEGORIES, make_sample, phrase, run
+from refusals import refused
 
 from gella import add_gella_config, evaluation
 from gella.engine import evaluate as evaluating
@@ -37,14 +34,12 @@ from gella.text.words import names_several
 from gella.utils.io import file_hash
 
 
-def options(**changes: Any) -> SimpleNamespace:
-    """A node MODEL.GELLA."""
+def options(**changes):
     plain = {"SNAP": True, "ASSOCIATION_THRESHOLD": 0.5, "SINGULAR_ARGMAX": False}
     return SimpleNamespace(**{**plain, "NONE_THRESHOLD": 0.0, "PANOPTIC_THRESHOLD": 0.1, **changes})
 
 
-def scene(folder: Path, image_id: int, referring: bool = False) -> tuple[dict, Candidates]:
-    """A sample whose nouns score their own entities higher, but not always."""
+def scene(folder, image_id, referring=False):
     sample = make_sample(folder, image_id)
     if referring:
         ids = [302] if image_id % 3 else []
@@ -58,14 +53,12 @@ def scene(folder: Path, image_id: int, referring: bool = False) -> tuple[dict, C
     return sample, Candidates(masks, list(names), torch.from_numpy(scores).float())
 
 
-def all_taken(sample: dict, candidates: Candidates) -> dict[str, Any]:
-    """The model's answer when every noun takes everything."""
+def all_taken(sample, candidates):
     grounding = ground_phrases(sample["phrases"], candidates, -1.0)
     return {"grounding": grounding, "instances": SimpleNamespace(pred_masks=candidates.masks)}
 
 
-def evaluated(scenes: list, threshold: float, argmax: bool, none: float, referring: bool) -> float:
-    """What an ordinary evaluation gives."""
+def evaluated(scenes, threshold, argmax, none, referring):
     evaluator = evaluation.ReferringEvaluator() if referring else evaluation.PNGEvaluator()
     answers = []
     for sample, candidates in scenes:
@@ -95,8 +88,7 @@ def test_the_sweep_is_what_evaluation_would_give(tmp_path, referring):
     assert picks["score"] == pytest.approx(max(every)) and picks["score"] > picks["before"]
     assert (picked["NONE_THRESHOLD"] > 0) == referring, "only expressions may have no target"
     assert picks["n"] == (12 if referring else 48)
-    with pytest.raises(ValueError, match="no grounded noun"):
-        run(sweep, [], [])
+    refused("no grounded noun", run, sweep, [], [])
 
 
 def test_the_panoptic_sweep_is_what_evaluation_would_give(tmp_path):
@@ -125,23 +117,21 @@ def test_the_panoptic_sweep_is_what_evaluation_would_give(tmp_path):
         assert picks["curve"]["panoptic"][k] == pytest.approx(expected)
     assert picks["score"] == max(picks["curve"]["panoptic"])
     assert picks["thresholds"]["PANOPTIC_THRESHOLD"] in picks["grid"]
-    with pytest.raises(ValueError, match="no image"):
-        run(sweep, [], [])
+    refused("no image", run, sweep, [], [])
 
 
 @pytest.mark.parametrize("queries", ["entity", "learned"])
 @pytest.mark.parametrize("snap", [True, False])
 def test_candidates_come_back_from_an_answer_that_takes_all(tmp_path, queries, snap):
     sample, _ = scene(tmp_path, 1)
-    own = torch.from_numpy(sample["entities_full"].bitmasks())
-    drawn = own[[2, 0, 3, 1]].clone() if queries == "learned" else own.clone()
+    own, ids = torch.from_numpy(sample["entities_full"].bitmasks()), sample["entities_full"]
+    drawn = own[[2, 0, 3, 1] if queries == "learned" else [0, 1, 2, 3]].clone()
     drawn[0, 0, 0] = True
     if queries == "learned":
         drawn[1] = ~drawn[1]  # meets no entity
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    ids = sample["entities_full"].segment_ids
-    met, known = snap_to_entities(drawn, own, 0.5), own if snap else None
-    made = gather_candidates(logits, drawn, ids, queries=queries, entity_masks=known, snapped=met)
+    known = {"entity_masks": own if snap else None, "snapped": snap_to_entities(drawn, own, 0.5)}
+    made = gather_candidates(logits, drawn, ids.segment_ids, queries=queries, **known)
     answer = {**all_taken(sample, made), "instances": SimpleNamespace(pred_masks=drawn)}
     masks, scores = candidates_of(sample, answer, queries, snap)
     order = np.argsort(made.entity_ids)
@@ -157,25 +147,20 @@ def test_a_calibration_sets_the_keys_of_its_weights_only(tmp_path):
     other.write_bytes(b"other weights")
     assert evaluating.calibrated(cfg, str(weights)) == (cfg, None)
     cfg.TEST.CALIBRATION = str(file)
-    content = {
-        "thresholds": {"ASSOCIATION_THRESHOLD": 0.37, "SINGULAR_ARGMAX": True},
-        "weights_sha256": file_hash(weights),
-        "datasets": {"a_split": {}},
-    }
-    file.write_text(json.dumps(content))
+    picked = {"ASSOCIATION_THRESHOLD": 0.37, "SINGULAR_ARGMAX": True}
+    content = {"thresholds": picked, "datasets": {"a_split": {}}}
+    whole = {**content, "weights_sha256": file_hash(weights)}
+    file.write_text(json.dumps(whole))
     changed, calibration = evaluating.calibrated(cfg, str(weights))
-    assert changed.MODEL.GELLA.ASSOCIATION_THRESHOLD == 0.37 and changed.MODEL.GELLA.SINGULAR_ARGMAX
+    assert changed.MODEL.GELLA.items() >= picked.items()
     assert cfg.MODEL.GELLA.ASSOCIATION_THRESHOLD == 0.5
     run_of = {"config_file": "", "weights": str(weights), "seconds": 0, "calibration": calibration}
     described = describe_run(changed, datasets={"a_split": {}}, **run_of)
     assert described["calibration"]["scored_on_the_same"] == ["a_split"]
     assert described["settings"]["thresholds"]["association"] == 0.37
-    with pytest.raises(ValueError, match="run tools/calibrate.py for these weights"):
-        read_calibration(file, str(other))
-    lacking = {key: value for key, value in content.items() if key != "weights_sha256"}
-    for broken in ({**content, "thresholds": {"SNAP": 1}}, {**content, "thresholds": []}, lacking):
+    told, none = "run tools/calibrate.py", tmp_path / "none.json"
+    refused(f"{told} for these weights", read_calibration, file, str(other))
+    for broken in ({**whole, "thresholds": {"SNAP": 1}}, {**whole, "thresholds": []}, content):
         file.write_text(json.dumps(broken))
-        with pytest.raises(ValueError, match="calibration.json is no calibration"):
-            read_calibration(file, str(weights))
-    with pytest.raises(FileNotFoundError, match="run tools/calibrate.py"):
-        read_calibration(tmp_path / "none.json", str(weights))
+        refused("calibration.json is no calibration", read_calibration, file, str(weights))
+    refused(told, read_calibration, none, str(weights), error=FileNotFoundError)

@@ -1,9 +1,4 @@
-"""Readers of the benchmarks' files, on prepared shapes, on RefCOCO's layout and on two COCO images.
-
-What is wrong with files is in test_malformed.py, and all at once in test_check.py.
-"""
-
-from __future__ import annotations
+"""Readers of the benchmarks' files, on prepared shapes, RefCOCO's layout and two COCO images."""
 
 import importlib
 import json
@@ -11,7 +6,6 @@ import logging
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,27 +17,31 @@ from dataset_scripts import places, registered
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from refusals import refused
 
 import gella.data
 from gella import add_gella_config
 from gella.data import register as datasets
 from gella.data.mapper import GroundingMapper
 from gella.data.panoptic import load_instances, read_categories
-from gella.data.records import RecordStore, json_lines
+from gella.data.records import json_lines
 from gella.data.refcoco import held_out_images, read_refs
 from gella.data.register import REFCOCO_SPLITS, coco_panoptic_categories, refcoco_name, register_all
 from gella.engine.trainer import load_records
 from gella.entities.entity_map import rgb_to_id
 from gella.entities.files import write_id_png
 from gella.entities.sources import load_from_record
-from gella.text.spans import align_utterances
 
 
-def said(record: dict) -> list[str]:
-    """What the caption has where its phrases are, which is what they say."""
+def said(record):
     words = [record["caption"][phrase["start"] : phrase["end"]] for phrase in record["phrases"]]
     assert words == [phrase["text"] for phrase in record["phrases"]]
     return words
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.array(image)
 
 
 @pytest.mark.parametrize("split", shapes.SPLITS)
@@ -51,76 +49,65 @@ def test_shapes_come_back_pixel_by_pixel(small_shapes, split):
     records = datasets.load_coco_panoptic(**places(small_shapes, split))
     assert len(records) == {"train": 6, "val": 4}[split]
     for index, record in enumerate(records):
-        drawn = shapes.make_sample(2, split, index)
+        drawn, masks = shapes.make_sample(2, split, index), record["entities"]
         assert record["image_id"] == drawn.image["id"]
         assert (record["height"], record["width"]) == (96, 96)
-        with Image.open(record["file_name"]) as image:
-            assert np.array_equal(np.array(image), drawn.image_array)
-        with Image.open(record["entities"]["file_name"]) as image:
-            assert np.array_equal(rgb_to_id(np.array(image)), drawn.id_map)
-        segments = record["entities"]["segments_info"]
-        assert [s["id"] for s in segments] == drawn.segment_ids
+        assert np.array_equal(pixels(record["file_name"]), drawn.image_array)
+        assert np.array_equal(rgb_to_id(pixels(masks["file_name"])), drawn.id_map)
+        segments = masks["segments_info"]
         names = [shapes.CATEGORIES[s["category_id"] - 1] for s in segments]
         kinds = [thing.kind for thing in drawn.scene.things]
+        assert [s["id"] for s in segments] == drawn.segment_ids
         assert [n["name"] for n in names] == kinds + drawn.scene.stuff
         assert [s["isthing"] for s in segments] == [bool(n["isthing"]) for n in names]
 
 
 def test_narratives_come_back(small_shapes):
-    records = datasets.load_png(
-        small_shapes / "annotations" / "png_shapes_train.json", **places(small_shapes, "train")
-    )
+    path = small_shapes / "annotations" / "png_shapes_train.json"
+    records = datasets.load_png(path, **places(small_shapes, "train"))
     written = [r for i in range(6) for r in shapes.make_sample(2, "train", i).narratives]
     assert [r["caption"] for r in records] == [w["caption"] for w in written]
     for record, narrative in zip(records, written):
         nouns = [s for s in narrative["segments"] if s["noun"]]
-        utterances = [noun["utterance"].lower() for noun in nouns]
-        assert [words.lower() for words in said(record)] == utterances
-        starts = [phrase["start"] for phrase in record["phrases"]]
+        spoken = [noun["utterance"].lower() for noun in nouns]
+        assert [words.lower() for words in said(record)] == spoken
+        phrases = record["phrases"]
+        starts = [phrase["start"] for phrase in phrases]
         assert starts == sorted(starts)
-        for phrase, noun in zip(record["phrases"], nouns):
-            assert phrase["segment_ids"] == [int(i) for i in noun["segment_ids"]]
-            assert phrase["is_plural"] == noun["plural"]
+        assert [(p["segment_ids"], p["is_plural"]) for p in phrases] == [
+            ([int(i) for i in noun["segment_ids"]], noun["plural"]) for noun in nouns
+        ]
 
 
 def test_refcoco_with_panoptic_entities(small_shapes, tmp_path):
     place = places(small_shapes, "val")
-    images = place.pop("image_root")
-
-    def read(**options):
-        where = (small_shapes / "refcoco", "unc", "val", images)
-        return datasets.load_refcoco(*where, **{**place, **options})
-
+    where = (small_shapes / "refcoco", "unc", "val", place.pop("image_root"))
     drawn = [ref for i in range(4) for ref in shapes.make_sample(2, "val", i).refs]
-    one, grouped = read(), read(per="image")
-    assert [r["expressions"][0]["text"] for r in one] == [
-        sentence["sent"] for ref in drawn for sentence in ref["sentences"]
-    ]
+    one = datasets.load_refcoco(*where, **place)
+    grouped = datasets.load_refcoco(*where, **place, per="image")
+    sentences = [sentence["sent"] for ref in drawn for sentence in ref["sentences"]]
+    assert [r["expressions"][0]["text"] for r in one] == sentences
     for record in one:
-        (expression,) = record["expressions"]
-        ids = [s["id"] for s in record["entities"]["segments_info"]]
-        assert expression["segment_ids"][0] in ids
-        for path in (record["file_name"], record["entities"]["file_name"]):
-            assert Path(path).is_file()
+        (expression,), masks = record["expressions"], record["entities"]
+        assert expression["segment_ids"][0] in [s["id"] for s in masks["segments_info"]]
+        assert Path(record["file_name"]).is_file() and Path(masks["file_name"]).is_file()
     assert sum(len(r["expressions"]) for r in grouped) == len(one)
     assert len({r["image_id"] for r in grouped}) == len(grouped)
     content = json.loads(place["panoptic_json"].read_text())
     for annotation in content["annotations"]:
         for segment in annotation["segments_info"]:
             segment["bbox"][0] += 3  # same id, another region: as COCO's unrelated ids may collide
-    other = tmp_path / "panoptic.json"
-    other.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="leave panoptic_json out"):
-        read(panoptic_json=other)
+    place["panoptic_json"] = tmp_path / "panoptic.json"
+    place["panoptic_json"].write_text(json.dumps(content))
+    refused("leave panoptic_json out", datasets.load_refcoco, *where, **place)
 
 
-def test_coco_sample(coco_sample):
+def test_coco_sample(coco_sample, tmp_path):
     place = places(coco_sample, "val2017")
     panoptic = datasets.load_coco_panoptic(**place)
     assert [r["image_id"] for r in panoptic] == [142238, 439180]
     segments = [r["entities"]["segments_info"] for r in panoptic]
-    assert [len(s) for s in segments] == [18, 32]
-    assert [sum(x["iscrowd"] for x in s) for s in segments] == [1, 2]
+    assert [(len(s), sum(x["iscrowd"] for x in s)) for s in segments] == [(18, 1), (32, 2)]
     records = datasets.load_png(coco_sample / "annotations" / "png_coco_val2017.json", **place)
     assert [r["image_id"] for r in records] == [142238, 142238, 439180, 439180]
     assert [len(said(record)) for record in records] == [5, 4, 7, 4]
@@ -128,25 +115,16 @@ def test_coco_sample(coco_sample):
     assert (people["text"], len(people["segment_ids"])) == ("a few people", 13)
     assert people["is_plural"] and people["is_thing"] and ball["is_thing"]
     assert not grass["is_thing"] and not sky["is_plural"] and trees["text"] == "trees"
-
     keys = ("id", "name", "isthing", "color")
     listed = read_categories(place["panoptic_json"])
     assert [{k: c[k] for k in keys} for c in listed] == coco_panoptic_categories()
-
-
-def test_narrative_may_name_a_crowd(coco_sample, tmp_path):
-    """A crowd is no entity, but the truth of a phrase that names it needs its id."""
-    segments = [
-        {"utterance": text, "segment_ids": ids, "plural": noun, "noun": noun}
-        for text, ids, noun in (
-            ("many people", ["3937500", "3153362"], True),
-            ("watch them .", [], False),
-        )
-    ]
-    path = tmp_path / "png.json"
-    narrative = {"image_id": "142238", "caption": "Many people watch them.", "segments": segments}
-    path.write_text(json.dumps([narrative]))
-    (record,) = datasets.load_png(path, **places(coco_sample, "val2017"))
+    # A crowd is no entity, but the truth of a phrase that names it needs its id.
+    crowd = {"utterance": "many people", "segment_ids": ["3937500", "3153362"], "plural": True}
+    rest = {"utterance": "watch them .", "segment_ids": [], "plural": False, "noun": False}
+    narrative = {"image_id": "142238", "caption": "Many people watch them."}
+    narrative["segments"] = [{**crowd, "noun": True}, rest]
+    (tmp_path / "png.json").write_text(json.dumps([narrative]))
+    (record,) = datasets.load_png(tmp_path / "png.json", **place)
     assert record["phrases"][0]["segment_ids"] == [3937500, 3153362]
 
 
@@ -201,8 +179,7 @@ def test_captions_and_entityseg(small_shapes, tmp_path):
     for record in records:
         assert record["tasks"] == ("describe", "extract")
         drawn = shapes.make_sample(2, "train", record["image_id"] - 1)
-        with Image.open(record["file_name"]) as image:
-            assert np.array_equal(np.array(image), drawn.image_array)
+        assert np.array_equal(pixels(record["file_name"]), drawn.image_array)
         entities = load_from_record(record)
         things = [i for s, i in zip(drawn.panoptic["segments_info"], drawn.segment_ids)
                   if s["category_id"] <= 7]  # fmt: skip
@@ -212,8 +189,7 @@ def test_captions_and_entityseg(small_shapes, tmp_path):
     copy = tmp_path / "images" / "more" / Path(records[0]["file_name"]).name
     copy.parent.mkdir()
     copy.write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"{copy.name} lies in 2 folders"):
-        datasets.load_entityseg(*where)
+    refused(rf"{copy.name} lies in 2 folders", datasets.load_entityseg, *where)
 
 
 def test_json_lines_may_hold_line_separators(tmp_path):
@@ -225,18 +201,18 @@ def test_json_lines_may_hold_line_separators(tmp_path):
 def test_own_dataset_reads_its_categories_when_loaded(small_shapes):
     with registered(datasets.register_panoptic, **places(small_shapes, "val")) as name:
         assert MetadataCatalog.get(name).get("categories") is None
-        assert len(DatasetCatalog.get(name)) == 4
-        assert len(DatasetCatalog.get(name)) == 4  # the metadata may be set again to the same
+        # The metadata may be set again to the same.
+        assert [len(DatasetCatalog.get(name)) for _ in range(2)] == [4, 4]
         assert MetadataCatalog.get(name).categories == shapes.CATEGORIES
 
 
 @contextmanager
-def nothing_registered() -> Iterator[None]:
+def nothing_registered():
     """The catalogs without the project's datasets, which come back at the end."""
     before = {name: DatasetCatalog.pop(name) for name in DatasetCatalog.list() if "gella" in name}
     metadata = {name: MetadataCatalog.pop(name) for name in before}
     try:
-        yield
+        yield DatasetCatalog.get
     finally:
         for name in [n for n in DatasetCatalog.list() if "gella" in n]:
             DatasetCatalog.remove(name)
@@ -249,13 +225,12 @@ def test_the_environment_names_the_root(small_shapes, monkeypatch):
     monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
     assert datasets.root_from_environment() == "datasets"
     monkeypatch.setenv("DETECTRON2_DATASETS", str(small_shapes.parent))
-    with nothing_registered():
+    with nothing_registered() as load:
         importlib.reload(gella.data)
-        assert len(DatasetCatalog.get("gella_shapes_png_val")) == 4
-        assert len(DatasetCatalog.get("gella_shapes_nouns_val")) == 4
-        assert Path(DatasetCatalog.get("gella_shapes_refcoco_train")[0]["file_name"]).is_file()
-        with pytest.raises(FileNotFoundError, match="datasets/README.md"):
-            DatasetCatalog.get("gella_coco_png_val2017")
+        assert len(load("gella_shapes_png_val")) == len(load("gella_shapes_nouns_val")) == 4
+        assert Path(load("gella_shapes_refcoco_train")[0]["file_name"]).is_file()
+        told = "datasets/README.md"
+        refused(told, load, "gella_coco_png_val2017", error=FileNotFoundError)
 
 
 SIZE = (20, 30)
@@ -265,7 +240,7 @@ IMAGES = [
 ]
 
 
-def box_polygon(x: int, y: int, width: int, height: int) -> list[float]:
+def box_polygon(x, y, width, height):
     return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 
@@ -287,9 +262,9 @@ def refcoco(tmp_path):
         {"id": 201, "image_id": 25, "iscrowd": 0, "category_id": 2, "bbox": [20, 12, 10, 8],
          "segmentation": rle},
     ]  # fmt: skip
+    content = {"images": IMAGES, "annotations": annotations, "categories": []}
     for folder, split_by, _ in REFCOCO_SPLITS:
         (tmp_path / folder).mkdir(exist_ok=True)
-        content = {"images": IMAGES, "annotations": annotations, "categories": []}
         (tmp_path / folder / "instances.json").write_text(json.dumps(content))
         held_out = "testA" if split_by == "unc" else "val"
         refs = [ref(1, 101, 9, held_out), ref(2, 102, 9, held_out), ref(3, 201, 25, "train")]
@@ -298,10 +273,8 @@ def refcoco(tmp_path):
 
 
 def ref(ref_id, ann_id, image_id, split):
-    sentences = [
-        {"sent_id": 10 * ref_id + k, "sent": text, "raw": text, "tokens": text.split()}
-        for k, text in enumerate([f"the thing {ann_id}", f"object {ann_id}"])
-    ]
+    texts = enumerate([f"the thing {ann_id}", f"object {ann_id}"], 10 * ref_id)
+    sentences = [{"sent_id": k, "sent": t, "raw": t, "tokens": t.split()} for k, t in texts]
     return {
         "ref_id": ref_id, "ann_id": ann_id, "image_id": image_id, "category_id": 1, "split": split,
         "file_name": f"COCO_train2014_{image_id:012d}_{ann_id}.jpg", "sentences": sentences,
@@ -309,15 +282,14 @@ def ref(ref_id, ann_id, image_id, split):
     }  # fmt: skip
 
 
-def write_refs(path: Path, refs: object) -> None:
+def write_refs(path, refs):
     path.write_bytes(pickle.dumps(refs, protocol=2))
 
 
-def write_panoptic(refcoco: Path) -> dict[str, Path]:
+def write_panoptic(refcoco):
     """Panoptic segments of image 9 with other ids than the objects': 5 covers 101, 6 the rest."""
-    ids = np.full(SIZE, 6, dtype=np.int32)
+    ids, place = np.full(SIZE, 6, dtype=np.int32), places(refcoco / "coco", "train2017")
     ids[0:10, 0:12] = 5
-    place = places(refcoco / "coco", "train2017")
     del place["image_root"]
     place["panoptic_root"].mkdir(parents=True)
     write_id_png(place["panoptic_root"] / "000000000009.png", ids)
@@ -325,61 +297,51 @@ def write_panoptic(refcoco: Path) -> dict[str, Path]:
         {"id": 5, "category_id": 1, "iscrowd": 0, "area": 120, "bbox": [0, 0, 12, 10]},
         {"id": 6, "category_id": 2, "iscrowd": 0, "area": 480, "bbox": [0, 0, 30, 20]},
     ]
-    image = {**IMAGES[0], "file_name": "000000000009.jpg"}
     annotation = {"image_id": 9, "file_name": "000000000009.png", "segments_info": segments}
     categories = [{"id": 1, "name": "cat", "isthing": 1}, {"id": 2, "name": "wall", "isthing": 0}]
-    content = {"images": [image], "annotations": [annotation], "categories": categories}
+    content = {"annotations": [annotation], "categories": categories}
+    content["images"] = [{**IMAGES[0], "file_name": "000000000009.jpg"}]
     place["panoptic_json"].write_text(json.dumps(content))
     return place
 
 
-def of_test_a(root: Path, **options: object) -> RecordStore:
+def load_split(root, split="testA", **options):
     images = root / "coco" / "train2014"
-    return datasets.load_refcoco(root / "refcoco", "unc", "testA", images, **options)
-
-
-def test_a_split_without_refs_is_named_beside_those_that_have_some(refcoco):
-    where = (refcoco / "refcoco", "unc", "testB", refcoco / "coco" / "train2014")
-    with pytest.raises(ValueError, match=r"no ref is in split 'testB'; it has .*testA"):
-        datasets.load_refcoco(*where)
+    return datasets.load_refcoco(root / "refcoco", "unc", split, images, **options)
 
 
 def test_objects_are_flattened_and_crowds_left_out(refcoco):
-    records = of_test_a(refcoco)
-    assert [r["expressions"][0]["text"] for r in records] == [
-        "the thing 101", "object 101", "the thing 102", "object 102"
-    ]  # fmt: skip
+    records, texts = load_split(refcoco), ["the thing 101", "object 101", "the thing 102"]
+    assert [r["expressions"][0]["text"] for r in records] == [*texts, "object 102"]
     assert {Path(r["file_name"]).name for r in records} == {"COCO_train2014_000000000009.jpg"}
-    entities = load_from_record(records[0])
-    expected = np.zeros(SIZE, dtype=int)
+    entities, expected = load_from_record(records[0]), np.zeros(SIZE, dtype=int)
     expected[0:10, 0:12] = 101
     expected[2:6, 2:6] = 102  # the smaller on top
-    found = np.array([0, *entities.segment_ids])[entities.ids]
-    assert np.array_equal(found, expected)
+    assert np.array_equal(np.array([0, *entities.segment_ids])[entities.ids], expected)
+    # A split without refs is named beside those that have some.
+    refused("no ref is in split 'testB'; it has .*testA", load_split, refcoco, "testB")
 
 
 def test_panoptic_segments_stand_for_objects_by_overlap(refcoco, tokenizer):
-    panoptic = write_panoptic(refcoco)
-    with pytest.raises(ValueError, match="image 9: object 10[12] is none of its 2 segments"):
-        of_test_a(refcoco, **panoptic)
-    records = of_test_a(refcoco, match="overlap", **panoptic)
-    own = of_test_a(refcoco)
+    panoptic, own = write_panoptic(refcoco), load_split(refcoco)
+    told = "image 9: object 10[12] is none of its 2 segments"
+    refused(told, load_split, refcoco, **panoptic)
+    records = load_split(refcoco, match="overlap", **panoptic)
     assert [r["expressions"] for r in records] == [r["expressions"] for r in own]
     assert records[0]["file_name"] == own[0]["file_name"]
     sizes = {"image_size": 32, "colormap_size": 32, "num_image_tokens": 4}
     mapper = GroundingMapper(is_train=False, tokenizer=tokenizer, task="refer", **sizes)
     mapped = [mapper(record) for record in records]
     assert mapped[0]["entities_full"].segment_ids == [5, 6]
-    assert mapped[0]["phrases"][0]["entity_indices"] == [0]  # object 101 is segment 5
-    assert mapped[2]["phrases"][0]["entity_indices"] == []  # nothing is like object 102
+    # Object 101 is segment 5; nothing is like object 102.
+    assert [mapped[k]["phrases"][0]["entity_indices"] for k in (0, 2)] == [[0], []]
     truth = mapped[0]["annotation"]["segments_info"]
     assert [s["id"] for s in truth] == [101, 102, 103]  # the objects stay the truth
 
 
 def test_images_may_have_the_names_of_2017(refcoco):
-    (record,) = datasets.load_refcoco(
-        refcoco / "refcocog", "umd", "train", "pictures", per="image", names_of_2017=True
-    )
+    where, options = (refcoco / "refcocog", "umd", "train", "pictures"), {"per": "image"}
+    (record,) = datasets.load_refcoco(*where, names_of_2017=True, **options)
     assert record["file_name"] == "pictures/000000000025.jpg"
     assert [e["sent_id"] for e in record["expressions"]] == [30, 31]
 
@@ -390,8 +352,8 @@ def test_objects_of_different_images_may_have_one_id(refcoco):
     content["annotations"][3]["id"] = 101
     path.write_text(json.dumps(content))
     images = {r["image_id"]: r for r in load_instances(path, "x", ("describe",))}
-    assert [s["id"] for s in images[25]["entities"]["segments_info"]] == [101]
-    assert images[9]["entities"]["segments_info"][0]["bbox"] == [0, 0, 12, 10]
+    segments = {key: record["entities"]["segments_info"] for key, record in images.items()}
+    assert [s["id"] for s in segments[25]] == [101] and segments[9][0]["bbox"] == [0, 0, 12, 10]
 
 
 def test_every_published_split_is_registered(refcoco):
@@ -403,17 +365,16 @@ def test_every_published_split_is_registered(refcoco):
     }
     assert len(expected) == 32 and "gella_refcocoplus_unc_testB_panoptic" in expected
     assert expected <= set(DatasetCatalog.list())
-    with nothing_registered():
+    with nothing_registered() as load:
         register_all(refcoco)
-        records = DatasetCatalog.get("gella_refcocoplus_unc_testA")
+        records = load("gella_refcocoplus_unc_testA")
         assert Path(records[0]["file_name"]).is_file() and len(records) == 4
         meta = MetadataCatalog.get("gella_refcocoplus_unc_testA")
         assert (meta.form, meta.split) == ("refcoco", "testA")
         write_panoptic(refcoco)
-        records = DatasetCatalog.get("gella_refcoco_google_val_panoptic")
-        assert records[0]["entities"]["segments_info"][0]["id"] == 5
-        assert Path(records[0]["entities"]["file_name"]).is_file()
-        (record,) = DatasetCatalog.get("gella_refcocog_umd_train")  # one per image in training
+        masks = load("gella_refcoco_google_val_panoptic")[0]["entities"]
+        assert masks["segments_info"][0]["id"] == 5 and Path(masks["file_name"]).is_file()
+        (record,) = load("gella_refcocog_umd_train")  # one per image in training
         assert len(record["expressions"]) == 2
 
 
@@ -429,8 +390,8 @@ def test_held_out_images_are_those_of_every_other_split_on_disk(refcoco, caplog)
     with caplog.at_level(logging.WARNING, logger="gella"):
         assert held_out_images(refcoco) == {"9"}
     assert "refcocog" in caplog.text and "NOT left out" in caplog.text
-    with pytest.raises(FileNotFoundError, match="EXCLUDE_REFCOCO_VAL_TEST.*datasets/README.md"):
-        held_out_images(refcoco / "coco")
+    told = "EXCLUDE_REFCOCO_VAL_TEST.*datasets/README.md"
+    refused(told, held_out_images, refcoco / "coco", error=FileNotFoundError)
 
 
 def test_the_key_is_off_by_default_and_only_coco_train2017_loses_images(
@@ -472,12 +433,10 @@ def damaged(small_shapes, tmp_path):
     noun = next(s for s in narratives[1]["segments"] if s["segment_ids"])
     plain = next(s for s in narratives[2]["segments"] if not s["noun"] and s["utterance"].strip())
     noun["utterance"], plain["utterance"] = "zebra", "qqq xyz"
-    narratives[0]["segments"].append(
-        {"utterance": " ", "segment_ids": [], "plural": False, "noun": False}
-    )
-    path = tmp_path / "png.json"
-    path.write_text(json.dumps(narratives))
-    return path, narratives
+    blank = {"utterance": " ", "segment_ids": [], "plural": False, "noun": False}
+    narratives[0]["segments"].append(blank)
+    (tmp_path / "png.json").write_text(json.dumps(narratives))
+    return tmp_path / "png.json", narratives
 
 
 def test_what_is_unaligned_or_names_nothing_is_counted(small_shapes, damaged, gella_log):
@@ -486,19 +445,25 @@ def test_what_is_unaligned_or_names_nothing_is_counted(small_shapes, damaged, ge
         segment.update(segment_ids=[], noun=False)
     path.write_text(json.dumps(narratives))
     records = datasets.load_png(path, **places(small_shapes, "val"))
-    lost = [p for record in records for p in record["phrases"] if p["start"] < 0]
-    assert len(records) == 3 and [(p["text"], p["end"]) for p in lost] == [("zebra", -1)]
-    assert lost[0]["segment_ids"]
+    (lost,) = [p for record in records for p in record["phrases"] if p["start"] < 0]
+    assert len(records) == 3 and (lost["text"], lost["end"]) == ("zebra", -1)
+    assert lost["segment_ids"]
     assert "1 phrases" in gella_log.text and "1 narratives" in gella_log.text
 
 
 def test_what_does_not_align_is_listed(small_shapes, damaged, tmp_path, capsys):
-    path, narratives = damaged
-    out = tmp_path / "spans.json"
-    assert prepare_png.main(["--check", str(path), "--json", str(out)]) == 1
-    printed = capsys.readouterr().out
+    (path, narratives), out = damaged, tmp_path / "spans.json"
+    main = prepare_png.main
+
+    def not_checked(name, message):
+        capsys.readouterr()
+        assert main(["--check", name]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and message in error
+
+    assert main(["--check", str(path), "--json", str(out)]) == 1
+    printed, report = capsys.readouterr().out, json.loads(out.read_text())
     assert "'zebra'" in printed and f"image {narratives[1]['image_id']}" in printed
-    report = json.loads(out.read_text())
     spoken = [s for n in narratives for s in n["segments"] if s["utterance"].strip()]
     nouns = sum(bool(s["noun"] or s["segment_ids"]) for s in spoken)
     figures = {"utterances": len(spoken), "aligned": len(spoken) - 2}
@@ -510,48 +475,18 @@ def test_what_does_not_align_is_listed(small_shapes, damaged, tmp_path, capsys):
         (1, narratives[1]["image_id"], "zebra", True),
         (2, narratives[2]["image_id"], "qqq xyz", False),
     ]
-    assert prepare_png.main(["--check", str(path), "--allow", "1"]) == 1
-    assert prepare_png.main(["--check", str(path), "--allow", "2"]) == 0
+    assert [main(["--check", str(path), "--allow", n]) for n in "12"] == [1, 0]
     narratives_json = small_shapes / "annotations" / "png_shapes_val.json"
     place = places(small_shapes, "val")
     with registered(datasets.register_png, png_json=narratives_json, **place) as name:
         capsys.readouterr()
-        assert prepare_png.main(["--check", name]) == 0
+        assert main(["--check", name]) == 0
         assert f"next: python datasets/check.py {name}" in capsys.readouterr().out
     with registered(datasets.register_panoptic, **place) as name:
-        refused(name, "holds no narratives", capsys)
-    refused("gella_nothing", "gella_coco_png_val2017", capsys)
-    refused(str(tmp_path / "absent.json"), "does not exist", capsys)
+        not_checked(name, "holds no narratives")
+    not_checked("gella_nothing", "gella_coco_png_val2017")
+    not_checked(str(tmp_path / "absent.json"), "does not exist")
     path.write_text("[{]")
-    refused(str(path), "not a JSON file", capsys)
-    with pytest.raises(SystemExit) as stopped:
-        prepare_png.main([])
-    assert stopped.value.code == 2
-
-
-def refused(name, message, capsys):
-    capsys.readouterr()
-    assert prepare_png.main(["--check", name]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error
-
-
-@pytest.mark.parametrize(
-    "utterances",
-    [
-        ["there is", "n't", "a dog", ",", "( a cat )", "and", "the man", "'s", "red - brown hat."],
-        # the caption has signs that no utterance has
-        ["there is", "n't", "a dog", "a cat", "and", "the man", "'s", "red brown hat"],
-        # an utterance has signs that the caption has not
-        ["there is", "n't", "a dog ;", "a cat", "and", '" the man', "'s", "red brown hat", "!"],
-    ],
-)  # fmt: skip
-def test_only_case_spaces_and_signs_differ(utterances):
-    caption = "There isn't a dog, (a cat) and the man's red-brown hat ."
-    spans = align_utterances(caption, utterances)
-    words = [caption[span[0] : span[1]] if span else "" for span in spans]
-    assert [letters(text) for text in words] == [letters(text) for text in utterances]
-
-
-def letters(text: str) -> str:
-    return re.sub(r"\W", "", text).lower()
+    not_checked(str(path), "not a JSON file")
+    with pytest.raises(SystemExit, match="^2$"):
+        main([])

@@ -1,67 +1,30 @@
-"""What this project uses of Detectron2, from configs and catalogs to training and jobs.
+"""What this project uses of Detectron2; every test holds for the small core and the real one.
 
-Every test holds for the small core and for the real Detectron2 alike (run with either first on
-the path), which is what makes the core a stand-in. Expected values are written out, not computed
-by the code under test.
+Expected values are written out, not computed by the code under test.
 """
 
-from __future__ import annotations
-
 import functools
+import itertools
 import json
 import logging
 import math
 import os
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from detectron2 import engine, evaluation, modeling
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, configurable, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.data.samplers import InferenceSampler
-from detectron2.engine import (
-    DefaultTrainer,
-    HookBase,
-    SimpleTrainer,
-    TrainerBase,
-    create_ddp_model,
-    default_argument_parser,
-    default_setup,
-    hooks,
-    launch,
-)
-from detectron2.evaluation import (
-    DatasetEvaluator,
-    DatasetEvaluators,
-    inference_context,
-    inference_on_dataset,
-    print_csv_format,
-    verify_results,
-)
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import (
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    SEM_SEG_HEADS_REGISTRY,
-    Backbone,
-    build_backbone,
-    build_model,
-    build_sem_seg_head,
-)
 from detectron2.solver import LRMultiplier, WarmupParamScheduler, build_lr_scheduler
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
-from detectron2.utils import comm
-from detectron2.utils.events import (
-    CommonMetricPrinter,
-    EventStorage,
-    JSONWriter,
-    TensorboardXWriter,
-    get_event_storage,
-    has_event_storage,
-)
+from detectron2.utils import comm, events
 from detectron2.utils.logger import log_every_n_seconds, setup_logger
 from fvcore.common.param_scheduler import CosineParamScheduler
 from torch import nn
@@ -72,7 +35,7 @@ from gella.engine.launch import leave_process_group
 class ToyModel(nn.Module):
     """Fits a vector; the loss depends on the batch, so that the order of data matters."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg=None):
         super().__init__()
         torch.manual_seed(5)
         self.weight = nn.Parameter(torch.randn(3))
@@ -85,20 +48,24 @@ class ToyModel(nn.Module):
         return {"loss_a": ((self.weight - target) ** 2).sum(), "loss_b": self.weight.abs().sum()}
 
 
-class Loader:
-    """Endless batches that depend on their number alone."""
+def sgd(model, **options):
+    return torch.optim.SGD(model.parameters(), **{"lr": 0.1, **options})
 
+
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class Loader:
     def __init__(self, start=0):
         self.start = start
 
     def __iter__(self):
-        i = self.start
-        while True:
+        for i in itertools.count(self.start):
             yield [torch.tensor(float((7 * i) % 5)), torch.tensor(float(i % 3))]
-            i += 1
 
 
-class SumEvaluator(DatasetEvaluator):
+class SumEvaluator(evaluation.DatasetEvaluator):
     def reset(self):
         self.values = []
 
@@ -110,15 +77,11 @@ class SumEvaluator(DatasetEvaluator):
         return {"sum": {"count": float(len(self.values)), "total": sum(self.values)}}
 
 
-def solver_config(**kwargs):
+def solver_config(**keys):
     cfg = get_cfg()
-    cfg.SOLVER.BASE_LR = 0.5
-    for key, value in kwargs.items():
+    for key, value in {"BASE_LR": 0.5, **keys}.items():
         cfg.SOLVER[key] = value
     return cfg
-
-
-# -- configs ---------------------------------------------------------------------------------------
 
 
 DEFAULTS = """
@@ -180,31 +143,27 @@ def test_default_config_values():
 
 
 def test_config_inherits_files_and_refuses_unknown_keys(tmp_path):
-    (tmp_path / "base.yaml").write_text("SOLVER: {MAX_ITER: 7, BASE_LR: 0.5}\nSEED: 3\n")
-    child = tmp_path / "child.yaml"
-    child.write_text("_BASE_: base.yaml\nSOLVER: {BASE_LR: 0.25}\nVERSION: 2\n")
-    cfg = get_cfg()
-    cfg.merge_from_file(str(child))
+    def read(name, text=None):
+        cfg = get_cfg()
+        if text:
+            (tmp_path / name).write_text(text)
+        cfg.merge_from_file(str(tmp_path / name))
+        return cfg
+
+    read("base.yaml", "SOLVER: {MAX_ITER: 7, BASE_LR: 0.5}\nSEED: 3\nVERSION: 2\n")
+    cfg = read("child.yaml", "_BASE_: base.yaml\nSOLVER: {BASE_LR: 0.25}\nVERSION: 2\n")
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR, cfg.SEED) == (7, 0.25, 3)
     cfg.merge_from_list(["SOLVER.STEPS", "(1, 2)", "MODEL.DEVICE", "cpu"])
     assert cfg.SOLVER.STEPS == (1, 2) and cfg.MODEL.DEVICE == "cpu"
-    (tmp_path / "dump.yaml").write_text(cfg.dump())
-    again = get_cfg()
-    again.merge_from_file(str(tmp_path / "dump.yaml"))
+    again = read("dump.yaml", cfg.dump())
     assert again.SOLVER == cfg.SOLVER and again.SEED == 3
-    (tmp_path / "bad.yaml").write_text("SOLVER: {MAX_ITERS: 7}\nVERSION: 2\n")
     with pytest.raises(KeyError, match="MAX_ITERS"):
-        get_cfg().merge_from_file(str(tmp_path / "bad.yaml"))
-    with pytest.raises((KeyError, AssertionError)):
-        get_cfg().merge_from_list(["SOLVER.MAX_ITERS", 7])
-    with pytest.raises(AssertionError):
-        get_cfg().merge_from_file(str(tmp_path / "none.yaml"))
-    (tmp_path / "new.yaml").write_text("VERSION: 3\n")
-    with pytest.raises(AssertionError):
-        get_cfg().merge_from_file(str(tmp_path / "new.yaml"))
+        read("bad.yaml", "SOLVER: {MAX_ITERS: 7}\nVERSION: 2\n")
+    pytest.raises((KeyError, AssertionError), get_cfg().merge_from_list, ["SOLVER.MAX_ITERS", 7])
+    pytest.raises(AssertionError, read, "none.yaml")
+    pytest.raises(AssertionError, read, "new.yaml", "VERSION: 3\n")
     cfg.freeze()
-    with pytest.raises(AttributeError):
-        cfg.SEED = 4
+    pytest.raises(AttributeError, setattr, cfg, "SEED", 4)
     assert get_cfg().SEED == -1  # the defaults themselves are untouched
 
 
@@ -229,20 +188,26 @@ def _build(a, b=5):
     return a, b
 
 
-def test_configurable_class_and_function():
-    cfg = CfgNode({"A": 10, "B": 20})
-    assert _Part(1).values == (1, 2, 3)
-    assert _Part(a=1, b=4, c=5).values == (1, 4, 5)
-    assert _Part(cfg).values == (10, 20, 3)
-    assert _Part(cfg=cfg, c=7).values == (10, 20, 7)
-    assert _Part(cfg, b=8).values == (10, 8, 3)  # an explicit argument wins
-    assert _Part(cfg, shift=5).values == (15, 20, 3)  # goes to from_config alone
-    assert _Part(cfg, 6).values == (16, 20, 3)
-    assert _SubPart(cfg).values == (10, 20, 9)
-    assert (_build(1), _build(cfg), _build(cfg, b=6)) == ((1, 5), (10, 5), (10, 6))
+CFG = CfgNode({"A": 10, "B": 20})
 
 
-def test_configurable_reports_wrong_use():
+@pytest.mark.parametrize("made, values", [
+    (lambda: _Part(1), (1, 2, 3)),
+    (lambda: _Part(a=1, b=4, c=5), (1, 4, 5)),
+    (lambda: _Part(CFG), (10, 20, 3)),
+    (lambda: _Part(cfg=CFG, c=7), (10, 20, 7)),
+    (lambda: _Part(CFG, b=8), (10, 8, 3)),  # an explicit argument wins
+    (lambda: _Part(CFG, shift=5), (15, 20, 3)),  # goes to from_config alone
+    (lambda: _Part(CFG, 6), (16, 20, 3)),
+    (lambda: _SubPart(CFG), (10, 20, 9)),
+])  # fmt: skip
+def test_configurable_classes(made, values):
+    assert made().values == values
+
+
+def test_configurable_functions_and_wrong_use():
+    assert (_build(1), _build(CFG), _build(CFG, b=6)) == ((1, 5), (10, 5), (10, 6))
+
     class NoFromConfig:
         @configurable
         def __init__(self, a):
@@ -257,18 +222,10 @@ def test_configurable_reports_wrong_use():
         def from_config(cls, config):
             return {}
 
-    cfg = CfgNode({"A": 1})
-    with pytest.raises(AttributeError):
-        NoFromConfig(cfg)
-    with pytest.raises(TypeError):
-        NotClassmethod(cfg)
-    with pytest.raises(TypeError):
-        WrongName(cfg)
-    with pytest.raises(AssertionError):
-        configurable(lambda cfg: None)
-
-
-# -- catalogs, structures, registries, schedules ---------------------------------------------------
+    pytest.raises(AttributeError, NoFromConfig, CFG)
+    pytest.raises(TypeError, NotClassmethod, CFG)
+    pytest.raises(TypeError, WrongName, CFG)
+    pytest.raises(AssertionError, configurable, lambda cfg: None)
 
 
 def test_dataset_catalog_registers_once_and_loads_lazily():
@@ -277,10 +234,8 @@ def test_dataset_catalog_registers_once_and_loads_lazily():
     try:
         assert "core_test_set" in DatasetCatalog.list() and not calls
         assert DatasetCatalog.get("core_test_set") == [{"a": 1}] and calls == [1]
-        with pytest.raises(AssertionError):
-            DatasetCatalog.register("core_test_set", list)
-        with pytest.raises(AssertionError):
-            DatasetCatalog.register("core_test_other", [{"a": 1}])
+        pytest.raises(AssertionError, DatasetCatalog.register, "core_test_set", list)
+        pytest.raises(AssertionError, DatasetCatalog.register, "core_test_other", [{"a": 1}])
     finally:
         DatasetCatalog.remove("core_test_set")
     with pytest.raises(KeyError, match="core_test_set"):
@@ -289,21 +244,19 @@ def test_dataset_catalog_registers_once_and_loads_lazily():
 
 def test_metadata_is_one_object_per_name_and_immutable():
     meta = MetadataCatalog.get("core_test_meta")
-    assert MetadataCatalog.get("core_test_meta") is meta and meta.name == "core_test_meta"
+    assert MetadataCatalog.get("core_test_meta") is meta
     assert meta.set(things=["a", "b"], root="x") is meta
     meta.things = ["a", "b"]  # the same value again
     with pytest.raises(AssertionError, match="things"):
         meta.things = ["b"]
-    with pytest.raises(AssertionError):
-        meta.name = "other"
-    assert meta.get("things") == ["a", "b"] and meta.get("absent", 3) == 3
+    pytest.raises(AssertionError, setattr, meta, "name", "other")
     with pytest.raises(AttributeError, match="absent"):
         _ = meta.absent
+    assert meta.get("things") == ["a", "b"] and meta.get("absent", 3) == 3
     copy = meta.as_dict()
     assert copy == {"name": "core_test_meta", "things": ["a", "b"], "root": "x"}
     copy["root"] = "y"
-    assert meta.root == "x"
-    assert "core_test_meta" in MetadataCatalog.list()
+    assert meta.root == "x" and "core_test_meta" in MetadataCatalog.list()
     MetadataCatalog.pop("core_test_meta")
     assert MetadataCatalog.get("core_test_meta").get("things") is None
     MetadataCatalog.remove("core_test_meta")
@@ -320,8 +273,7 @@ def test_image_list_pads_right_and_bottom():
     assert batch.device == torch.device("cpu")
     assert ImageList.from_tensors(images).tensor.shape == (2, 3, 6, 7)
     assert ImageList.from_tensors(images[:1], 4).tensor.shape == (1, 3, 8, 8)
-    with pytest.raises(AssertionError):
-        ImageList.from_tensors([images[0], images[1][:2]])
+    pytest.raises(AssertionError, ImageList.from_tensors, [images[0], images[1][:2]])
 
 
 def test_instances_keep_fields_of_one_length():
@@ -329,24 +281,17 @@ def test_instances_keep_fields_of_one_length():
     inst.boxes = Boxes(torch.arange(12.0).reshape(3, 4))
     assert inst.image_size == (4, 6) and len(inst) == 3 and inst.has("boxes")
     assert not inst.has("masks") and set(inst.get_fields()) == {"scores", "names", "boxes"}
-    with pytest.raises(AssertionError):
-        inst.masks = torch.zeros(2, 4, 6)
-    with pytest.raises(AttributeError):
-        _ = inst.masks
-    picked = inst[:2]
+    pytest.raises(AssertionError, setattr, inst, "masks", torch.zeros(2, 4, 6))
+    pytest.raises(AttributeError, getattr, inst, "masks")
+    pytest.raises(IndexError, inst.__getitem__, 3)
+    pytest.raises(NotImplementedError, len, Instances((1, 1)))
+    pytest.raises(NotImplementedError, iter, inst)
+    picked, last = inst[:2], inst[-1]
     assert picked.names == ["a", "b"] and picked.boxes.tensor.shape == (2, 4)
-    last = inst[-1]
     assert last.names == ["c"] and last.scores.tolist() == pytest.approx([0.3])
-    with pytest.raises(IndexError):
-        _ = inst[3]
-    with pytest.raises(NotImplementedError):
-        len(Instances((1, 1)))
-    with pytest.raises(NotImplementedError):
-        iter(inst)
     half = Instances((4, 6), scores=torch.ones(3)).to(torch.float16)
-    assert half.scores.dtype == torch.float16
     masked = half[torch.tensor([True, False, True])]
-    assert len(masked) == 2 and "scores" in repr(masked)
+    assert half.scores.dtype == torch.float16 and len(masked) == 2 and "scores" in repr(masked)
 
 
 def test_bitmasks_and_boxes():
@@ -364,13 +309,11 @@ def test_bitmasks_and_boxes():
     assert tuple(masks.image_size) == (5, 8) and masks.to("cpu").tensor.equal(masks.tensor)
     assert boxes[1].tensor.shape == (1, 4) and len(boxes[1:]) == 2
     assert Boxes(torch.empty(0)).tensor.shape == (0, 4)
-    with pytest.raises(AssertionError):
-        Boxes(torch.zeros(2, 3))
-    with pytest.raises(AssertionError):
-        BitMasks(torch.zeros(2, 3))
+    pytest.raises(AssertionError, Boxes, torch.zeros(2, 3))
+    pytest.raises(AssertionError, BitMasks, torch.zeros(2, 3))
 
 
-class _ToyBackbone(Backbone):
+class _ToyBackbone(modeling.Backbone):
     def __init__(self, cfg, input_shape):
         super().__init__()
         self.conv = nn.Conv2d(input_shape.channels, 4, 2, stride=2)
@@ -382,77 +325,65 @@ class _ToyBackbone(Backbone):
         return {"res2": self.conv(images)}
 
 
-def _register(registry, name, thing):
+for registry, name, thing in (
+    (modeling.BACKBONE_REGISTRY, "CoreTestBackbone", _ToyBackbone),
+    (modeling.BACKBONE_REGISTRY, "CoreTestNoBackbone", lambda cfg, shape: nn.Identity()),
+    (modeling.META_ARCH_REGISTRY, "CoreTestModel", ToyModel),
+    (modeling.SEM_SEG_HEADS_REGISTRY, "CoreTestHead", lambda cfg, shapes: (cfg, shapes)),
+):
     if name not in registry:
         registry._do_register(name, thing)
 
 
-_register(BACKBONE_REGISTRY, "CoreTestBackbone", _ToyBackbone)
-_register(BACKBONE_REGISTRY, "CoreTestNoBackbone", lambda cfg, shape: nn.Identity())
-_register(META_ARCH_REGISTRY, "CoreTestModel", ToyModel)
-_register(SEM_SEG_HEADS_REGISTRY, "CoreTestHead", lambda cfg, shapes: (cfg, shapes))
-
-
 def test_builders_look_up_registries():
     cfg = get_cfg()
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.BACKBONE.NAME = "CoreTestBackbone"
-    backbone = build_backbone(cfg)
+    cfg.MODEL.DEVICE, cfg.MODEL.BACKBONE.NAME = "cpu", "CoreTestBackbone"
+    backbone = modeling.build_backbone(cfg)
     assert backbone.conv.in_channels == 3
     assert backbone.output_shape() == {"res2": ShapeSpec(channels=4, stride=2)}
     assert backbone.size_divisibility == 0 and backbone.padding_constraints == {}
-    assert build_backbone(cfg, ShapeSpec(channels=5)).conv.in_channels == 5
+    assert modeling.build_backbone(cfg, ShapeSpec(channels=5)).conv.in_channels == 5
     cfg.MODEL.BACKBONE.NAME = "CoreTestNoBackbone"
-    with pytest.raises(AssertionError):
-        build_backbone(cfg)
+    pytest.raises(AssertionError, modeling.build_backbone, cfg)
     cfg.MODEL.BACKBONE.NAME = "CoreTestAbsent"
     with pytest.raises(KeyError, match="CoreTestAbsent"):
-        build_backbone(cfg)
-    cfg.MODEL.META_ARCHITECTURE = "CoreTestModel"
-    assert next(build_model(cfg).parameters()).device == torch.device("cpu")
-    cfg.MODEL.SEM_SEG_HEAD.NAME = "CoreTestHead"
+        modeling.build_backbone(cfg)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NAME = "CoreTestModel", "CoreTestHead"
+    assert next(modeling.build_model(cfg).parameters()).device == torch.device("cpu")
     shapes = {"a": ShapeSpec(channels=1)}
-    assert build_sem_seg_head(cfg, shapes) == (cfg, shapes)
-    with pytest.raises(TypeError):
-        Backbone()
+    assert modeling.build_sem_seg_head(cfg, shapes) == (cfg, shapes)
+    pytest.raises(TypeError, modeling.Backbone)
 
 
-def _rates(cfg, count, lr=0.5):
-    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": lr}], lr=lr)
-    scheduler, rates = build_lr_scheduler(cfg, optimizer), []
-    for _ in range(count):
+STEPS = [0.5, 0.5, 0.05, 0.05, 0.005, 0.005]
+COSINE = [0.3 + 0.2 * math.cos(math.pi * i / 8) for i in range(8)]
+SHORT_COSINE = [0.3 + 0.2 * math.cos(math.pi * i / 6) for i in range(6)]
+MULTI = {"MAX_ITER": 10, "STEPS": (6, 8, 20), "WARMUP_ITERS": 4, "WARMUP_FACTOR": 0.2}
+HALF = {"LR_SCHEDULER_NAME": "WarmupCosineLR", "MAX_ITER": 8, "BASE_LR_END": 0.1}
+HALF |= {"WARMUP_ITERS": 2, "WARMUP_FACTOR": 0.5}
+
+
+@pytest.mark.parametrize("keys, expected", [
+    (MULTI, [0.1, 0.2, 0.3, 0.4, *STEPS]),
+    ({**MULTI, "WARMUP_METHOD": "constant"}, [*[0.1] * 4, *STEPS]),
+    ({**MULTI, "WARMUP_METHOD": "constant", "WARMUP_ITERS": 0}, [*[0.5] * 6, 0.05]),
+    ({**HALF, "WARMUP_ITERS": 0}, COSINE),
+    # up to the schedule's own value at the end of the warm-up
+    (HALF, [0.25, (0.25 + COSINE[2]) / 2, *COSINE[2:]]),
+    # the whole cosine in the remaining six iterations
+    ({**HALF, "RESCALE_INTERVAL": True}, [0.25, 0.375, *SHORT_COSINE]),
+])  # fmt: skip
+def test_schedules(keys, expected):
+    group = {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.5}
+    optimizer = torch.optim.SGD([group], lr=0.5)
+    scheduler, rates = build_lr_scheduler(solver_config(**keys), optimizer), []
+    for _ in expected:
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    return rates
-
-
-def test_multistep_schedule_values():
-    cfg = solver_config(MAX_ITER=10, STEPS=(6, 8, 20), WARMUP_ITERS=4, WARMUP_FACTOR=0.2)
-    expected = [0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.05, 0.05, 0.005, 0.005]
-    assert _rates(cfg, 10) == pytest.approx(expected, rel=1e-9)
-    cfg.SOLVER.WARMUP_METHOD = "constant"
-    assert _rates(cfg, 10) == pytest.approx([0.1] * 4 + expected[4:], rel=1e-9)
-    cfg.SOLVER.WARMUP_ITERS = 0
-    assert _rates(cfg, 7) == pytest.approx([0.5] * 6 + [0.05], rel=1e-9)
-    cfg.SOLVER.LR_SCHEDULER_NAME = "None"
+    assert rates == pytest.approx(expected, rel=1e-9)
     with pytest.raises(ValueError, match="None"):
-        _rates(cfg, 1)
-
-
-def test_cosine_schedule_values():
-    cfg = solver_config(
-        LR_SCHEDULER_NAME="WarmupCosineLR", MAX_ITER=8, WARMUP_ITERS=0, BASE_LR_END=0.1
-    )
-    cosine = [0.3 + 0.2 * math.cos(math.pi * i / 8) for i in range(8)]
-    assert _rates(cfg, 8) == pytest.approx(cosine, rel=1e-9)
-    cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.WARMUP_FACTOR = 2, 0.5
-    # up to the schedule's own value at the end of the warm-up
-    ramp = [0.25, (0.25 + cosine[2]) / 2]
-    assert _rates(cfg, 8) == pytest.approx(ramp + cosine[2:], rel=1e-9)
-    cfg.SOLVER.RESCALE_INTERVAL = True  # the whole cosine in the remaining six iterations
-    squeezed = [0.3 + 0.2 * math.cos(math.pi * i / 6) for i in range(6)]
-    assert _rates(cfg, 8) == pytest.approx([0.25, 0.375, *squeezed], rel=1e-9)
+        build_lr_scheduler(solver_config(**{**keys, "LR_SCHEDULER_NAME": "None"}), optimizer)
 
 
 def test_lr_multiplier_scales_each_group_and_resumes():
@@ -462,33 +393,24 @@ def test_lr_multiplier_scales_each_group_and_resumes():
         schedule = WarmupParamScheduler(CosineParamScheduler(1, 0), 0.1, 0.25)
         return optimizer, LRMultiplier(optimizer, schedule, max_iter=8)
 
-    optimizer, scheduler = make()
-    for _ in range(5):
-        optimizer.step()
-        scheduler.step()
-    rates = [group["lr"] for group in optimizer.param_groups]
+    def rates_after(optimizer, scheduler, steps):
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+        return [group["lr"] for group in optimizer.param_groups]
+
+    first, second = make(), make()
     expected = 0.5 + 0.5 * math.cos(math.pi * 5 / 8)
-    assert rates == pytest.approx([expected, 0.1 * expected])
-    assert scheduler.state_dict() == {"base_lrs": [1.0, 0.1], "last_epoch": 5}
-    other_optimizer, other = make()
-    other.load_state_dict(scheduler.state_dict())
-    other_optimizer.load_state_dict(optimizer.state_dict())
-    for opt, sched in ((optimizer, scheduler), (other_optimizer, other)):
-        opt.step()
-        sched.step()
-    assert [g["lr"] for g in other_optimizer.param_groups] == [
-        g["lr"] for g in optimizer.param_groups
-    ]
-    with pytest.raises(ValueError):
-        WarmupParamScheduler(CosineParamScheduler(1, 0), 0.1, 0.25, "cubic")
+    assert rates_after(*first, 5) == pytest.approx([expected, 0.1 * expected])
+    assert first[1].state_dict() == {"base_lrs": [1.0, 0.1], "last_epoch": 5}
+    for old, new in zip(first, second):
+        new.load_state_dict(old.state_dict())
+    assert rates_after(*second, 1) == rates_after(*first, 1)
+    arguments = CosineParamScheduler(1, 0), 0.1, 0.25, "cubic"
+    pytest.raises(ValueError, WarmupParamScheduler, *arguments)
 
 
-# -- training --------------------------------------------------------------------------------------
-
-
-class _Recorder(HookBase):
-    """Logs (name, point, iteration) at every point."""
-
+class _Recorder(engine.HookBase):
     def __init__(self, log, name):
         def note(point):
             assert "step" not in point or self.trainer.storage.iter == self.trainer.iter
@@ -498,7 +420,7 @@ class _Recorder(HookBase):
             setattr(self, point, functools.partial(note, point))
 
 
-class _Steps(TrainerBase):
+class _Steps(engine.TrainerBase):
     def __init__(self, log, fail_at=None):
         super().__init__()
         self.log, self.fail_at = log, fail_at
@@ -509,8 +431,8 @@ class _Steps(TrainerBase):
         self.log.append(("", "run_step", self.iter))
 
 
-def test_hooks_run_in_order():
-    log = []
+def test_hooks_run_in_order_and_after_a_failure_too():
+    log, evaluated = [], []
     trainer = _Steps(log)
     trainer.register_hooks([_Recorder(log, "a"), None, _Recorder(log, "b")])
     trainer.train(3, 5)
@@ -520,58 +442,42 @@ def test_hooks_run_in_order():
         expected += [("a", "after_step", i), ("b", "after_step", i)]
     expected += [("a", "after_train", 5), ("b", "after_train", 5)]
     assert log == expected and trainer.iter == 5 and trainer.start_iter == 3
-
-
-def test_after_train_runs_after_a_failure_and_the_error_is_kept():
-    log, evaluated = [], []
-    trainer = _Steps(log, fail_at=1)
-    trainer.register_hooks([_Recorder(log, "a"), hooks.EvalHook(0, lambda: evaluated.append(1))])
+    failing, evaluate = _Steps(log, fail_at=1), lambda: evaluated.append(1)
+    failing.register_hooks([_Recorder(log, "a"), engine.hooks.EvalHook(0, evaluate)])
     with pytest.raises(RuntimeError, match="step failed"):
-        trainer.train(0, 3)
-    assert log[-1] == ("a", "after_train", 1) and not evaluated and not has_event_storage()
+        failing.train(0, 3)
+    assert log[-1] == ("a", "after_train", 1) and not evaluated and not events.has_event_storage()
 
 
 def test_eval_hook_times_and_stores_flat_results():
-    log, seen = [], []
-    trainer = _Steps(log)
-
-    def evaluate():
-        seen.append(trainer.iter)
-        return {"task": {"ap": float(len(seen))}}
-
-    trainer.register_hooks([hooks.EvalHook(2, evaluate)])
+    trainer, bad, seen = _Steps([]), _Steps([]), []
+    evaluate = lambda: seen.append(trainer.iter) or {"task": {"ap": float(len(seen))}}  # noqa: E731
+    trainer.register_hooks([engine.hooks.EvalHook(2, evaluate)])
     trainer.train(0, 6)
     assert seen == [1, 3, 6]  # the last one after the training, not at iteration 5
     assert trainer.storage.latest()["task/ap"] == (3.0, 6)
-    bad = _Steps([])
-    bad.register_hooks([hooks.EvalHook(1, lambda: {"task": "text"}, eval_after_train=False)])
+    bad.register_hooks([engine.hooks.EvalHook(1, lambda: {"task": "text"}, eval_after_train=False)])
     with pytest.raises(ValueError, match="text"):
         bad.train(0, 2)
 
 
 def test_simple_trainer_step_metrics_and_state():
-    model = ToyModel(None)
-    start = model.weight.detach().clone()
-    trainer = SimpleTrainer(model, Loader(2), torch.optim.SGD(model.parameters(), lr=0.1))
-    log = []
+    model, log = ToyModel(), []
+    start, target = model.weight.detach().clone(), ((7 * 2) % 5 + 2 % 3) / 2
+    trainer = engine.SimpleTrainer(model, Loader(2), sgd(model))
     trainer.register_hooks([_Recorder(log, "a")])
     trainer.train(0, 1)
-    target = ((7 * 2) % 5 + 2 % 3) / 2
     gradient = 2 * (start - target) + start.sign()
     assert torch.allclose(model.weight, start - 0.1 * gradient)
-    assert [point for _, point, _ in log] == [
-        "before_train",
-        "before_step",
-        "after_backward",
-        "after_step",
-        "after_train",
-    ]
+    points = "before_train before_step after_backward after_step after_train"
+    assert [point for _, point, _ in log] == points.split()
     latest = {name: value for name, (value, _) in trainer.storage.latest().items()}
     loss_a, loss_b = ((start - target) ** 2).sum().item(), start.abs().sum().item()
-    assert latest["loss_a"] == pytest.approx(loss_a) and latest["loss_b"] == pytest.approx(loss_b)
-    assert latest["total_loss"] == pytest.approx(loss_a + loss_b) and latest["data_time"] >= 0
+    losses = {"loss_a": loss_a, "loss_b": loss_b, "total_loss": loss_a + loss_b}
+    assert {name: latest[name] for name in losses} == pytest.approx(losses)
     state = trainer.state_dict()
-    assert set(state) == {"iteration", "optimizer"} and state["iteration"] == 1
+    assert state.keys() == {"iteration", "optimizer"} and state["iteration"] == 1
+    assert latest["data_time"] >= 0
     model.eval()
     with pytest.raises(AssertionError, match="eval mode"):
         trainer.train(1, 2)
@@ -585,25 +491,22 @@ def test_simple_trainer_iterator_is_lazy_period_and_nan():
             opened.append(1)
             return super().__iter__()
 
-    model = ToyModel(None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    trainer = SimpleTrainer(
-        model, Opens(), optimizer, gather_metric_period=2, zero_grad_before_forward=True
-    )
+    model = ToyModel()
+    options = {"gather_metric_period": 2, "zero_grad_before_forward": True}
+    trainer = engine.SimpleTrainer(model, Opens(), sgd(model, lr=0.0), **options)
     assert not opened
     trainer.train(0, 3)
     assert opened == [1]
     assert [i for _, i in trainer.storage.history("total_loss").values()] == [1]
     with torch.no_grad():
         model.weight[0] = math.nan
-    with pytest.raises(FloatingPointError):
-        trainer.train(0, 2)
+    pytest.raises(FloatingPointError, trainer.train, 0, 2)
 
 
-class _Trainer(DefaultTrainer):
+class _Trainer(engine.DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg, model):
-        return torch.optim.SGD(model.parameters(), lr=cfg.SOLVER.BASE_LR, momentum=0.9)
+        return sgd(model, lr=cfg.SOLVER.BASE_LR, momentum=0.9)
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -628,62 +531,52 @@ def _train_config(folder, **solver):
     return cfg
 
 
-def _load(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def test_default_trainer_files_hooks_and_results(tmp_path):
-    cfg = _train_config(tmp_path / "run", CHECKPOINT_PERIOD=3)
-    cfg.TEST.EVAL_PERIOD = 4
-    cfg.TEST.EXPECTED_RESULTS = [["sum", "count", 3.0, 0.0]]
+    cfg = _train_config(tmp_path, CHECKPOINT_PERIOD=3)
+    cfg.TEST.EVAL_PERIOD, cfg.TEST.EXPECTED_RESULTS = 4, [["sum", "count", 3.0, 0.0]]
     trainer = _Trainer(cfg)
-    names = [type(hook).__name__ for hook in trainer._hooks]
-    assert [name for name in names if name != "NoneType"] == [
-        "IterationTimer",
-        "LRScheduler",
-        "PeriodicCheckpointer",
-        "EvalHook",
-        "PeriodicWriter",
-    ]
-    assert trainer.model is trainer._trainer.model and isinstance(trainer._trainer, SimpleTrainer)
+    names = [type(hook).__name__ for hook in trainer._hooks if hook is not None]
+    assert (
+        names == "IterationTimer LRScheduler PeriodicCheckpointer EvalHook PeriodicWriter".split()
+    )
+    inner = trainer._trainer
+    assert trainer.model is inner.model and isinstance(inner, engine.SimpleTrainer)
     trainer.resume_or_load(resume=False)
-    results = trainer.train()
-    assert results["sum"]["count"] == 3.0
-    files = sorted(name for name in os.listdir(cfg.OUTPUT_DIR) if name.endswith(".pth"))
+    assert trainer.train()["sum"]["count"] == 3.0
+    files = sorted(path.name for path in tmp_path.glob("*.pth"))
     assert files == ["model_0000002.pth", "model_0000005.pth", "model_final.pth"]
-    assert (tmp_path / "run" / "last_checkpoint").read_text() == "model_final.pth"
-    checkpoint = _load(tmp_path / "run" / "model_0000005.pth")
-    assert set(checkpoint) == {"model", "trainer", "iteration"} and checkpoint["iteration"] == 5
-    assert set(checkpoint["model"]) == {"weight", "pixel_mean"}
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    checkpoint = load(tmp_path / "model_0000005.pth")
     state = checkpoint["trainer"]
-    assert set(state) == {"iteration", "hooks", "_trainer"} and state["iteration"] == 5
+    assert checkpoint.keys() == {"model", "trainer", "iteration"} and checkpoint["iteration"] == 5
+    assert checkpoint["model"].keys() == {"weight", "pixel_mean"}
+    assert state.keys() == {"iteration", "hooks", "_trainer"} and state["iteration"] == 5
     # a checkpoint is written after the scheduler's step: it holds the next iteration's rate
     assert state["hooks"] == {"LRScheduler": {"base_lrs": [0.05], "last_epoch": 6}}
-    assert set(state["_trainer"]) == {"iteration", "optimizer"}
-    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.json")]
-    last = [row for row in rows if row["iteration"] == 7][0]
-    assert {"total_loss", "loss_a", "loss_b", "lr", "time", "data_time"} <= set(last)
+    assert state["_trainer"].keys() == {"iteration", "optimizer"}
+    rows = [json.loads(line) for line in open(tmp_path / "metrics.json")]
+    (last, *_) = [row for row in rows if row["iteration"] == 7]
+    assert last.keys() >= {"total_loss", "loss_a", "loss_b", "lr", "time", "data_time"}
     assert last["lr"] == pytest.approx(0.005)
     scores = {row["iteration"]: row for row in rows if "sum/total" in row}
     assert set(scores) == {3, 8} or set(scores) == {8}  # 3 is written only if a write falls on it
-    assert any("tfevents" in name for name in os.listdir(cfg.OUTPUT_DIR))
+    assert list(tmp_path.glob("*tfevents*"))
 
 
-def test_default_trainer_resumes_exactly(tmp_path):
+def test_default_trainer_resumes_exactly_and_loads_weights_alone(tmp_path):
     whole = _Trainer(_train_config(tmp_path / "whole"))
     whole.resume_or_load(resume=True)
     assert whole.start_iter == 0
     whole.train()
 
-    class Interrupt(HookBase):
+    class Interrupt(engine.HookBase):
         def after_step(self):
             if self.trainer.iter == 5:
                 raise KeyboardInterrupt
 
     first = _Trainer(_train_config(tmp_path / "parts", CHECKPOINT_PERIOD=4))
     first.register_hooks([Interrupt()])
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
+    pytest.raises(KeyboardInterrupt, first.train)
     assert (tmp_path / "parts" / "last_checkpoint").read_text() == "model_0000003.pth"
     second = _Trainer(_train_config(tmp_path / "parts", CHECKPOINT_PERIOD=4))
     second.resume_or_load(resume=True)
@@ -691,62 +584,47 @@ def test_default_trainer_resumes_exactly(tmp_path):
     second.data_loader.start = second.start_iter
     second.train()
     assert torch.equal(second.model.weight, whole.model.weight)
-    end = [_load(tmp_path / part / "model_final.pth")["trainer"] for part in ("whole", "parts")]
+    end = [load(tmp_path / part / "model_final.pth")["trainer"] for part in ("whole", "parts")]
     assert end[0]["hooks"] == end[1]["hooks"] and end[0]["iteration"] == end[1]["iteration"]
     momenta = [state["_trainer"]["optimizer"]["state"][0]["momentum_buffer"] for state in end]
     assert torch.equal(*momenta)
-
-
-def test_weights_are_loaded_without_the_training_state(tmp_path):
-    trainer = _Trainer(_train_config(tmp_path / "first"))
-    trainer.train()
-    cfg = _train_config(tmp_path / "second")
-    cfg.MODEL.WEIGHTS = str(tmp_path / "first" / "model_final.pth")
+    cfg = _train_config(tmp_path / "other")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "whole" / "model_final.pth")
     other = _Trainer(cfg)
     other.resume_or_load(resume=True)  # no checkpoint of its own yet
     assert other.start_iter == 0 and other.scheduler.last_epoch == 0
-    assert torch.equal(other.model.weight, trainer.model.weight)
+    assert torch.equal(other.model.weight, whole.model.weight)
 
 
 def test_default_trainer_test_without_evaluator_and_with_several_sets(tmp_path):
-    cfg = _train_config(tmp_path)
-    model = ToyModel(None)
+    cfg, model = _train_config(tmp_path), ToyModel()
 
     class NoEvaluator(_Trainer):
-        @classmethod
-        def build_evaluator(cls, cfg, dataset_name):
-            raise NotImplementedError
+        build_evaluator = engine.DefaultTrainer.build_evaluator
 
     assert NoEvaluator.test(cfg, model) == {}
     cfg.DATASETS.TEST = ("core_test_one", "core_test_two")
     assert set(_Trainer.test(cfg, model)) == {"core_test_one", "core_test_two"}
-    with pytest.raises(AssertionError):
-        _Trainer.test(cfg, model, evaluators=[SumEvaluator()])
-    with pytest.raises(NotImplementedError):
-        DefaultTrainer.build_evaluator(cfg, "x")
+    pytest.raises(AssertionError, _Trainer.test, cfg, model, evaluators=[SumEvaluator()])
+    pytest.raises(NotImplementedError, engine.DefaultTrainer.build_evaluator, cfg, "x")
 
 
 def test_checkpointer_layout_and_prefix(tmp_path):
-    model = ToyModel(None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    checkpointer = DetectionCheckpointer(model, str(tmp_path), optimizer=optimizer)
+    model, other = ToyModel(), ToyModel()
+    checkpointer = DetectionCheckpointer(model, str(tmp_path), optimizer=sgd(model))
     assert not checkpointer.has_checkpoint()
     checkpointer.save("named", note=4)
-    checkpoint = _load(tmp_path / "named.pth")
-    assert set(checkpoint) == {"model", "optimizer", "note"} and checkpoint["note"] == 4
+    checkpoint = load(tmp_path / "named.pth")
+    assert checkpoint.keys() == {"model", "optimizer", "note"} and checkpoint["note"] == 4
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "named.pth")
     assert checkpointer.resume_or_load("", resume=True) == {"note": 4}
-    # a bare state dict, saved from a wrapped model
-    bare = {f"module.{k}": v + 1 for k, v in model.state_dict().items()}
+    bare = {f"module.{k}": v + 1 for k, v in model.state_dict().items()}  # of a wrapped model
     torch.save(bare, tmp_path / "bare.pth")
-    other = ToyModel(None)
     DetectionCheckpointer(other).load(str(tmp_path / "bare.pth"))
     assert torch.equal(other.weight, model.weight + 1)
     DetectionCheckpointer(other, str(tmp_path / "off"), save_to_disk=False).save("x")
-    assert not (tmp_path / "off").exists()
-    assert DetectionCheckpointer(other).load("") == {}
-    with pytest.raises(AssertionError):
-        DetectionCheckpointer(other).load(str(tmp_path / "none.pth"))
+    assert not (tmp_path / "off").exists() and DetectionCheckpointer(other).load("") == {}
+    pytest.raises(AssertionError, DetectionCheckpointer(other).load, str(tmp_path / "none.pth"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="AMPTrainer runs on a GPU only")
@@ -765,8 +643,7 @@ def test_amp_trainer_on_a_gpu():
             return {"loss": out.float().pow(2).mean()}
 
     model = Records().cuda()
-    before = model.layer.weight.detach().clone()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before, optimizer = model.layer.weight.detach().clone(), sgd(model)
     trainer = AMPTrainer(model, Loader(), optimizer)
     trainer.train(0, 2)
     assert model.seen == [torch.float16] * 2 and not torch.equal(before, model.layer.weight)
@@ -777,17 +654,23 @@ def test_amp_trainer_on_a_gpu():
     assert model.seen[-1] == torch.bfloat16
 
 
-# -- metrics, inference, jobs ----------------------------------------------------------------------
+@contextmanager
+def messages_of(caplog, name):
+    """What a logger says that may not propagate."""
+    logger = logging.getLogger(name)
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, logger=name):
+        yield
+    logger.removeHandler(caplog.handler)
 
 
 def test_event_storage_and_json_writer(tmp_path):
-    assert not has_event_storage()
-    with pytest.raises(AssertionError):
-        get_event_storage()
+    assert not events.has_event_storage()
+    pytest.raises(AssertionError, events.get_event_storage)
     path = tmp_path / "metrics.json"
-    writer = JSONWriter(str(path), window_size=3)
-    with EventStorage(10) as storage:
-        assert get_event_storage() is storage and has_event_storage()
+    writer = events.JSONWriter(str(path), window_size=3)
+    with events.EventStorage(10) as storage:
+        assert events.get_event_storage() is storage and events.has_event_storage()
         for i, value in enumerate([5.0, 1.0, 9.0, 2.0]):
             storage.iter = 10 + i
             storage.put_scalar("loss", value)
@@ -799,10 +682,8 @@ def test_event_storage_and_json_writer(tmp_path):
         assert storage.history("loss").latest() == 2.0 and set(storage.histories()) >= {"lr"}
         assert storage.count_samples("loss", 3) == 3
         assert storage.latest_with_smoothing_hint(3)["loss"] == (2.0, 13)  # median of 1, 9, 2
-        with pytest.raises(KeyError):
-            storage.history("absent")
-        with pytest.raises(AssertionError):
-            storage.put_scalar("lr", 0.1)  # with the other hint
+        pytest.raises(KeyError, storage.history, "absent")
+        pytest.raises(AssertionError, storage.put_scalar, "lr", 0.1)  # with the other hint
         storage.iter = 14
         storage.put_scalar("loss", 8.0)
         writer.write()
@@ -816,26 +697,20 @@ def test_event_storage_and_json_writer(tmp_path):
 
 
 def test_printer_and_tensorboard(tmp_path, caplog):
-    logger = logging.getLogger("detectron2.utils.events")
-    logger.addHandler(caplog.handler)
-    caplog.set_level(logging.INFO, logger=logger.name)
-    board = TensorboardXWriter(str(tmp_path / "board"))
-    with EventStorage(4) as storage:
+    board = events.TensorboardXWriter(str(tmp_path))
+    with messages_of(caplog, "detectron2.utils.events"), events.EventStorage(4) as storage:
         storage.put_scalars(total_loss=1.5, loss_mask=0.25, time=2.0, data_time=0.5, accuracy=9.0)
         storage.put_scalar("lr", 1e-3, smoothing_hint=False)
-        CommonMetricPrinter(max_iter=35).write()
+        events.CommonMetricPrinter(max_iter=35).write()
         board.write()
-        line = caplog.messages[-1]
-        for part in ("eta: 0:01:00", "iter: 4", "total_loss: 1.5", "loss_mask: 0.25", "lr: 0.001"):
-            assert part in line
-        assert "accuracy" not in line
         storage.iter = 35
-        count = len(caplog.messages)
-        CommonMetricPrinter(max_iter=35).write()  # the training has ended
-        assert len(caplog.messages) == count
+        events.CommonMetricPrinter(max_iter=35).write()  # the training has ended
+    (line,) = dict.fromkeys(caplog.messages)
+    for part in ("eta: 0:01:00", "iter: 4", "total_loss: 1.5", "loss_mask: 0.25", "lr: 0.001"):
+        assert part in line
+    assert "accuracy" not in line
     board.close()
-    logger.removeHandler(caplog.handler)
-    assert any("tfevents" in name for name in os.listdir(tmp_path / "board"))
+    assert list(tmp_path.glob("*tfevents*"))
 
 
 def test_loggers_write_files_once_per_rank(tmp_path):
@@ -861,12 +736,10 @@ def test_log_every_n_seconds_is_per_line_of_code(caplog):
 
 @pytest.mark.parametrize("count", [1, 5, 7])
 def test_inference_sees_every_sample_once_in_eval_mode(count):
-    model = ToyModel(None)
-    loader = build_detection_test_loader(
-        [{"v": i} for i in range(count)], mapper=lambda d: torch.tensor(float(d["v"])), batch_size=2
-    )
+    model, seen, data = ToyModel(), [], [{"v": i} for i in range(count)]
+    mapper = lambda d: torch.tensor(float(d["v"]))  # noqa: E731
+    loader = build_detection_test_loader(data, mapper=mapper, batch_size=2)
     assert len(loader) == (count + 1) // 2
-    seen = []
 
     class Check(SumEvaluator):
         def process(self, inputs, outputs):
@@ -874,32 +747,27 @@ def test_inference_sees_every_sample_once_in_eval_mode(count):
             seen.extend(x.item() for x in inputs)
             super().process(inputs, outputs)
 
-    results = inference_on_dataset(model, loader, Check())
+    results = evaluation.inference_on_dataset(model, loader, Check())["sum"]
     assert seen == list(range(count)) and model.training
-    assert results["sum"]["count"] == count
     total = sum(range(count)) * model.weight.sum().item()
-    assert results["sum"]["total"] == pytest.approx(total, abs=1e-4)
-    assert inference_on_dataset(lambda batch: batch, loader, None) == {}
+    assert results == {"count": count, "total": pytest.approx(total, abs=1e-4)}
+    assert evaluation.inference_on_dataset(lambda batch: batch, loader, None) == {}
 
 
 def test_inference_merges_evaluators_and_refuses_equal_keys():
-    loader = build_detection_test_loader([torch.ones(1)], mapper=None)
-
     class Other(SumEvaluator):
         def evaluate(self):
             return {"other": {"x": 1.0}}
 
-    class Silent(DatasetEvaluator):
-        pass
-
-    model = ToyModel(None)
-    results = inference_on_dataset(model, loader, [SumEvaluator(), Other(), Silent()])
-    assert set(results) == {"sum", "other"}
-    assert inference_on_dataset(model, loader, Silent()) == {}
-    with pytest.raises(AssertionError):
-        inference_on_dataset(model, loader, DatasetEvaluators([Other(), Other()]))
+    model, silent = ToyModel(), type("Silent", (evaluation.DatasetEvaluator,), {})()
+    given = model, build_detection_test_loader([torch.ones(1)], mapper=None)
+    ask = evaluation.inference_on_dataset
+    assert set(ask(*given, [SumEvaluator(), Other(), silent])) == {"sum", "other"}
+    assert ask(*given, silent) == {}
+    twice = evaluation.DatasetEvaluators([Other(), Other()])
+    pytest.raises(AssertionError, ask, *given, twice)
     model.eval()
-    with inference_context(model):
+    with evaluation.inference_context(model):
         assert not model.training
     assert not model.training
 
@@ -907,38 +775,36 @@ def test_inference_merges_evaluators_and_refuses_equal_keys():
 def test_results_are_flattened_printed_and_verified(caplog):
     results = {"a": {"b": 1.0, "c": {"d": 2.0}}, "e": {}}
     assert flatten_results_dict(results) == {"a/b": 1.0, "a/c/d": 2.0}
-    logger = logging.getLogger("detectron2.evaluation.testing")
-    logger.addHandler(caplog.handler)
-    with caplog.at_level(logging.INFO, logger=logger.name):
-        print_csv_format({"task": {"AP": 12.34567, "AP-cat": 1.0, "AR": 5.0}})
-    logger.removeHandler(caplog.handler)
-    lines = list(dict.fromkeys(caplog.messages))
-    assert lines == ["copypaste: Task: task", "copypaste: AP,AR", "copypaste: 12.3457,5.0000"]
+    with messages_of(caplog, "detectron2.evaluation.testing"):
+        evaluation.print_csv_format({"task": {"AP": 12.34567, "AP-cat": 1.0, "AR": 5.0}})
+    assert list(dict.fromkeys(caplog.messages)) == [
+        "copypaste: Task: task",
+        "copypaste: AP,AR",
+        "copypaste: 12.3457,5.0000",
+    ]
     cfg = get_cfg()
-    assert verify_results(cfg, {})
+    assert evaluation.verify_results(cfg, {})
     cfg.TEST.EXPECTED_RESULTS = [["task", "AP", 12.0, 0.5]]
-    assert verify_results(cfg, {"task": {"AP": 12.4}})
+    assert evaluation.verify_results(cfg, {"task": {"AP": 12.4}})
     for wrong in ({"AP": 12.6}, {"AP": math.nan}, {}):
-        with pytest.raises(SystemExit):
-            verify_results(cfg, {"task": wrong})
+        pytest.raises(SystemExit, evaluation.verify_results, cfg, {"task": wrong})
 
 
 def test_argument_parser_and_setup(tmp_path):
-    args = default_argument_parser().parse_args(
-        ["--config-file", "", "--num-gpus", "2", "--resume", "SEED", "7"]
-    )
+    words = ["--config-file", "", "--num-gpus", "2", "--resume", "SEED", "7"]
+    args = engine.default_argument_parser().parse_args(words)
     assert (args.num_gpus, args.num_machines, args.machine_rank) == (2, 1, 0)
     assert args.resume and not args.eval_only and args.opts == ["SEED", "7"]
     assert args.dist_url.startswith("tcp://127.0.0.1:")
     cfg = get_cfg()
     cfg.merge_from_list(args.opts + ["OUTPUT_DIR", str(tmp_path / "out")])
-    default_setup(cfg, args)
+    engine.default_setup(cfg, args)
     first = (torch.rand(2).tolist(), np.random.rand())
     saved = get_cfg()
     saved.merge_from_file(str(tmp_path / "out" / "config.yaml"))
     assert saved.SOLVER == cfg.SOLVER and saved.SEED == 7
     assert (tmp_path / "out" / "log.txt").exists()
-    default_setup(cfg, args)
+    engine.default_setup(cfg, args)
     assert (torch.rand(2).tolist(), np.random.rand()) == first
     for name in ("detectron2", "fvcore"):  # other tests shall not write to this file
         logging.getLogger(name).handlers.clear()
@@ -951,28 +817,22 @@ def test_one_process_needs_no_group():
     assert comm.gather("x") == ["x"] and comm.all_gather("x") == ["x"]
     comm.synchronize()
     assert 0 <= comm.shared_random_seed() < 2**31
-    model = nn.Linear(1, 1)
-    assert create_ddp_model(model) is model
-    called = []
-    launch(lambda *args: called.append(args), 1, args=(1, "a"))
+    model, called = nn.Linear(1, 1), []
+    assert engine.create_ddp_model(model) is model
+    engine.launch(lambda *args: called.append(args), 1, args=(1, "a"))
     assert called == [(1, "a")]
 
 
 def _two_processes(folder):
-    """Runs in each of two processes; what they see goes to files."""
     torch.set_num_threads(1)
     rank = comm.get_rank()
     np.random.seed(rank)
-    model = ToyModel(None)
-    ddp = create_ddp_model(model, device_ids=None)
-    checkpointer = DetectionCheckpointer(ddp, folder)
-    checkpointer.save("ddp")
-    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
-    trainer = SimpleTrainer(ddp, Loader(rank), optimizer)
+    model = ToyModel()
+    ddp = engine.create_ddp_model(model, device_ids=None)
+    DetectionCheckpointer(ddp, folder).save("ddp")
+    trainer = engine.SimpleTrainer(ddp, Loader(rank), sgd(ddp))
     trainer.train(0, 1)
-    total = trainer.storage.latest().get("total_loss", (None,))[0]
     loader = build_detection_test_loader([torch.tensor(float(i)) for i in range(5)], mapper=None)
-    values = [batch[0].item() for batch in loader]
     report = {
         "sizes": [comm.get_world_size(), comm.get_local_size(), comm.get_local_rank()],
         "main": comm.is_main_process(),
@@ -980,8 +840,8 @@ def _two_processes(folder):
         "all_gather": comm.all_gather({"rank": rank}),
         "seed": int(comm.shared_random_seed()),
         "weight": model.weight.tolist(),
-        "total_loss": total,
-        "values": values,
+        "total_loss": trainer.storage.latest().get("total_loss", (None,))[0],
+        "values": [batch[0].item() for batch in loader],
         "samplers": [list(InferenceSampler(n)) for n in (1, 2, 3)],
     }
     comm.synchronize()
@@ -994,23 +854,20 @@ def _two_processes(folder):
     0 < torch.cuda.device_count() < 2, reason="launch gives each process its own GPU, here is one"
 )
 def test_launch_two_processes(tmp_path):
-    launch(_two_processes, 2, dist_url="auto", args=(str(tmp_path),))
+    engine.launch(_two_processes, 2, dist_url="auto", args=(str(tmp_path),))
     zero, one = (json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2))
-    assert zero["sizes"] == [2, 2, 0] and one["sizes"] == [2, 2, 1]
-    assert zero["main"] and not one["main"]
-    assert zero["gather"] == [0, 1] and one["gather"] == []
-    assert zero["all_gather"] == one["all_gather"] == [{"rank": 0}, {"rank": 1}]
-    assert zero["seed"] == one["seed"]
-    assert zero["values"] == [0, 1, 2] and one["values"] == [3, 4]
-    assert zero["samplers"] == [[0], [0], [0, 1]] and one["samplers"] == [[], [1], [2]]
     # gradients are averaged, so the step equals one on the mean of both losses
-    start = ToyModel(None).weight.detach()
-    targets = [0.0, (7 % 5 + 1) / 2]
+    start, targets = ToyModel().weight.detach(), [0.0, (7 % 5 + 1) / 2]
     step = sum(2 * (start - target) + start.sign() for target in targets) / 2
-    assert zero["weight"] == one["weight"] == pytest.approx((start - 0.1 * step).tolist())
+    weight = pytest.approx((start - 0.1 * step).tolist())
     losses = [((start - t) ** 2).sum() + start.abs().sum() for t in targets]
-    assert zero["total_loss"] == pytest.approx(float(sum(losses)) / 2) and one["total_loss"] is None
-    assert set(torch.load(tmp_path / "ddp.pth", weights_only=True)["model"]) == {
-        "weight",
-        "pixel_mean",
-    }
+    loss = pytest.approx(float(sum(losses)) / 2)
+    both = {"all_gather": [{"rank": 0}, {"rank": 1}], "weight": weight, "seed": zero["seed"]}
+    first = {"sizes": [2, 2, 0], "main": True, "gather": [0, 1], "total_loss": loss}
+    second = {"sizes": [2, 2, 1], "main": False, "gather": [], "total_loss": None}
+    first |= {"values": [0, 1, 2], "samplers": [[0], [0], [0, 1]]}
+    second |= {"values": [3, 4], "samplers": [[], [1], [2]]}
+    assert (zero, one) == ({**both, **first}, {**both, **second}) and zero["weight"] == one[
+        "weight"
+    ]
+    assert load(tmp_path / "ddp.pth")["model"].keys() == {"weight", "pixel_mean"}

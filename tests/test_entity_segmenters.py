@@ -1,19 +1,17 @@
 """Live segmenters: tiny random models saved by their own libraries, and what is done with masks."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import shutil
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers as hf
 from PIL import Image
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny_segmenters import save_mask2former, save_sam, save_sam2, save_toy
 
@@ -21,31 +19,23 @@ from gella.entities.sources import load_from_record, source_for
 from gella.segmenters.from_detectron2 import resized_size
 from gella.segmenters.segmenter import MaskLimits, Segmenter, SegmenterSource, load_segmenter
 
-# A random SAM trusts none of its masks: take them all, and let boxes that are nearly equal stay.
-SAM_OPTIONS = {
-    "points_per_side": "4",
-    "pred_iou_thresh": "-1000",
-    "stability_score_thresh": "0",
-    "nms_thresh": "0.99",
-}
+SAM_OPTIONS = {"points_per_side": "4", "pred_iou_thresh": "-1000"}
+SAM_OPTIONS |= {"stability_score_thresh": "0", "nms_thresh": "0.99"}
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Blocks of random colours."""
+def picture(height, width, seed=0):
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
     return blocks.repeat(8, 0).repeat(8, 1)[:height, :width]
 
 
 class Evil:
-    """A pickle of this would make a folder."""
-
     def __reduce__(self):
         return os.mkdir, ("ran",)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def models(tmp_path_factory):
     """Folders of models, whole and damaged; not to be changed."""
     root = tmp_path_factory.mktemp("models")
     sam, mask2former = save_sam(root / "sam"), save_mask2former(root / "mask2former")
@@ -65,10 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(sam=sam, mask2former=mask2former, toy=toy, cut=cut)
 
 
-# -- which masks become entities -------------------------------------------------------------------
-
-
-def boxes(*corners: tuple[int, int, int, int]) -> np.ndarray:
+def boxes(*corners):
     masks = np.zeros((len(corners), 10, 12), dtype=bool)
     for mask, (top, left, bottom, right) in zip(masks, corners):
         mask[top:bottom, left:right] = True
@@ -78,14 +65,15 @@ def boxes(*corners: tuple[int, int, int, int]) -> np.ndarray:
 def test_limits_leave_out_small_weak_and_surplus_masks():
     masks = boxes((0, 0, 4, 4), (0, 6, 2, 8), (5, 0, 9, 4), (5, 6, 9, 10))
     scores = np.array([0.5, 0.99, 0.9, 0.8], dtype=np.float32)
-    everything = MaskLimits().flatten(masks, scores)
-    assert everything.segment_ids == [1, 2, 3, 4]
-    assert (everything.bitmasks() == masks).all()
-    cut = MaskLimits(min_area=5, min_score=0.6).flatten(masks, scores)
-    assert (cut.bitmasks() == masks[[2, 3]]).all() and cut.segment_ids == [1, 2]
-    np.testing.assert_allclose(cut.scores, [0.9, 0.8])
-    best = MaskLimits(max_entities=2).flatten(masks, scores)
-    assert (best.bitmasks() == masks[[1, 2]]).all()
+    for limits, kept in (
+        ({}, [0, 1, 2, 3]),
+        ({"min_area": 5, "min_score": 0.6}, [2, 3]),
+        ({"max_entities": 2}, [1, 2]),
+    ):
+        found = MaskLimits(**limits).flatten(masks, scores)
+        assert np.array_equal(found.bitmasks(), masks[kept])
+        assert found.segment_ids == list(range(1, len(kept) + 1))
+        np.testing.assert_allclose(found.scores, scores[kept])
 
 
 def test_what_is_left_of_a_covered_mask_counts():
@@ -98,40 +86,30 @@ def test_what_is_left_of_a_covered_mask_counts():
     none = MaskLimits(min_score=1.0).flatten(masks, scores)
     assert none.num_entities == 0 and none.size == (10, 12)
     for wrong in ({"min_area": -1}, {"max_entities": 0}):
-        with pytest.raises(ValueError, match="give"):
-            MaskLimits(**wrong)
+        refused("give", MaskLimits, **wrong)
 
 
 class Fixed(Segmenter):
-    """Answers with what it is given."""
-
-    def __init__(self, masks: np.ndarray, scores: Any) -> None:
+    def __init__(self, masks, scores):
         self.answer = (masks, np.array(scores, dtype=np.float32))
 
     def predict(self, images):
         return [self.answer for _ in images]
 
 
-@pytest.mark.parametrize(
-    ("segmenter", "image", "message"),
-    [
-        (Fixed(boxes((0, 0, 4, 4)), [1]), np.zeros((12, 10, 3), np.uint8), r"10x12 \(width x"),
-        (Fixed(boxes((0, 0, 4, 4)), [np.nan]), np.zeros((10, 12, 3), np.uint8), "no numbers"),
-        (Fixed(boxes(), []), np.zeros((10, 12), np.uint8), "uint8"),
-        (Fixed(boxes(), []), np.zeros((10, 12, 3), np.float32), "float32"),
-    ],
-)
+@pytest.mark.parametrize("segmenter, image, message", [
+    (Fixed(boxes((0, 0, 4, 4)), [1]), np.zeros((12, 10, 3), np.uint8), r"10x12 \(width x"),
+    (Fixed(boxes((0, 0, 4, 4)), [np.nan]), np.zeros((10, 12, 3), np.uint8), "no numbers"),
+    (Fixed(boxes(), []), np.zeros((10, 12), np.uint8), "uint8"),
+    (Fixed(boxes(), []), np.zeros((10, 12, 3), np.float32), "float32"),
+])  # fmt: skip
 def test_wrong_answers_and_images_are_refused(segmenter, image, message):
-    with pytest.raises(ValueError, match=message):
-        segmenter.segment(image)
-
-
-# -- transformers ----------------------------------------------------------------------------------
+    refused(message, segmenter.segment, image)
 
 
 def test_sam_gives_the_masks_of_the_pipeline(models):
-    image = picture(48, 70)
-    segmenter = load_segmenter(f"sam:{models.sam}", "cpu", SAM_OPTIONS)
+    image, spec = picture(48, 70), f"sam:{models.sam}"
+    segmenter = load_segmenter(spec, "cpu", SAM_OPTIONS)
     ((masks, scores),) = segmenter.predict([image])
     options = {key: float(value) for key, value in SAM_OPTIONS.items()}
     options["points_per_crop"] = int(options.pop("points_per_side"))
@@ -143,12 +121,9 @@ def test_sam_gives_the_masks_of_the_pipeline(models):
     np.testing.assert_allclose(scores, np.asarray(reference["scores"]), rtol=1e-6)
     entities = segmenter.segment(image)
     assert entities.size == (48, 70) and entities.num_entities >= 2
-
-
-def test_sam_that_trusts_no_mask_gives_an_empty_map(models):
-    options = {"points_per_side": "2", "pred_iou_thresh": "1000"}
-    entities = load_segmenter(f"sam:{models.sam}", "cpu", options).segment(picture(40, 64))
-    assert entities.num_entities == 0 and entities.size == (40, 64)
+    distrustful = {"points_per_side": "2", "pred_iou_thresh": "1000"}
+    none = load_segmenter(spec, "cpu", distrustful).segment(picture(40, 64))
+    assert none.num_entities == 0 and none.size == (40, 64)
 
 
 def test_sam2_asks_all_of_an_image_that_is_not_square(tmp_path):
@@ -226,36 +201,31 @@ def test_models_whose_masks_would_be_wrong_are_refused(models, tmp_path):
     size = {"shortest_edge": 64, "longest_edge": 128}
     pad = {"height": 256, "width": 256}
     hf.Mask2FormerImageProcessor(size=size, pad_size=pad).save_pretrained(padded)
-    with pytest.raises(ValueError, match="pad_size"):
-        load_segmenter(f"transformers:{padded}", "cpu").segment(picture(48, 64))
+    refused("pad_size", load_segmenter(f"transformers:{padded}", "cpu").segment, picture(48, 64))
     lacking = shutil.copytree(models.mask2former, tmp_path / "lacking")
     weights = load_file(lacking / "model.safetensors")
     name = next(key for key in weights if "class_predictor" in key)
     del weights[name]
     save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"1 weights are missing.*{name}"):
-        load_segmenter(f"transformers:{lacking}", "cpu")
+    refused(f"1 weights are missing.*{name}", load_segmenter, f"transformers:{lacking}", "cpu")
 
 
-# -- Detectron2 ------------------------------------------------------------------------------------
-
-
-def reds_and_blues(height: int = 20, width: int = 30) -> np.ndarray:
+def reds_and_blues(height=20, width=30):
     image = np.full((height, width, 3), 10, dtype=np.uint8)
-    image[2:8, 3:9, 0] = 250
-    image[10:18, 12:28, 2] = 250
+    image[2:8, 3:9, 0], image[10:18, 12:28, 2] = 250, 250
     return image
 
 
 def test_detectron2_instances_panoptic_segments_and_overrides(tmp_path):
     for order in ("RGB", "BGR"):
         spec = save_toy(tmp_path, f"  FORMAT: {order}")
-        entities = load_segmenter(spec, "cpu").segment(reds_and_blues())
+        segmenter = load_segmenter(spec, "cpu")
+        entities = segmenter.segment(reds_and_blues())
         assert entities.bitmasks().shape == (2, 20, 30)
         assert entities.bitmasks()[0].nonzero()[0].min() == 2  # red is first, in both orders
         assert entities.areas().tolist() == [36, 128]
         np.testing.assert_allclose(entities.scores, [0.9, 0.6])
-        black = load_segmenter(spec, "cpu").segment(np.zeros((9, 7, 3), np.uint8))
+        black = segmenter.segment(np.zeros((9, 7, 3), np.uint8))
         assert black.num_entities == 0 and black.size == (9, 7)
     given = {"setup": "tiny_segmenters:add_toy_config", "TOY_PANOPTIC": "True"}
     panoptic = load_segmenter(spec, "cpu", given).segment(reds_and_blues())
@@ -263,8 +233,7 @@ def test_detectron2_instances_panoptic_segments_and_overrides(tmp_path):
     scored = load_segmenter(spec, "cpu", {**given, "output": "instances"})
     np.testing.assert_allclose(scored.segment(reds_and_blues()).scores, [0.9, 0.6])
     lacking = load_segmenter(spec, "cpu", {"output": "panoptic_seg"})
-    with pytest.raises(ValueError, match="gives instances but no panoptic_seg"):
-        lacking.segment(reds_and_blues())
+    refused("gives instances but no panoptic_seg", lacking.segment, reds_and_blues())
 
 
 def test_detectron2_resizes_as_at_test_time(tmp_path):
@@ -282,58 +251,47 @@ def test_detectron2_resizes_as_at_test_time(tmp_path):
 def test_detectron2_weights_of_the_model_zoo(tmp_path, protocol):
     config, zoo = save_toy(tmp_path).split(":")[1], tmp_path / "zoo.pkl"
     levels = np.array([128, 128], dtype=np.float32)
-    content = {"model": {"levels": levels}, "__author__": "a model zoo"}
-    zoo.write_bytes(pickle.dumps(content, protocol))
+    zoo.write_bytes(pickle.dumps({"model": {"levels": levels}, "__author__": "a zoo"}, protocol))
     entities = load_segmenter(f"detectron2:{config}:{zoo}", "cpu").segment(reds_and_blues())
     assert entities.areas().tolist() == [36, 128]
 
 
-# -- specs, options, devices -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("spec", "options", "error", "message"),
-    [
-        ("yolo:x", {}, ValueError, "none of sam:PATH"),
-        ("sam:", {}, ValueError, "none of sam:PATH"),
-        ("detectron2:{toy}/toy.yaml", {}, ValueError, "lacks its weights"),
-        ("sam:{toy}/nowhere", {}, FileNotFoundError, "nowhere does not exist"),
-        ("transformers:./nowhere", {}, FileNotFoundError, "nowhere does not exist"),
-        ("sam:{toy}", {}, ValueError, "cannot be loaded.*saved with its processor"),
-        ("sam:{mask2former}", {}, ValueError, "cannot be loaded.*of this kind"),
-        ("transformers:{sam}", {}, ValueError, "cannot be loaded.*of this kind"),
-        ("sam:{cut}", {}, ValueError, "cannot be loaded"),
-        ("sam:{sam}", {"device": "cuda:0"}, ValueError, "--device cpu"),
-        ("sam:{sam}", {"device": "gpu"}, ValueError, "'gpu' is unknown"),
-        ("sam:{sam}", {"size": "3"}, ValueError, "'size' is not known.*points_per_side"),
-        ("sam:{sam}", {"points_per_side": "many"}, ValueError, "points_per_side=many.*side of"),
-        ("sam:{sam}", {"points_per_side": "0"}, ValueError, "at least 1"),
-        ("transformers:{mask2former}", {"task": "semantic"}, ValueError, "panoptic, instance"),
-        ("detectron2:{toy}/no.yaml:{toy}/toy.pth", {}, FileNotFoundError, "no.yaml does not"),
-        ("detectron2:{toy}/toy.yaml:{toy}/no.pth", {}, FileNotFoundError, "no.pth do not"),
-        ("detectron2:{toy}/toy.yaml:{toy}/toy.pth", {"NO.KEY": "1"}, ValueError, "NO.KEY.*setup"),
-        ("detectron2:{toy}/toy.yaml:{toy}/toy.pth", {"setup": "a.b:c"}, ValueError, "setup=a.b:c"),
-        ("detectron2:{toy}/toy.yaml:{toy}/empty.pth", {}, ValueError, "1 missing.*levels"),
-        ("detectron2:{toy}/toy.yaml:{toy}/shape.pth", {}, ValueError, "1 of another shape.*levels"),
-        ("detectron2:{toy}/toy.yaml:{toy}/list.pth", {}, ValueError, "hold no tensors by key"),
-        ("detectron2:{toy}/toy.yaml:{toy}/cut.pth", {}, ValueError, "cut.pth cannot be read"),
-        ("detectron2:{toy}/toy.yaml:{toy}/evil.pkl", {}, ValueError, "evil.pkl cannot be read"),
-        ("detectron2:{toy}/toy.yaml:{toy}/evil.pth", {}, ValueError, "evil.pth cannot be read"),
-        ("detectron2:{toy}/arch.yaml:{toy}/toy.pth", {}, ValueError, "Unheard.*setup="),
-        ("detectron2:{toy}/code.yaml:{toy}/toy.pth", {}, ValueError, "code.yaml"),
-    ],
-)
+@pytest.mark.parametrize("spec, options, error, message", [
+    ("yolo:x", {}, ValueError, "none of sam:PATH"),
+    ("sam:", {}, ValueError, "none of sam:PATH"),
+    ("detectron2:{toy}/toy.yaml", {}, ValueError, "lacks its weights"),
+    ("sam:{toy}/nowhere", {}, FileNotFoundError, "nowhere does not exist"),
+    ("transformers:./nowhere", {}, FileNotFoundError, "nowhere does not exist"),
+    ("sam:{toy}", {}, ValueError, "cannot be loaded.*saved with its processor"),
+    ("sam:{mask2former}", {}, ValueError, "cannot be loaded.*of this kind"),
+    ("transformers:{sam}", {}, ValueError, "cannot be loaded.*of this kind"),
+    ("sam:{cut}", {}, ValueError, "cannot be loaded"),
+    ("sam:{sam}", {"device": "cuda:0"}, ValueError, "--device cpu"),
+    ("sam:{sam}", {"device": "gpu"}, ValueError, "'gpu' is unknown"),
+    ("sam:{sam}", {"size": "3"}, ValueError, "'size' is not known.*points_per_side"),
+    ("sam:{sam}", {"points_per_side": "many"}, ValueError, "points_per_side=many.*side of"),
+    ("sam:{sam}", {"points_per_side": "0"}, ValueError, "at least 1"),
+    ("transformers:{mask2former}", {"task": "semantic"}, ValueError, "panoptic, instance"),
+    ("detectron2:{toy}/no.yaml:{toy}/toy.pth", {}, FileNotFoundError, "no.yaml does not"),
+    ("detectron2:{toy}/toy.yaml:{toy}/no.pth", {}, FileNotFoundError, "no.pth do not"),
+    ("detectron2:{toy}/toy.yaml:{toy}/toy.pth", {"NO.KEY": "1"}, ValueError, "NO.KEY.*setup"),
+    ("detectron2:{toy}/toy.yaml:{toy}/toy.pth", {"setup": "a.b:c"}, ValueError, "setup=a.b:c"),
+    ("detectron2:{toy}/toy.yaml:{toy}/empty.pth", {}, ValueError, "1 missing.*levels"),
+    ("detectron2:{toy}/toy.yaml:{toy}/shape.pth", {}, ValueError, "1 of another shape.*levels"),
+    ("detectron2:{toy}/toy.yaml:{toy}/list.pth", {}, ValueError, "hold no tensors by key"),
+    ("detectron2:{toy}/toy.yaml:{toy}/cut.pth", {}, ValueError, "cut.pth cannot be read"),
+    ("detectron2:{toy}/toy.yaml:{toy}/evil.pkl", {}, ValueError, "evil.pkl cannot be read"),
+    ("detectron2:{toy}/toy.yaml:{toy}/evil.pth", {}, ValueError, "evil.pth cannot be read"),
+    ("detectron2:{toy}/arch.yaml:{toy}/toy.pth", {}, ValueError, "Unheard.*setup="),
+    ("detectron2:{toy}/code.yaml:{toy}/toy.pth", {}, ValueError, "code.yaml"),
+])  # fmt: skip
 def test_one_clear_error(models, tmp_path, monkeypatch, spec, options, error, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     device, given = options.get("device", "cpu"), {k: options[k] for k in {*options} - {"device"}}
     with pytest.raises(error, match=message) as caught:
         load_segmenter(spec.format(**vars(models)), device, given)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "ran").exists()
-
-
-# -- as a source of a dataset ----------------------------------------------------------------------
+    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
 
 
 def test_a_segmenter_is_a_source_that_a_config_can_name(tmp_path):
@@ -352,7 +310,5 @@ def test_a_segmenter_is_a_source_that_a_config_can_name(tmp_path):
     copy = pickle.loads(pickle.dumps(source))  # without its model, to other processes
     assert copy._segmenter is None and copy.load(record).num_entities == 2
     empty = {"file_name": str(tmp_path / "b.png"), "image_id": "b"}
-    with pytest.raises(ValueError, match="image b .*found no entity"):
-        source.load(empty)
-    with pytest.raises(ValueError, match="lacks its weights"):
-        source_for([["*", "segmenter", "detectron2:x"]], "my_set")
+    refused("image b .*found no entity", source.load, empty)
+    refused("lacks its weights", source_for, [["*", "segmenter", "detectron2:x"]], "my_set")

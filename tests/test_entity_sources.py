@@ -1,19 +1,18 @@
 """Entity masks from every file format, and one clear error for every way a file can be wrong."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
 import pickle
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from PIL import Image
+from refusals import refused
 
 from gella import add_gella_config
 from gella.data.register import choose_entities, use_source
@@ -29,40 +28,34 @@ from gella.entities.sources import (
 )
 
 SIZE = (12, 17)
+IDS = np.zeros(SIZE, np.int32)
+IDS[1:5, 2:9], IDS[3:9, 7:15], IDS[10:, :6] = 70000, 300, 9
 
 
-def scene() -> np.ndarray:
-    ids = np.zeros(SIZE, np.int32)
-    ids[1:5, 2:9], ids[3:9, 7:15], ids[10:, :6] = 70000, 300, 9
-    return ids
-
-
-def write_png(path: Path, ids: np.ndarray) -> Path:
+def write_png(path, ids):
     Image.fromarray(id_to_rgb(ids)).save(path)
     return path
 
 
-def info(*ids: int, crowd: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+def info(*ids, crowd=()):
     return [{"id": i, "category_id": 1, "iscrowd": int(i in crowd)} for i in ids]
 
 
-def assert_same(entities: EntityMap, ids: np.ndarray) -> None:
-    names = np.array([0, *entities.segment_ids])
-    np.testing.assert_array_equal(names[entities.ids], ids)
+def assert_same(entities, ids):
+    np.testing.assert_array_equal(np.array([0, *entities.segment_ids])[entities.ids], ids)
 
 
 @pytest.mark.parametrize("format", ["auto", "panoptic_png"])
-def test_panoptic_png_keeps_ids_order_and_leaves_crowd_out(tmp_path: Path, format: str) -> None:
-    ids = scene()
-    path = write_png(tmp_path / "a.png", ids)
+def test_panoptic_png_keeps_ids_order_and_leaves_crowd_out(tmp_path, format):
+    path = write_png(tmp_path / "a.png", IDS)
     segments = info(300, 9, 70000, crowd=(9,))
     entities = load_entities(path, *SIZE, format=format, segments_info=segments)
     assert entities.segment_ids == [300, 70000]
-    assert_same(entities, np.where(ids == 9, 0, ids))
-    assert_same(load_entities(path, *SIZE, format=format), ids)
+    assert_same(entities, np.where(IDS == 9, 0, IDS))
+    assert_same(load_entities(path, *SIZE, format=format), IDS)
 
 
-def test_npz_with_masks_or_ids(tmp_path: Path) -> None:
+def test_npz_with_masks_or_ids(tmp_path):
     path, masks = tmp_path / "m.npz", np.zeros((3, *SIZE), dtype=bool)
     masks[0, :6], masks[1, 4:9], masks[2, 5, 5] = True, True, True
     np.savez_compressed(path, masks=masks, scores=np.array([0.9, 0.4, 0.6]))
@@ -70,132 +63,113 @@ def test_npz_with_masks_or_ids(tmp_path: Path) -> None:
     assert loaded.segment_ids == [1, 2]  # the third lies under the first
     np.testing.assert_array_equal(loaded.bitmasks(), [masks[0], masks[1] & ~masks[0]])
     np.testing.assert_allclose(loaded.scores, [0.9, 0.4])
-    np.savez(path, ids=scene())
-    assert_same(load_entities(path, *SIZE), scene())
+    np.savez(path, ids=IDS)
+    assert_same(load_entities(path, *SIZE), IDS)
 
 
-def test_results_json_flattens_by_score_and_takes_every_coding(tmp_path: Path) -> None:
+def test_results_json_flattens_by_score_and_takes_every_coding(tmp_path):
     masks = np.zeros((3, *SIZE), dtype=bool)
     masks[0, 2:9, 2:9], masks[1, 4:11, 4:11], masks[2, 0:3, 12:16] = True, True, True
     flat = masks[1].ravel(order="F")
     edges = np.flatnonzero(np.diff(flat, prepend=False, append=False))
     plain = {"size": list(SIZE), "counts": np.diff([0, *edges, flat.size]).tolist()}
-    polygon = [[12, 0, 16, 0, 16, 3, 12, 3]]
-    segmentations = [encode_mask(masks[0]), plain, polygon]
+    codes = encode_mask(masks[0]), plain, [[12, 0, 16, 0, 16, 3, 12, 3]]
     results = [
-        {"image_id": 5, "category_id": 1, "segmentation": s, "score": score}
-        for s, score in zip(segmentations, (0.3, 0.8, 0.5))
+        {"image_id": 5, "category_id": 1, "segmentation": code, "score": score}
+        for code, score in zip(codes, (0.3, 0.8, 0.5))
     ]
     path = tmp_path / "results.json"
     path.write_text(json.dumps([{**results[0], "image_id": 6}, *results]))
     for image_id in (5, "5"):  # ids are integers or text in the wild
         loaded = load_entities(path, *SIZE, image_id=image_id)
-        expected = [masks[0] & ~masks[1], masks[1], masks[2]]
-        np.testing.assert_array_equal(loaded.bitmasks(), expected)
+        np.testing.assert_array_equal(loaded.bitmasks(), [masks[0] & ~masks[1], *masks[1:]])
         np.testing.assert_allclose(loaded.scores, [0.3, 0.8, 0.5])
     assert load_entities(path, *SIZE, image_id=6, format="coco_results").num_entities == 1
 
 
-def test_segments_of_an_instance_json(tmp_path: Path) -> None:
+def test_segments_of_an_instance_json(tmp_path):
     square, bar = [2, 2, 8, 2, 8, 8, 2, 8], [6, 4, 14, 4, 14, 6, 6, 6]
-    inside = np.zeros((2, *SIZE), dtype=bool)
-    inside[0, 2:8, 2:8], inside[1, 4:6, 6:14] = True, True
-    spot = np.zeros(SIZE, dtype=bool)
-    spot[3:5, 3:5] = True
-    (tmp_path / "instances.json").write_text("{}")
+    inside, spot = np.zeros((2, *SIZE), dtype=bool), np.zeros(SIZE, dtype=bool)
+    inside[0, 2:8, 2:8], inside[1, 4:6, 6:14], spot[3:5, 3:5] = True, True, True
     segments = [
         {"id": 900, "segmentation": [square, bar], "iscrowd": 0},  # overlapping parts: a union
         {"id": 31, "segmentation": [bar, encode_mask(inside[0])]},  # a part may be RLE
         {"id": 5, "segmentation": encode_mask(spot)},
         {"id": 6, "segmentation": encode_mask(np.ones(SIZE)), "iscrowd": 1},
     ]
-    options: dict[str, Any] = {"format": "coco_instances", "image_id": 1}
-    path = tmp_path / "instances.json"
+    path, options = tmp_path / "instances.json", {"format": "coco_instances", "image_id": 1}
+    path.write_text("{}")
     for first in segments[:2]:
-        listed = [first, *segments[2:]]
-        loaded = load_entities(path, *SIZE, segments_info=listed, **options)
+        loaded = load_entities(path, *SIZE, segments_info=[first, *segments[2:]], **options)
         assert loaded.segment_ids == [first["id"], 5]
-        expected = [(inside[0] | inside[1]) & ~spot, spot]  # the smaller one lies on top
-        np.testing.assert_array_equal(loaded.bitmasks(), expected)
+        # The smaller one lies on top.
+        np.testing.assert_array_equal(loaded.bitmasks(), [inside.any(0) & ~spot, spot])
     missing = "image 1.*instances.json.*segment 7.*'segmentation' is missing"
-    with pytest.raises(ValueError, match=missing):
-        load_entities(path, *SIZE, segments_info=[{"id": 7}], **options)
+    refused(missing, load_entities, path, *SIZE, segments_info=[{"id": 7}], **options)
     annotations = [{**segment, "image_id": k} for k, segment in enumerate((*segments, *segments))]
     path.write_text(json.dumps({"images": [], "annotations": annotations}))
     whole = load_entities(path, *SIZE, image_id=2)  # "auto": by the outlines in it
     assert whole.segment_ids == [5] and np.array_equal(whole.bitmasks()[0], spot)
-    with pytest.raises(ValueError, match="image 77.*instances.json.*no annotations"):
-        load_entities(path, *SIZE, format="coco_instances", image_id=77)
+    absent = "image 77.*instances.json.*no annotations"
+    refused(absent, load_entities, path, *SIZE, format="coco_instances", image_id=77)
 
 
-def test_a_rewritten_file_is_read_again(tmp_path: Path) -> None:
-    path, masks = tmp_path / "results.json", (np.ones(SIZE), scene() == 9)
-    entries = [{"image_id": 1, "segmentation": encode_mask(m), "score": 1.0} for m in masks]
+def test_a_rewritten_file_is_read_again(tmp_path):
+    path = tmp_path / "results.json"
+    codes = [encode_mask(np.ones(SIZE)), encode_mask(IDS == 9)]
     for count in (1, 2):
-        path.write_text(json.dumps(entries[:count]))
+        entries = [{"image_id": 1, "segmentation": c, "score": 1.0} for c in codes[:count]]
+        path.write_text(json.dumps(entries))
         os.utime(path, ns=(count * 10**9, count * 10**9))
         assert load_entities(path, *SIZE, image_id=1).num_entities == count
 
 
-def test_real_coco_sample_equals_a_comparison_per_segment(coco_sample: Path) -> None:
+def test_real_coco_sample_equals_a_comparison_per_segment(coco_sample):
     folder = coco_sample / "annotations"
     panoptic = json.loads((folder / "panoptic_val2017.json").read_text())
     sizes = {image["id"]: (image["height"], image["width"]) for image in panoptic["images"]}
     for annotation in panoptic["annotations"]:
         path = folder / "panoptic_val2017" / annotation["file_name"]
-        height, width = sizes[annotation["image_id"]]
-        segments = annotation["segments_info"]
-        entities = load_entities(path, height, width, segments_info=segments)
+        image_id, segments = annotation["image_id"], annotation["segments_info"]
+        entities = load_entities(path, *sizes[image_id], segments_info=segments)
         ids = rgb_to_id(np.asarray(Image.open(path)))
         own = [segment for segment in segments if not segment["iscrowd"]]
-        assert len(own) < len(segments)  # the sample has crowd
+        assert len(own) < len(segments) and (ids == 0).any()  # the sample has crowd, and void
         assert entities.segment_ids == [segment["id"] for segment in own]
-        assert (ids == 0).any()  # and void
         for mask, segment in zip(entities.bitmasks(), own):
             np.testing.assert_array_equal(mask, ids == segment["id"])
-            assert mask.sum() == segment["area"]
-        from_json = load_entities(
-            folder / "panoptic_val2017.json", height, width, image_id=annotation["image_id"]
-        )
-        np.testing.assert_array_equal(from_json.ids, entities.ids)
+        from_json = folder / "panoptic_val2017.json"
+        found = load_entities(from_json, *sizes[image_id], image_id=image_id)
+        np.testing.assert_array_equal(found.ids, entities.ids)
 
 
-# -- run lengths -------------------------------------------------------------------------------
-
-
-def test_run_lengths_are_read_as_pycocotools_reads_them() -> None:
+def test_run_lengths_are_read_as_pycocotools_reads_them():
     rng = np.random.default_rng(0)
-    for density in (0.0, 0.02, 0.5, 1.0):
-        for height, width in ((1, 1), (7, 90), (300, 211)):
-            mask = rng.random((height, width)) < density
-            mask[: height // 2] |= rng.random() < 0.5  # long runs too
-            code = encode_mask(mask)
-            np.testing.assert_array_equal(decode_segmentation(code, mask.shape), mask)
-            in_bytes = {**code, "counts": code["counts"].encode()}
-            np.testing.assert_array_equal(decode_segmentation(in_bytes, mask.shape), mask)
+    for density, size in product((0.0, 0.02, 0.5, 1.0), ((1, 1), (7, 90), (300, 211))):
+        mask = rng.random(size) < density
+        mask[: size[0] // 2] |= rng.random() < 0.5  # long runs too
+        code = encode_mask(mask)
+        for given in (code, {**code, "counts": code["counts"].encode()}):
+            np.testing.assert_array_equal(decode_segmentation(given, size), mask)
 
 
-CODE = encode_mask(scene() == 300)["counts"]
+CODE = encode_mask(IDS == 300)["counts"]
 DAMAGED = ["", "0", "52", "P", "04P", "0" * 50, "00N", "hello", "é", 7]
 
 
 @pytest.mark.parametrize("counts", [*DAMAGED, *(CODE[:end] for end in range(1, len(CODE)))])
-def test_run_lengths_that_do_not_add_up_are_refused(counts: Any) -> None:
+def test_run_lengths_that_do_not_add_up_are_refused(counts):
     """pycocotools decodes some of these to whatever lies in memory."""
     with pytest.raises(ValueError, match="runs cover|run lengths"):
         decode_segmentation({"size": list(SIZE), "counts": counts}, SIZE)
 
 
-# -- sources -----------------------------------------------------------------------------------
-
-
-def records_of(folder: Path, count: int = 3) -> list[dict[str, Any]]:
-    """Records annotated by panoptic PNGs; image k has the ids of `scene` plus k."""
+def records_of(folder, count=3):
+    """Records annotated by panoptic PNGs; image k has the ids of `IDS` plus k."""
     (folder / "panoptic").mkdir()
     records = []
     for k in range(count):
-        file = folder / "panoptic" / f"{k:04d}.png"
-        write_png(file, np.where(scene() > 0, scene() + k, 0))
+        file = write_png(folder / "panoptic" / f"{k:04d}.png", np.where(IDS > 0, IDS + k, 0))
         place = {"format": "panoptic_png", "file_name": str(file)}
         place["segments_info"] = info(9 + k, 300 + k, 70000 + k)
         record = {"file_name": f"pictures/{k:04d}.jpg", "image_id": 50 + k, "entities": place}
@@ -203,14 +177,13 @@ def records_of(folder: Path, count: int = 3) -> list[dict[str, Any]]:
     return records
 
 
-def write_source(kind: str, folder: Path, count: int) -> Path:
+def write_source(kind, folder, count):
     """Masks of the first `count` images as one kind of file; every image has one entity, k + 1."""
     path, annotations = folder / "found", []
     path.mkdir()
     for k in range(count):
         name = f"{k:04d}" if k or kind != "gray_png" else "50"  # one is named by its image id
-        entry: dict[str, Any] = {"image_id": 50 + k, "id": k + 1, "score": 0.5}
-        ids = np.where(scene() == 300, k + 1, 0)
+        entry, ids = {"image_id": 50 + k, "id": k + 1, "score": 0.5}, np.where(IDS == 300, k + 1, 0)
         if kind == "npz":
             np.savez(path / f"{name}.npz", ids=ids)
         elif kind == "gray_png":
@@ -233,35 +206,31 @@ KINDS = ("npz", "gray_png", "panoptic_png", "coco_results", "coco_panoptic", "co
 
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_source_of_every_format(tmp_path: Path, kind: str, named: bool) -> None:
+def test_a_file_source_of_every_format(tmp_path, kind, named):
     records = records_of(tmp_path)
     source = FileSource(write_source(kind, tmp_path, 2), kind if named else "auto")
     assert source.missing([*records, *records]) == [52]
-    with pytest.raises(ValueError, match="image 52: no masks in .*found"):
-        source.lead(records[2])
+    refused("image 52: no masks in .*found", source.lead, records[2])
     source = pickle.loads(pickle.dumps(source))  # as a spawned worker gets it
     before = json.dumps(records)
     for k in range(2):
-        led = source.lead(records[k])
-        assert led["entities"]["targets"] is records[k]["entities"]
+        led, given = source.lead(records[k]), records[k]["entities"]
         entities = load_from_record(led)
         assert entities.num_entities == 1
-        np.testing.assert_array_equal(entities.ids > 0, scene() == 300)
+        np.testing.assert_array_equal(entities.ids > 0, IDS == 300)
         if kind != "coco_results":
             assert entities.segment_ids == [k + 1]
         np.testing.assert_array_equal(source.load(records[k]).ids, entities.ids)
         # A second source takes the place of the first; the annotation stays what it was.
-        again = source.lead(led)
-        assert again["entities"]["targets"] is records[k]["entities"]
-        assert AnnotationSource().lead(led)["entities"] is records[k]["entities"]
+        assert led["entities"]["targets"] is source.lead(led)["entities"]["targets"] is given
+        assert AnnotationSource().lead(led)["entities"] is given
         assert AnnotationSource().load(led).segment_ids == [9 + k, 300 + k, 70000 + k]
     assert json.dumps(records) == before
 
 
-def test_the_results_are_not_read_again_for_every_image(tmp_path: Path) -> None:
-    records = records_of(tmp_path)
+def test_the_results_are_not_read_again_for_every_image(tmp_path):
     path = write_source("coco_results", tmp_path, 3)
-    led = [FileSource(path).lead(record) for record in records]
+    led = [FileSource(path).lead(record) for record in records_of(tmp_path)]
     path.write_text("no longer JSON")
     assert [load_from_record(record).num_entities for record in led] == [1, 1, 1]
 
@@ -269,11 +238,9 @@ def test_the_results_are_not_read_again_for_every_image(tmp_path: Path) -> None:
 def test_missing_masks_are_told_before_anything_is_read(tmp_path, caplog):
     records = records_of(tmp_path, 9)
     source = FileSource(write_source("npz", tmp_path, 2))
-    with pytest.raises(ValueError) as caught:
-        use_source(records, source, "gella_some")
-    text = str(caught.value)
+    text = refused(None, use_source, records, source, "gella_some")
     assert "gella_some: 7 of its 9 images have no masks in" in text and str(source.path) in text
-    assert "52, 53, 54, 55, 56, ..." in text and "LEAVE_OUT_MISSING" in text and "\n" not in text
+    assert "52, 53, 54, 55, 56, ..." in text and "LEAVE_OUT_MISSING" in text
     assert caplog.text == ""
     with caplog.at_level(logging.WARNING, logger="gella"):
         kept = use_source([*records, records[0]], source, "gella_some", leave_out=True)
@@ -281,49 +248,40 @@ def test_missing_masks_are_told_before_anything_is_read(tmp_path, caplog):
     assert all(record["entities"]["targets"] for record in kept)
     assert "7 of its 9 images" in caplog.text and "with 7 records" in caplog.text
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="9 of its 9 images"):
-        use_source(records, FileSource(tmp_path / "empty"), "gella_some", leave_out=True)
+    given = records, FileSource(tmp_path / "empty"), "gella_some"
+    refused("9 of its 9 images", use_source, *given, leave_out=True)
 
 
-def test_missing_and_shared_files_are_found(tmp_path: Path) -> None:
+def test_missing_and_shared_files_are_found(tmp_path):
     records = records_of(tmp_path)
     Path(records[1]["entities"]["file_name"]).unlink()
     assert AnnotationSource().missing([*records, *records]) == [51]
     assert LiveSource(EntityMap).missing(records) == []
     records[1]["file_name"] = "other/0000.jpg"  # two images never share a mask file
     source = FileSource(write_source("npz", tmp_path, 3))
-    with pytest.raises(ValueError, match="pictures/0000.jpg and other/0000.jpg.*0000.npz"):
-        source.missing(records)
+    refused("pictures/0000.jpg and other/0000.jpg.*0000.npz", source.missing, records)
 
 
-@pytest.mark.parametrize(
-    ("name", "format", "message"),
-    [
-        ("absent", "auto", "absent do not exist"),
-        ("panoptic/0000.png", "auto", "give the folder"),
-        ("panoptic", "coco_results", "folder.*coco_results"),
-        ("found.json", "npz", "file.*npz"),
-        ("found.json", "tiff", "tiff.*known: auto, panoptic_png"),
-        ("cut.json", "auto", "cut.json.*not a JSON file"),
-        ("found.json", "coco_panoptic", "found.json.*list of annotations"),
-    ],
-)
+@pytest.mark.parametrize("name, format, message", [
+    ("absent", "auto", "absent do not exist"),
+    ("panoptic/0000.png", "auto", "give the folder"),
+    ("panoptic", "coco_results", "folder.*coco_results"),
+    ("found.json", "npz", "file.*npz"),
+    ("found.json", "tiff", "tiff.*known: auto, panoptic_png"),
+    ("cut.json", "auto", "cut.json.*not a JSON file"),
+    ("found.json", "coco_panoptic", "found.json.*list of annotations"),
+])  # fmt: skip
 def test_a_source_that_cannot_be_is_refused(tmp_path, name, format, message):
     records_of(tmp_path)
     write_source("coco_results", tmp_path, 1)
     (tmp_path / "cut.json").write_text('[{"image_id": 5')
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        FileSource(tmp_path / name, format)
-
-
-# -- the config --------------------------------------------------------------------------------
+    refused(message, FileSource, tmp_path / name, format, error=(ValueError, FileNotFoundError))
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Any:
+def catalog(tmp_path):
     """Two registered datasets of the same three images."""
-    records = records_of(tmp_path)
-    names = ("gella_sources_test_train", "gella_sources_test_val")
+    records, names = records_of(tmp_path), ("gella_sources_test_train", "gella_sources_test_val")
     for name in names:
         DatasetCatalog.register(name, lambda: records)
     yield names
@@ -331,63 +289,55 @@ def catalog(tmp_path: Path) -> Any:
         DatasetCatalog.remove(name)
 
 
-def config(*options: str) -> Any:
+def config(entries="[]", leave_out="False"):
     cfg = get_cfg()
     add_gella_config(cfg)
+    options = ("INPUT.GELLA.ENTITY_SOURCES", entries, "INPUT.GELLA.LEAVE_OUT_MISSING", leave_out)
     cfg.merge_from_list(list(options))
     return cfg
 
 
-def test_the_command_line_chooses_per_dataset(tmp_path: Path, catalog: Any) -> None:
+def test_the_command_line_chooses_per_dataset(tmp_path, catalog):
     train, val = catalog
     masks = write_source("coco_results", tmp_path, 3)
-    entries = f"[['*_test_val', 'auto', '{masks}'], ['gella_*', 'annotation', '']]"
-    cfg = config("INPUT.GELLA.ENTITY_SOURCES", entries)
-    records = DatasetCatalog.get(val)
+    cfg = config(f"[['*_test_val', 'auto', '{masks}'], ['gella_*', 'annotation', '']]")
+    records, entries = DatasetCatalog.get(val), cfg.INPUT.GELLA.ENTITY_SOURCES
     led = choose_entities(records, val, cfg, is_train=False)
     assert [r["entities"]["file_name"] for r in led] == [str(masks)] * 3
     assert choose_entities(records, train, cfg, is_train=True) is records
     assert choose_entities(records, val, config(), is_train=False) is records
-    assert isinstance(source_for(cfg.INPUT.GELLA.ENTITY_SOURCES, train), AnnotationSource)
-    found = [source_for(cfg.INPUT.GELLA.ENTITY_SOURCES, name) for name in (val, "a_test_val")]
-    assert found[0] is found[1]  # one index for all datasets of a file
-    reversed_entries = cfg.INPUT.GELLA.ENTITY_SOURCES[::-1]
-    assert isinstance(source_for(reversed_entries, val), AnnotationSource)  # the first counts
+    assert isinstance(source_for(entries, train), AnnotationSource)
+    # One index for all datasets of a file; of several entries the first counts.
+    assert source_for(entries, val) is source_for(entries, "a_test_val")
+    assert isinstance(source_for(entries[::-1], val), AnnotationSource)
     yaml = tmp_path / "config.yaml"
     yaml.write_text(f"INPUT:\n  GELLA:\n    ENTITY_SOURCES: [['{val}', coco_results, {masks}]]\n")
-    cfg = config()
     cfg.merge_from_file(str(yaml))
     led = choose_entities(records, val, cfg, is_train=False)
     assert led[0]["entities"]["format"] == "coco_results"
     masks.write_text("[]")  # a file that was written anew is read anew
-    assert source_for(cfg.INPUT.GELLA.ENTITY_SOURCES, val).missing(records) == [50, 51, 52]
+    assert source_for(entries, val).missing(records) == [50, 51, 52]
 
 
-def test_only_training_leaves_images_out(tmp_path: Path, catalog: Any) -> None:
+def test_only_training_leaves_images_out(tmp_path, catalog):
     train, val = catalog
     masks = write_source("coco_results", tmp_path, 2)
-    entries = f"[['gella_sources_test_*', 'auto', '{masks}']]"
-    options = ("INPUT.GELLA.ENTITY_SOURCES", entries, "INPUT.GELLA.LEAVE_OUT_MISSING", "True")
-    records = DatasetCatalog.get(val)
-    assert len(choose_entities(records, train, config(*options), is_train=True)) == 2
-    with pytest.raises(ValueError, match="1 of its 3 images.*: 52"):
-        choose_entities(records, val, config(*options), is_train=False)
-    with pytest.raises(ValueError, match="1 of its 3 images.*: 52"):
-        choose_entities(records, train, config(*options[:2]), is_train=True)
+    entries, records = f"[['gella_sources_test_*', 'auto', '{masks}']]", DatasetCatalog.get(val)
+    assert len(choose_entities(records, train, config(entries, "True"), is_train=True)) == 2
+    told = "1 of its 3 images.*: 52"
+    refused(told, choose_entities, records, val, config(entries, "True"), is_train=False)
+    refused(told, choose_entities, records, train, config(entries), is_train=True)
 
 
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ("['gella_sources_test_val', 'auto', 'masks.json']", "'gella_sources_test_val'; each"),
-        ("[['gella_sources_test_val', 'auto']]", "each entry is"),
-        ("[['gella_sources_test_val', 'auto', 5]]", "each entry is"),
-        ("[['gella_sources_test_val', 'jpeg', 'masks']]", "'jpeg'.*known: annotation, auto"),
-        ("[['gella_sources_test_vall', 'annotation', '']]", "test_vall is no registered"),
-        ("[['gella_sources_test_val', 'auto', 'absent.json']]", "absent.json do not exist"),
-    ],
-)
-def test_a_wrong_entry_is_named(catalog: Any, entries: str, message: str) -> None:
-    cfg = config("INPUT.GELLA.ENTITY_SOURCES", entries)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        choose_entities(DatasetCatalog.get(catalog[1]), catalog[1], cfg, is_train=False)
+@pytest.mark.parametrize("entry, message", [
+    ("'gella_sources_test_val', 'auto', 'masks.json'", "'gella_sources_test_val'; each"),
+    ("['gella_sources_test_val', 'auto']", "each entry is"),
+    ("['gella_sources_test_val', 'auto', 5]", "each entry is"),
+    ("['gella_sources_test_val', 'jpeg', 'masks']", "'jpeg'.*known: annotation, auto"),
+    ("['gella_sources_test_vall', 'annotation', '']", "test_vall is no registered"),
+    ("['gella_sources_test_val', 'auto', 'absent.json']", "absent.json do not exist"),
+])  # fmt: skip
+def test_a_wrong_entry_is_named(catalog, entry, message):
+    given = DatasetCatalog.get(catalog[1]), catalog[1], config(f"[{entry}]")
+    error = (ValueError, FileNotFoundError)
+    refused(message, choose_entities, *given, error=error, is_train=False)

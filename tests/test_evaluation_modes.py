@@ -1,12 +1,9 @@
 """Registry, modes, tables, results and provenance of evaluations."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from evaluation_scenes import CATEGORIES, answer, make_sample, run, run_all
+from refusals import refused
 from tiny_gella import make_cfg, make_model, make_record
 
 from gella import add_gella_config, evaluation
@@ -78,45 +76,38 @@ def test_the_example_of_an_evaluator_of_ones_own(cfg):
         ("other", [], "ground", "no factory"),
         ("other", [print], "sing", "unknown task 'sing'"),
     ):
-        with pytest.raises(ValueError, match=message):
-            evaluation.register_evaluator(kind, *factories, task=task)
+        refused(message, evaluation.register_evaluator, kind, *factories, task=task)
 
 
 @pytest.mark.usefixtures("own_registry")
 def test_evaluators_by_type(cfg, dataset, tmp_path):
     samples = [make_sample(tmp_path, image_id) for image_id in (3, 11)]
-    outputs = [answer(s) for s in samples]
-    evaluators = evaluation.build_evaluator(cfg, dataset, str(tmp_path / "out"))
+    outputs, build = [answer(s) for s in samples], evaluation.build_evaluator
+    evaluators = build(cfg, dataset, str(tmp_path / "out"))
     assert set(run(evaluators, samples, outputs)) == {"panoptic_seg", "entity"}
     cfg.TEST.PNG_PROTOCOL = "flmm"
     evaluation.register_evaluator("my_rule", *evaluation.EVALUATORS["png"], lambda *_: None)
-    name = "evaluation_modes_own"
-    try:
-        MetadataCatalog.get(name).evaluator_type = "my_rules"
-        with pytest.raises(KeyError, match="my_rules.*noun_extraction"):
-            evaluation.build_evaluator(cfg, name, str(tmp_path))
-        MetadataCatalog.remove(name)
-        MetadataCatalog.get(name).evaluator_type = "my_rule"
-        evaluators = evaluation.build_evaluator(cfg, name, str(tmp_path / "out"))
-        assert run(evaluators, samples, outputs)["png"]["protocol_flmm"] == 1.0
-    finally:
-        MetadataCatalog.remove(name)
+    for kind in ("my_rules", "my_rule"):
+        MetadataCatalog.remove(dataset)
+        MetadataCatalog.get(dataset).evaluator_type = kind
+        if kind == "my_rules":
+            told = "my_rules.*noun_extraction"
+            refused(told, build, cfg, dataset, str(tmp_path), error=KeyError)
+    evaluators = build(cfg, dataset, str(tmp_path / "out"))
+    assert run(evaluators, samples, outputs)["png"]["protocol_flmm"] == 1.0
 
 
 def test_nouns_given_or_extracted(cfg):
-    assert evaluation.task_for(cfg, "gella_shapes_png_val") == "ground"
-    assert evaluation.task_for(cfg, "gella_shapes_refcoco_val") == "refer"
-    given = evaluation.build_evaluator(cfg, "gella_shapes_png_val", "")
-    cfg.TEST.NOUNS = "extracted"
-    extracted = evaluation.build_evaluator(cfg, "gella_shapes_png_val", "")
-    assert len(extracted._evaluators) == len(given._evaluators) + 1
-    assert evaluation.task_for(cfg, "gella_shapes_png_val") == "extract"
-    assert evaluation.task_for(cfg, "gella_shapes_panoptic_val") == "panoptic"
+    names = [f"gella_shapes_{kind}_val" for kind in ("png", "refcoco", "panoptic")]
+    counts = []
+    for nouns, tasks in (("given", ["ground", "refer"]), ("extracted", ["extract", "refer"])):
+        cfg.TEST.NOUNS = nouns
+        assert [evaluation.task_for(cfg, name) for name in names] == [*tasks, "panoptic"]
+        counts.append(len(evaluation.build_evaluator(cfg, names[0], "")._evaluators))
+    assert counts[1] == counts[0] + 1
     cfg.TEST.NOUNS = "heard"
-    with pytest.raises(ValueError, match="TEST.NOUNS is 'heard'"):
-        evaluation.task_for(cfg, "gella_shapes_png_val")
-    with pytest.raises(ValueError, match="evaluator_type is None"):
-        evaluation.task_for(cfg, "evaluation_modes_unknown")
+    refused("TEST.NOUNS is 'heard'", evaluation.task_for, cfg, names[0])
+    refused("evaluator_type is None", evaluation.task_for, cfg, "evaluation_modes_unknown")
 
 
 def test_the_trainer_maps_for_the_mode(dataset, tmp_path, tokenizer_dir):
@@ -152,16 +143,14 @@ def test_other_names_for_the_same_categories(cfg, dataset, tmp_path):
         ([{"name": "x"}], "is no list of categories"),
         ({"names": []}, "holds no list"),
     ):
-        with pytest.raises(ValueError, match=message):
-            asked(content)
+        refused(message, asked, content)
     cfg.TEST.CATEGORIES_FROM = str(tmp_path / "absent.json")
     with pytest.raises(FileNotFoundError, match="name a registered dataset or a JSON file"):
         evaluation.asked_categories(cfg, dataset)
 
 
 def test_a_second_datasets_names_need_no_code_and_one_pass(dataset, tmp_path, tokenizer_dir):
-    """40 names of a dataset that nobody knows: one pass of the language model an image."""
-    names = [f"kind {k} of thing" for k in range(40)]
+    names, passes = [f"kind {k} of thing" for k in range(40)], []
     categories = [{"id": 3 * k + 3, "name": n, "isthing": k % 2} for k, n in enumerate(names)]
     records = [make_record(tmp_path, f"im{k}", (40, 56), 4, ("a",), seed=k) for k in range(2)]
     for record in records:
@@ -170,11 +159,10 @@ def test_a_second_datasets_names_need_no_code_and_one_pass(dataset, tmp_path, to
     MetadataCatalog.remove(dataset)
     MetadataCatalog.get(dataset).set(evaluator_type="coco_panoptic_seg", categories=categories)
     DatasetCatalog.register(dataset, lambda: records)
-    cfg = make_cfg(tokenizer_dir, "entity", "DATASETS.TEST", (dataset,))
-    cfg.OUTPUT_DIR, cfg.DATALOADER.NUM_WORKERS = str(tmp_path / "out"), 0
-    cfg.TEST.IMS_PER_BATCH = 1
+    options = ("OUTPUT_DIR", str(tmp_path / "out"), "DATALOADER.NUM_WORKERS", 0)
+    options += ("TEST.IMS_PER_BATCH", 1, "DATASETS.TEST", (dataset,))
+    cfg = make_cfg(tokenizer_dir, "entity", *options)
     model = make_model(cfg)
-    passes = []
     model.language_decoder.register_forward_hook(lambda *_: passes.append(1))
     done = evaluating.evaluate_config(cfg, model, config_file="x", weights="")
     scores, counts = done.outcome[dataset]["panoptic_seg"], done.run["datasets"][dataset]
@@ -201,17 +189,14 @@ def test_every_table_is_planned_for_scenes_and_for_coco(cfg):
     predicted = plan_table(cfg, "8", "data")[1]
     assert predicted.changes["INPUT.GELLA.ENTITY_SOURCES"][0][2] == "own.json"
     assert changed(cfg, predicted, "out").MODEL.GELLA.SNAP is False and cfg.MODEL.GELLA.SNAP
-    with pytest.raises(ValueError, match="--table 5: choose one of 2, 3"):
-        plan_table(cfg, "5", "data")
+    refused("--table 5: choose one of 2, 3", plan_table, cfg, "5", "data")
 
 
 def test_tables_of_ones_own_datasets(cfg, dataset):
     cfg.DATASETS.TEST = (dataset,)
     assert plan_table(cfg, "4", "data")[0].datasets == (dataset,)
-    with pytest.raises(ValueError, match="no dataset of evaluator_type 'png'"):
-        plan_table(cfg, "3", "data")
-    with pytest.raises(ValueError, match="INPUT.GELLA.ENTITY_SOURCES"):
-        plan_table(cfg, "8", "data")
+    refused("no dataset of evaluator_type 'png'", plan_table, cfg, "3", "data")
+    refused("INPUT.GELLA.ENTITY_SOURCES", plan_table, cfg, "8", "data")
 
 
 def test_all_modes_are_crossed(cfg):
@@ -248,22 +233,19 @@ def test_our_row_stands_beside_the_papers(cfg):
     assert "other data: the rows do not compare" in compared_markdown({"mine": {"png": ar}}, mode)
 
 
-@pytest.mark.parametrize(
-    ("changes", "table", "datasets", "how", "bound"),
-    [
-        ({}, 3, ["a_png"], ANNOTATED, True),
-        ({"INPUT.GELLA.ENTITY_SOURCES": [["a_*", "auto", "x/m2f.json"]]}, 3, ["a_png"],
-         "masks of m2f.json, nouns given, snapped, protocol hard, float32", False),
-        ({"INPUT.GELLA.ENTITY_SOURCES": [["a_*", "auto", "m2f.json"]]}, 2, ["a_x", "b"],
-         "masks of m2f.json and annotated masks, nouns given, snapped, protocol hard, float32",
-         True),
-        ({"TEST.NOUNS": "extracted", "TEST.PNG_PROTOCOL": "flmm", "MODEL.GELLA.SNAP": False,
-          "MODEL.LANGUAGE.DTYPE": "bfloat16"}, 3, ["a"],
-         "annotated masks, nouns extracted, drawn, protocol flmm, bfloat16", True),
-        ({}, 6, ["a"], ANNOTATED, False),  # the paper's are annotated too
-        (None, 4, ["a"], "masks and modes not recorded", False),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("changes, table, datasets, how, bound", [
+    ({}, 3, ["a_png"], ANNOTATED, True),
+    ({"INPUT.GELLA.ENTITY_SOURCES": [["a_*", "auto", "x/m2f.json"]]}, 3, ["a_png"],
+     "masks of m2f.json, nouns given, snapped, protocol hard, float32", False),
+    ({"INPUT.GELLA.ENTITY_SOURCES": [["a_*", "auto", "m2f.json"]]}, 2, ["a_x", "b"],
+     "masks of m2f.json and annotated masks, nouns given, snapped, protocol hard, float32",
+     True),
+    ({"TEST.NOUNS": "extracted", "TEST.PNG_PROTOCOL": "flmm", "MODEL.GELLA.SNAP": False,
+      "MODEL.LANGUAGE.DTYPE": "bfloat16"}, 3, ["a"],
+     "annotated masks, nouns extracted, drawn, protocol flmm, bfloat16", True),
+    ({}, 6, ["a"], ANNOTATED, False),  # the paper's are annotated too
+    (None, 4, ["a"], "masks and modes not recorded", False),
+])  # fmt: skip
 def test_a_row_says_how_it_was_got(cfg, changes, table, datasets, how, bound):
     run = Run("", "ours", tuple(datasets), changes or {})
     mode = {} if changes is None else settings(changed(cfg, run, "out"))
@@ -275,15 +257,12 @@ def test_a_row_says_how_it_was_got(cfg, changes, table, datasets, how, bound):
     assert others and all("masks" in other for other in others)
 
 
-@pytest.mark.parametrize(
-    ("device", "enabled", "has", "expected"),
-    [
-        ("cuda", True, True, torch.bfloat16),
-        ("cuda:1", True, False, torch.float16),
-        ("cuda", False, True, None),
-        ("cpu", True, True, None),
-    ],
-)
+@pytest.mark.parametrize("device, enabled, has, expected", [
+    ("cuda", True, True, torch.bfloat16),
+    ("cuda:1", True, False, torch.float16),
+    ("cuda", False, True, None),
+    ("cpu", True, True, None),
+])  # fmt: skip
 def test_evaluation_computes_in_the_precision_of_training(
     cfg, monkeypatch, device, enabled, has, expected
 ):
@@ -323,9 +302,8 @@ def test_format_results_shows_every_score_with_its_count(tmp_path):
 
 def test_the_config_hash_changes_with_what_changes_scores(cfg):
     first = config_hash(cfg)
-    for key, value in (("OUTPUT_DIR", "elsewhere"), ("VIS_PERIOD", 7)):
-        cfg[key] = value
-    cfg.TEST.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS, cfg.MODEL.WEIGHTS = 9, 7, "w.pth"
+    cfg.OUTPUT_DIR, cfg.VIS_PERIOD, cfg.TEST.IMS_PER_BATCH = "elsewhere", 7, 9
+    cfg.DATALOADER.NUM_WORKERS, cfg.MODEL.WEIGHTS = 7, "w.pth"
     assert config_hash(cfg) == first
     cfg.MODEL.GELLA.ASSOCIATION_THRESHOLD = 0.4
     assert config_hash(cfg) != first
@@ -349,9 +327,8 @@ def test_results_hold_the_run_and_come_back(cfg, tmp_path):
     with pytest.raises(FileNotFoundError, match="evaluate first"):
         evaluation.load_results(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds no results"):
-        evaluation.load_results(tmp_path / "bad.json")
-    outcome: dict[str, Any] = {"a": {"png": {"AR": 1.0}}, "b": {"png": {"AR": 2.0}, "x": {}}}
+    refused("holds no results", evaluation.load_results, tmp_path / "bad.json")
+    outcome = {"a": {"png": {"AR": 1.0}}, "b": {"png": {"AR": 2.0}, "x": {}}}
     merged = evaluation.merge_datasets(outcome)
     assert merged == {"png": {"AR": 1.0}, "png@b": {"AR": 2.0}, "x": {}}
 
@@ -366,5 +343,4 @@ def test_expected_results_are_checked_by_detectron2s_rule(cfg):
         (["png", "AR", 70.0], ValueError, "is not .task, metric, expected, tolerance"),
     ):
         cfg.TEST.EXPECTED_RESULTS = [entry]
-        with pytest.raises(kind, match=message):
-            evaluating.check_expected(cfg, results)
+        refused(message, evaluating.check_expected, cfg, results, error=kind)

@@ -1,24 +1,19 @@
 """What must not change the answers of the whole model: company, padding, mode, numbering, dtype."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from tiny_gella import (
-    FLUENT,
     NOUNS,
     QUERIES,
     TOLERANCE,
     farthest,
     make_cfg,
+    make_fluent,
     make_mapper,
     make_model,
     make_record,
     same_result,
-    teach,
 )
 
 from gella.entities.entity_map import EntityMap
@@ -29,8 +24,7 @@ SCENES = [((90, 120), 5, 2), ((40, 160), 1, 6), ((160, 60), 13, 1), ((50, 50), 9
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """One record per scene."""
+def records(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     return [
         make_record(folder, f"scene{i}", size, count, [*NOUNS[i:], *NOUNS][:nouns], seed=i)
@@ -38,13 +32,13 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ]
 
 
-def batch_of(cfg: Any, records: list, tasks: Any, is_train: bool = False) -> list[dict[str, Any]]:
+def batch_of(cfg, records, tasks, is_train=False):
     mapper = make_mapper(cfg, is_train)
     tasks = [tasks] * len(records) if isinstance(tasks, str) else tasks
     return [mapper(r, task=t, rng_seed=(0, i)) for i, (r, t) in enumerate(zip(records, tasks))]
 
 
-def of_image(output: Any, i: int, valid: torch.Tensor) -> dict[str, torch.Tensor]:
+def of_image(output, i, valid):
     """What a `MaskDecoderOutput` says of the valid queries of one image, layer by layer."""
     said = {"query_embeddings": output.query_embeddings[i][valid]}
     for layer, (entity, mask) in enumerate(zip(output.entity_logits, output.mask_logits)):
@@ -54,21 +48,23 @@ def of_image(output: Any, i: int, valid: torch.Tensor) -> dict[str, torch.Tensor
 
 
 @torch.no_grad()
-def parts(model: Any, batch: list[dict[str, Any]]) -> tuple[Any, Any, list[torch.Tensor]]:
+def parts(model, batch):
     """(output of the mask decoder, of the language decoder, association logits) of a batch."""
     output, grid = model.encode(batch)
     language = model.read_answers(batch, grid)
     return output, language, model.association(language.seg_embeddings, output.query_embeddings)
 
 
-# -- company and padding ---------------------------------------------------------------------------
+def same_layers(output, i, valid, other, j, other_valid):
+    expected, found = of_image(output, i, valid), of_image(other, j, other_valid)
+    for name in expected:
+        assert farthest(expected[name], found[name], relative=True) < TOLERANCE, (i, name)
 
 
 @pytest.mark.parametrize("queries", QUERIES)
 def test_every_tensor_of_a_batch_is_that_of_the_image_alone(records, tokenizer_dir, queries):
     cfg = make_cfg(tokenizer_dir, queries)
-    model = make_model(cfg)
-    batch = batch_of(cfg, records, "ground")
+    model, batch = make_model(cfg), batch_of(cfg, records, "ground")
     assert len({len(x["input_ids"]) for x in batch}) == len(SCENES)
     joint, joint_language, joint_logits = parts(model, batch)
     for i, inputs in enumerate(batch):
@@ -76,9 +72,7 @@ def test_every_tensor_of_a_batch_is_that_of_the_image_alone(records, tokenizer_d
         valid = joint.query_valid[i]
         assert int(valid.sum()) == (inputs["entities"].num_entities if queries == "entity" else 8)
         assert alone.query_valid.all()
-        expected = of_image(alone, 0, alone.query_valid[0])
-        for name, found in of_image(joint, i, valid).items():
-            assert farthest(expected[name], found, relative=True) < TOLERANCE, (i, name)
+        same_layers(alone, 0, alone.query_valid[0], joint, i, valid)
         assert farthest(language.seg_embeddings[0], joint_language.seg_embeddings[i]) < TOLERANCE
         assert farthest(logits, joint_logits[i][:, valid]) < TOLERANCE
         assert logits.shape[0] == len(inputs["phrases"]) and logits.std() > 0.01
@@ -88,20 +82,18 @@ def test_every_tensor_of_a_batch_is_that_of_the_image_alone(records, tokenizer_d
 def test_a_seg_embedding_is_the_state_right_at_its_token(records, tokenizer_dir):
     """The last state of the prompt that ends there, without company and padding."""
     model = make_model(cfg := make_cfg(tokenizer_dir))
-    batch = batch_of(cfg, records, "ground")
+    batch, states = batch_of(cfg, records, "ground"), []
     grid = model.encode(batch)[1]
     given = model.read_answers(batch, grid).seg_embeddings
-    states: list[torch.Tensor] = []
     handle = model.language_decoder.llama.base_model.register_forward_hook(
         lambda module, args, output: states.append(output.last_hidden_state)
     )
+    seg, none = model.tokenizer.convert_tokens_to_ids("<SEG>"), torch.zeros(0, dtype=torch.int64)
     for i, inputs in enumerate(batch):
         for k, place in enumerate(inputs["seg_positions"].tolist()):
-            assert inputs["input_ids"][place] == model.tokenizer.convert_tokens_to_ids("<SEG>")
+            assert inputs["input_ids"][place] == seg
             short = {key: inputs[key][: place + 1] for key in ("input_ids", "labels")}
-            model.read_answers(
-                [{**short, "seg_positions": torch.tensor([], dtype=torch.int64)}], grid[i : i + 1]
-            )
+            model.read_answers([{**short, "seg_positions": none}], grid[i : i + 1])
             assert farthest(states[-1][0, -1], given[i][k]) < TOLERANCE
     handle.remove()
     assert len(states) == sum(nouns for _, _, nouns in SCENES)
@@ -128,44 +120,37 @@ def test_losses_of_a_batch_are_means_over_its_images(
 ):
     """Images of other sizes, entities and nouns weigh alike, with the points drawn at random."""
     cfg = make_cfg(tokenizer_dir, queries)
-    # Statistics of a batch are of the batch: batch norm as at inference.
-    model = make_model(cfg).train()
-    model.colormap_encoder.eval()
-    batch = batch_of(cfg, records, task, is_train=True)
+    model, batch = make_model(cfg).train(), batch_of(cfg, records, task, is_train=True)
+    model.colormap_encoder.eval()  # statistics of a batch are of the batch
 
-    def rand(*shape: Any, **options: Any) -> torch.Tensor:
+    def rand(*shape, **options):
         # The same sample points for every mask, whatever else is in the batch.
         shape = tuple(shape[0]) if isinstance(shape[0], (tuple, list, torch.Size)) else shape
         row = torch.empty(1, *shape[1:]).uniform_(generator=torch.Generator().manual_seed(3))
         return row.expand(shape).clone()
 
     monkeypatch.setattr(torch, "rand", rand)
-    joint = model(batch)
-    singles = [model([inputs]) for inputs in batch]
+    joint, singles = model(batch), [model([inputs]) for inputs in batch]
     for name, loss in joint.items():
         values = torch.stack([losses[name] for losses in singles])
         assert farthest(values.mean(), loss, relative=True) < TOLERANCE, name
         assert values.std() > 0.001  # the images differ
 
 
-# -- training and inference ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("arch", ["lcnet_050", "convnext_atto"])
 def test_training_and_inference_see_the_same(records, tokenizer_dir, queries, arch, monkeypatch):
     cfg = make_cfg(tokenizer_dir, queries, "MODEL.COLORMAP_ENCODER.ARCH", arch)
-    model = make_model(cfg)
-    batch = batch_of(cfg, records, "ground")
-    seen_by: list[tuple] = []
+    model, batch = make_model(cfg), batch_of(cfg, records, "ground")
+    seen_by = []
     encode, association = type(model).encode, model.association.forward
 
-    def seen(self: Any, inputs: Any) -> Any:
+    def seen(self, inputs):
         output, grid = encode(self, inputs)
         seen_by.append((output, model.read_answers(inputs, grid)))
         return output, grid
 
-    def associated(nouns: Any, entities: Any) -> Any:
+    def associated(nouns, entities):
         seen_by[-1] += (association(nouns, entities),)
         return seen_by[-1][-1]
 
@@ -182,50 +167,30 @@ def test_training_and_inference_see_the_same(records, tokenizer_dir, queries, ar
         valid = trained.query_valid[i]  # what stands behind them is padding
         assert farthest(logits[i][:, valid], shown_logits[i][:, valid]) < TOLERANCE
         assert farthest(language.seg_embeddings[i], shown_language.seg_embeddings[i]) < TOLERANCE
-        expected = of_image(trained, i, valid)
-        for name, found in of_image(shown, i, valid).items():
-            assert farthest(expected[name], found, relative=True) < TOLERANCE, name
+        same_layers(trained, i, valid, shown, i, valid)
     assert farthest(language.loss_answer, shown_language.loss_answer) < TOLERANCE
 
 
-@pytest.fixture(scope="module")
-def fluent(records, tokenizer_dir) -> tuple[Any, Any]:
-    """(config, model) whose language decoder knows the answers of the extraction prompts."""
-    cfg = make_cfg(tokenizer_dir, "entity", *FLUENT)
-    model, mapper = make_model(cfg), make_mapper(cfg, is_train=True)
-    # The wording that inference uses is the first; the seeds that draw it are found here.
-    short = [records[i] for i in (0, 2)]
-    shown = make_mapper(cfg, is_train=False)
-    lengths = [len(shown(r, task="extract")["input_ids"]) for r in short]
-    batch = []
-    for record, length in zip(short, lengths):
-        views = (mapper(record, task="extract", rng_seed=(0, i)) for i in range(99))
-        starts = lambda v: int((v["labels"] != prompts.IGNORE_INDEX).nonzero()[0])  # noqa: E731
-        batch.append(next(view for view in views if starts(view) == length))
-    teach(model, batch)
-    return cfg, model
-
-
-def test_generated_answers_ground_as_given_ones_alone_and_in_company(records, fluent, monkeypatch):
-    cfg, model = fluent
-    short = [records[0], records[2]]
+def test_generated_answers_ground_as_given_ones_alone_and_in_company(
+    records, tokenizer_dir, monkeypatch
+):
+    short, embeddings = [records[0], records[2]], []
+    cfg, model = make_fluent(tokenizer_dir, short)
     asked, given = (batch_of(cfg, short, task) for task in ("extract", "ground"))
     assert not any(len(x["seg_positions"]) for x in asked)
-    embeddings: list[list[torch.Tensor]] = []
-    association = type(model.association).forward
+    association = model.association.forward
 
-    def spy(self: Any, nouns: Any, entities: Any) -> Any:
+    def spy(nouns, entities):
         embeddings.append(nouns)
-        return association(self, nouns, entities)
+        return association(nouns, entities)
 
-    monkeypatch.setattr(type(model.association), "forward", spy)
+    monkeypatch.setattr(model.association, "forward", spy)
     generated, forced = model(asked), model(given)
     alone = [model([x])[0] for x in asked]
     for i, record in enumerate(short):
         nouns = [phrase["text"] for phrase in record["phrases"]]
-        assert generated[i]["text"] == prompts.noun_answer(nouns)  # so the test tests something
         said = generated[i].pop("text")
-        assert alone[i].pop("text") == said
+        assert alone[i].pop("text") == said == prompts.noun_answer(nouns)  # so it tests something
         same_result(forced[i], generated[i])
         same_result(forced[i], alone[i])
         own, teacher, single = embeddings[0][i], embeddings[1][i], embeddings[2 + i][0]
@@ -234,27 +199,22 @@ def test_generated_answers_ground_as_given_ones_alone_and_in_company(records, fl
         assert all(p["start"] >= 0 for p in generated[i]["grounding"])
 
 
-# -- numbering -------------------------------------------------------------------------------------
-
-
-def renumbered(inputs: dict[str, Any], order: np.ndarray) -> dict[str, Any]:
+def renumbered(inputs, order):
     """The same view with entity `order[k]` in place k; each keeps its pixels, id and colour."""
-    place = np.empty(len(order) + 1, np.int32)
-    place[0], place[order + 1] = 0, np.arange(1, len(order) + 1)
+    place = np.zeros(len(order) + 1, np.int32)
+    place[order + 1] = np.arange(1, len(order) + 1)
     changed = {**inputs, "colors": inputs["colors"][order]}
     for key in ("entities", "entities_full"):
         old = inputs[key]
-        changed[key] = EntityMap(
-            place[old.ids], [old.segment_ids[k] for k in order], old.scores[order]
-        )
+        names = [old.segment_ids[k] for k in order]
+        changed[key] = EntityMap(place[old.ids], names, old.scores[order])
     return changed
 
 
 @pytest.mark.parametrize("snap", [True, False])
 def test_the_order_of_entities_does_not_matter(records, tokenizer_dir, snap):
     cfg = make_cfg(tokenizer_dir, "entity", "MODEL.GELLA.SNAP", snap)
-    model = make_model(cfg)
-    rng = np.random.default_rng(0)
+    model, rng = make_model(cfg), np.random.default_rng(0)
     for task in ("ground", "panoptic"):
         batch = batch_of(cfg, records, task)
         orders = [rng.permutation(x["entities"].num_entities) for x in batch]
@@ -275,8 +235,7 @@ def test_the_order_of_entities_does_not_matter(records, tokenizer_dir, snap):
                 same_map(before["panoptic_seg"], after["panoptic_seg"])
 
 
-def same_map(before: tuple, after: tuple) -> None:
-    """Panoptic maps with the same segments under any numbers."""
+def same_map(before, after):
     (a, a_info), (b, b_info) = before, after
     pairs = torch.stack([a.flatten(), b.flatten()]).unique(dim=1).T.tolist()
     assert len(pairs) == len({x for x, _ in pairs}) == len({y for _, y in pairs})
@@ -288,11 +247,7 @@ def same_map(before: tuple, after: tuple) -> None:
             assert abs(of_a[x]["score"] - of_b[y]["score"]) < TOLERANCE
 
 
-# -- bfloat16 --------------------------------------------------------------------------------------
-
-
-def train_once(model: Any, batch: list, half: bool) -> tuple[dict, dict]:
-    """Losses and gradients of one step, with the same sample points at every call."""
+def train_once(model, batch, half):
     torch.manual_seed(0)
     model.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
@@ -309,35 +264,32 @@ def train_once(model: Any, batch: list, half: bool) -> tuple[dict, dict]:
 HALF = {"entity": (0.02, 0.99), "learned": (0.06, 0.9)}
 
 
-@pytest.mark.parametrize(
-    ("task", "queries"),
-    [("describe", "entity"), ("extract", "entity"), ("ground", "learned"), ("panoptic", "entity")],
-)
+@pytest.mark.parametrize("task, queries", [
+    ("describe", "entity"), ("extract", "entity"), ("ground", "learned"), ("panoptic", "entity"),
+])  # fmt: skip
 def test_bfloat16_trains_every_task(records, tokenizer_dir, queries, task):
     # Points drawn by chance only, not where the prediction is uncertain.
     cfg = make_cfg(tokenizer_dir, queries, "MODEL.MASK_DECODER.IMPORTANCE_SAMPLE_RATIO", 0.0)
-    model = make_model(cfg).train()
-    batch = batch_of(cfg, records[:3], task, is_train=True)
+    model, batch = make_model(cfg).train(), batch_of(cfg, records[:3], task, is_train=True)
     train_once(model, batch, half=True)
     # Batch norm over three maps of 3 x 3 cells magnifies any difference: as at inference.
     model.colormap_encoder.eval()
-    losses, gradients = train_once(model, batch, half=False)
-    half_losses, half_gradients = train_once(model, batch, half=True)
-    for name, loss in losses.items():
-        share = HALF[queries][0]
-        assert half_losses[name] == pytest.approx(loss, rel=share, abs=share), name
-    parts = {name.split(".")[0] for name in gradients}
-    for part in parts if task != "describe" else ["language_decoder"]:
-        names = [name for name in gradients if name.startswith(f"{part}.")]
-        a, b = (torch.cat([g[n].flatten() for n in names]) for g in (gradients, half_gradients))
-        assert a.any() and torch.cosine_similarity(a, b, dim=0) > HALF[queries][1], part
+    (losses, gradients), (half_losses, half_gradients) = (
+        train_once(model, batch, half) for half in (False, True)
+    )
+    share, cosine = HALF[queries]
+    assert half_losses == pytest.approx(losses, rel=share, abs=share)
+    names = {name.split(".")[0] for name in gradients}
+    for part in names if task != "describe" else ["language_decoder"]:
+        own = [name for name in gradients if name.startswith(f"{part}.")]
+        a, b = (torch.cat([g[n].flatten() for n in own]) for g in (gradients, half_gradients))
+        assert a.any() and torch.cosine_similarity(a, b, dim=0) > cosine, part
 
 
 @pytest.mark.parametrize("queries", QUERIES)
 def test_bfloat16_grounds_like_float32(records, tokenizer_dir, queries):
     cfg = make_cfg(tokenizer_dir, queries)
-    model = make_model(cfg)
-    batch = batch_of(cfg, records, "ground")
+    model, batch = make_model(cfg), batch_of(cfg, records, "ground")
     runs = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):

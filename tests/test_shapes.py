@@ -1,28 +1,19 @@
 """Synthetic shapes: scenes, what is written about them, and the preparation of the files."""
 
-from __future__ import annotations
-
 import filecmp
 import json
 import re
 from collections import Counter
 from operator import attrgetter
-from pathlib import Path
 
 import numpy as np
 import prepare_shapes
 import pytest
 import shapes
+import shapes_text
 from pycocotools import mask as coco_mask
+from refusals import refused
 from shapes_scene import COLOURS, HELD_OUT_PAIRS, KINDS, STUFF, TEXTURES, draw_scene
-from shapes_text import (
-    COUNT_WORDS,
-    STUFF_NOUNS,
-    VOCABULARY_SIZE,
-    kind_plural,
-    template_texts,
-    train_tokenizer,
-)
 
 from gella.text.prompts import load_tokenizer
 
@@ -41,14 +32,15 @@ def everything(samples):
     return samples["train"] + samples["val"]
 
 
-def named_by(phrase: str, scene) -> set[int]:
+def named_by(phrase, scene):
     """Indices that a phrase names, read from its words alone, without the code under test."""
-    words = phrase.lower().split()
-    side = None
+    words, side = phrase.lower().split(), None
     if len(words) > 3 and words[-3] in ("on", "at") and words[-2] == "the":
         side, words = words[-1], words[:-3]
-    kinds = {k: k for k in KINDS} | {kind_plural(k): k for k in KINDS}
-    regions = {form.split()[-1]: kind for kind, forms in STUFF_NOUNS.items() for form in forms}
+    kinds = {k: k for k in KINDS} | {shapes_text.kind_plural(k): k for k in KINDS}
+    regions = {
+        form.split()[-1]: kind for kind, forms in shapes_text.STUFF_NOUNS.items() for form in forms
+    }
     if words[-1] in regions:
         return {len(scene.things) + scene.stuff.index(regions[words[-1]])}
     chosen = set(range(len(scene.things)))
@@ -61,8 +53,8 @@ def named_by(phrase: str, scene) -> set[int]:
         if word in ("small", "large"):
             large = {i for i in chosen if 2 * scene.things[i].radius > 21.5}  # between the classes
             chosen = large if word == "large" else chosen - large
-    for word in set(words) & set(COUNT_WORDS):
-        assert len(chosen) == COUNT_WORDS.index(word), phrase
+    for word in set(words) & set(shapes_text.COUNT_WORDS):
+        assert len(chosen) == shapes_text.COUNT_WORDS.index(word), phrase
     if side:
         axis = "cx" if side in ("left", "right") else "cy"
         pick = min if side in ("left", "top") else max
@@ -83,7 +75,6 @@ def test_scenes_are_covered_and_everything_is_visible(everything):
 
 
 def test_ids_are_where_the_colour_is():
-    """The middle pixels of an unobstructed plain thing carry its colour."""
     seen = 0
     for index in range(30):
         scene = draw_scene(np.random.default_rng([9, index]), 96, held_out=True)
@@ -102,21 +93,25 @@ def test_held_out_pairs_are_in_val_only(samples):
         split: {(t.colour, t.kind) for s in samples[split] for t in s.scene.things}
         for split in shapes.SPLITS
     }
-    assert not pairs["train"] & set(HELD_OUT_PAIRS)
-    assert pairs["val"] & set(HELD_OUT_PAIRS)
+    assert not pairs["train"] & set(HELD_OUT_PAIRS) and pairs["val"] & set(HELD_OUT_PAIRS)
     said = " ".join(r["caption"].lower() for s in samples["train"] for r in s.narratives)
-    for colour, kind in HELD_OUT_PAIRS:
-        assert f"{colour} {kind}" not in said  # not even as something absent
+    # Not even as something absent.
+    assert not any(f"{colour} {kind}" in said for colour, kind in HELD_OUT_PAIRS)
 
 
 def test_samples_depend_on_seed_split_and_index_only():
-    first = shapes.make_sample(5, "train", 7)
-    again = shapes.make_sample(5, "train", 7)
+    first, again = (shapes.make_sample(5, "train", 7) for _ in range(2))
     assert np.array_equal(first.id_map, again.id_map)
     assert np.array_equal(first.image_array, again.image_array)
     assert first.narratives == again.narratives and first.refs == again.refs
     for other in ((6, "train", 7), (5, "val", 7), (5, "train", 8)):
         assert not np.array_equal(first.image_array, shapes.make_sample(*other).image_array)
+    for message, arguments in {
+        "split 'test'": (0, "test", 0),
+        "-1": (0, "train", -1),
+        "32.*64": (0, "train", 0, 32),
+    }.items():
+        refused(message, shapes.make_sample, *arguments)
 
 
 def test_segment_ids_are_unique_in_the_dataset(everything):
@@ -126,16 +121,6 @@ def test_segment_ids_are_unique_in_the_dataset(everything):
     assert (last + 1) * 16 <= 1 << 24  # so that the numbering of ids never wraps
 
 
-def test_bad_arguments():
-    for message, arguments in {
-        "split 'test'": (0, "test", 0),
-        "-1": (0, "train", -1),
-        "32.*64": (0, "train", 0, 32),
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            shapes.make_sample(*arguments)
-
-
 def test_phrases_name_exactly_what_fits(everything):
     grounded = plural = stuff = ungrounded = 0
     for sample in everything:
@@ -143,8 +128,7 @@ def test_phrases_name_exactly_what_fits(everything):
         for record in sample.narratives:
             assert isinstance(record["image_id"], str)
             nouns = [s for s in record["segments"] if s["noun"]]
-            assert 4 <= len(nouns) <= 8
-            assert len(record["caption"].split()) <= 60
+            assert 4 <= len(nouns) <= 8 and len(record["caption"].split()) <= 60
             for segment in record["segments"]:
                 members = {number[int(i)] for i in segment["segment_ids"]}
                 if not members:
@@ -157,13 +141,12 @@ def test_phrases_name_exactly_what_fits(everything):
                 grounded += 1
                 plural += segment["plural"]
                 stuff += min(members) >= len(sample.scene.things)
-    assert 0.22 < plural / grounded < 0.40
-    assert 0.20 < stuff / grounded < 0.35
+    assert 0.22 < plural / grounded < 0.40 and 0.20 < stuff / grounded < 0.35
     assert ungrounded > 20
 
 
 def test_utterances_partition_the_caption(everything):
-    habits: Counter[str] = Counter()
+    habits = Counter()
     for record in [record for sample in everything for record in sample.narratives]:
         utterances = [segment["utterance"] for segment in record["segments"]]
         squeezed = re.sub(r"\s", "", "".join(utterances)).lower()
@@ -212,30 +195,27 @@ def test_instances_hold_every_pixel(everything):
         assert np.array_equal(mask, sample.id_map == instance["id"])
         assert instance["area"] == mask.sum()
         assert instance["bbox"] == coco_mask.toBbox(rle).tolist()
-    # polygons, and RLE for rings
     assert {type(instance["segmentation"]) for _, instance in instances} == {list, dict}
 
 
 def test_predictions_are_damaged(samples):
-    segments = sum(len(s.segment_ids) for s in samples["val"])
-    ious = []
+    segments, ious = sum(len(s.segment_ids) for s in samples["val"]), []
     for sample in samples["val"]:
         assert sample.predictions
+        truth = [sample.id_map == i for i in sample.segment_ids]
         for entry in sample.predictions:
             mask = coco_mask.decode(entry["segmentation"]).astype(bool)
-            truth = [sample.id_map == i for i in sample.segment_ids]
             ious.append(max((mask & t).sum() / (mask | t).sum() for t in truth))
             assert 0 < entry["score"] <= 1 and entry["image_id"] == sample.image["id"]
     assert 0.03 < 1 - len(ious) / segments < 0.17
-    damaged = np.mean(np.array(ious) < 1)
-    assert 0.25 < damaged < 0.55
+    assert 0.25 < np.mean(np.array(ious) < 1) < 0.55
 
 
-def files_below(folder: Path) -> list[str]:
+def files_below(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-def different(one: Path, two: Path, names: list[str]) -> list[str]:
+def different(one, two, names):
     _, *others = filecmp.cmpfiles(one, two, names, shallow=False)
     return sum(others, [])
 
@@ -278,36 +258,33 @@ def test_held_out_scenes_alone_are_those_of_the_whole_dataset(tmp_path, capsys):
     assert files_below(alone) == files_below(whole)
 
 
-@pytest.mark.parametrize(
-    "option",
-    [["--val", "1"], ["--train", "-1"], ["--val", "0"], ["--size", "20"], ["--workers", "0"]],
-)
+@pytest.mark.parametrize("option", ["--val 1", "--train -1", "--val 0", "--size 20", "--workers 0"])
 def test_preparation_spares_foreign_folders_and_refuses_bad_settings(tmp_path, option, capsys):
-    folder, message = ("x", option[1]) if option[1] != "1" else (".", "not empty")
+    name, value = option.split()
+    folder, message = ("x", value) if value != "1" else (".", "not empty")
     (tmp_path / "thesis.tex").write_text("words")
-    assert prepare_shapes.main(["--output", str(tmp_path / folder), *option]) == 1
+    assert prepare_shapes.main(["--output", str(tmp_path / folder), name, value]) == 1
     assert message in capsys.readouterr().err
     assert files_below(tmp_path) == ["thesis.tex"] and not (tmp_path / "x").exists()
 
 
 def test_tokenizer(samples, tmp_path):
-    """One token a word, with its leading space; any text comes back; a constant size."""
     captions = [r["description"] for s in samples["train"] for r in s.descriptions]
-    assert train_tokenizer(captions, str(tmp_path)) == VOCABULARY_SIZE
+    assert shapes_text.train_tokenizer(captions, str(tmp_path)) == shapes_text.VOCABULARY_SIZE
     tokenizer = load_tokenizer(str(tmp_path))
-    assert len(tokenizer) == VOCABULARY_SIZE + 1
-    words = {w for c in [*captions, *template_texts()] for w in re.findall(r" [A-Za-z]+", c)}
+    assert len(tokenizer) == shapes_text.VOCABULARY_SIZE + 1
+    words = {
+        w for c in [*captions, *shapes_text.template_texts()] for w in re.findall(r" [A-Za-z]+", c)
+    }
     assert len(words) > 80
     assert {w: tokenizer.tokenize(w) for w in words if len(tokenizer.tokenize(w)) != 1} == {}
     for text in (*captions[:5], "Ünïcödé 漢字 🙂 a\tb\n  c!", "USER: \nPlease <reserved"):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert tokenizer.decode(ids) == text
-        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     assert [getattr(tokenizer, n) for n in names] == ["<s>", "</s>", "<pad>", "<unk>"]
     settings = json.loads((tmp_path / "tokenizer.json").read_text())
     assert "<SEG>" not in json.dumps(settings)
 
     many = [f" {a}{b}{c}" for a in "bcdfghjk" for b in "aeiou" for c in "lmnprstvwz"]
-    with pytest.raises(ValueError, match="VOCAB"):
-        train_tokenizer(["".join(many)], str(tmp_path / "full"))
+    refused("VOCAB", shapes_text.train_tokenizer, ["".join(many)], str(tmp_path / "full"))

@@ -1,10 +1,6 @@
 """Whole GELLAs of tiny size with perturbed weights, and scenes on disk for them."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,27 +21,18 @@ CATEGORIES = [
     {"id": 9, "name": "sand", "isthing": 0},
 ]
 NOUNS = ("a red circle", "the star", "two squares", "the sand", "a lamp", "it", "the blue thing")
-# Options of a model that `teach` can teach whole answers.
 FLUENT = ("MODEL.LANGUAGE.NUM_LAYERS", 2, "MODEL.LANGUAGE.MAX_NEW_TOKENS", 90)
 
 
-def make_cfg(tokenizer_dir: Path, queries: str = "entity", *opts: Any) -> Any:
+def make_cfg(tokenizer_dir, queries="entity", *opts):
     """The tiny config for the tests' tokenizer; learned queries all count as entities."""
-    return load_config(
-        TINY,
-        [
-            *("MODEL.LANGUAGE.TOKENIZER", str(tokenizer_dir)),
-            *("MODEL.LANGUAGE.MAX_POSITIONS", 2048),
-            *("MODEL.LANGUAGE.MAX_NEW_TOKENS", 12),
-            *("MODEL.MASK_DECODER.QUERIES", queries),
-            *("MODEL.MASK_DECODER.NUM_QUERIES", 8),
-            *("MODEL.GELLA.ENTITY_SCORE_THRESHOLD", 0.0),
-            *opts,
-        ],
-    )
+    sizes = ("MODEL.LANGUAGE.MAX_POSITIONS", 2048, "MODEL.LANGUAGE.MAX_NEW_TOKENS", 12)
+    decoder = ("MODEL.MASK_DECODER.QUERIES", queries, "MODEL.MASK_DECODER.NUM_QUERIES", 8)
+    chosen = ("MODEL.LANGUAGE.TOKENIZER", str(tokenizer_dir), *sizes, *decoder)
+    return load_config(TINY, [*chosen, "MODEL.GELLA.ENTITY_SCORE_THRESHOLD", 0.0, *opts])
 
 
-def make_model(cfg: Any, seed: int = 0) -> Any:
+def make_model(cfg, seed=0):
     """A model in evaluation mode, none of whose weights are zero or one by initialisation."""
     torch.manual_seed(seed)
     model = build_model(cfg).eval()
@@ -60,7 +47,15 @@ def make_model(cfg: Any, seed: int = 0) -> Any:
     return model
 
 
-def teach(model: Any, batch: list[dict[str, Any]]) -> None:
+def make_fluent(tokenizer_dir, records):
+    """(config, model) whose language decoder knows the nouns of these records' captions."""
+    cfg = make_cfg(tokenizer_dir, "entity", *FLUENT)
+    model, mapper = make_model(cfg), make_mapper(cfg, is_train=False)
+    teach(model, [mapper(record, task="ground") for record in records])
+    return cfg, model
+
+
+def teach(model, batch):
     """Train the language decoder until it knows the answers of these mapped records."""
     optimizer = torch.optim.AdamW(model.language_decoder.parameters(), 4e-3)
     with torch.no_grad():
@@ -75,7 +70,7 @@ def teach(model: Any, batch: list[dict[str, Any]]) -> None:
             break
 
 
-def make_entities(height: int, width: int, count: int, seed: int = 0) -> EntityMap:
+def make_entities(height, width, count, seed=0):
     """Cells around random points, with a strip of no entity; ids are neither 1..E nor sorted."""
     rng = np.random.default_rng(seed)
     places = rng.permutation(height * width)[:count]
@@ -89,7 +84,7 @@ def make_entities(height: int, width: int, count: int, seed: int = 0) -> EntityM
     return EntityMap(ids, [11 + 7 * int(k) for k in rng.permutation(count)])
 
 
-def make_caption(nouns: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
+def make_caption(nouns):
     """A sentence with these nouns, and its phrases without segments."""
     caption = "There is " + " beside ".join(nouns) + " in the light."
     spans = locate_phrases(caption, list(nouns))
@@ -101,39 +96,29 @@ def make_caption(nouns: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
     return caption, phrases
 
 
-def make_record(
-    folder: Path,
-    name: str,
-    size: tuple[int, int],
-    entities: int | EntityMap,
-    nouns: Sequence[str],
-    seed: int = 0,
-) -> dict[str, Any]:
+def make_record(folder, name, size, entities, nouns, seed=0):
     """A dataset dict whose files lie in `folder`; noun i names the entities i and 2 i + 1."""
     rng = np.random.default_rng((seed, 1))
     if isinstance(entities, int):
         entities = make_entities(*size, entities, seed)
     picture = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(picture).save(folder / f"{name}.png")
-    real = np.array([0, *entities.segment_ids], np.int32)[entities.ids]
+    listed = entities.segment_ids
+    real = np.array([0, *listed], np.int32)[entities.ids]
     Image.fromarray(id_to_rgb(real)).save(folder / f"{name}_ids.png")
     caption, phrases = make_caption(nouns)
-    listed = entities.segment_ids
     for i, phrase in enumerate(phrases):
         phrase["segment_ids"] = sorted({listed[k] for k in (i, 2 * i + 1) if k < len(listed)})
+    segments = [
+        {"id": i, "category_id": CATEGORIES[k % 3]["id"], "iscrowd": 0}
+        for k, i in enumerate(listed)
+    ]
+    masks = {"format": "panoptic_png", "file_name": str(folder / f"{name}_ids.png")}
+    record = {"file_name": str(folder / f"{name}.png"), "image_id": name, "height": size[0]}
     return {
-        "file_name": str(folder / f"{name}.png"),
-        "image_id": name,
-        "height": size[0],
+        **record,
         "width": size[1],
-        "entities": {
-            "format": "panoptic_png",
-            "file_name": str(folder / f"{name}_ids.png"),
-            "segments_info": [
-                {"id": i, "category_id": CATEGORIES[k % 3]["id"], "iscrowd": 0}
-                for k, i in enumerate(listed)
-            ],
-        },
+        "entities": {**masks, "segments_info": segments},
         "caption": caption,
         "phrases": phrases,
         "expressions": [{**phrases[0], "sent_id": 1}] if phrases else [],
@@ -141,13 +126,13 @@ def make_record(
     }
 
 
-def make_mapper(cfg: Any, is_train: bool, **changes: Any) -> GroundingMapper:
+def make_mapper(cfg, is_train, **changes):
     """The mapper of a config, with `CATEGORIES`; training views are not mirrored."""
     arguments = GroundingMapper.from_config(cfg, is_train, dataset_names=[])
     return GroundingMapper(**{**arguments, "categories": CATEGORIES, "flip": False, **changes})
 
 
-def without_entities(mapped: dict[str, Any]) -> dict[str, Any]:
+def without_entities(mapped):
     """The same view with no entity at all."""
     changed = {**mapped, "colormap": torch.zeros_like(mapped["colormap"])}
     for key in ("entities", "entities_full"):
@@ -159,7 +144,7 @@ def without_entities(mapped: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def farthest(a: Any, b: Any, relative: bool = False) -> float:
+def farthest(a, b, relative=False):
     """The largest difference between two tensors; of their largest value if `relative`."""
     a, b = torch.as_tensor(a).detach().double(), torch.as_tensor(b).detach().double()
     assert a.shape == b.shape, (a.shape, b.shape)
@@ -169,14 +154,12 @@ def farthest(a: Any, b: Any, relative: bool = False) -> float:
     return float((a - b).abs().max()) / scale
 
 
-def same_result(alone: dict[str, Any], joint: dict[str, Any]) -> None:
+def same_result(alone, joint):
     """Assert that two results of one image agree: scores to TOLERANCE, all else exactly."""
     assert alone.get("text") == joint.get("text")
     for a, b in zip(alone.get("grounding", ()), joint.get("grounding", ()), strict=True):
-        assert [a[k] for k in ("phrase", "start", "end")] == [
-            b[k] for k in ("phrase", "start", "end")
-        ]
-        assert a["entity_ids"] == b["entity_ids"]
+        keys = ("phrase", "start", "end", "entity_ids")
+        assert [a[k] for k in keys] == [b[k] for k in keys]
         assert farthest(a["scores"], b["scores"]) < TOLERANCE
         assert np.array_equal(a["mask"], b["mask"])
     if "instances" in alone:

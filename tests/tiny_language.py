@@ -1,9 +1,5 @@
 """Tiny random language decoders and batches for them."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 
 from gella.modeling.language_decoder import IGNORE_INDEX, IMAGE_TOKEN_ID, LanguageDecoder
@@ -12,11 +8,10 @@ VOCAB, SEG, EOS, PAD = 50, 49, 2, 0
 IMAGE_DIM = 6
 
 
-def make_config(kind: str = "LlamaConfig", **changes: Any) -> Any:
-    """A transformers config of a decoder with 2 layers of width 32."""
+def make_config(kind="LlamaConfig", **changes):
     import transformers
 
-    sizes: dict[str, Any] = dict(
+    sizes = dict(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
@@ -34,9 +29,7 @@ def make_config(kind: str = "LlamaConfig", **changes: Any) -> Any:
     return getattr(transformers, kind)(**{**sizes, **changes})
 
 
-def make_decoder(
-    projector: str = "mlp2x_gelu", stride: int = 1, *, config: Any = None, **options: Any
-) -> LanguageDecoder:
+def make_decoder(projector="mlp2x_gelu", stride=1, *, config=None, **options):
     """A decoder with the same random weights at every call, in evaluation mode."""
     torch.manual_seed(0)
     options.setdefault("max_positions", 64)
@@ -50,7 +43,7 @@ def make_decoder(
     return decoder.eval()
 
 
-def make_copier() -> LanguageDecoder:
+def make_copier():
     """Weights under which a word is followed by its successor, the last but one by the end.
 
     Attention and MLP add nothing, embeddings are one-hot rows and the output layer is their shift:
@@ -70,7 +63,7 @@ def make_copier() -> LanguageDecoder:
     return decoder
 
 
-def make_batch(lengths: list[int], image_tokens: int = 4) -> tuple[torch.Tensor, list, list, list]:
+def make_batch(lengths, image_tokens=4):
     """(image_grid, input_ids, labels, seg_positions) with two <SEG> per sample."""
     generator = torch.Generator().manual_seed(1)
     grid = torch.randn(len(lengths), IMAGE_DIM, 2, 2, generator=generator)

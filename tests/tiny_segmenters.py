@@ -1,10 +1,5 @@
 """Tiny segmenters with random weights, saved as their libraries save them; shared by tests."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import torch
 import transformers as hf
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -12,7 +7,7 @@ from detectron2.structures import Instances
 from torch import nn
 
 
-def save_sam(folder: Path) -> Path:
+def save_sam(folder):
     """A SAM of 64-pixel input, as `save_pretrained` writes it, processor included."""
     torch.manual_seed(0)
     small = {"hidden_size": 16, "image_size": 64, "patch_size": 8}
@@ -30,7 +25,7 @@ def save_sam(folder: Path) -> Path:
     return folder
 
 
-def save_sam2(folder: Path) -> Path:
+def save_sam2(folder):
     """A SAM 2 of 128-pixel input; its processor squashes images to a square."""
     torch.manual_seed(0)
     levels = {"embed_dim_per_stage": [8, 16, 32, 64], "window_size_per_stage": [4] * 4}
@@ -55,11 +50,11 @@ def save_sam2(folder: Path) -> Path:
     return folder
 
 
-def square(side: int) -> dict[str, int]:
+def square(side):
     return {"height": side, "width": side}
 
 
-def scattered(model: Any) -> Any:
+def scattered(model):
     """The model with its weights spread; at the initial scale every mask is one flat value."""
     with torch.no_grad():
         for weight in model.parameters():
@@ -68,7 +63,7 @@ def scattered(model: Any) -> Any:
     return model
 
 
-def save_mask2former(folder: Path) -> Path:
+def save_mask2former(folder):
     """A Mask2Former of a few thousand weights over a tiny Swin, processor included."""
     torch.manual_seed(0)
     levels = {"depths": [1] * 4, "num_heads": [1, 1, 2, 2]}
@@ -95,26 +90,25 @@ def save_mask2former(folder: Path) -> Path:
 class ToyColorSegmenter(nn.Module):
     """Finds the reddish and the bluish pixels of its input; its weights say how reddish, bluish."""
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg):
         super().__init__()
         self.levels = nn.Parameter(torch.full((2,), 1000.0))  # finds nothing until it is loaded
         self.rgb = cfg.INPUT.FORMAT == "RGB"
         self.panoptic = bool(cfg.get("TOY_PANOPTIC", False))
-        self.seen: list[tuple[int, ...]] = []
+        self.seen = []
 
-    def forward(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def forward(self, inputs):
         return [self.find(entry) for entry in inputs]
 
-    def find(self, entry: dict[str, Any]) -> dict[str, Any]:
+    def find(self, entry):
         size = (entry["height"], entry["width"])
         self.seen.append((*entry["image"].shape[-2:], *size))
         red, blue = entry["image"][[0, 2] if self.rgb else [2, 0]]
         maps = torch.stack([red, blue]) > self.levels[:, None, None]
         full = nn.functional.interpolate(maps[None].float(), size=size)[0] > 0.5
-        present = full.flatten(1).any(1)
-        scores = torch.tensor([0.9, 0.6])
+        present, scores = full.flatten(1).any(1), torch.tensor([0.9, 0.6])
         found = Instances(size, pred_masks=full[present], scores=scores[present])
-        answer: dict[str, Any] = {"instances": found}
+        answer = {"instances": found}
         if self.panoptic:
             ids = (full * torch.tensor([7, 9])[:, None, None]).amax(0)
             segments = [{"id": i, "category_id": 0} for i in (7, 9) if bool((ids == i).any())]
@@ -122,12 +116,12 @@ class ToyColorSegmenter(nn.Module):
         return answer
 
 
-def add_toy_config(cfg: Any) -> None:
+def add_toy_config(cfg):
     """Add the key of `ToyColorSegmenter` to a Detectron2 config."""
     cfg.TOY_PANOPTIC = False
 
 
-def save_toy(folder: Path, *lines: str) -> str:
+def save_toy(folder, *lines):
     """Config and weights of a `ToyColorSegmenter` in `folder`; returns its spec."""
     folder.mkdir(parents=True, exist_ok=True)
     text = ["MODEL:", "  META_ARCHITECTURE: ToyColorSegmenter", "INPUT:", "  MIN_SIZE_TEST: 0"]

@@ -1,10 +1,7 @@
 """Tiny public models with random weights, and the GELLA config of their sizes."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,7 +29,7 @@ OPTS = """
 LEAVE_OUT = ["MODEL.WEIGHTS_ALLOW_MISSING", "['mask_decoder.*','colormap_encoder.*']"]
 
 
-def llava(seed: int = 0, words: int = WORDS) -> Any:
+def llava(seed=0, words=WORDS):
     """transformers' LLaVA-1.5 class, tiny; all weights random, norms and biases too."""
     from transformers import (
         CLIPVisionConfig,
@@ -62,7 +59,7 @@ def llava(seed: int = 0, words: int = WORDS) -> Any:
         return perturb(LlavaForConditionalGeneration(config), seed)
 
 
-def perturb(model: Any, seed: int = 0) -> Any:
+def perturb(model, seed=0):
     """Random values in every parameter, so that no two tensors can be mistaken for each other."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -71,7 +68,7 @@ def perturb(model: Any, seed: int = 0) -> Any:
     return model.eval()
 
 
-def load_gella(weights: str, opts: list[str] = OPTS, allow: list[str] = LEAVE_OUT) -> Any:
+def load_gella(weights, opts=OPTS, allow=LEAVE_OUT):
     """The GELLA of the config above with the weights of a file, through its own checkpointer.
 
     Args:
@@ -90,7 +87,7 @@ def load_gella(weights: str, opts: list[str] = OPTS, allow: list[str] = LEAVE_OU
     return model
 
 
-def fill_hub(cache: Path, models: dict[str, Path | str]) -> dict[str, str]:
+def fill_hub(cache, models):
     """Lay models into a cache as a download leaves them; what `MODEL.HUB` has to say, by kind.
 
     Args:
