@@ -17,7 +17,6 @@ import time
 from typing import Any
 
 import torch
-from detectron2.modeling import build_model
 from measuring import OPTS, config_of
 from tabulate import tabulate
 from torch import Tensor
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from gella.data.mapper import GroundingMapper
 from gella.engine.trainer import load_records
 from gella.text.prompts import decode_answer
-from gella.weights.checkpoint import load_weights
+from gella.weights.checkpoint import build_with_weights
 
 NUMBERS = {
     "num": (50, 1, "captions"),
@@ -63,8 +62,7 @@ def prepare(args: argparse.Namespace) -> tuple[Any, list[dict[str, Any]], int]:
             "choose another --dataset"
         )
     mapper = GroundingMapper(cfg, is_train=False, task="extract")
-    model = build_model(cfg)
-    load_weights(model, args.weights or cfg.MODEL.WEIGHTS, cfg)
+    model = build_with_weights(cfg, args.weights or cfg.MODEL.WEIGHTS)
     return model.eval(), [mapper(records[i]) for i in tqdm(able, "reading", leave=False)], lookup
 
 

@@ -10,28 +10,43 @@ training does, in a fresh process, and then lets forked workers read every recor
     store_mib         bytes of the stored records
     worker_grown_mib  memory that became private to each worker by reading all records
 Exit status 1 when loading takes over 60 s or 3 GiB.
+
+    python tools/benchmark.py loading --language 1500
+
+measures instead how a language branch of so many million parameters starts from a file in bf16, in
+--processes at once: built whole and then loaded (as without weights), and built without memory and
+filled, at ZeRO stages 2 and 3 up to DeepSpeed's own start. Prints per process
+    seconds   until the weights are in place
+    peak_gib  the most anonymous memory on the way; pages of mapped files do not count
+    kept_gib  what of it stays
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import os
 import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from tqdm import tqdm
 
 NUMBERS = {
     "narratives": (134_272, 1, "PNG has the default's number"),
     "images": (118_287, 1, "COCO train2017 has the default's number"),
     "workers": (2, 0, "forked readers"),
+    "language": (0, 0, "million parameters of a language branch whose start is measured instead"),
+    "processes": (2, 1, "that start it at once"),
 }
 NEXT = "datasets/README.md, 'Large files', says how the records are kept"
 MAX_SECONDS, MAX_GIB = 60.0, 3.0
@@ -44,6 +59,8 @@ _NOUNS = ("a man", "the sky", "few people", "trees", "a wooden table", "the gras
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The figures and the text to print."""
     with tempfile.TemporaryDirectory(prefix="gella-large-") as scratch:
+        if args.language:
+            return language_starts(Path(scratch), args.language, args.processes)
         figures = write_files(Path(scratch), args.images, args.narratives)
         # A fresh process: this one's memory would count, and that of making the files.
         command = [sys.executable, __file__, scratch, str(args.workers)]
@@ -54,7 +71,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def failed(figures: dict[str, Any]) -> bool:
     """Whether a limit is broken."""
-    return figures["load_s"] > MAX_SECONDS or figures["peak_gib"] > MAX_GIB
+    return figures.get("load_s", 0) > MAX_SECONDS or figures.get("peak_gib", 0) > MAX_GIB
 
 
 def write_files(root: Path, images: int, narratives: int) -> dict[str, Any]:
@@ -170,6 +187,103 @@ def memory(file: str, name: str) -> int:
     ``VmHWM``: the most that was resident at once."""
     lines = Path("/proc/self", file).read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+@contextlib.contextmanager
+def anonymous_peak() -> Iterator[dict[str, float]]:
+    """Seconds of a block, and this process's anonymous memory: pages that no file backs.
+
+    Filled at the end: ``seconds``, ``peak_gib`` (looked at every 10 ms), ``kept_gib`` afterwards.
+    """
+    found: dict[str, float] = {}
+    start, seen, done = time.perf_counter(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            seen[0] = max(seen[0], memory("status", "RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        found["seconds"] = round(time.perf_counter() - start, 1)
+        done.set()
+        watcher.join()
+        gc.collect()
+        found["peak_gib"] = round(seen[0] / 2**30, 2)
+        found["kept_gib"] = round(memory("status", "RssAnon") / 2**30, 2)
+
+
+# -- the start of a language branch ----------------------------------------------------------------
+
+
+def language_starts(scratch: Path, millions: int, processes: int) -> tuple[dict[str, Any], str]:
+    """Figures and table of ``--language``: of every way and stage the process that took most."""
+    from detectron2.config import get_cfg
+    from detectron2.engine import launch
+    from tabulate import tabulate
+
+    from gella import add_gella_config
+    from gella.weights.files import write_shards
+
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    cfg.MODEL.DEVICE, node = "cpu", cfg.MODEL.LANGUAGE
+    node.HIDDEN_SIZE, node.INTERMEDIATE_SIZE, node.NUM_HEADS = 2048, 5504, 16
+    node.NUM_KEY_VALUE_HEADS, node.NUM_LAYERS = 16, max(1, round((millions - 137) / 50.6))
+    shapes = _build_branch(cfg, "meta").state_dict()
+    weights = {key: torch.full((), 0.01).expand(like.shape) for key, like in shapes.items()}
+    (scratch / "weights").mkdir()
+    write_shards(weights, scratch / "weights", dtype=torch.bfloat16)
+    rows = []
+    for stage in (2, 3):
+        for way in ("whole", "filled"):
+            launch(_start, processes, dist_url="auto", args=(cfg, scratch, way, stage))
+            found = [json.loads(file.read_text()) for file in scratch.glob("*.json")]
+            most = {name: max(one[name] for one in found) for name in found[0]}
+            rows.append({"stage": stage, "way": way, **most})
+    return {"language": rows}, tabulate(rows, headers="keys")
+
+
+def _build_branch(cfg: Any, device: str = "cpu") -> torch.nn.Module:
+    from gella.modeling.language_decoder import LanguageDecoder
+
+    model = torch.nn.Module()
+    with torch.device(device):
+        model.language_decoder = LanguageDecoder(cfg, 1024)
+    return model
+
+
+def _start(cfg: Any, scratch: Path, way: str, stage: int) -> None:
+    from detectron2.utils import comm
+
+    from gella.engine.zero import ZeroHook
+    from gella.modeling.filling import built_empty
+    from gella.weights.checkpoint import load_weights
+
+    torch.set_num_threads(1)
+    filled = way == "filled"
+    cfg.MODEL.LANGUAGE.DTYPE = "bfloat16" if filled else "float32"
+    zero = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 1}
+    idle = torch.nn.Linear(1, 1)
+    divider = ZeroHook(idle, "", torch.optim.SGD(idle.parameters()), [], zero).divider()
+    with anonymous_peak() as found:
+        # Whole ones take turns: together they would need as much again.
+        for turn in range(1 if filled else comm.get_world_size()):
+            if filled or turn == comm.get_rank():
+                began = time.perf_counter()
+                with built_empty(filled):
+                    model = _build_branch(cfg)
+                load_weights(model, scratch / "weights", cfg, divider)
+                seconds = time.perf_counter() - began
+            comm.synchronize()
+        for parameter in () if filled else model.parameters():  # as DeepSpeed does when it starts
+            parameter.data = parameter.data.bfloat16()
+            if divider is not None:
+                divider(parameter)
+    found["seconds"] = round(seconds, 1)
+    (scratch / f"{comm.get_rank()}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":  # the process that is measured

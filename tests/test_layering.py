@@ -23,7 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "utils": set(),
     "entities": {"utils"},
     "text": {"utils"},
-    "weights": {"utils"},
+    "weights": {"modeling", "utils"},  # it builds what it fills
     "segmenters": {"entities", "utils"},
     "captions": {"entities", "text", "utils"},
     "pictures": {"entities", "text", "utils"},

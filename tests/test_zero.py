@@ -88,7 +88,9 @@ def runs(scenes, tmp_path_factory):
         plain("one refusing", TWICE, refusing=True),
         plain("one accumulating", TWICE),
     ]
+    given = ["MODEL.WEIGHTS", str(folder / "one" / "start.pth")]
     two = [plain("plain", start=""), plain("plain accumulating", TWICE, LEARNED)]
+    two += [plain("plain given", given), zero("stage 2 given", 2, given)]
     for stage in "012":
         two.append(zero(f"stage {stage}", stage))
         two.append(zero(f"stage {stage} refusing", stage, TWICE, refusing=True))
@@ -101,6 +103,7 @@ def runs(scenes, tmp_path_factory):
         # 3 last: it leaves another linear layer behind in torch
         zero("stage 3", 3),
         zero("stage 3 on", 3, start="stage 3"),
+        zero("stage 3 given", 3, given),
         zero("stage 3 shown", 3, ["VIS_PERIOD", 1]),
         zero("stage 3 refusing", 3, TWICE, refusing=True),
         zero("stage 3 offload", "3_offload", TWICE),
@@ -163,6 +166,7 @@ PARITY = [
     *((f"stage {s} refusing", "one refusing") for s in "0123"),
     *((f"stage {s} offload", "one") for s in "23"),
     *((f"stage {s} frozen", "one frozen") for s in "13"),
+    *((f"{name} given", "one") for name in ("plain", "stage 2", "stage 3")),
 ]
 
 
@@ -179,6 +183,13 @@ def test_two_processes_give_what_one_gives(runs, name, reference):
         assert len(keys) > 8 or "refusing" in name
         for key in keys:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+
+
+@together
+@pytest.mark.parametrize("name", ["plain given", "stage 3 given", "stage 3 on", "2 half -> 3"])
+def test_what_is_loaded_is_not_initialised_before(runs, name):
+    """The decoder has no memory until its weights come; without weights it is built at once."""
+    assert report(runs, name)["empty"] == 1 and report(runs, "stage 3")["empty"] == 0
 
 
 @together
@@ -209,7 +220,8 @@ def test_frozen_parts_stay(runs):
 @together
 def test_stage_3_divides_the_parameters_and_bf16_halves_them(runs):
     assert report(runs, "stage 2")["shares"] == 1.0
-    assert report(runs, "stage 3")["shares"] == pytest.approx(0.5, abs=0.01)
+    for name in ("stage 3", "stage 3 given"):
+        assert report(runs, name)["shares"] == pytest.approx(0.5, abs=0.01)
     found = report(runs, "2 half")
     assert found["dtype"] == "torch.bfloat16"
     assert found["buffers"] == ["torch.float32"]  # rotary frequencies do not survive bf16

@@ -31,6 +31,7 @@ from gella.data.sampling import task_at
 from gella.engine.evaluation_hooks import undisturbed
 from gella.engine.trainer import GellaTrainer
 from gella.engine.zero import ZeroHook
+from gella.modeling.filling import empty_modules
 from gella.modeling.language_decoder import IMAGE_TOKEN_ID, LanguageDecoder
 from gella.modeling.meta_arch import GELLA
 
@@ -206,13 +207,15 @@ def run(job: dict[str, Any], tokenizer: str, folder: str) -> None:
     handler = logging.Handler()
     handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("gella").addHandler(handler)
-    trainer = (RefusingTrainer if job.get("refusing") else SteadyTrainer)(cfg)
+    resume = "from" in job
+    trainer = (RefusingTrainer if job.get("refusing") else SteadyTrainer)(cfg, resume=resume)
     watch = Watch(output)
     trainer.register_hooks([watch])
-    trainer.resume_or_load(resume="from" in job)
+    empty = len(empty_modules(getattr(trainer.model, "module", trainer.model)))
+    trainer.resume_or_load(resume=resume)
     trainer.train()
     logging.getLogger("gella").removeHandler(handler)
-    report = {"rows": watch.rows, "notes": notes, "start": trainer.start_iter}
+    report = {"rows": watch.rows, "notes": notes, "start": trainer.start_iter, "empty": empty}
     if trainer._zero is not None:
         module = trainer._zero.engine.module
         report["training"] = all(part.training for part in module.modules())

@@ -42,6 +42,7 @@ MODES = {
     "loading": ("loading", "time and memory of annotations of COCO's and PNG's size"),
     "generation": ("generation", "calls of the language model for an answer"),
     "eval": ("evaluation", "time of panoptic quality and average recall"),
+    "rehearsal": ("rehearsal", "the paper's model at its size on random weights, stage by stage"),
     "predict": ("predict", "captions on one picture, and pictures in one batch"),
 }
 

@@ -145,6 +145,7 @@ def _add_language(cfg: Any, node: type) -> None:
     language.ATTENTION = "sdpa"
     # Of the parameters: "float32", "bfloat16" or "float16". Training in float32 with SOLVER.AMP, or
     # through ZeRO, keeps small steps; half precision halves the memory of inference and of LoRA.
+    # With ZeRO and SOLVER.AMP weights are loaded in bfloat16 whatever this says, as they train.
     language.DTYPE = "float32"
     # In training keep the input of each layer only and compute the rest again: less memory, a third
     # more time.

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
-from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from gella import load_config
@@ -33,7 +32,7 @@ from gella.engine.trainer import GellaTrainer
 from gella.evaluation.calibration import TAKE_ALL, PanopticSweep, SelectionSweep
 from gella.modeling.postprocessing import panoptic_from_scores
 from gella.utils.io import config_hash, file_hash, versions, write_json
-from gella.weights.checkpoint import load_weights
+from gella.weights.checkpoint import build_with_weights
 
 
 class Questions:
@@ -100,8 +99,7 @@ def run(args: argparse.Namespace) -> None:
     taking_all = cfg.clone()
     taking_all.defrost()
     taking_all.MODEL.GELLA.update(TAKE_ALL)
-    model = build_model(taking_all)
-    load_weights(model, weights, cfg)
+    model = build_with_weights(taking_all, weights)
     thresholds: dict[str, Any] = {}
     described: dict[str, Any] = {}
     for name, loader, sweep in work:

@@ -71,7 +71,7 @@ from gella.engine.trainer import GellaTrainer
 from gella.evaluation import format_results
 from gella.evaluation.results import by_dataset, describe_run
 from gella.evaluation.tables import TABLES
-from gella.weights.checkpoint import load_weights
+from gella.weights.checkpoint import build_with_weights
 
 LOGGER = logging.getLogger("detectron2")
 
@@ -150,8 +150,7 @@ def evaluate(
         cfg, calibration = calibrated(with_keys(cfg, {"TEST.SUBSET": 0}), weights)
         facts, counts = read_test_sets(cfg)
         check_agreement({**facts, **file_facts("the weights", weights)})
-        model = GellaTrainer.build_model(cfg)
-        load_weights(model, weights, cfg)
+        model = build_with_weights(cfg, weights, GellaTrainer.build_model)
     known = {"config_file": config_file, "weights": weights, "calibration": calibration}
     if not table:
         return evaluate_config(cfg, model, counts=counts, **known), weights
@@ -171,7 +170,7 @@ def train(cfg: CfgNode, *, resume: bool, config_file: str = "") -> tuple[Evaluat
     started = time.perf_counter()
     with user_errors():
         # Detectron2 compares with expected results before anybody sees the scores.
-        trainer = GellaTrainer(with_keys(cfg, {"TEST.EXPECTED_RESULTS": []}))
+        trainer = GellaTrainer(with_keys(cfg, {"TEST.EXPECTED_RESULTS": []}), resume=resume)
         facts, counts = read_test_sets(cfg)
         facts |= record_facts("DATASETS.TRAIN", trainer.data_loader.dataset.records)
         facts |= file_facts("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)

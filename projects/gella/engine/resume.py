@@ -148,7 +148,10 @@ class RunCheckpoints(HookBase):
         optimizer = self.trainer.optimizer  # type: ignore[attr-defined]
         inner = states["trainer"]["_trainer"]
         inner["optimizer"] = fitted_optimizer_state(inner["optimizer"], optimizer)
-        load_state(self._model, weights, self._cfg, source=str(path), without=without)
+        divider = self._zero and self._zero.divider()
+        load_state(
+            *(self._model, weights, self._cfg), source=str(path), without=without, settle=divider
+        )
         self.trainer.load_state_dict(states["trainer"])  # type: ignore[attr-defined]
         if reason:
             _logger.warning(

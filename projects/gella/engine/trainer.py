@@ -19,6 +19,7 @@ from gella.data.records import Records, as_records, concatenated
 from gella.data.refcoco import without_held_out
 from gella.data.register import choose_entities, root_from_environment
 from gella.data.sampling import build_train_loader
+from gella.engine.checkpoint import FOLDER, CheckpointStore
 from gella.engine.evaluation_hooks import (
     BestCheckpoint,
     EvaluationInTraining,
@@ -36,6 +37,7 @@ from gella.engine.step import StepTrainer
 from gella.engine.zero import ZeroHook, hide_from_ddp, read_config
 from gella.evaluation import asked_categories, build_evaluator, merge_datasets, task_for
 from gella.evaluation.results import amp_dtype
+from gella.modeling.filling import built_empty, empty_modules
 from gella.weights.checkpoint import load_weights
 
 # The child of the model that SOLVER.ZERO.CONFIG puts under DeepSpeed.
@@ -86,8 +88,11 @@ class GellaTrainer(DefaultTrainer):
     cfg: Any
     _trainer: Any
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Any, *, resume: bool = False) -> None:
         """Build everything that ``cfg`` describes.
+
+        Where there are weights to load, ``MODEL.WEIGHTS`` or with ``resume`` a checkpoint, the
+        language decoder is built empty, and :meth:`resume_or_load` must follow.
 
         Raises:
             ValueError: mixed precision without a CUDA device, a batch that cannot be divided, and
@@ -110,8 +115,11 @@ class GellaTrainer(DefaultTrainer):
         if not str(cfg.MODEL.DEVICE).startswith("cuda"):
             # Detectron2's wrapper names a GPU unless told otherwise, which its trainer does not.
             defaults.create_ddp_model = functools.partial(wrap, device_ids=None)
+        store = CheckpointStore(os.path.join(cfg.OUTPUT_DIR, FOLDER))
+        loads = bool(cfg.MODEL.WEIGHTS) or (resume and bool(store.found()[0]))
         try:
-            super().__init__(cfg)
+            with built_empty(loads):
+                super().__init__(cfg)
         finally:
             defaults.create_ddp_model = wrap
 
@@ -216,7 +224,8 @@ class GellaTrainer(DefaultTrainer):
             self.checkpoints.resume(newest.path)
             self.start_iter = self.iter + 1  # the stored iteration was completed
         elif self.cfg.MODEL.WEIGHTS:
-            load_weights(self.model, self.cfg.MODEL.WEIGHTS, self.cfg)
+            divider = self._zero and self._zero.divider()
+            load_weights(self.model, self.cfg.MODEL.WEIGHTS, self.cfg, divider)
         elif not self.cfg.MODEL.FROM_SCRATCH:
             raise ValueError(
                 "MODEL.WEIGHTS is empty: name the weights to start from, or set MODEL.FROM_SCRATCH"
@@ -236,10 +245,23 @@ class GellaTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: Any) -> nn.Module:
-        """Build the model of ``cfg`` on its device and log how many parameters it trains."""
+        """Build the model of ``cfg`` on its device and log how many parameters it trains.
+
+        A language decoder that is built empty has the precision that it trains in: bfloat16 where
+        ZeRO keeps its weights so (``SOLVER.AMP``), else ``MODEL.LANGUAGE.DTYPE``.
+        """
         model = super().build_model(cfg)
+        decoders, bf16 = empty_modules(model).values(), False
         if cfg.SOLVER.ZERO.CONFIG:
             hide_from_ddp(model, LANGUAGE)
+            config = read_config(cfg.SOLVER.ZERO.CONFIG, bf16=cfg.SOLVER.AMP.ENABLED)
+            bf16 = bool(config.get("bf16", {}).get("enabled"))
+        for decoder in decoders:
+            if not cfg.SOLVER.ZERO.CONFIG:
+                # DistributedDataParallel takes the parameters' memory as it finds it.
+                decoder.allocate(torch.device(cfg.MODEL.DEVICE))
+            for parameter in decoder.parameters() if bf16 else ():
+                parameter.data = parameter.data.bfloat16()
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logging.getLogger(__name__).info(

@@ -149,6 +149,18 @@ class ZeroHook(HookBase):
             raise RuntimeError("the ZeRO engine is made when the training starts")
         return self._branch.engine
 
+    def divider(self) -> Callable[[nn.Parameter], None] | None:
+        """At stage 3 what divides a parameter, once it has its values, among the processes.
+
+        So none of them ever holds the whole child. All ranks must call it for the same parameters
+        in the same order; the values of the main process count. None at the other stages.
+        """
+        if self.stage < 3:
+            return None
+        _join_process_group()
+        dividing = self._deepspeed.zero.Init(config_dict_or_path=self.config)
+        return lambda parameter: dividing._convert_to_zero_parameters([parameter])
+
     def before_train(self) -> None:
         """Start the engine on the weights that the model has now."""
         if self._branch is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gella.modeling.adapters import QUANTIZATIONS, add_lora, merge_lora, quantize
+from gella.modeling.filling import Fillable
 from gella.modeling.generation import (
     Drafts,
     Prefix,
@@ -35,7 +38,48 @@ _CHOICES = {
 # Some architectures rescale what their output layer gives. Only their own forward pass knows how,
 # and it wants logits at every position.
 _LOGIT_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+# Weights that one product turns to float32 at a time: 8 MiB, which stay in a core's cache.
+_BLOCK = 2**21
+_LINEAR = F.linear
 _logger = logging.getLogger(__name__)
+
+
+class _Float32Products(TorchFunctionMode):
+    """Multiply bfloat16 weights in float32, block by block: for CPUs without instructions for it.
+
+    Those emulate bfloat16 at a tenth of their speed. A token or two are quicker as they are: then
+    reading the weights is all the work, and float32 is twice as much to read.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not _LINEAR or args[1].dtype != torch.bfloat16 or args[0].shape[:-1].numel() < 5:
+            return func(*args, **(kwargs or {}))
+        inputs, weight, bias = (*args, None)[:3]
+        rows = max(1, _BLOCK // weight.shape[1])
+        with torch.autocast("cpu", enabled=False):
+            inputs, bias = inputs.float(), 0 if bias is None else bias.float()
+            blocks = [func(inputs, block.float()) for block in weight.split(rows)]
+            return (torch.cat(blocks, -1) + bias).to(weight.dtype)
+
+
+def _float32_products_on_cpu(method: Callable[..., Any]) -> Callable[..., Any]:
+    # Not where gradients are recorded: autograd would keep the float32 copies of all layers.
+    @functools.wraps(method)
+    def wrapped(self: LanguageDecoder, *args: Any, **kwargs: Any) -> Any:
+        slow = not torch.is_grad_enabled() and not multiplies_bfloat16()
+        slow = slow and next(self.projector.parameters()).device.type == "cpu"
+        if slow and any(p.dtype == torch.bfloat16 for p in self.parameters()):
+            with _Float32Products():
+                return method(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions for products of bfloat16."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @dataclass
@@ -53,7 +97,7 @@ class LanguageOutput:
     seg_embeddings: list[Tensor]
 
 
-class LanguageDecoder(nn.Module):
+class LanguageDecoder(Fillable):
     """A causal language model with an image projector, as in LLaVA (eq. 3 to 5).
 
     ``Z_vl = f_phi([W Z_v, H_t])``. The same class is LLaMA-13B and the tiny model of the tests.
@@ -103,18 +147,15 @@ class LanguageDecoder(nn.Module):
                 f"MODEL.LANGUAGE.PROMPT_LOOKUP_TOKENS is {prompt_lookup_tokens}; 0 turns it off"
             )
         width = model_config.hidden_size
-        self.projector: nn.Module = nn.Linear(image_dim, width)
-        if projector == "mlp2x_gelu":
-            self.projector = nn.Sequential(self.projector, nn.GELU(), nn.Linear(width, width))
-        self.llama = build_causal_lm(
-            model_config,
-            attention=attention,
-            dtype=dtype,
-            gradient_checkpointing=gradient_checkpointing,
-        )
-        self.projector.to(self.llama.dtype if lora is None else torch.float32)  # as add_lora's
-        if lora is not None:
-            add_lora(self.llama, **lora)
+        with self.building():
+            self.projector: nn.Module = nn.Linear(image_dim, width)
+            if projector == "mlp2x_gelu":
+                self.projector = nn.Sequential(self.projector, nn.GELU(), nn.Linear(width, width))
+            options = {"gradient_checkpointing": gradient_checkpointing}
+            self.llama = build_causal_lm(model_config, attention=attention, dtype=dtype, **options)
+            self.projector.to(self.llama.dtype if lora is None else torch.float32)  # as add_lora's
+            if lora is not None:
+                add_lora(self.llama, **lora)
         self.has_adapters = lora is not None
         self.image_token_stride = image_token_stride
         self.hidden_size = width
@@ -150,6 +191,7 @@ class LanguageDecoder(nn.Module):
         features = image_grid.flatten(2).transpose(1, 2)  # B N C
         return self.projector(features.to(next(self.projector.parameters()).dtype))  # B N D
 
+    @_float32_products_on_cpu
     def forward(
         self,
         image_grid: Tensor,
@@ -204,6 +246,7 @@ class LanguageDecoder(nn.Module):
         return (losses * shares[supervised]).sum() / len(labels)
 
     @torch.no_grad()
+    @_float32_products_on_cpu
     def remember(self, image_grid: Tensor, ids: Tensor) -> list[Prefix] | None:
         """Read the start of every prompt about each image, its image tokens included, once.
 
@@ -257,6 +300,7 @@ class LanguageDecoder(nn.Module):
         return embeds, mask.long()
 
     @torch.no_grad()
+    @_float32_products_on_cpu
     def generate(
         self,
         image_grid: Tensor,
@@ -352,6 +396,20 @@ class LanguageDecoder(nn.Module):
         """Fold the LoRA adapters into the weights, whose keys are then those of a plain decoder."""
         merge_lora(self.llama)
         self.has_adapters = False
+
+    def device_of(self, name: str, device: torch.device) -> torch.device:
+        """Weights that wait to be rounded stay on the CPU; see :meth:`Fillable.device_of`."""
+        waits = self._waits_for_quantization and not name.startswith("projector")
+        return torch.device("cpu") if waits else device
+
+    def initialise(self, name: str, module: nn.Module) -> None:
+        """See :meth:`Fillable.initialise`; peft starts A as any linear layer and B at zero."""
+        if ".lora_B." in name:
+            nn.init.zeros_(module.weight)
+        elif ".lora_A." in name or name.startswith("projector"):
+            module.reset_parameters()
+        else:
+            self.llama._init_weights(module)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageDecoder:
         # Weights that wait to be rounded do not follow `.to(device)`, which may not hold them.

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.modeling import build_model
 
 from gella.config import load_config
 from gella.data.mapper import InputMaker, mapped_input
@@ -32,7 +31,7 @@ from gella.predictor.scene import EntitiesLike, Scene, image_id_of, is_spec, rea
 from gella.segmenters.segmenter import Segmenter, load_segmenter
 from gella.text import prompts
 from gella.text.spans import locate_phrases
-from gella.weights.checkpoint import load_weights
+from gella.weights.checkpoint import build_with_weights
 
 TASKS = ("ground", "refer", "panoptic", "describe", "extract")
 DTYPES = ("float32", "bfloat16")
@@ -66,9 +65,7 @@ class GellaPredictor:
             cfg.MODEL.DEVICE = "cpu"
         cfg.freeze()
         if model is None:
-            model = build_model(cfg)
-            if cfg.MODEL.WEIGHTS:
-                load_weights(model, cfg.MODEL.WEIGHTS, cfg)
+            model = build_with_weights(cfg, cfg.MODEL.WEIGHTS)
         self.cfg, self.model, self.config_file = cfg, model.eval(), config_file
         self._autocast = autocast
         self._maker: InputMaker | None = None

@@ -21,14 +21,16 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
+from gella.modeling.filling import built_empty, empty_modules
 from gella.weights.files import read_torch, read_weights
 from gella.weights.layout import matches_any, some
 
@@ -41,14 +43,40 @@ LEFT_OVER = re.compile(r"\.iter_\d{7,}\.(tmp|old)")
 _logger = logging.getLogger(__name__)
 
 
-def load_weights(model: nn.Module, path: str | Path, cfg: Any) -> None:
+def build_with_weights(
+    cfg: Any, path: str | Path, build: Callable[[Any], nn.Module] = build_model
+) -> nn.Module:
+    """Build the model of a config and load weights into it, strictly.
+
+    The language decoder is built without memory and then filled straight from the mapped files, on
+    its device and in its precision (``MODEL.LANGUAGE.DTYPE``): it is never there twice.
+
+    Args:
+        cfg: of the model.
+        path: see :func:`load_weights`; "" leaves the model as it was initialised.
+        build: makes the model of a config.
+    """
+    with built_empty(bool(path)):
+        model = build(cfg)
+    load_weights(model, path, cfg)
+    return model
+
+
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    cfg: Any,
+    settle: Callable[[nn.Parameter], None] | None = None,
+) -> None:
     """Load the weights of a file or of a checkpoint's folder into a model, strictly.
 
     Args:
-        model: module on any device; changed in place.
+        model: module on any device; changed in place. A language decoder that was built empty is
+            filled: what the weights may lack of it is initialised from ``SEED``.
         path: a checkpoint's folder, what `read_weights` takes, or an address that Detectron2's
             path manager knows; "" leaves the model untrained and says so in the log.
         cfg: gives ``MODEL.WEIGHTS_ALLOW_MISSING`` and ``MODEL.WEIGHTS_ALLOW_UNEXPECTED``.
+        settle: see ``Fillable.fill``.
 
     Raises:
         FileNotFoundError: no such file.
@@ -65,11 +93,17 @@ def load_weights(model: nn.Module, path: str | Path, cfg: Any) -> None:
         if not os.path.exists(file):
             raise FileNotFoundError(f"weights file {path} does not exist: check MODEL.WEIGHTS")
         state = read_weights(file)
-    load_state(model, state, cfg, source=str(path))
+    load_state(model, state, cfg, source=str(path), settle=settle)
 
 
 def load_state(
-    model: nn.Module, state: Mapping[str, Tensor], cfg: Any, *, source: str, without: str = ""
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    cfg: Any,
+    *,
+    source: str,
+    without: str = "",
+    settle: Callable[[nn.Parameter], None] | None = None,
 ) -> None:
     """Copy weights into a model after :func:`check_state_dict`.
 
@@ -79,6 +113,7 @@ def load_state(
         cfg: see :func:`load_weights`.
         source: where they come from; for messages.
         without: a child of the model whose weights may be missing: they are loaded elsewhere.
+        settle: see ``Fillable.fill``.
     """
     model = getattr(model, "module", model)
     check_state_dict(
@@ -88,13 +123,20 @@ def load_state(
         allow_missing=(*cfg.MODEL.WEIGHTS_ALLOW_MISSING, *([f"{without}.*"] if without else ())),
         allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
     )
-    misfit = model.load_state_dict(dict(state), strict=False)
-    missing = [key for key in misfit.missing_keys if not key.startswith(f"{without}.")]
-    for kind, keys in (("missing", missing), ("unexpected", misfit.unexpected_keys)):
+    expected = model.state_dict().keys()
+    missing = [k for k in expected - state.keys() if not k.startswith(f"{without}.")]
+    for kind, keys in (("missing", missing), ("unexpected", list(state.keys() - expected))):
         if keys:
             _logger.warning(
-                "weights %s, allowed: %d %s: %s", source, len(keys), kind, some(keys, 10)
+                "weights %s, allowed: %d %s: %s", source, len(keys), kind, some(sorted(keys), 10)
             )
+    state = dict(state)
+    for name, decoder in empty_modules(model).items():
+        start = f"{name}."
+        own = {k[len(start) :]: state.pop(k) for k in [*state] if k.startswith(start)}
+        device, seed = torch.device(cfg.MODEL.DEVICE), max(cfg.SEED, 0)
+        decoder.fill(None if name == without else own, device, seed=seed, settle=settle)
+    model.load_state_dict(state, strict=False)
 
 
 def check_state_dict(
