@@ -23,21 +23,33 @@ NO_TOKENIZER = ["--opts", "MODEL.LANGUAGE.TOKENIZER", "/nowhere/tokenizer"]
 
 
 @pytest.mark.parametrize(
-    ("mode", "arguments", "message"),
+    ("command", "message"),
     [
-        ("generation", ["--num", "0"], "--num is 0; give at least 1"),
-        ("generation", ["--lookup", "0"], "--lookup is 0; give at least 1"),
-        ("generation", ["--config-file", "no_such.yaml"], "no_such.yaml"),
-        ("generation", ["--dataset", "no_such_dataset"], "no_such_dataset"),
-        ("predict", ["--captions", "1"], "--captions is 1; give at least 2"),
-        ("predict", ["--images", "0"], "--images is 0; give at least 2"),
-        ("predict", ["--size", "9"], "--size is 9; give at least 64"),
-        ("predict", ["--config-file", "no_such.yaml"], "no_such.yaml"),
-        ("predict", ["--weights", "no_such.pth", *SMALL], "no_such.pth"),
+        ("generation --config-file TINY --num 0", "--num is 0; give at least 1"),
+        ("generation --config-file TINY --lookup 0", "--lookup is 0; give at least 1"),
+        ("generation --config-file no_such.yaml", "no_such.yaml"),
+        ("generation --config-file TINY --dataset no_such_dataset", "no_such_dataset"),
+        ("predict --config-file TINY --captions 1", "--captions is 1; give at least 2"),
+        ("predict --config-file TINY --images 0", "--images is 0; give at least 2"),
+        ("predict --config-file TINY --size 9", "--size is 9; give at least 64"),
+        ("predict --config-file no_such.yaml", "no_such.yaml"),
+        ("predict --config-file TINY --weights no_such.pth --captions 2 --images 3", "no_such.pth"),
+        ("data --images 1", "--images is 1"),
+        ("data --size 640", "640"),
+        ("data --size 8x8", "8x8"),
+        ("data --dataset gella_shapes_png_val", "--config-file"),
+        ("data --config-file absent.yaml", "absent.yaml"),
+        ("data --workers -1", "-1"),
+        ("data --config-file TINY --dataset no_set", "no_set"),
+        ("eval --recall-nouns 0", "--recall-nouns is 0"),
+        ("eval --size 7", "--size"),
+        ("eval --panoptic-json absent.json", "absent.json"),
+        ("eval --panoptic-json TINY", "no COCO panoptic file"),
+        ("curves --config-file x.yaml --processes 1", "--processes is 1; give at least 2"),
     ],
 )
-def test_wrong_arguments_end_with_one_line(mode, arguments, message, capsys):
-    assert benchmark.main([mode, "--config-file", TINY, *arguments]) == 2
+def test_wrong_arguments_end_with_one_line(command, message, capsys):
+    assert benchmark.main(command.replace("TINY", TINY).split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import benchmark
 import curves as benchmark_curves
 import pytest
 import torch
@@ -44,11 +43,6 @@ def test_the_picture(tmp_path):
     path = tmp_path / "folder" / "curves.png"
     benchmark_curves.draw({"plain": runs, "zero": runs[::-1]}, str(path), "2 processes")
     assert len(Image.open(path).convert("RGB").getcolors(100_000)) > 10
-
-
-def test_one_process_is_no_comparison(capsys):
-    assert benchmark.main(["curves", "--config-file", "x.yaml", "--processes", "1"]) == 2
-    assert "--processes is 1; give at least 2" in capsys.readouterr().err
 
 
 def test_moved_weights_are_the_neighbours_of_the_first_ones():

@@ -15,8 +15,6 @@ from PIL import Image
 
 from gella.entities.sources import load_from_record
 
-ROOT = Path(__file__).resolve().parents[1]
-
 SMALL = ["--size", "64x48", "--images", "2", "--segments", "5", "--repeat", "1", "--seconds", "0"]
 PIXELS = ["INPUT.GELLA.COLORMAP_SIZE", "96", "MODEL.IMAGE_ENCODER.IMAGE_SIZE", "56"]
 
@@ -108,22 +106,3 @@ def test_what_is_asked_is_judged():
     assert [rule["met"] for rule in rules] == [False, True, False]
     figures["stages_ms"]["colormap"] = 0.4
     assert benchmark_data.rules(figures)[-1]["met"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--images", "1"], "--images"),
-        (["--size", "640"], "640"),
-        (["--size", "8x8"], "8x8"),
-        (["--dataset", "gella_shapes_png_val"], "--config-file"),
-        (["--config-file", "absent.yaml"], "absent.yaml"),
-        (["--workers", "-1"], "-1"),
-        (["--config-file", "configs/gella_tiny_shapes.yaml", "--dataset", "no_set"], "no_set"),
-    ],
-)
-def test_user_errors_are_one_line(arguments, message, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert benchmark.main(["data", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1

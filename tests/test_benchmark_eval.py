@@ -57,21 +57,6 @@ def test_aims_are_judged_on_their_side_of_the_limit(change, unmet):
     assert rules[2]["name"].startswith("average recall of 100,000 nouns")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--recall-nouns", "0"], "--recall-nouns is 0"),
-        (["--size", "7"], "--size"),
-        (["--panoptic-json", "absent.json"], "absent.json"),
-        (["--panoptic-json", __file__], "no COCO panoptic file"),
-    ],
-)
-def test_bad_input_is_one_line(capsys, arguments, message):
-    assert benchmark.main([*SMALL, *arguments]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and message in error
-
-
 def test_made_predictions_are_right_wrong_and_missing(pairs):
     """So that all branches of the counting are among what is timed."""
     counts = [benchmark_eval.count(p, benchmark_eval.decode(p), CATEGORIES) for p in pairs]
