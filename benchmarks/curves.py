@@ -97,7 +97,8 @@ def train(config_file: str, options: list[Any], output: str, moved: int) -> None
 def record(args: argparse.Namespace) -> dict[str, list[Curves]]:
     """Run the trainings; curves of the runs "plain" and "zero", the first of each not moved."""
     # No evaluation and no checkpoint but the last: only the steps count.
-    common = ["SOLVER.MAX_ITER", args.iterations, "SOLVER.CHECKPOINT_PERIOD", args.iterations]
+    common = ["SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", args.iterations]
+    common += ["SOLVER.CHECKPOINT_PERIOD", args.iterations]
     common += ["DATASETS.TEST", "()", "TEST.EVAL_PERIOD", 0, *args.opts]
     kinds = {
         "plain": (1, ["SOLVER.ACCUMULATE", args.processes]),
