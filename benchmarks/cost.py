@@ -23,30 +23,42 @@ every GPU in float32 (4 + 4 + 8, and 4 for gradient buckets), and the activation
 card when the sum is under 90 % of it; what CUDA, communication and fragments take has to find room
 in the rest. "checkpointed": blocks of the language decoder keep their
 input only and are computed again in the backward pass.
+
+Training: memory of the config's own plan at the longest prompt that the records of each training
+dataset are taken to give (gella/engine/memory.py), and days: 3 times a forward pass an image (once
+what is frozen), at 40 % of the 312 TFLOPS of an A100 in bfloat16. "next" is the config's command
+where it fits 80 GiB, else with the first plan that does.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, NamedTuple
+import shlex
+from typing import Any
 
-import torch
-from cost_passes import (
-    COLUMNS,
-    TABLE_12,
-    WAYS,
-    Workload,
-    count_flops,
-    count_image_tokens,
-    saved_bytes,
-)
-from detectron2.modeling import build_model
+from cost_passes import COLUMNS, TABLE_12, WAYS, count_flops
 from measuring import OPTS
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
 from gella import load_config
+from gella.engine.memory import (
+    CARDS,
+    GIB,
+    USABLE,
+    Branch,
+    Workload,
+    build_on_meta,
+    count_image_tokens,
+    count_parameters,
+    longest_prompts,
+    plan_rows,
+    plans,
+    saved_bytes,
+    zero_branches,
+)
+from gella.engine.optimizer import with_epochs
 
 _LOAD = Workload()
 NUMBERS = {
@@ -63,19 +75,9 @@ OPTIONS = {
     "--precision": {"choices": ("bf16", "fp32"), "help": "default: bf16 where SOLVER.AMP is on"},
     "opts": OPTS,
 }
-NEXT = "python tools/train_net.py --config-file {config_file} --num-gpus {zero_gpus}"
-MIB, GIB = 2**20, 2**30
-CARDS = (24, 40, 48, 80)  # GiB
-USABLE = 0.9  # of a card: the rest is CUDA's own, fragments, and buffers of communication
-BYTES = {"bf16": (2, 2, 12), "fp32": (4, 4, 8)}  # weights, gradients, optimizer
-HOST_BYTES = 16  # float32 weights, two moments, gradient
-PLANS: tuple[tuple[int, tuple[str, ...]], ...] = (
-    *((stage, ()) for stage in (0, 1, 2)),
-    (2, ("optimizer",)),
-    (3, ()),
-    (3, ("optimizer",)),
-    (3, ("optimizer", "parameters")),
-)
+NEXT = "{next}"  # of `run`: the command that fits
+A100, UTILISATION = 312e12, 0.4  # FLOPS in bfloat16, and the share of it that is used
+MIB = 2**20
 # Figure 2's boxes and the module of each; what is left over is listed too.
 PARTS = (
     ("colormap encoder", "colormap_encoder"),
@@ -95,8 +97,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The figures and the text to print. ValueError, OSError for wrong arguments.
 
     Returns:
-        figures: ``workload``; ``parts``: ``{part: {"parameters", "trained", "flops",
-        "activations"}}``, the last one "all"; ``published``; ``language``, ``table_12``,
+        figures: ``workload``; ``training``: see :func:`training_figures`; ``parts``: ``{part:
+        {"parameters", "trained", "flops", "activations"}}``, the last one "all"; ``published``;
+        ``language``, ``table_12``,
         ``implied_tokens`` of :func:`cost_passes.count_flops`; ``activations``: bytes ``plain`` and
         ``checkpointed``; ``zero``: rows of :func:`plan_rows`.
     """
@@ -109,7 +112,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             f"MODEL.LANGUAGE.MAX_POSITIONS {longest}: lower --caption-tokens "
             f"{load.caption_tokens} or --nouns {load.nouns}, or raise the key"
         )
-    batch = args.batch or max(1, cfg.SOLVER.IMS_PER_BATCH // args.zero_gpus)
+    shares = args.zero_gpus * cfg.SOLVER.ACCUMULATE
+    batch = args.batch or max(1, cfg.SOLVER.IMS_PER_BATCH // shares)
     precision = args.precision or ("bf16" if cfg.SOLVER.AMP.ENABLED else "fp32")
     with tqdm(("model", "activations", "FLOPs"), leave=False) as steps:
         model = build_on_meta(cfg)
@@ -117,9 +121,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         sizes, branches = part_sizes(model), zero_branches(model)
         saved = saved_bytes(model, cfg, load, batch, half=precision == "bf16")
         steps.update()
+        training = training_figures(args, cfg, model, branches, batch, precision == "bf16")
         flops = count_flops(model, cfg, load)
     counted, kept = flops.pop("parts"), saved["parts"]
     counted["all"], kept["all"] = sum(counted.values()), saved["sums"]["plain"]
+    training["days"] = days(cfg, counted, sizes, args.zero_gpus)
     sizes.update(losses=(0, 0), all=sizes.pop("all"))  # the sum stays the last
     names = ("parameters", "trained", "flops", "activations")
     figures = {
@@ -140,27 +146,55 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "published": compare_published(cfg, sizes),
         **flops,
         "activations": saved["sums"],
+        "training": training,
         "zero": plan_rows(*branches, args.zero_gpus, precision, saved["sums"]),
     }
     return figures, f"{args.config_file}\n\n{cost_report(figures)}"
 
 
+# -- the config's own training ---------------------------------------------------------------------
+
+
+def training_figures(
+    args: argparse.Namespace,
+    cfg: Any,
+    model: nn.Module,
+    branches: tuple[Branch, Branch],
+    batch: int,
+    half: bool,
+) -> dict[str, Any]:
+    """Memory at the longest prompts, and in ``args.next`` the command that fits.
+
+    Returns:
+        ``iterations``; ``longest``: by training dataset ``tokens`` of its longest prompt and
+        ``gpu``, bytes of each GPU.
+    """
+    image, longest, made = count_image_tokens(cfg), {}, []
+    for name, load in longest_prompts(cfg).items():
+        sums = saved_bytes(model, cfg, load, batch, half)["sums"]
+        made.append(plans(cfg, *branches, args.zero_gpus, sums))
+        longest[name] = {"tokens": load.length(image), "gpu": made[-1][0].gpu}
+    room = USABLE * CARDS[-1] * GIB
+    ways = (options[0].overrides for options in zip(*made) if max(o.gpu for o in options) <= room)
+    plan = next(ways, None)
+    changes = f" {shlex.join(args.opts)}" if args.opts else ""
+    args.next = (
+        f"python tools/train_net.py --config-file {args.config_file} --num-gpus {args.zero_gpus}"
+        f"{changes}{plan}"
+        if plan is not None
+        else f"no plan fits {CARDS[-1]} GiB on {args.zero_gpus} GPU(s): raise --zero-gpus"
+    )
+    return {"iterations": with_epochs(cfg, 0).SOLVER.MAX_ITER, "longest": longest}
+
+
+def days(cfg: Any, flops: dict[str, int], sizes: dict[str, tuple[int, int]], gpus: int) -> float:
+    """Days of the whole training at `UTILISATION` of so many A100; forward ``flops`` by part."""
+    image = sum(n * (3 if sizes[part][1] else 1) for part, n in flops.items() if part in sizes)
+    images = with_epochs(cfg, 0).SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
+    return image * images / (gpus * A100 * UTILISATION) / 86_400
+
+
 # -- parameters ------------------------------------------------------------------------------------
-
-
-def build_on_meta(cfg: Any) -> nn.Module:
-    """The model of a config without memory for its weights; ``cfg`` is not changed."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
-        return build_model(cfg)
-
-
-def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """Numbers of parameters and of trained ones, each counted once; buffers do not count."""
-    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
-    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
 def part_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -199,85 +233,6 @@ def compare_published(cfg: Any, sizes: dict[str, tuple[int, int]]) -> list[dict[
     return compared
 
 
-# -- memory under ZeRO -----------------------------------------------------------------------------
-# The arithmetic of the ZeRO paper (arXiv 1910.02054, section 3.1 and figure 1) for Adam on N GPUs.
-# DeepSpeed's estimators (estimate_zero2/3_model_states_mem_needs) say otherwise: 18 bytes a
-# parameter for 16, gathered layers in float32, no bfloat16 choice, and nothing of stages 0 and 1.
-
-
-class Branch(NamedTuple):
-    """Sizes of a part of the model: all parameters, the trained ones, the largest layer's."""
-
-    parameters: int
-    trained: int
-    largest: int = 0
-
-
-def zero_branches(model: nn.Module) -> tuple[Branch, Branch]:
-    """The language branch, which ZeRO divides, and the rest, which every GPU holds whole."""
-    language, whole = count_parameters(model.language_decoder), count_parameters(model)
-    # What stage 3 gathers at once is what one module owns itself.
-    owned = (m.parameters(recurse=False) for m in model.language_decoder.modules())
-    largest = max(sum(p.numel() for p in parameters) for parameters in owned)
-    return Branch(*language, largest), Branch(whole[0] - language[0], whole[1] - language[1])
-
-
-def zero_states(
-    branch: Branch, gpus: int, stage: int, precision: str = "bf16", offload: tuple[str, ...] = ()
-) -> dict[str, int]:
-    """Bytes of a branch under one of `PLANS`: of each GPU, and of the ``host`` of all.
-
-    Stage 1 divides the optimizer by the GPUs, stage 2 the gradients too, stage 3 the weights too,
-    and then holds one layer's whole weights while it runs (the largest one is counted, as
-    ``gathered``). Frozen parameters have weights only. Optimizer offload moves optimizer and
-    gradients to the host, as ZeRO-Offload does, where they take 12 + 4 bytes; parameter offload the
-    weights too.
-    """
-    weight, gradient, optimizer = BYTES[precision]
-    weights, gradients, moments = (
-        -(-count // (gpus if stage >= first else 1))
-        for count, first in ((branch.parameters, 3), (branch.trained, 2), (branch.trained, 1))
-    )
-    states = {
-        "weights": weight * weights,
-        "gradients": gradient * gradients,
-        "optimizer": optimizer * moments,
-        "gathered": weight * branch.largest if stage == 3 else 0,
-        "host": 0,
-    }
-    if "optimizer" in offload:
-        states.update(gradients=0, optimizer=0, host=HOST_BYTES * branch.trained)
-    if "parameters" in offload:
-        states.update(weights=0, host=states["host"] + weight * branch.parameters)
-    return states
-
-
-def plan_rows(
-    language: Branch, rest: Branch, gpus: int, precision: str, activations: dict[str, int]
-) -> list[dict[str, Any]]:
-    """A row per ZeRO plan: ``stage``, ``offload``, the bytes of :func:`zero_states`, ``rest``, and
-    for both kinds of activations ``total`` and ``card``: GiB of the smallest of ``CARDS`` that
-    holds the total in its usable share, or 0.
-
-    ``activations``: bytes saved for backward on one GPU, ``plain`` and ``checkpointed``.
-    """
-    # Under DistributedDataParallel, in float32: 4 weights, 4 gradients, 8 moments, and 4 for the
-    # buckets in which gradients travel.
-    others = 4 * rest.parameters + (12 + 4 * (gpus > 1)) * rest.trained
-    rows = []
-    for stage, offload in PLANS:
-        states = zero_states(language, gpus, stage, precision, offload)
-        gpu = sum(states.values()) - states["host"] + others
-        total = {kind: gpu + size for kind, size in activations.items()}
-        card = {
-            kind: next((card for card in CARDS if size <= USABLE * card * GIB), 0)
-            for kind, size in total.items()
-        }
-        row = {"stage": stage, "offload": sorted(offload), **states, "rest": others}
-        rows.append({**row, "total": total, "card": card})
-    return rows
-
-
 # -- tables ----------------------------------------------------------------------------------------
 
 
@@ -301,7 +256,19 @@ def cost_report(figures: dict[str, Any]) -> str:
         f"{number(figures['activations']['checkpointed'] / MIB)} MiB."
     )
     tables = (published_table(figures["published"]), language_tables(figures), zero_table(figures))
+    tables += (training_table(figures),)
     return "\n\n".join(filter(None, (workload, parts, *tables)))
+
+
+def training_table(figures: dict[str, Any]) -> str:
+    """Memory of the config's plan at the longest prompt of each dataset, and days."""
+    training = figures["training"]
+    rows = [(n, x["tokens"], number(x["gpu"] / GIB)) for n, x in training["longest"].items()]
+    head = ["longest prompt of", "tokens", "GiB per GPU, as the config says"]
+    return (
+        f"{_table(rows, head)}\n{training['iterations']:,} iterations: {training['days']:.2g} days"
+        f" on {figures['gpus']} A100 at {UTILISATION:.0%} of {A100 / 1e12:.0f} TFLOPS"
+    )
 
 
 def number(value: float) -> str:

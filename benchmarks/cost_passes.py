@@ -1,34 +1,32 @@
-"""Every part of the model run on tensors without memory: the FLOPs it takes, the bytes it keeps.
+"""FLOPs of every part of the model, counted while it runs on tensors without data.
 
-The model is built on the meta device. To run, its tensors become fake ones: meta tensors that give
-a device as their own, so that the operators a CPU would take are taken, fused attention included.
-What depends on values (where a token is supervised, where an image token stands) is put in by its
-shape; all else is the forward pass of the real modules. PyTorch's counter sees these operators;
-fvcore's FlopCountAnalysis traces a run with real values, and takes fused attention for free.
+`gella.engine.memory` runs it. PyTorch's counter sees the operators that a CPU would take; fvcore's
+FlopCountAnalysis traces a run with real values, and takes fused attention for free.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from gella.modeling.criterion import GellaCriterion
-from gella.modeling.mask_decoder import MaskDecoderOutput
+from gella.engine.memory import (
+    Workload,
+    count_image_tokens,
+    embed_prompt,
+    make_fake,
+    run_language,
+    run_model,
+)
 
-Around = Callable[[str], AbstractContextManager[None]]  # what a part of the model runs inside
 aten = torch.ops.aten
-# "There are twelve semantic nouns, including", the last "and", the full stop and the end token.
-ANSWER_FRAME = 10
 # Table 12a, GFLOPs: language model, image and mask encoder, mask decoder, all.
 TABLE_12 = {
     "LISA (Table 12)": (92_607, 3_114, 226, 95_947),
@@ -49,113 +47,6 @@ WAYS = {
         "a pass per noun, noun in place of the caption",
     ),
 }
-
-
-class Workload(NamedTuple):
-    """What one image brings with it."""
-
-    caption_tokens: int = 60  # of the caption in the question
-    nouns: int = 12  # semantic nouns of the caption, each with one <SEG>
-    noun_tokens: int = 2  # words of one noun in the answer, beside <SEG> and a comma
-    prompt_tokens: int = 60  # system line, roles and instruction together
-    entities: int = 20  # entity masks
-
-    @property
-    def answer(self) -> int:
-        """Tokens of the answer: a frame, and per noun its words, ``<SEG>`` and a comma."""
-        return ANSWER_FRAME + self.nouns * (self.noun_tokens + 2)
-
-    def length(self, image_tokens: int) -> int:
-        """Tokens of one parallel pass over image, question and answer, all nouns in one answer."""
-        return image_tokens + self.prompt_tokens + self.caption_tokens + self.answer
-
-
-def count_image_tokens(cfg: Any) -> int:
-    """Tokens that one image takes in the language decoder."""
-    clip = cfg.MODEL.IMAGE_ENCODER
-    side = clip.IMAGE_SIZE // clip.PATCH_SIZE // cfg.MODEL.LANGUAGE.IMAGE_TOKEN_STRIDE
-    return side * side
-
-
-# -- running without data --------------------------------------------------------------------------
-
-
-def make_fake(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Give a module fake parameters and buffers in place; call it inside a ``FakeTensorMode``.
-
-    Values are not read; shared tensors stay shared; all floating tensors become ``dtype``.
-    """
-    made: dict[int, Tensor] = {}
-    for owner in module.modules():
-        for tensors in (owner._parameters, owner._buffers):
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    kind = dtype if old.is_floating_point() else old.dtype
-                    new = torch.empty(old.shape, dtype=kind, device="cpu")
-                    if isinstance(old, nn.Parameter):
-                        new = nn.Parameter(new, requires_grad=old.requires_grad)
-                    made[id(old)] = new
-                tensors[name] = made[id(old)]
-
-
-def run_model(
-    model: nn.Module, cfg: Any, load: Workload, batch: int, around: Around
-) -> tuple[MaskDecoderOutput, Tensor, list[Tensor], Tensor]:
-    """All parts in their order, as in training, each inside ``around(part)``.
-
-    Returns the mask decoder's output, word logits at the answers, association logits per image, and
-    CLIP's penultimate grid.
-    """
-    side, colormap = cfg.MODEL.IMAGE_ENCODER.IMAGE_SIZE, cfg.INPUT.GELLA.COLORMAP_SIZE
-    with around("image encoder"):
-        grids = model.image_encoder(torch.empty(batch, 3, side, side))
-    with around("colormap encoder"):
-        pyramid = model.colormap_encoder(torch.empty(batch, 3, colormap, colormap))
-    with around("ResoBlend"):
-        fused = model.resoblend(grids["last"], pyramid)
-    masks = torch.empty(batch, load.entities, colormap, colormap, dtype=torch.bool)
-    with around("mask decoder"):
-        output = model.mask_decoder(fused, entity_masks=masks)
-    grid, length = grids["penultimate"], load.length(count_image_tokens(cfg))
-    logits, nouns = run_language(model, grid, length, load.answer, load.nouns, around)
-    with around("association"):
-        scores = model.association(nouns, output.query_embeddings)
-    return output, logits, scores, grid
-
-
-def embed_prompt(model: nn.Module, grid: Tensor, length: int, around: Around) -> Tensor:
-    """Image tokens among word embeddings: (B, length, D)."""
-    decoder = model.language_decoder
-    with around("projector"):
-        tokens = decoder.image_tokens(grid)
-    ids = torch.empty(len(grid), length, dtype=torch.int64)
-    embeds = decoder.llama.get_input_embeddings()(ids)
-    return embeds.masked_scatter((ids == 0).unsqueeze(-1), tokens.to(embeds.dtype))
-
-
-def run_language(
-    model: nn.Module, grid: Tensor, length: int, answer: int, nouns: int, around: Around
-) -> tuple[Tensor, list[Tensor]]:
-    """One parallel pass over ``length`` tokens, as :meth:`LanguageDecoder.forward`.
-
-    Returns logits (B * answer, words), and per image (nouns, D) ``<SEG>`` embeddings.
-    """
-    embeds = embed_prompt(model, grid, length, around)
-    llama = model.language_decoder.llama
-    supervised = torch.empty(len(grid) * answer, dtype=torch.int64)
-    with around("language decoder"):
-        # With a cache transformers leaves the mask to the causal kernel, as it does in a real run
-        # without padding; without one it would look for packed sequences, which takes values.
-        hidden = llama.base_model(inputs_embeds=embeds, use_cache=True).last_hidden_state
-    answers = hidden[:, :-1][supervised, supervised]
-    with around("language decoder"):
-        logits = llama.get_output_embeddings()(answers)
-    return logits, [h[torch.empty(nouns, dtype=torch.int64)] for h in hidden]
-
-
-# -- FLOPs -----------------------------------------------------------------------------------------
 
 
 def counter() -> FlopCounterMode:
@@ -283,126 +174,3 @@ def implied_tokens(model: nn.Module, grid: Tensor, image: int, flops: float) -> 
     # The positive root, in the form that holds for b = 0 too.
     rest = 2 * max(0.0, flops - fixed)
     return round(rest / (linear + math.sqrt(linear**2 + 2 * square * rest)))
-
-
-# -- activations -----------------------------------------------------------------------------------
-
-
-class SavedBytes:
-    """Adds up what autograd saves by part; an instance is an ``Around``.
-
-    The storages of all tensors saved for backward count, each once, for the part that saves it
-    first, whole even where a view is saved.
-    """
-
-    def __init__(self, *modules: nn.Module) -> None:
-        """Nothing saved yet; parameters and buffers of ``modules`` will not count."""
-        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        # Weak references keep an address from being used again, so that they compare safely.
-        self._seen = {StorageWeakRef(t.untyped_storage()) for t in tensors}
-        self.parts: dict[str, int] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """What is saved inside counts for ``part``."""
-        self.parts.setdefault(part, 0)
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            reference = StorageWeakRef(storage)
-            if reference not in self._seen:
-                self._seen.add(reference)
-                self.parts[part] += storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
-
-
-def saved_bytes(
-    model: nn.Module, cfg: Any, load: Workload, batch: int, half: bool
-) -> dict[str, Any]:
-    """Bytes saved for backward in one training step of ``batch`` images with prompts as long.
-
-    The model's tensors become fake. ``half``: the language branch in bfloat16, as ZeRO keeps it,
-    and autocast for the rest, whose copies of parameters count; else float32. Autocast is the
-    CPU's, which runs norms in bfloat16; CUDA's keeps them in float32, so that the vision side takes
-    more there.
-
-    Returns:
-        ``parts``: ``{part: bytes}``, losses last; ``sums``: bytes of all parts, ``plain`` as they
-        are and ``checkpointed``, when each block of the language decoder keeps its input only and
-        is computed again in the backward pass: all inputs, and one whole block at a time.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    model.train()
-    # In training these layers look whether a value is infinite, which no fake tensor can tell;
-    # without dropout that is all evaluation changes.
-    model.mask_decoder.pixel_decoder.encoder.eval()
-    dtype = torch.bfloat16 if half else torch.float32
-    blocks: list[int] = []  # bytes that each block of the language decoder saves, in order
-
-    def before(*_: Any) -> None:
-        blocks.append(-saved.parts["language decoder"])
-
-    def after(*_: Any) -> None:
-        blocks[-1] += saved.parts["language decoder"]
-
-    for module in model.language_decoder.llama.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False  # whatever the config says, both ways are told
-        if isinstance(module, GradientCheckpointingLayer):
-            module.register_forward_pre_hook(before)
-            module.register_forward_hook(after)
-    with FakeTensorMode():
-        for name, child in model.named_children():
-            make_fake(child, dtype if name == "language_decoder" else torch.float32)
-        saved = SavedBytes(model)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
-            output, logits, scores, _ = run_model(model, cfg, load, batch, saved)
-        with saved("losses"):
-            targets = torch.empty(len(logits), dtype=torch.int64)
-            F.cross_entropy(logits.float(), targets, reduction="sum")
-        outputs = (*output.entity_logits, *output.mask_logits, *scores)
-        shapes = [(x.shape, x.dtype) for x in outputs]
-    saved.parts["losses"] += criterion_bytes(cfg, load.entities, shapes, output.query_valid.shape)
-    tokens = batch * load.length(count_image_tokens(cfg))
-    inputs = len(blocks) * tokens * model.language_decoder.hidden_size * dtype.itemsize
-    plain = sum(saved.parts.values())
-    spared = max(0, sum(blocks[:-1]) - inputs)
-    return {"parts": saved.parts, "sums": {"plain": plain, "checkpointed": plain - spared}}
-
-
-def criterion_bytes(
-    cfg: Any, entities: int, outputs: list[tuple[Any, torch.dtype]], valid: torch.Size
-) -> int:
-    """Bytes that the losses of masks, entities and association save, with ``entities`` per image.
-
-    Their work depends on values: they run for real, on random logits of the same shapes.
-    ``outputs`` are shape and dtype of the entity logits of every layer, of the mask logits, and of
-    the association logits per image; ``valid`` is (B, Q).
-    """
-    side = cfg.INPUT.GELLA.COLORMAP_SIZE
-    masks = torch.zeros(entities, side, side, dtype=torch.bool)
-    masks[:, 0, 0] = True  # an entity without a pixel would be left out
-    random = torch.Generator().manual_seed(0)
-    filled = [torch.randn(x, generator=random).to(kind).requires_grad_() for x, kind in outputs]
-    layers = (len(outputs) - valid[0]) // 2
-    scores = filled[2 * layers :]
-    output = MaskDecoderOutput(
-        query_embeddings=torch.empty(valid),  # only its device is looked at
-        entity_logits=filled[:layers],
-        mask_logits=filled[layers : 2 * layers],
-        query_valid=torch.ones(valid, dtype=torch.bool),
-    )
-    criterion = GellaCriterion(cfg)
-    saved = SavedBytes(criterion)
-    with torch.random.fork_rng(devices=[]), saved("losses"):
-        criterion(
-            output,
-            target_masks=[masks] * valid[0],
-            association_logits=scores,
-            association_targets=[torch.zeros(len(score), entities) for score in scores],
-        )
-    return saved.parts["losses"]

@@ -13,12 +13,12 @@ import cost_passes
 import numpy as np
 import pytest
 import torch
-from cost import GIB, Branch
-from cost_passes import Workload
 from detectron2.modeling import build_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gella import load_config
+from gella.engine import memory
+from gella.engine.memory import GIB, Branch, Workload, plan_rows, zero_states
 from gella.entities.entity_map import EntityMap
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +70,7 @@ def mapped(load, seed):
 def paper():
     """The paper's config and model on the meta device."""
     cfg = load_config(PAPER)
-    return cfg, cost.build_on_meta(cfg)
+    return cfg, memory.build_on_meta(cfg)
 
 
 def test_the_paper_s_model_has_the_published_sizes(paper):
@@ -109,7 +109,7 @@ def test_the_paper_s_model_has_the_published_sizes(paper):
 def test_counting_takes_shared_parameters_once():
     layer = torch.nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
-    assert cost.count_parameters(torch.nn.ModuleList([layer, layer])) == (8, 6)
+    assert memory.count_parameters(torch.nn.ModuleList([layer, layer])) == (8, 6)
 
 
 @pytest.mark.parametrize("queries", ["entity", "learned"])
@@ -125,7 +125,7 @@ def test_flops_without_data_are_those_of_a_real_run_part_by_part(queries):
     # Inference over given nouns leaves the answer's word logits out; what is counted has them.
     logits = 2 * LOAD.answer * words
     expected["language decoder"] = run["GELLA.language_decoder"] - expected["projector"] + logits
-    counted = cost_passes.count_flops(cost.build_on_meta(cfg), cfg, LOAD)
+    counted = cost_passes.count_flops(memory.build_on_meta(cfg), cfg, LOAD)
     assert counted["parts"] == expected
     assert min(expected.values()) > 0
     assert torch.backends.mha.get_fastpath_enabled()
@@ -140,7 +140,7 @@ def llama_flops(length, logits):
 
 def test_the_language_decoder_and_clip_cost_what_their_formulas_say():
     cfg = load_config(PAPER, ["MODEL.LANGUAGE.NUM_LAYERS", "2"])
-    counted = cost_passes.count_flops(cost.build_on_meta(cfg), cfg, Workload())
+    counted = cost_passes.count_flops(memory.build_on_meta(cfg), cfg, Workload())
     length, projector = 576 + 60 + 60 + 58, 2 * 576 * (1024 * 4096 + 4096 * 4096)
     assert Workload().answer == 10 + 12 * 4
     assert counted["parts"]["projector"] == projector
@@ -175,11 +175,11 @@ def test_sampling_counts_four_multiply_adds_a_value():
 
 
 def test_shared_tensors_stay_shared_and_nothing_is_allocated():
-    model = cost.build_on_meta(tiny_cfg())
+    model = memory.build_on_meta(tiny_cfg())
     llama = model.language_decoder.llama
     before = {n: (p.shape, p.requires_grad) for n, p in model.named_parameters()}
     with FakeTensorMode():
-        cost_passes.make_fake(model, torch.bfloat16)
+        memory.make_fake(model, torch.bfloat16)
     assert llama.get_input_embeddings().weight is llama.get_output_embeddings().weight
     assert {n: (p.shape, p.requires_grad) for n, p in model.named_parameters()} == before
     floats = {b.dtype for b in model.buffers() if b.is_floating_point()}
@@ -256,7 +256,7 @@ def test_activations_without_data_are_those_of_a_real_step(queries, half):
     expected["language decoder"] += sum(blocks)
     # Both ways are told, whatever the config says of checkpointing.
     cfg = tiny_cfg(*opts, "MODEL.LANGUAGE.GRADIENT_CHECKPOINTING", half)
-    counted = cost_passes.saved_bytes(cost.build_on_meta(cfg), cfg, LOAD, 2, half)
+    counted = memory.saved_bytes(memory.build_on_meta(cfg), cfg, LOAD, 2, half)
     parts = dict(counted["parts"])
     # Indices of supervised tokens: a bool per token there, two numbers per answer token here.
     assert parts.pop("losses") == pytest.approx(expected.pop("losses"), rel=0.02)
@@ -278,16 +278,22 @@ def on_gpu(states):
 
 def test_zero_states_follow_the_paper_s_figure():
     psi, gpus = 7_500_000_000, 64  # figure 1 of the ZeRO paper, decimal GB
-    figure = [on_gpu(cost.zero_states(Branch(psi, psi), gpus, stage)) / 1e9 for stage in range(4)]
+    figure = [on_gpu(zero_states(Branch(psi, psi), gpus, stage)) / 1e9 for stage in range(4)]
     assert figure == pytest.approx([120.0, 31.4, 16.6, 1.9], abs=0.05)
 
 
 def test_float32_keeps_no_second_copy_and_frozen_weights_have_no_states():
     adapters = Branch(parameters=1000, trained=10)
-    assert [*cost.zero_states(adapters, 4, 0, "fp32").values()] == [4000, 40, 80, 0, 0]
-    assert [*cost.zero_states(adapters, 4, 3, "bf16").values()] == [500, 6, 36, 0, 0]  # rounded up
+    assert [*zero_states(adapters, 4, 0, "fp32").values()] == [4000, 40, 80, 0, 0]
+    assert [*zero_states(adapters, 4, 3, "bf16").values()] == [
+        500,
+        6,
+        36,
+        0,
+        0,
+    ]  # rounded up
     for gpus, rest in ((1, 4000 + 40 + 80), (2, 4000 + 80 + 80)):
-        assert {row["rest"] for row in cost.plan_rows(LLAMA, adapters, gpus, "bf16", {})} == {rest}
+        assert {row["rest"] for row in plan_rows(LLAMA, adapters, gpus, "bf16", {})} == {rest}
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 8])
@@ -297,7 +303,7 @@ def test_zero_states_differ_from_deepspeed_s_estimates_as_is_known(gpus):
     size, largest, extra = LLAMA.parameters, LLAMA.largest, 1.5
 
     def ours(stage, *offload):
-        states = cost.zero_states(LLAMA, gpus, stage, "bf16", offload)
+        states = zero_states(LLAMA, gpus, stage, "bf16", offload)
         return on_gpu(states), states["host"]
 
     # Its 18 bytes have float32 gradients (4) that the paper's 14 of gradients and optimizer lack.
@@ -321,7 +327,7 @@ def test_zero_states_differ_from_deepspeed_s_estimates_as_is_known(gpus):
 
 def test_rows_add_up_and_name_the_smallest_card():
     activations = {"plain": 20 * GIB, "checkpointed": 5 * GIB}
-    rows = cost.plan_rows(LLAMA, Branch(10**8, 10**8), 8, "bf16", activations)
+    rows = plan_rows(LLAMA, Branch(10**8, 10**8), 8, "bf16", activations)
     for row in rows:
         states = sum(row[name] for name in ("weights", "gradients", "optimizer", "gathered"))
         for kind, size in activations.items():
@@ -329,8 +335,41 @@ def test_rows_add_up_and_name_the_smallest_card():
     assert [row["card"]["checkpointed"] for row in rows] == [0, 48, 40, 24, 24, 24, 24]
     room = int(0.9 * 24 * GIB)
     for size, card in ((room, 24), (room + 1, 40)):
-        row = cost.plan_rows(Branch(0, 0), Branch(0, 0), 8, "bf16", {"plain": size})[0]
+        row = plan_rows(Branch(0, 0), Branch(0, 0), 8, "bf16", {"plain": size})[0]
         assert row["card"]["plain"] == card
+
+
+@pytest.mark.parametrize(
+    ("file", "checkpointing", "overrides"),
+    [
+        ("stage2", True, ""),  # 26.5 GiB of states and 5 of activations
+        ("", True, " SOLVER.ZERO.CONFIG configs/zero/stage2.json"),
+        ("", False, " MODEL.LANGUAGE.GRADIENT_CHECKPOINTING True SOLVER.ZERO.CONFIG"),
+    ],
+)
+def test_the_first_plan_that_fits(file, checkpointing, overrides):
+    cfg = load_config(PAPER, ["MODEL.LANGUAGE.GRADIENT_CHECKPOINTING", str(checkpointing)])
+    cfg.SOLVER.ZERO.CONFIG = file and f"{ROOT}/configs/zero/{file}.json"
+    activations = {"plain": 60 * GIB, "checkpointed": 5 * GIB}
+    made = memory.plans(cfg, LLAMA, Branch(10**8, 10**8), 8, activations)
+    fitting = next(plan for plan in made if plan.gpu <= 0.9 * 80 * GIB)
+    assert fitting.overrides.startswith(overrides) and bool(fitting.overrides) == bool(overrides)
+    assert made[-1].host > 0 == made[1].host and made[-1].gpu < made[1].gpu
+
+
+def test_the_longest_prompts_of_the_paper_s_datasets():
+    loads = memory.longest_prompts(load_config(PAPER, ["INPUT.GELLA.PANOPTIC_NEGATIVES", "20"]))
+    tokens = {name: load.length(576) for name, load in loads.items()}
+    assert tokens == {
+        "gella_coco_png_train2017": 576 + 60 + 250 + 10 + 30 * 5,
+        "gella_coco_panoptic_train2017": 576 + 60 + 50 * 4 + 10 + 50 * 5,
+        "gella_entityseg_captions_train": 576 + 60 + 300 + 10 + 30 * 5,
+    }
+    every = load_config(PAPER, ["INPUT.GELLA.PANOPTIC_NEGATIVES", "-1"])
+    assert memory.longest_prompts(every)["gella_coco_panoptic_train2017"].nouns == 133
+    every.MODEL.LANGUAGE.MAX_POSITIONS = 1000
+    cut = memory.longest_prompts(every)["gella_coco_panoptic_train2017"]
+    assert cut.length(576) <= 1000 and cut.nouns == 33
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -345,8 +384,9 @@ def test_the_report_and_its_json(tmp_path, capsys, monkeypatch):
 
     def record(name, made):
         def recorded(*args, **options):
-            calls[name] = args[2:], made(*args, **options)
-            return copy.deepcopy(calls[name][1])
+            result = made(*args, **options)
+            calls.setdefault(name, (args[2:], copy.deepcopy(result)))  # the longest prompts follow
+            return result
 
         monkeypatch.setattr(cost, name, recorded)
 
@@ -358,7 +398,7 @@ def test_the_report_and_its_json(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert status == 0 and "next: python tools/train_net.py" in out
     figures = json.loads(file.read_text())
-    model = cost.build_on_meta(tiny_cfg())
+    model = memory.build_on_meta(tiny_cfg())
     (given, saved), (load, counted) = calls["saved_bytes"], calls["count_flops"]
     assert given == (LOAD, 3) and load == (LOAD,)
     assert figures["batch"] == 3  # 12 images on 4 GPUs
@@ -370,6 +410,8 @@ def test_the_report_and_its_json(tmp_path, capsys, monkeypatch):
     assert figures["workload"]["image_tokens"] == IMAGE_TOKENS
     language = sum(p.numel() for p in model.language_decoder.parameters())
     assert figures["zero"][1]["optimizer"] == 8 * -(-language // 4)
+    assert figures["training"]["iterations"] == 2600 and figures["training"]["days"] > 0
+    assert set(figures["training"]["longest"]) == set(load_config(TINY).DATASETS.TRAIN)
     ratio = counted["language"]["one_noun"]["flops"] / counted["language"]["given"]["flops"]
     assert f"{ratio:.2f}" in out and ratio > 1
     for part, size in figures["parts"].items():
