@@ -29,13 +29,17 @@ from gella.data.register import coco_panoptic_categories
 from gella.weights.mask2former import Mask2FormerUpstream
 
 ROOT = Path(__file__).resolve().parents[1]
-LINKED = ("docs", "examples", "projects", "tests", "tools", "weights", "benchmarks", "README.md")
+LINKED = ("docs", "examples", "projects", "tests", "tools", "benchmarks", "README.md")
+LINKED += ("weights/gella_tiny_shapes",)
 LINKED += ("constraints.txt", "pyproject.toml", "setup.py")
-TOKENIZER = "datasets/tokenizers/llava-v1.5-7b"
+TOKENIZER = "weights/tokenizers/llava-v1.5-7b"
+FIRST_WEIGHTS = "weights/first/gella_swin_t"
 # The paper's config at the size of the tiny one, in what its public weights must fit.
 PAPER_CONFIG = f"""
 _BASE_: gella_tiny_shapes.yaml
 MODEL:
+  FROM_SCRATCH: False
+  WEIGHTS: {FIRST_WEIGHTS}
   IMAGE_ENCODER:
     {{STEM: patch, QUICK_GELU: True, IMAGE_SIZE: 32, PATCH_SIZE: 8, WIDTH: 32, HEAD_WIDTH: 16,
     LAYERS: 3}}
@@ -44,6 +48,10 @@ MODEL:
     {{HIDDEN_SIZE: 32, INTERMEDIATE_SIZE: 40, NUM_LAYERS: 2, NUM_HEADS: 2, NUM_KEY_VALUE_HEADS: 1,
     TOKENIZER: {TOKENIZER}, TIE_EMBEDDINGS: False, IMAGE_TOKEN_STRIDE: 1, MAX_POSITIONS: 4096,
     MAX_NEW_TOKENS: 8}}
+INPUT:
+  GELLA:
+    ENTITY_SOURCES:
+      - ["gella_coco_*_val2017", "auto", "datasets/coco/entities/mask2former_swin_l_val2017.json"]
 DATASETS:
   TRAIN: [gella_coco_png_train2017, gella_coco_panoptic_train2017, gella_entityseg_captions_train]
   TEST: ("gella_coco_png_val2017", "gella_coco_panoptic_val2017")
@@ -68,6 +76,8 @@ CHANGES: dict[str, dict[str, str]] = {
         "sam:facebook/sam-vit-huge": "sam:models/sam",
         f"{M2F}-panoptic": "transformers:models/mask2former",
         f"{M2F}-instance": "transformers:models/mask2former",
+        # the stand-in lies there
+        "--output datasets/coco/entities/mask2former_swin_l_val2017.json": "--output made.json",
         "https://host/v1": "@CHAT@",
         "GELLA_API_KEY=...": "GELLA_API_KEY=none",
         "python tools/app.py": VISIT,
@@ -135,7 +145,6 @@ CHANGES: dict[str, dict[str, str]] = {
     },
     "docs/TRAINING.md": {
         " --num-machines 2 --machine-rank 0": "",
-        " --num-machines 2 --machine-rank 1": "",
         "tcp://10.0.0.1:29500": "tcp://127.0.0.1:@PORT@",
         "--nnodes 2 --nproc-per-node 8": "--nproc-per-node 2",
         "--nnodes $SLURM_NNODES --nproc-per-node 8": "--nproc-per-node 2",
@@ -172,6 +181,7 @@ def changed(text: str, page: str) -> str:
 def build_sandbox(folder: Path, scenes: Path) -> None:
     """Write everything that does not depend on a page into a new folder, of prepared `scenes`."""
     folder.mkdir(parents=True)
+    (folder / "weights").mkdir()
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)
     (folder / "Makefile").write_text(changed(ROOT.joinpath("Makefile").read_text(), "Makefile"))
@@ -181,7 +191,7 @@ def build_sandbox(folder: Path, scenes: Path) -> None:
     tiny = configs / "gella_tiny_shapes.yaml"
     tiny.rename(configs / "tiny_in_full.yaml")
     tiny.write_text(f"_BASE_: tiny_in_full.yaml\n{SHORT}")
-    _write_datasets(folder, scenes)
+    write_datasets(folder, scenes)
     _write_own_files(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # paths of configs count from the current folder
@@ -214,7 +224,8 @@ def copy_sandbox(base: Path, folder: Path, socket: Path) -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join([f"{ROOT}/projects", f"{ROOT}/tests"])}
 
 
-def _write_datasets(folder: Path, scenes: Path) -> None:
+def write_datasets(folder: Path, scenes: Path) -> None:
+    """COCO with narratives, RefCOCO, EntitySeg, masks and a tokenizer, of prepared `scenes`."""
     data = folder / "datasets"
     data.mkdir()
     for path in (ROOT / "datasets").iterdir():
@@ -241,9 +252,10 @@ def _write_datasets(folder: Path, scenes: Path) -> None:
     name = "entityv2_010203_entity_train.json"
     shutil.copy(shapes / "refcoco" / "instances.json", entityseg / name)
     shutil.copy(shapes / "annotations" / "captions_train.jsonl", entityseg.parent)
-    (data / "entities").mkdir()
-    masks = data / "entities" / "coco_entity_swin_l_val2017.json"
-    shutil.copy(shapes / "annotations" / "predicted_val.json", masks)
+    for name in ("entities/coco_entity_swin_l_val2017", "coco/entities/mask2former_swin_l_val2017"):
+        masks = data / f"{name}.json"
+        masks.parent.mkdir()
+        shutil.copy(shapes / "annotations" / "predicted_val.json", masks)
 
 
 def _write_coco(shapes: Path, coco: Path, split: str) -> None:
@@ -272,6 +284,7 @@ def _write_weights() -> None:
         model = build_model(cfg)
         Path("output", name).mkdir(parents=True)
         torch.save({"model": model.state_dict()}, f"output/{name}/model_final.pth")
+    shutil.copytree(Path(WEIGHTS).parent, FIRST_WEIGHTS)
     llava(words=cfg.MODEL.LANGUAGE.VOCAB_SIZE - 1).save_pretrained("llava-1.5-7b-hf")
     fill_hub(Path("hub/hub"), {"llava": "llava-1.5-7b-hf"})
     torch.save(timm.create_model(cfg.MODEL.COLORMAP_ENCODER.ARCH).state_dict(), "lcnet.pth")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import benchmark
 import cost
-import cost_passes
 import numpy as np
 import pytest
 import torch
@@ -117,7 +116,7 @@ def test_flops_without_data_are_those_of_a_real_run_part_by_part(queries):
     cfg = tiny_cfg("MODEL.MASK_DECODER.QUERIES", queries)
     cfg.MODEL.GELLA.ENTITY_SCORE_THRESHOLD = -1.0  # every query takes part in the association
     real = build_model(cfg)
-    with cost_passes.counting(real), cost_passes.counter() as count:
+    with cost.counting(real), cost.counter() as count:
         real([mapped(LOAD, 0)])
     run = {name: sum(flops.values()) for name, flops in count.get_flop_counts().items()}
     expected = {part: run[f"GELLA.{path}"] for part, path in MODULES.items()}
@@ -125,7 +124,7 @@ def test_flops_without_data_are_those_of_a_real_run_part_by_part(queries):
     # Inference over given nouns leaves the answer's word logits out; what is counted has them.
     logits = 2 * LOAD.answer * words
     expected["language decoder"] = run["GELLA.language_decoder"] - expected["projector"] + logits
-    counted = cost_passes.count_flops(memory.build_on_meta(cfg), cfg, LOAD)
+    counted = cost.count_flops(memory.build_on_meta(cfg), cfg, LOAD)
     assert counted["parts"] == expected
     assert min(expected.values()) > 0
     assert torch.backends.mha.get_fastpath_enabled()
@@ -140,7 +139,7 @@ def llama_flops(length, logits):
 
 def test_the_language_decoder_and_clip_cost_what_their_formulas_say():
     cfg = load_config(PAPER, ["MODEL.LANGUAGE.NUM_LAYERS", "2"])
-    counted = cost_passes.count_flops(memory.build_on_meta(cfg), cfg, Workload())
+    counted = cost.count_flops(memory.build_on_meta(cfg), cfg, Workload())
     length, projector = 576 + 60 + 60 + 58, 2 * 576 * (1024 * 4096 + 4096 * 4096)
     assert Workload().answer == 10 + 12 * 4
     assert counted["parts"]["projector"] == projector
@@ -167,7 +166,7 @@ def test_the_language_decoder_and_clip_cost_what_their_formulas_say():
 
 
 def test_sampling_counts_four_multiply_adds_a_value():
-    with cost_passes.counter() as count:
+    with cost.counter() as count:
         torch.nn.functional.grid_sample(
             torch.zeros(2, 3, 5, 5), torch.zeros(2, 4, 6, 2), align_corners=False
         )

@@ -20,6 +20,8 @@ ends at once.
 Writes to OUTPUT_DIR: checkpoints/iter_* to resume from, model_final.pth (weights alone),
 config.yaml, log.txt, metrics.json, TensorBoard events, inference/<dataset>/, results.json ({task:
 {metric: score}}, and "run": how they came about) and results.md (the paper's rows beside ours).
+--check looks at what the run needs and starts nothing, as every run does before it starts: config,
+data, masks, weights, tokenizer, memory; what is missing is listed at once, with status 2.
 --table N runs all that a table of the paper needs, with these weights, and writes to
 OUTPUT_DIR/table_N; "all" is every mode (docs/EVALUATION.md).
 """
@@ -27,11 +29,13 @@ OUTPUT_DIR/table_N; "all" is every mode (docs/EVALUATION.md).
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import detectron2
@@ -67,6 +71,7 @@ from gella.engine.launch import (
     record_facts,
     resume_command,
 )
+from gella.engine.preflight import Run, missing_for, missing_text, untrained_parts
 from gella.engine.trainer import GellaTrainer
 from gella.evaluation import format_results
 from gella.evaluation.results import by_dataset, describe_run
@@ -100,7 +105,8 @@ def user_errors(types: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[No
 def setup(args: Any) -> CfgNode:
     """Read the config file and the overrides; set logging and seeds up. Returns the frozen config.
 
-    Without a CUDA device, ``MODEL.DEVICE`` "cuda" becomes "cpu".
+    Without a CUDA device, ``MODEL.DEVICE`` "cuda" becomes "cpu"; `preflight` has refused what does
+    not fit there.
     """
     if not args.config_file:
         raise ValueError("--config-file is missing; see the folder configs/")
@@ -148,12 +154,17 @@ def evaluate(
                 " command, or --resume for the newest checkpoint of OUTPUT_DIR"
             )
         cfg, calibration = calibrated(with_keys(cfg, {"TEST.SUBSET": 0}), weights)
+        fresh = untrained_parts(weights)
+        if fresh:
+            LOGGER.warning("%s are first weights, untrained: %s", weights, ", ".join(fresh))
         facts, counts = read_test_sets(cfg)
         check_agreement({**facts, **file_facts("the weights", weights)})
         model = build_with_weights(cfg, weights, GellaTrainer.build_model)
     known = {"config_file": config_file, "weights": weights, "calibration": calibration}
     if not table:
-        return evaluate_config(cfg, model, counts=counts, **known), weights
+        done = evaluate_config(cfg, model, counts=counts, **known)
+        done.run |= {"untrained": fresh} if fresh and done.run else {}
+        return done, weights
     with user_errors():
         text, folder = evaluate_table(cfg, model, table, **known)
     if comm.is_main_process():
@@ -214,18 +225,39 @@ def run(args: Any) -> None:
     if not comm.is_main_process():
         return
     lines = [f"Weights:  {weights}"]
+    if done.run.get("untrained"):
+        lines[0] += f" (first weights, untrained: {', '.join(done.run['untrained'])})"
     if done.results:
         lines.append(f"Results:  {save_evaluation(cfg.OUTPUT_DIR, done)}")
         print(f"\n{format_results(done.results)}\n")
     dataset = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "NAME"
     lines.append(
-        f"Next:     python tools/demo.py --config-file {args.config_file} --weights {weights}"
-        f" --dataset {dataset} --num 3 --output {os.path.join(cfg.OUTPUT_DIR, 'demo')}"
+        f"Next:     python {Path(sys.argv[0]).with_name('demo.py')}"
+        f" --config-file {args.config_file} --weights {weights} --dataset {dataset}"
+        f" --num 3 --output {os.path.join(cfg.OUTPUT_DIR, 'demo')}"
     )
     print("\n".join(lines), flush=True)
     if done.results:
         with user_errors():
             check_expected(cfg, done.results)
+
+
+def preflight(args: Any, processes: int, local: int) -> None:
+    """List what the run lacks on this machine and end with status 2; with ``--check`` with 0."""
+    with user_errors():
+        if not args.config_file:
+            raise ValueError("--config-file is missing; see the folder configs/")
+        cfg = load_config(args.config_file, args.opts or [])
+        import_modules(cfg)
+        run = Run(args.config_file, processes, local, not args.eval_only, args.resume)
+        tools = os.path.relpath(Path(sys.argv[0]).resolve().parent)
+        found = missing_for(cfg, run._replace(data=not args.table, tools=tools))
+    if found:
+        print(missing_text(found, args.config_file), file=sys.stderr, flush=True)
+        raise SystemExit(2)
+    if args.check:
+        print(f"nothing is missing for {args.config_file}", flush=True)
+        raise SystemExit(0)
 
 
 def main() -> None:
@@ -234,5 +266,11 @@ def main() -> None:
     parser.add_argument(
         "--table", default="", choices=TABLES, help="evaluate all that a table of the paper needs"
     )
+    parser.add_argument(
+        "--check", action="store_true", help="look at what is missing, start nothing"
+    )
+    args = parser.parse_args()
+    if args.check and os.getenv("LOCAL_RANK", "0") != "0":
+        return  # of torchrun's processes one looks
     with user_errors((LaunchError,)):
-        launch_from_environment(run, parser.parse_args())
+        launch_from_environment(run, args, functools.partial(preflight, args))

@@ -141,6 +141,8 @@ def save_evaluation(folder: str | Path, evaluation: Evaluation) -> str:
     path = os.path.join(folder, "results.json")
     save_results(evaluation.results, path, evaluation.run)
     text = compared_markdown(evaluation.outcome, evaluation.run.get("settings", {}))
+    if text and evaluation.run.get("untrained"):
+        text = f"**First weights: {', '.join(evaluation.run['untrained'])}: untrained.**\n\n{text}"
     if text:
         write_text(os.path.join(folder, "results.md"), text)
     return path

@@ -62,12 +62,17 @@ class LaunchError(ValueError):
     """The processes of the run cannot be started or joined as the user asked."""
 
 
-def launch_from_environment(main: Callable[[Any], Any], args: Any) -> None:
+def launch_from_environment(
+    main: Callable[[Any], Any], args: Any, before: Callable[[int, int], None] = lambda *_: None
+) -> None:
     """Call the importable ``main(args)`` in every process of the run, in its process group.
 
     Started by torchrun, this process joins the others. Otherwise Detectron2's ``launch`` starts
     ``args.num_gpus`` processes on this machine. The backend is NCCL with a CUDA device, else Gloo;
     ``detectron2.utils.comm`` knows the local group either way.
+
+    ``before(processes, local)`` is called once on each machine, before any process joins another,
+    with their number in all and here.
 
     Raises:
         LaunchError: arguments that contradict each other or the environment, or the machine.
@@ -75,7 +80,7 @@ def launch_from_environment(main: Callable[[Any], Any], args: Any) -> None:
     """
     # RANK and WORLD_SIZE alone are no sign: some clusters set them to count machines.
     if "TORCHELASTIC_RUN_ID" in os.environ or all(name in os.environ for name in _TORCHRUN):
-        if _join_torchrun(args):
+        if _join_torchrun(args, before):
             _run(main, args)
             return
     elif os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and args.num_machines == 1:
@@ -98,6 +103,7 @@ def launch_from_environment(main: Callable[[Any], Any], args: Any) -> None:
         )
     machines = {"num_machines": args.num_machines, "machine_rank": args.machine_rank}
     machines["dist_url"] = args.dist_url
+    before(args.num_gpus * args.num_machines, args.num_gpus)
     try:
         with forwarded_signals(args.num_gpus * args.num_machines):
             launch(functools.partial(_run, main), args.num_gpus, args=(args,), **machines)
@@ -107,7 +113,7 @@ def launch_from_environment(main: Callable[[Any], Any], args: Any) -> None:
         raise
 
 
-def _join_torchrun(args: Any) -> bool:
+def _join_torchrun(args: Any, before: Callable[[int, int], None]) -> bool:
     """Join the process group that torchrun describes; False if this process is the only one."""
     try:
         rank, size, local_rank, local_size = (int(os.environ[name]) for name in _TORCHRUN[:4])
@@ -138,6 +144,7 @@ def _join_torchrun(args: Any) -> bool:
         )
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if local_rank == 0:
+        before(size, local_size)
         # Before any log is set up, and the last that is heard for long if a machine is missing.
         text = f"rank {rank} of {size}, started by torchrun, waits for the others at {address}"
         print(text, file=sys.stderr, flush=True)

@@ -36,20 +36,16 @@ CARDS = (24, 40, 48, 80)  # GiB
 USABLE = 0.9  # of a card: the rest is CUDA's own, fragments, and buffers of communication
 BYTES = {"bf16": (2, 2, 12), "fp32": (4, 4, 8)}  # weights, gradients, optimizer
 HOST_BYTES = 16  # float32 weights, two moments, gradient
-PLANS: tuple[tuple[int, tuple[str, ...]], ...] = (
-    *((stage, ()) for stage in (0, 1, 2)),
-    (2, ("optimizer",)),
-    (3, ()),
-    (3, ("optimizer",)),
-    (3, ("optimizer", "parameters")),
+# ZeRO's stages, what each moves to the host, and the file in configs/zero/ that does so, if it is
+# one to go to for room.
+PLANS: tuple[tuple[int, tuple[str, ...], str], ...] = (
+    *((stage, (), "") for stage in (0, 1)),
+    (2, (), "stage2"),
+    (2, ("optimizer",), "stage2_offload"),
+    (3, (), "stage3"),
+    (3, ("optimizer",), ""),
+    (3, ("optimizer", "parameters"), "stage3_offload"),
 )
-# Those that a file in configs/zero/ stands for, of the ones that divide something.
-FILES = {
-    (2, ()): "stage2",
-    (3, ()): "stage3",
-    (2, ("optimizer",)): "stage2_offload",
-    (3, ("optimizer", "parameters")): "stage3_offload",
-}
 
 
 class Workload(NamedTuple):
@@ -74,10 +70,10 @@ class Workload(NamedTuple):
 # The longest prompt that the records of a dataset are taken to give in training, by the form of
 # their files. Bounds, not counts: reading all of a dataset takes longer than a start may.
 LONGEST = {
-    "png": Workload(caption_tokens=250, nouns=30, noun_tokens=3, entities=40),
-    "captions": Workload(caption_tokens=300, nouns=30, noun_tokens=3, entities=40),
-    "entityseg": Workload(caption_tokens=300, nouns=30, noun_tokens=3, entities=40),
-    "refcoco": Workload(caption_tokens=40, nouns=1, noun_tokens=40, entities=40),
+    "png": Workload(caption_tokens=250, nouns=30, noun_tokens=3),
+    "captions": Workload(caption_tokens=300, nouns=30, noun_tokens=3),
+    "entityseg": Workload(caption_tokens=300, nouns=30, noun_tokens=3),
+    "refcoco": Workload(caption_tokens=40, nouns=1, noun_tokens=40),
 }
 PRESENT = 30  # categories of one COCO image at most, of which a list names all and absent ones
 
@@ -96,7 +92,7 @@ def longest_prompts(cfg: Any) -> dict[str, Workload]:
         if load is None:
             listed = len(metadata.get("thing_classes", ())) or 133
             listed = listed if absent < 0 else min(listed, PRESENT + absent)
-            load = Workload(4 * listed, nouns=listed, noun_tokens=3, entities=40)
+            load = Workload(4 * listed, nouns=listed, noun_tokens=3)
         while load.length(image) > cfg.MODEL.LANGUAGE.MAX_POSITIONS and load.nouns > 1:
             load = load._replace(caption_tokens=load.caption_tokens // 2, nouns=load.nouns // 2)
         loads[name] = load
@@ -188,7 +184,7 @@ def plan_rows(
     # buckets in which gradients travel.
     others = 4 * rest.parameters + (12 + 4 * (gpus > 1)) * rest.trained
     rows = []
-    for stage, offload in PLANS:
+    for stage, offload, _ in PLANS:
         states = zero_states(language, gpus, stage, precision, offload)
         gpu = sum(states.values()) - states["host"] + others
         total = {kind: gpu + size for kind, size in activations.items()}
@@ -202,13 +198,8 @@ def plan_rows(
 
 
 class Plan(NamedTuple):
-    """A way to train a config, and what it takes.
-
-    Attributes:
-        overrides: ``KEY VALUE`` pairs that choose it, with a space in front; "" the config's own.
-        gpu: bytes of each GPU: states and activations.
-        host: bytes that all processes together keep on the host.
-    """
+    """A way to train: ``overrides``, the ``KEY VALUE`` pairs that choose it, a space in front ("":
+    the config as it is), and its bytes on each ``gpu`` and, of all processes, on the ``host``."""
 
     overrides: str
     gpu: int
@@ -218,34 +209,27 @@ class Plan(NamedTuple):
 def plans(
     cfg: Any, language: Branch, rest: Branch, gpus: int, activations: dict[str, int]
 ) -> list[Plan]:
-    """The config as it is, then ways that take less of each GPU, in order of their cost in time.
+    """The config's own plan, then those that take less of a GPU, the quicker ones first.
 
-    Args:
-        cfg: ``SOLVER.ZERO.CONFIG``, ``SOLVER.AMP`` and ``GRADIENT_CHECKPOINTING`` are the plan.
-        language, rest: of :func:`zero_branches`.
-        gpus: that share the language branch.
-        activations: as for :func:`plan_rows`.
-
-    Raises what `read_config` raises of the config's own file.
+    Arguments as for :func:`plan_rows`; raises what `read_config` raises of the config's ZeRO file.
     """
     file, half = cfg.SOLVER.ZERO.CONFIG, bool(cfg.SOLVER.AMP.ENABLED)
     config = read_config(file, bf16=half) if file else {}
     zero = config.get("zero_optimization", {})
     moved = (("optimizer", "offload_optimizer"), ("parameters", "offload_param"))
     offload = tuple(n for n, key in moved if zero.get(key, {}).get("device") == "cpu")
+    kept = cfg.MODEL.LANGUAGE.GRADIENT_CHECKPOINTING
     # Without ZeRO weights are float32, also under autocast.
-    precision = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
-    own = plan_rows(language, rest, gpus, precision, activations)
-    kind = "checkpointed" if cfg.MODEL.LANGUAGE.GRADIENT_CHECKPOINTING else "plain"
-    mine = (zero.get("stage", 0), sorted(offload))
-    row = next(row for row in own if (row["stage"], row["offload"]) == mine)
-    made = [Plan("", row["total"][kind], row["host"])]
+    own = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
+    row = plan_rows(language, rest, gpus, own, activations)[
+        [plan[:2] for plan in PLANS].index((zero.get("stage", 0), offload))
+    ]
+    made = [Plan("", row["total"]["checkpointed" if kept else "plain"], row["host"])]
     rows = plan_rows(language, rest, gpus, "bf16" if half else "fp32", activations)
-    checkpointing = "" if kind == "checkpointed" else " MODEL.LANGUAGE.GRADIENT_CHECKPOINTING True"
-    for row in rows:
-        name = FILES.get((row["stage"], tuple(row["offload"])))
+    more = "" if kept else " MODEL.LANGUAGE.GRADIENT_CHECKPOINTING True"
+    for row, (*_, name) in zip(rows, PLANS, strict=True):
         if name:
-            overrides = f"{checkpointing} SOLVER.ZERO.CONFIG configs/zero/{name}.json"
+            overrides = f"{more} SOLVER.ZERO.CONFIG configs/zero/{name}.json"
             made.append(Plan(overrides, row["total"]["checkpointed"], row["host"]))
     return made
 

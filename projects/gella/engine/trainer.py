@@ -32,6 +32,7 @@ from gella.engine.evaluation_hooks import (
 from gella.engine.hooks import GradientClipper, NonFiniteGuard, RunScalars, StopOnSignal
 from gella.engine.optimizer import build_optimizer, split_off, with_epochs
 from gella.engine.picture_panel import PicturePanel
+from gella.engine.preflight import config_problems
 from gella.engine.resume import RunCheckpoints
 from gella.engine.step import StepTrainer
 from gella.engine.zero import ZeroHook, hide_from_ddp, read_config
@@ -99,17 +100,8 @@ class GellaTrainer(DefaultTrainer):
                 whatever the parts refuse.
             ImportError: ``SOLVER.ZERO.CONFIG`` without DeepSpeed.
         """
-        if cfg.SOLVER.AMP.ENABLED and not str(cfg.MODEL.DEVICE).startswith("cuda"):
-            raise ValueError(
-                f"SOLVER.AMP.ENABLED needs a CUDA device but MODEL.DEVICE is {cfg.MODEL.DEVICE}:"
-                " set SOLVER.AMP.ENABLED False"
-            )
-        batch, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE * comm.get_world_size()
-        if cfg.SOLVER.ACCUMULATE < 1 or batch % parts:
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH is {batch}, SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE} and"
-                f" {comm.get_world_size()} process(es): make the batch a multiple of their product"
-            )
+        for problem in config_problems(cfg, comm.get_world_size()):
+            raise ValueError(problem)
         self._zero: ZeroHook | None = None
         wrap = defaults.create_ddp_model
         if not str(cfg.MODEL.DEVICE).startswith("cuda"):

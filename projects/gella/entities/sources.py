@@ -218,13 +218,26 @@ SOURCE_KINDS: dict[str, Callable[[str], EntitySource]] = {
 def source_for(entries: Sequence[Sequence[str]], dataset_name: str) -> EntitySource:
     """The source that a config chooses for a dataset; its annotation where no entry fits.
 
+    Arguments and errors as `entry_for`, and what the source raises. Datasets of one file get one
+    source.
+    """
+    entry = entry_for(entries, dataset_name)
+    if entry is None:
+        return AnnotationSource()
+    _, kind, path = entry
+    status = os.stat(path) if os.path.exists(path) else None
+    return _made(kind, path, status and (status.st_mtime_ns, status.st_size))
+
+
+def entry_for(entries: Sequence[Sequence[str]], dataset_name: str) -> Sequence[str] | None:
+    """The entry of ``INPUT.GELLA.ENTITY_SOURCES`` that counts for a dataset, if any.
+
     Args:
         entries: (dataset name or shell pattern, kind, path) each; the first that fits counts.
             Kinds are those of `SOURCE_KINDS`.
         dataset_name: the dataset.
 
-    Raises ValueError for an entry of another form or an unknown kind, and what the source raises.
-    Datasets of one file get one source.
+    Raises ValueError for an entry of another form or an unknown kind.
     """
     for entry in entries:
         if isinstance(entry, str) or len(entry) != 3 or not all(isinstance(p, str) for p in entry):
@@ -238,11 +251,7 @@ def source_for(entries: Sequence[Sequence[str]], dataset_name: str) -> EntitySou
                 f"{', '.join(SOURCE_KINDS)}"
             )
     # All entries were checked first: a mistake in one that is not reached would show up late.
-    for pattern, kind, path in entries:
-        if fnmatchcase(dataset_name, pattern):
-            status = os.stat(path) if os.path.exists(path) else None
-            return _made(kind, path, status and (status.st_mtime_ns, status.st_size))
-    return AnnotationSource()
+    return next((entry for entry in entries if fnmatchcase(dataset_name, entry[0])), None)
 
 
 @lru_cache(maxsize=4)
