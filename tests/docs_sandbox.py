@@ -248,7 +248,8 @@ def write_datasets(folder: Path, scenes: Path) -> None:
         (data / name / f"refs({maker}).p").write_bytes(pickle.dumps(kept, protocol=2))
     entityseg = data / "entityseg" / "annotations" / "entity_segmentation"
     entityseg.mkdir(parents=True)
-    shutil.copytree(shapes / "train", data / "entityseg" / "images" / "one")
+    for split in ("train", "val"):  # one annotation has the scenes of both
+        shutil.copytree(shapes / split, data / "entityseg" / "images" / split)
     name = "entityv2_010203_entity_train.json"
     shutil.copy(shapes / "refcoco" / "instances.json", entityseg / name)
     shutil.copy(shapes / "annotations" / "captions_train.jsonl", entityseg.parent)

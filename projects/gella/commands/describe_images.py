@@ -38,6 +38,7 @@ from gella.captions.local import LocalCaptioner
 from gella.captions.run import CaptionRun, Job, open_captions
 from gella.commands.console import USER_ERRORS, Parser, exit_status
 from gella.commands.inputs import Source, dataset_records, distinct, list_pictures
+from gella.data.entityseg import locate_images
 from gella.data.records import Place, read_json
 from gella.utils.io import read_json as read_any_json
 from gella.utils.io import write_json
@@ -137,11 +138,13 @@ def _from_dataset(name: str) -> Iterator[Source]:
 
 
 def _from_json(path: str, root: Path) -> Iterator[Source]:
-    content = read_json(path)
-    for number, image in enumerate(Place(path).field(content, "images")):
+    named = []
+    for number, image in enumerate(Place(path).field(read_json(path), "images")):
         place = Place(path, f"image {number}")
-        name = place.key(image, "file_name")
-        yield Source(place.field(image, "id"), root / name, name)
+        named.append((place.key(image, "file_name"), place.field(image, "id")))
+    places = locate_images(root, (str(root / name) for name, _ in named))
+    for name, image_id in named:
+        yield Source(image_id, Path(places[str(root / name)]), name)
 
 
 def build_captioner(args: argparse.Namespace, tally: Tally) -> Any:
