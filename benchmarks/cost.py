@@ -208,7 +208,7 @@ def training_figures(
     room = USABLE * CARDS[-1] * GIB
     ways = (options[0].overrides for options in zip(*made) if max(o.gpu for o in options) <= room)
     plan = next(ways, None)
-    changes = f" {shlex.join(args.opts)}" if args.opts else ""
+    changes = f" {shlex.join(map(str, args.opts))}" if args.opts else ""
     args.next = (
         f"python tools/train_net.py --config-file {args.config_file} --num-gpus {args.zero_gpus}"
         f"{changes}{plan}"
