@@ -149,7 +149,7 @@ def _data(cfg: Any, run: Run) -> Iterator[Missing]:
         if absent:
             yield Missing(
                 f"dataset {name}: {', '.join(absent)}: not there",
-                "datasets/README.md says where the files come from; DETECTRON2_DATASETS names"
+                "datasets/get_*.sh get them (datasets/README.md); DETECTRON2_DATASETS names"
                 " another folder",
             )
         entry = entry_for(cfg.INPUT.GELLA.ENTITY_SOURCES, name)
