@@ -5,10 +5,10 @@
     python tools/benchmark.py rehearsal --scale tiny
 
 Writes LLaVA-1.5-7B (bf16), CLIP ViT-L/14-336 and Mask2Former Swin-T below --output, converts them
-with tools/convert_weights.py, grounds the photographs of --sample with their narratives, and
-evaluates them with tools/train_net.py. The numbers mean nothing: that every stage runs, how long it
-takes and in how much memory is the point. Memory is anonymous: pages of mapped files, which the
-system may drop at any time, do not count. On a CPU the language decoder is in bf16 as well.
+with tools/convert_weights.py, looks for what is missing, grounds the photographs of --sample with
+their narratives, and evaluates them with tools/train_net.py. The numbers mean nothing: that every
+stage runs, how long it takes and in how much memory is the point. Memory is anonymous: pages of
+mapped files, which the system may drop, do not count. On a CPU the decoder is in bf16 as well.
 
 --gpu then trains 20 iterations on one card: ZeRO stage 2 with LoRA, the same in float32 (5), and
 stage 3 with optimizer and weights on the host. Utilisation: 3 forward passes' FLOPs an iteration (2
@@ -39,6 +39,7 @@ from gella import load_config
 from gella.commands import convert_weights, train
 from gella.data.register import coco_panoptic_categories, register_png
 from gella.engine.evaluation_hooks import EvaluationInTraining
+from gella.engine.preflight import Run, missing_for, missing_text
 from gella.engine.resume import RunCheckpoints
 from gella.engine.trainer import GellaTrainer, load_records
 from gella.predictor import GellaPredictor
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for name, work in {
             "write": lambda: write_public(folder, cfg, sample),
             "convert": lambda: convert(folder, args.config_file, opts),
+            "check": lambda: check(cfg, args.config_file),
             "ground": lambda: ground(cfg),
             "evaluate": lambda: evaluate(cfg, args.config_file),
         }.items():
@@ -181,6 +183,12 @@ def convert(folder: Path, config_file: str, opts: list[Any]) -> None:
     words = ["--config-file", config_file, f"--output={folder / 'gella'}", *given, *map(str, opts)]
     if convert_weights.main(words):
         raise RuntimeError("tools/convert_weights.py failed; its message is above")
+
+
+def check(cfg: Any, config_file: str) -> None:
+    """What ``tools/train_net.py --eval-only --check`` does; ValueError for what is missing."""
+    if found := missing_for(cfg, Run(config_file, trains=False)):
+        raise ValueError(missing_text(found, config_file))
 
 
 def ground(cfg: Any) -> None:

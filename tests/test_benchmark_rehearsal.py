@@ -22,7 +22,7 @@ def arguments(output, sample, **changes):
 
 def test_every_stage_runs_on_real_photographs(coco_sample, tmp_path, capsys):
     figures, text = rehearsal.run(arguments(tmp_path / "new", coco_sample))
-    assert list(figures["stages"]) == ["write", "convert", "ground", "evaluate"]
+    assert list(figures["stages"]) == ["write", "convert", "check", "ground", "evaluate"]
     assert all(0 < stage["peak_gib"] < 8 for stage in figures["stages"].values())
     assert all(name in text for name in figures["stages"])
     out = capsys.readouterr().out
