@@ -229,9 +229,8 @@ def language_starts(scratch: Path, millions: int, processes: int) -> tuple[dict[
 
     cfg = get_cfg()
     add_gella_config(cfg)
-    cfg.MODEL.DEVICE, node = "cpu", cfg.MODEL.LANGUAGE
-    node.HIDDEN_SIZE, node.INTERMEDIATE_SIZE, node.NUM_HEADS = 2048, 5504, 16
-    node.NUM_KEY_VALUE_HEADS, node.NUM_LAYERS = 16, max(1, round((millions - 137) / 50.6))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.LANGUAGE.NUM_LAYERS = max(1, round((millions - 283) / 202.4))  # of the 7B's width
     shapes = _build_branch(cfg, "meta").state_dict()
     weights = {key: torch.full((), 0.01).expand(like.shape) for key, like in shapes.items()}
     (scratch / "weights").mkdir()
@@ -269,20 +268,13 @@ def _start(cfg: Any, scratch: Path, way: str, stage: int) -> None:
     idle = torch.nn.Linear(1, 1)
     divider = ZeroHook(idle, "", torch.optim.SGD(idle.parameters()), [], zero).divider()
     with anonymous_peak() as found:
-        # Whole ones take turns: together they would need as much again.
-        for turn in range(1 if filled else comm.get_world_size()):
-            if filled or turn == comm.get_rank():
-                began = time.perf_counter()
-                with built_empty(filled):
-                    model = _build_branch(cfg)
-                load_weights(model, scratch / "weights", cfg, divider)
-                seconds = time.perf_counter() - began
-            comm.synchronize()
+        with built_empty(filled):
+            model = _build_branch(cfg)
+        load_weights(model, scratch / "weights", cfg, divider)
         for parameter in () if filled else model.parameters():  # as DeepSpeed does when it starts
             parameter.data = parameter.data.bfloat16()
             if divider is not None:
                 divider(parameter)
-    found["seconds"] = round(seconds, 1)
     (scratch / f"{comm.get_rank()}.json").write_text(json.dumps(found))
 
 

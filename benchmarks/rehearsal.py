@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def write_public(folder: Path, cfg: Any, sample: Path) -> None:
     """Write the three public models with random weights, and a tokenizer of the sample's words."""
-    model = convert_weights.build_on_meta(cfg)
+    model = cost.build_on_meta(cfg)
     state = model.state_dict()
     words, width = state[EMBEDDINGS[0]].shape
     rows = torch.empty(words - 1 + SPARE_ROWS, width, device="meta")

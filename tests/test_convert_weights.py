@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gella.commands import convert_weights
+from gella.engine.preflight import untrained_parts
 from gella.weights import LlavaHf, LlavaOriginal
 from gella.weights.files import download, read_weights
 from gella.weights.llava import EMBEDDINGS, ClipOpenAI
@@ -151,6 +152,7 @@ def test_what_no_file_has_is_initialised_the_same_each_time(gella, sources, tmp_
     arguments = ("--llava", sources / "llava", "--output", tmp_path / "w.pth")
     assert run(*arguments, opts=[*tiny.OPTS, *tiny.LEAVE_OUT]) == 0
     again = read_weights(tmp_path / "w.pth")
+    assert {"association.* (6)", "resoblend.* (102)"} <= {*untrained_parts(tmp_path / "w.pth")}
     assert not part(again, "mask_decoder", "colormap_encoder")
     assert same(again, {k: state[k] for k in again})
 

@@ -26,7 +26,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils.logger import setup_logger
 
 from gella import load_config
-from gella.commands.console import Parser, exit_status
+from gella.commands.console import Parser, exit_status, tools
 from gella.data.register import import_modules
 from gella.engine.trainer import GellaTrainer
 from gella.evaluation.calibration import TAKE_ALL, PanopticSweep, SelectionSweep
@@ -128,8 +128,8 @@ def run(args: argparse.Namespace) -> None:
     for key, value in thresholds.items():
         print(f"  MODEL.GELLA.{key} {value}")
     print(
-        f"Written:  {path}\nNext:     python tools/train_net.py --config-file {args.config_file} "
-        f"--eval-only MODEL.WEIGHTS {weights} TEST.CALIBRATION {path}"
+        f"Written:  {path}\nNext:     python {tools()}/train_net.py --config-file"
+        f" {args.config_file} --eval-only MODEL.WEIGHTS {weights} TEST.CALIBRATION {path}"
     )
 
 

@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 # What a wrong file, name or value raises. Other exceptions are bugs and keep their traceback.
@@ -29,6 +30,12 @@ class Parser(argparse.ArgumentParser):
             # A mistyped --key would show its value.
             message = "an argument is not known: look at the spelling of the options"
         self.exit(2, f"error: {message}; --help shows an example\n")
+
+
+def tools() -> str:
+    """The folder of this project's scripts as seen from here, for a command to go on with."""
+    folder = Path(sys.argv[0]).resolve().parent
+    return os.path.relpath(folder) if (folder / "train_net.py").is_file() else "tools"
 
 
 def shown(text: object) -> str:

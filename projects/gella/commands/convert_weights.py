@@ -35,8 +35,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gella import __version__, load_config
-from gella.commands.console import exit_status
+from gella.commands.console import exit_status, tools
 from gella.data.register import import_modules
+from gella.engine.memory import build_on_meta
+from gella.modeling.filling import built_empty
 from gella.utils.io import file_hash, read_json, write_atomically
 from gella.weights import FORMATS, LlavaHf, LlavaOriginal, detect, format_named
 from gella.weights.checkpoint import check_state_dict, consolidate
@@ -53,7 +55,6 @@ from gella.weights.files import (
 from gella.weights.layout import Assembly, Piece, assemble, cover
 from gella.weights.llava import EMBEDDINGS, fit_words
 
-TRAIN = "python tools/train_net.py --config-file"
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 OPTIONS = {
     "from public weights": {
@@ -182,7 +183,11 @@ def from_hub(args: argparse.Namespace, cfg: Any) -> None:
 def convert(args: argparse.Namespace, cfg: Any, notes: Iterable[str] = ()) -> None:
     """Make GELLA's weights from public ones and report what they are made of, after ``notes``."""
     plain = plain_config(cfg)
-    model = build_on_meta(plain)
+    plain.MODEL.DEVICE = "cpu"
+    # The language decoder stays empty: what no file has is outside of it. SEED makes that repeat.
+    with built_empty(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(max(cfg.SEED, 0))
+        expected = build_model(plain).state_dict()
     pieces, notes = [], list(notes)
     for kind in FORMATS:
         path = getattr(args, kind.replace("-", "_"))
@@ -192,7 +197,6 @@ def convert(args: argparse.Namespace, cfg: Any, notes: Iterable[str] = ()) -> No
             piece, lines = read_piece(kind, path, name, plain, args.seg_row)
             pieces.append(piece)
             notes += lines
-    expected = model.state_dict()
     result = assemble(
         expected,
         pieces,
@@ -202,12 +206,12 @@ def convert(args: argparse.Namespace, cfg: Any, notes: Iterable[str] = ()) -> No
     print(report(result, notes, expected))
     sources = hash_files(piece.source for piece in pieces)
     print(tabulate(sources, ["file", "sha256"]))
-    state = {**result.state, **initial_tensors(cfg, model, result.fresh)}
+    state = {**result.state, **{key: expected[key] for key in result.fresh}}
     state = {key: state[key] for key in expected if key in state}
     card = {"fresh": cover(result.fresh, expected), "notes": [*notes, *result.notes]}
     write_gella(args, args.output, state, cfg, sources, **card)
     weights = "" if args.output == cfg.MODEL.WEIGHTS else f" MODEL.WEIGHTS {args.output}"
-    print(f"next: {TRAIN} {args.config_file}{weights}")
+    print(f"next: python {tools()}/train_net.py --config-file {args.config_file}{weights}")
 
 
 def plain_config(cfg: Any) -> Any:
@@ -219,37 +223,8 @@ def plain_config(cfg: Any) -> Any:
     cfg.defrost()
     cfg.MODEL.LANGUAGE.LORA.ENABLED = False
     cfg.MODEL.LANGUAGE.QUANTIZATION = ""
-    return cfg
-
-
-def build_on_meta(cfg: Any) -> nn.Module:
-    """The model of a config without memory for its weights."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "meta"
     cfg.MODEL.LANGUAGE.ATTENTION = "sdpa"  # others may not be installed; the keys are the same
-    with torch.device("meta"):
-        return build_model(cfg)
-
-
-def initial_tensors(cfg: Any, model: nn.Module, keys: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors that the config's model starts with, for keys outside the language decoder.
-
-    The model is built with a language decoder and an image encoder of the least size, so that a
-    model of 7B parameters needs no memory for them. ``SEED`` makes the result repeat.
-    """
-    cfg = plain_config(cfg)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.IMAGE_ENCODER.LAYERS = 2
-    node = cfg.MODEL.LANGUAGE
-    node.HIDDEN_SIZE = model.language_decoder.hidden_size
-    node.CONFIG, node.ATTENTION, node.DTYPE = "", "sdpa", "float32"
-    node.NUM_LAYERS = node.NUM_HEADS = node.NUM_KEY_VALUE_HEADS = 1
-    node.INTERMEDIATE_SIZE = node.VOCAB_SIZE = 8
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(max(cfg.SEED, 0))
-        state = build_model(cfg).state_dict()
-    return {key: state[key] for key in keys}
+    return cfg
 
 
 def read_piece(
@@ -387,7 +362,8 @@ def hand_out(args: argparse.Namespace, cfg: Any) -> None:
     if target:
         sources = [(source, file_hash(source))] if args.from_zero else hash_files([source])
         write_gella(args, target, state, cfg, sources)
-        print(f"next: {TRAIN} {args.config_file} --eval-only MODEL.WEIGHTS {target}")
+        train = f"python {tools()}/train_net.py --config-file {args.config_file}"
+        print(f"next: {train} --eval-only MODEL.WEIGHTS {target}")
     for folder, original in ((args.export_llava, False), (args.export_llava_original, True)):
         if folder:
             write_llava(args, folder, state, model, cfg, original)
@@ -419,7 +395,8 @@ def write_gella(
     kinds = stored_dtypes(state, dtype)
     if Path(path).suffix == ".pth" and path != args.export:
         kept = {key: tensor.to(kinds[key]) for key, tensor in state.items()}
-        write_atomically(path, lambda stream: torch.save({"model": kept}, stream))
+        content = {"model": kept, "fresh": [*fresh]}
+        write_atomically(path, lambda stream: torch.save(content, stream))
     else:
         with new_folder(path) as folder:
             size = args.max_shard_size

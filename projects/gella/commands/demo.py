@@ -51,7 +51,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from gella.captions import describe, load_picture, open_captioner
 from gella.captions.captioner import Caption, EndpointError, StoppedError
 from gella.captions.run import in_threads
-from gella.commands.console import Parser, exit_status, shown
+from gella.commands.console import Parser, exit_status, shown, tools
 from gella.commands.demo_inputs import (
     Job,
     Masks,
@@ -625,7 +625,7 @@ def _summarize(run: Run, total: int, stopped: bool) -> None:
         released = args.config_file == os.path.relpath(RELEASE)
         model = "" if released else f" --config-file {shell_quote(args.config_file)}"
         model += f" --weights {shell_quote(args.weights)}" if args.weights else ""
-        print(f'  python tools/demo.py{model} --input IMAGE --masks FILE --caption "..."')
+        print(f'  python {tools()}/demo.py{model} --input IMAGE --masks FILE --caption "..."')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,7 +50,7 @@ import torch
 from tqdm import tqdm
 
 import gella  # noqa: F401  registers the datasets
-from gella.commands.console import Parser, exit_status, one_line
+from gella.commands.console import Parser, exit_status, one_line, tools
 from gella.commands.inputs import SUFFIXES, Source, dataset_records, distinct
 from gella.data.register import import_modules
 from gella.entities.entity_map import EntityMap
@@ -260,7 +260,7 @@ def print_next(args: argparse.Namespace, sources: Sequence[Source], failed: bool
     elif args.images is not None:
         print("next: ground a caption in them")
         print(
-            "  python tools/demo.py --config-file CONFIG --weights PTH "
+            f"  python {tools()}/demo.py --config-file CONFIG --weights PTH "
             f"--input {shlex.quote(str(sources[0].path))} --masks {shlex.quote(args.output)} "
             '--caption "..."'
         )
@@ -268,7 +268,7 @@ def print_next(args: argparse.Namespace, sources: Sequence[Source], failed: bool
         print(f"next: evaluate {args.dataset} with these masks")
         choice = [[args.dataset, "coco_results", args.output]]
         print(
-            "  python tools/train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS PTH "
+            f"  python {tools()}/train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS PTH "
             f'DATASETS.TEST "(\'{args.dataset}\',)" INPUT.GELLA.ENTITY_SOURCES "{choice}"'
         )
 

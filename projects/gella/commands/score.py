@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from gella import load_config
-from gella.commands.console import Parser, exit_status
+from gella.commands.console import Parser, exit_status, tools
 from gella.data.mapper import expression_phrase, record_fields
 from gella.data.register import import_modules
 from gella.engine.trainer import load_records
@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     else:
         print(f"Compared: all {total} scores equal those of {file} bit for bit")
-    print(f"Next:     python tools/analyze.py {args.folder}/inference")
+    print(f"Next:     python {tools()}/analyze.py {args.folder}/inference")
     return 0
 
 

@@ -35,7 +35,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import detectron2
@@ -46,7 +45,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from gella import load_config
-from gella.commands.console import USER_ERRORS, tell_error
+from gella.commands.console import USER_ERRORS, tell_error, tools
 from gella.data.register import import_modules
 from gella.engine.checkpoint import FOLDER as CHECKPOINTS
 from gella.engine.checkpoint import CheckpointStore
@@ -232,7 +231,7 @@ def run(args: Any) -> None:
         print(f"\n{format_results(done.results)}\n")
     dataset = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "NAME"
     lines.append(
-        f"Next:     python {Path(sys.argv[0]).with_name('demo.py')}"
+        f"Next:     python {tools()}/demo.py"
         f" --config-file {args.config_file} --weights {weights} --dataset {dataset}"
         f" --num 3 --output {os.path.join(cfg.OUTPUT_DIR, 'demo')}"
     )
@@ -250,8 +249,7 @@ def preflight(args: Any, processes: int, local: int) -> None:
         cfg = load_config(args.config_file, args.opts or [])
         import_modules(cfg)
         run = Run(args.config_file, processes, local, not args.eval_only, args.resume)
-        tools = os.path.relpath(Path(sys.argv[0]).resolve().parent)
-        found = missing_for(cfg, run._replace(data=not args.table, tools=tools))
+        found = missing_for(cfg, run._replace(data=not args.table, tools=tools()))
     if found:
         print(missing_text(found, args.config_file), file=sys.stderr, flush=True)
         raise SystemExit(2)

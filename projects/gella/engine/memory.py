@@ -111,6 +111,7 @@ def build_on_meta(cfg: Any) -> nn.Module:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
+    cfg.MODEL.LANGUAGE.ATTENTION = "sdpa"  # others may not be installed; the keys are the same
     with torch.device("meta"):
         return build_model(cfg)
 
