@@ -136,10 +136,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """
     cfg = load_config(args.config_file, args.opts)
     load = Workload(*(getattr(args, name) for name in Workload._fields))
-    image, longest = count_image_tokens(cfg), cfg.MODEL.LANGUAGE.MAX_POSITIONS
-    if load.length(image) > longest:
+    tokens, longest = count_image_tokens(cfg), cfg.MODEL.LANGUAGE.MAX_POSITIONS
+    if load.length(tokens) > longest:
         raise ValueError(
-            f"{load.length(image)} tokens ({image} of them image) are more than "
+            f"{load.length(tokens)} tokens ({tokens} of them image) are more than "
             f"MODEL.LANGUAGE.MAX_POSITIONS {longest}: lower --caption-tokens "
             f"{load.caption_tokens} or --nouns {load.nouns}, or raise the key"
         )
@@ -155,7 +155,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         training = training_figures(args, cfg, model, branches, batch, precision == "bf16")
         flops = count_flops(model, cfg, load)
     counted, kept = flops.pop("parts"), saved["parts"]
-    training["days"] = days(cfg, counted, sizes, args.zero_gpus)
+    image = sum(n * (3 if sizes[part][1] else 1) for part, n in counted.items())
+    images = training["iterations"] * cfg.SOLVER.IMS_PER_BATCH
+    training["days"] = image * images / (args.zero_gpus * A100 * UTILISATION) / 86_400
     counted["all"], kept["all"] = sum(counted.values()), saved["sums"]["plain"]
     sizes.update(losses=(0, 0), all=sizes.pop("all"))  # the sum stays the last
     names = ("parameters", "trained", "flops", "activations")
@@ -163,7 +165,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "workload": {
             **load._asdict(),
             "answer_tokens": load.answer,
-            "image_tokens": image,
+            "image_tokens": tokens,
             "image_size": cfg.MODEL.IMAGE_ENCODER.IMAGE_SIZE,
             "colormap_size": cfg.INPUT.GELLA.COLORMAP_SIZE,
         },
@@ -218,13 +220,6 @@ def training_figures(
     return {"iterations": with_epochs(cfg, 0).SOLVER.MAX_ITER, "longest": longest}
 
 
-def days(cfg: Any, flops: dict[str, int], sizes: dict[str, tuple[int, int]], gpus: int) -> float:
-    """Days of the whole training at `UTILISATION` of so many A100; forward ``flops`` by part."""
-    image = sum(n * (3 if sizes[part][1] else 1) for part, n in flops.items() if part in sizes)
-    images = with_epochs(cfg, 0).SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
-    return image * images / (gpus * A100 * UTILISATION) / 86_400
-
-
 # -- parameters ------------------------------------------------------------------------------------
 
 
@@ -244,24 +239,20 @@ def compare_published(cfg: Any, sizes: dict[str, tuple[int, int]]) -> list[dict[
     ``ours``, of the ``sizes`` of :func:`part_sizes`, is made comparable by the ``rule``, in words.
     """
     language, clip = cfg.MODEL.LANGUAGE, cfg.MODEL.IMAGE_ENCODER
-    compared = []
-
-    def compare(name: str, parameters: int, ours: int, rule: str) -> None:
-        compared.append({"name": name, "parameters": parameters, "ours": ours, "rule": rule})
-
+    compared: list[tuple[str, int, int, str]] = []
     llama = (language.HIDDEN_SIZE, language.INTERMEDIATE_SIZE, language.NUM_LAYERS)
     if llama in LLAMAS and language.NUM_KEY_VALUE_HEADS == language.NUM_HEADS:
         size, count = LLAMAS[llama]
         added = language.VOCAB_SIZE - LLAMA_WORDS
         rule = f"without the {added} added word(s), a row each in the embedding and the output"
         ours = sizes["language decoder"][0] - 2 * added * language.HIDDEN_SIZE
-        compare(f"LLaMA-{size}", count, ours, rule)
+        compared.append((f"LLaMA-{size}", count, ours, rule))
     tower = (clip.IMAGE_SIZE, clip.PATCH_SIZE, clip.WIDTH, clip.LAYERS, clip.STEM)
     if tower == (336, 14, 1024, 24, "patch"):
         rule = "with the final norm and the 1024 x 768 projection, which no part here reads"
         ours = sizes["image encoder"][0] + 2 * clip.WIDTH + clip.WIDTH * 768
-        compare("CLIP ViT-L/14-336, vision", 304_293_888, ours, rule)
-    return compared
+        compared.append(("CLIP ViT-L/14-336, vision", 304_293_888, ours, rule))
+    return [dict(zip(("name", "parameters", "ours", "rule"), row)) for row in compared]
 
 
 # -- FLOPs -----------------------------------------------------------------------------------------
@@ -419,19 +410,14 @@ def cost_report(figures: dict[str, Any]) -> str:
         f"{number(figures['activations']['checkpointed'] / MIB)} MiB."
     )
     tables = (published_table(figures["published"]), language_tables(figures), zero_table(figures))
-    tables += (training_table(figures),)
-    return "\n\n".join(filter(None, (workload, parts, *tables)))
-
-
-def training_table(figures: dict[str, Any]) -> str:
-    """Memory of the config's plan at the longest prompt of each dataset, and days."""
     training = figures["training"]
     rows = [(n, x["tokens"], number(x["gpu"] / GIB)) for n, x in training["longest"].items()]
     head = ["longest prompt of", "tokens", "GiB per GPU, as the config says"]
-    return (
+    days = (
         f"{_table(rows, head)}\n{training['iterations']:,} iterations: {training['days']:.2g} days"
         f" on {figures['gpus']} A100 at {UTILISATION:.0%} of {A100 / 1e12:.0f} TFLOPS"
     )
+    return "\n\n".join(filter(None, (workload, parts, *tables, days)))
 
 
 def number(value: float) -> str:

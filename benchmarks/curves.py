@@ -29,9 +29,10 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 from matplotlib.figure import Figure
-from measuring import OPTS, config_of
+from measuring import OPTS
 from tabulate import tabulate
 
+from gella.commands.inputs import config_of
 from gella.engine.launch import leave_process_group
 from gella.engine.trainer import GellaTrainer
 from gella.utils.io import read_json, write_json

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import get_cfg
-from measuring import OPTS, config_of, judge, machine, take_turns, threads, with_verdicts
+from measuring import OPTS, judge, machine, take_turns, threads, with_verdicts
 from PIL import Image
 from scenes import id_image, picture_size, write_scenes
 from tabulate import tabulate
 from tqdm import tqdm
 
 from gella import add_gella_config
+from gella.commands.inputs import config_of
 from gella.data.mapper import GroundingMapper
 from gella.data.sampling import build_train_loader
 from gella.data.targets import EntityMatcher

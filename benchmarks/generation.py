@@ -17,11 +17,12 @@ import time
 from typing import Any
 
 import torch
-from measuring import OPTS, config_of
+from measuring import OPTS
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
+from gella.commands.inputs import config_of
 from gella.data.mapper import GroundingMapper
 from gella.engine.trainer import load_records
 from gella.text.prompts import decode_answer

@@ -229,8 +229,9 @@ def language_starts(scratch: Path, millions: int, processes: int) -> tuple[dict[
 
     cfg = get_cfg()
     add_gella_config(cfg)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.LANGUAGE.NUM_LAYERS = max(1, round((millions - 283) / 202.4))  # of the 7B's width
+    cfg.MODEL.DEVICE, node = "cpu", cfg.MODEL.LANGUAGE
+    node.HIDDEN_SIZE, node.INTERMEDIATE_SIZE, node.NUM_HEADS = 2048, 5504, 16
+    node.NUM_KEY_VALUE_HEADS, node.NUM_LAYERS = 16, max(1, round((millions - 137) / 50.6))
     shapes = _build_branch(cfg, "meta").state_dict()
     weights = {key: torch.full((), 0.01).expand(like.shape) for key, like in shapes.items()}
     (scratch / "weights").mkdir()

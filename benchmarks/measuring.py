@@ -15,9 +15,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gella import load_config
-from gella.data.register import import_modules
-
 # Of the config, behind all other options.
 OPTS = {"nargs": argparse.REMAINDER, "default": [], "metavar": "KEY VALUE", "help": "of the config"}
 Task = tuple[Callable[[Any], Any], Sequence[Any]]  # a function, and what it is called with
@@ -28,15 +25,6 @@ def machine(device: str = "cpu") -> str:
     versions = f"Python {platform.python_version()}, numpy {np.__version__}"
     system = f"{platform.machine()}, {platform.system()}, {versions}, torch {torch.__version__}"
     return f"{system} on {device}, {torch.get_num_threads()} threads"
-
-
-def config_of(file: str, options: Sequence[Any]) -> Any:
-    """The config, with its own modules imported, on the CPU where there is no GPU."""
-    cfg = load_config(file, options)
-    import_modules(cfg)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    return cfg
 
 
 @contextlib.contextmanager

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from measuring import OPTS, config_of, judge, machine, take_turns, threads, with_verdicts
+from measuring import OPTS, judge, machine, take_turns, threads, with_verdicts
 from shapes import make_sample
 from shapes_text import train_tokenizer, write_narrative
 from tabulate import tabulate
 
 from gella import EntityMap, GellaPredictor, Request
+from gella.commands.inputs import config_of
 
 NUMBERS = {
     "captions": (20, 2, "of one picture"),

@@ -39,6 +39,7 @@ from gella import load_config
 from gella.commands import convert_weights, train
 from gella.data.register import coco_panoptic_categories, register_png
 from gella.engine.evaluation_hooks import EvaluationInTraining
+from gella.engine.memory import PLANS
 from gella.engine.preflight import Run, missing_for, missing_text
 from gella.engine.resume import RunCheckpoints
 from gella.engine.trainer import GellaTrainer, load_records
@@ -72,10 +73,10 @@ SPARE_ROWS = 64  # of LLaVA-1.5 in transformers' layout: <image>, <pad>, and wha
 DATASET, NARRATIVES = "gella_rehearsal_png", "png_coco_val2017.json"
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOPs a second
 LORA = ("MODEL.LANGUAGE.LORA.ENABLED", True, "MODEL.WEIGHTS_ALLOW_MISSING", ["*.lora_*"])
-TRAININGS: dict[str, Any] = {  # title: overrides, ZeRO file, what is on the host
-    "stage 2, LoRA": (LORA, "stage2", ()),
-    "stage 2, LoRA, float32": (LORA, "stage2", ()),
-    "stage 3, all on the host": ((), "stage3_offload", ("optimizer", "parameters")),
+TRAININGS: dict[str, Any] = {  # title: overrides, ZeRO file
+    "stage 2, LoRA": (LORA, "stage2"),
+    "stage 2, LoRA, float32": (LORA, "stage2"),
+    "stage 3, all on the host": ((), "stage3_offload"),
 }
 
 
@@ -104,12 +105,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for name, work in {
             "write": lambda: write_public(folder, cfg, sample),
             "convert": lambda: convert(folder, args.config_file, opts),
-            "check": lambda: check(cfg, args.config_file),
+            "check": lambda: missing_for(cfg, Run(args.config_file, trains=False)),
             "ground": lambda: ground(cfg),
             "evaluate": lambda: evaluate(cfg, args.config_file),
         }.items():
             with anonymous_peak() as found:
-                work()
+                missing = work()
+            if missing:
+                raise ValueError(missing_text(missing, args.config_file))
             figures["stages"][name] = found
             print(f"{name}: {found['seconds']} s, {found['peak_gib']} GiB", flush=True)
         figures["trainings"] = trainings(args, opts) if args.gpu else {}
@@ -185,12 +188,6 @@ def convert(folder: Path, config_file: str, opts: list[Any]) -> None:
         raise RuntimeError("tools/convert_weights.py failed; its message is above")
 
 
-def check(cfg: Any, config_file: str) -> None:
-    """What ``tools/train_net.py --eval-only --check`` does; ValueError for what is missing."""
-    if found := missing_for(cfg, Run(config_file, trains=False)):
-        raise ValueError(missing_text(found, config_file))
-
-
 def ground(cfg: Any) -> None:
     """Ground every narrative with its nouns, through the predictor."""
     predictor = GellaPredictor(cfg)
@@ -229,7 +226,7 @@ def trainings(args: argparse.Namespace, opts: list[Any], device: str = "cuda") -
     """Train under every entry of ``TRAININGS``; by title ``images_per_s``, ``utilisation``,
     ``peak_gib`` of the card, ``table_gib`` that the cost table gives, first and last ``losses``."""
     rows = {}
-    for title, (changes, zero, on_host) in TRAININGS.items():
+    for title, (changes, zero) in TRAININGS.items():
         half, count = "float32" not in title, args.iterations
         changed = ["MODEL.DEVICE", device, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.EPOCHS", 0]
         changed += ["DATALOADER.TASK_RATIOS", [0.0, 0.0, 1.0], "SOLVER.AMP.ENABLED", half]
@@ -241,8 +238,7 @@ def trainings(args: argparse.Namespace, opts: list[Any], device: str = "cuda") -
         known |= {"precision": "bf16" if half else "fp32", "batch": 2}
         told = cost.run(argparse.Namespace(**known))[0]
         parts = {part: x for part, x in told["parts"].items() if part != "all"}
-        asked = (int(zero[5]), [*on_host])
-        (plan,) = (row for row in told["zero"] if (row["stage"], row["offload"]) == asked)
+        plan = told["zero"][[name for *_, name in PLANS].index(zero)]
         losses, seconds = train_once(load_config(args.config_file, known["opts"]))
         frozen = {part for part, x in parts.items() if not x["trained"]}
         frozen |= {"language decoder"} if changes else set()

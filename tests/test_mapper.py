@@ -529,6 +529,7 @@ def test_the_config_builds_it(record: dict, tokenizer_dir: Path) -> None:
     MetadataCatalog.get(names[2]).categories = CATEGORIES[:2]
     cfg.MODEL.LANGUAGE.TOKENIZER = str(tokenizer_dir)
     cfg.MODEL.LANGUAGE.IMAGE_TOKEN_STRIDE = 2
+    cfg.INPUT.RANDOM_FLIP = "horizontal"
     cfg.DATASETS.TRAIN = names[:2]
     mapper = GroundingMapper(cfg, is_train=True)
     mapped = mapper(record, task="panoptic", rng_seed=(0, 0, 0))

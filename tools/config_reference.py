@@ -11,7 +11,6 @@ follow without a comment. A key without a meaning is an error.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import functools
 import io
@@ -26,7 +25,7 @@ from unittest import mock
 from detectron2.config import CfgNode, get_cfg
 
 from gella import config
-from gella.commands.console import exit_status
+from gella.commands.console import Parser, exit_status
 from gella.utils.io import write_atomically
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "CONFIG.md"
@@ -178,9 +177,7 @@ def page() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--output", type=Path, default=PAGE, metavar="FILE", help="another page")
     args = parser.parse_args(argv)

@@ -25,9 +25,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils.logger import setup_logger
 
-from gella import load_config
 from gella.commands.console import Parser, exit_status, tools
-from gella.data.register import import_modules
+from gella.commands.inputs import config_of
 from gella.engine.trainer import GellaTrainer
 from gella.evaluation.calibration import TAKE_ALL, PanopticSweep, SelectionSweep
 from gella.modeling.postprocessing import panoptic_from_scores
@@ -84,10 +83,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the model over the datasets, pick, write, and say what to type next."""
     setup_logger()
     logging.getLogger("gella").setLevel(logging.INFO)
-    cfg = load_config(args.config_file, [*(args.opts or []), "TEST.NOUNS", "given"])
-    if str(cfg.MODEL.DEVICE).startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    import_modules(cfg)
+    cfg = config_of(args.config_file, [*(args.opts or []), "TEST.NOUNS", "given"])
     cfg.MODEL.WEIGHTS = weights = args.weights or cfg.MODEL.WEIGHTS
     cfg.freeze()
     if not weights:

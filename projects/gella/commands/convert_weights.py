@@ -35,13 +35,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gella import __version__, load_config
-from gella.commands.console import exit_status, tools
+from gella.commands.console import Parser, exit_status, tools
 from gella.data.register import import_modules
 from gella.engine.memory import build_on_meta
 from gella.modeling.filling import built_empty
 from gella.utils.io import file_hash, read_json, write_atomically
 from gella.weights import FORMATS, LlavaHf, LlavaOriginal, detect, format_named
-from gella.weights.checkpoint import check_state_dict, consolidate
+from gella.weights.checkpoint import allowed_keys, check_state_dict, consolidate
 from gella.weights.files import (
     TOKENIZER_FILES,
     download,
@@ -83,19 +83,15 @@ OPTIONS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--config-file", required=True, metavar="YAML", help="config of the model")
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for option, text in options.items():
             name, *metavar = option.split()
-            kind = int if name == "--seg-row" else str
-            how: Any = (
-                {"metavar": metavar[0], "type": kind} if metavar else {"action": "store_true"}
-            )
+            how: Any = {"metavar": metavar[0]} if metavar else {"action": "store_true"}
+            how |= {"type": int} if name == "--seg-row" else {}
             group.add_argument(name, help=text, **how)
             if name[2:] in FORMATS:
                 names = [layout.name for layout in FORMATS[name[2:]]]
@@ -197,12 +193,7 @@ def convert(args: argparse.Namespace, cfg: Any, notes: Iterable[str] = ()) -> No
             piece, lines = read_piece(kind, path, name, plain, args.seg_row)
             pieces.append(piece)
             notes += lines
-    result = assemble(
-        expected,
-        pieces,
-        allow_missing=cfg.MODEL.WEIGHTS_ALLOW_MISSING,
-        allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
-    )
+    result = assemble(expected, pieces, **allowed_keys(cfg))
     print(report(result, notes, expected))
     sources = hash_files(piece.source for piece in pieces)
     print(tabulate(sources, ["file", "sha256"]))
@@ -352,13 +343,7 @@ def hand_out(args: argparse.Namespace, cfg: Any) -> None:
     print(f"reading {source}", flush=True)
     state = consolidate(source) if args.from_zero else read_weights(source)
     model = build_on_meta(cfg)
-    check_state_dict(
-        state,
-        model,
-        source=source,
-        allow_missing=cfg.MODEL.WEIGHTS_ALLOW_MISSING,
-        allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
-    )
+    check_state_dict(state, model, source=source, **allowed_keys(cfg))
     if target:
         sources = [(source, file_hash(source))] if args.from_zero else hash_files([source])
         write_gella(args, target, state, cfg, sources)

@@ -1,4 +1,4 @@
-"""Pictures that a command line names, each with an id of its own."""
+"""What a command line names: its config, and pictures, each with an id of its own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.data import DatasetCatalog
 
+from gella.config import load_config
+from gella.data.register import import_modules
 from gella.predictor import image_id_of
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -31,6 +34,15 @@ class Source:
     path: Path
     name: str = ""
     size: tuple[int, int] | None = None
+
+
+def config_of(file: str, options: Sequence[Any]) -> Any:
+    """The config, with its own modules imported, on the CPU where there is no GPU."""
+    cfg = load_config(file, options)
+    import_modules(cfg)
+    if str(cfg.MODEL.DEVICE).startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
 
 
 def dataset_records(name: str) -> list[dict[str, Any]]:

@@ -126,7 +126,16 @@ def segment_all(
         results: dict[Source, EntityMap | str] = {}
         for source in sources[start : start + batch_size]:
             try:
-                images[source] = read_picture(source)
+                # Viewers and the demo turn photographs upright, so their masks are of the turned
+                # picture; a dataset's annotations are of the stored pixels.
+                image = read_image(source.path, upright=source.size is None)
+                if source.size not in (None, image.shape[:2]):
+                    raise ValueError(
+                        f"image {source.path} is {image.shape[1]}x{image.shape[0]} pixels but the "
+                        f"dataset says {source.size[1]}x{source.size[0]} (width x height); is it "
+                        "the right picture?"
+                    )
+                images[source] = image
             except (ValueError, OSError) as error:
                 results[source] = str(error)
         results.update(_segment(segmenter, images, limits))
@@ -145,19 +154,6 @@ def segment_all(
             size = source.path.stat().st_size
             journal.append({"image_id": source.image_id, "bytes": size, "results": coded})
     bar.close()
-
-
-def read_picture(source: Source) -> np.ndarray:
-    """The picture, uint8 RGB (H, W, 3); ValueError if its size is not the dataset's."""
-    # Viewers and the demo turn photographs upright, so their masks are of the turned picture; a
-    # dataset's annotations are of the stored pixels.
-    image = read_image(source.path, upright=source.size is None)
-    if source.size is not None and image.shape[:2] != source.size:
-        raise ValueError(
-            f"image {source.path} is {image.shape[1]}x{image.shape[0]} pixels but the dataset says "
-            f"{source.size[1]}x{source.size[0]} (width x height); is it the right picture?"
-        )
-    return image
 
 
 def _segment(
@@ -219,20 +215,6 @@ def find_done(journals: Sequence[Journal], sources: Sequence[Source]) -> dict[So
     return found
 
 
-def write_output(done: dict[Source, Journal], output: Path) -> None:
-    """Write the results of the pictures that are done, in this order."""
-
-    def write(stream: IO[bytes]) -> None:
-        separator = b"[\n"
-        for source, journal in done.items():
-            for result in journal.read(str(source.image_id))["results"]:
-                stream.write(separator + json.dumps(result).encode())
-                separator = b",\n"
-        stream.write(b"\n]\n" if separator == b",\n" else b"[]\n")
-
-    write_atomically(output, write)
-
-
 def print_summary(report: dict[str, Any], report_file: Path) -> None:
     """Print the figures and the first names of what went wrong."""
     print(f"images   {report['done']} of {report['images']}")
@@ -289,7 +271,16 @@ def merge(
     output = Path(args.output)
     report_file = output.with_name(output.name + ".report.json")
     done = find_done(journals, sources)
-    write_output(done, output)
+
+    def write(stream: IO[bytes]) -> None:
+        separator = b"[\n"
+        for source, journal in done.items():
+            for result in journal.read(str(source.image_id))["results"]:
+                stream.write(separator + json.dumps(result).encode())
+                separator = b",\n"
+        stream.write(b"\n]\n" if separator == b",\n" else b"[]\n")
+
+    write_atomically(output, write)
     undone = [source for source in sources if source not in done]
     reasons = {key: noted for journal in journals for key, noted in journal.entries.items()}
     counts = {source: j.entries[str(source.image_id)][1] for source, j in done.items()}

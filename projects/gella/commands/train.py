@@ -38,7 +38,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import detectron2
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
@@ -46,6 +45,7 @@ from detectron2.utils.logger import setup_logger
 
 from gella import load_config
 from gella.commands.console import USER_ERRORS, tell_error, tools
+from gella.commands.inputs import config_of
 from gella.data.register import import_modules
 from gella.engine.checkpoint import FOLDER as CHECKPOINTS
 from gella.engine.checkpoint import CheckpointStore
@@ -107,12 +107,7 @@ def setup(args: Any) -> CfgNode:
     Without a CUDA device, ``MODEL.DEVICE`` "cuda" becomes "cpu"; `preflight` has refused what does
     not fit there.
     """
-    if not args.config_file:
-        raise ValueError("--config-file is missing; see the folder configs/")
-    cfg = load_config(args.config_file, args.opts or [])
-    if str(cfg.MODEL.DEVICE).startswith("cuda") and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    import_modules(cfg)
+    cfg = config_of(args.config_file, args.opts or [])
     cfg.freeze()
     default_setup(cfg, args)
     # Detectron2 sets its own loggers up only.

@@ -338,13 +338,12 @@ class GroundingMapper(InputMaker):
             caption, phrases = fitted.caption, phrases[: fitted.num_nouns]
         if task == "describe":
             phrases = []  # its answer names no noun
-        targets = [matcher.entity_indices(phrase["segment_ids"]) for phrase in phrases]
-        if self.is_train:
+        phrases = [dict(phrase) for phrase in phrases]
+        for phrase in phrases:
+            found = matcher.entity_indices(phrase["segment_ids"])
             # Entities that no input mask covers are unknown, not absent: the noun has no target.
-            targets = [
-                found or (None if p["segment_ids"] else found) for found, p in zip(targets, phrases)
-            ]
-        phrases = [{**p, "entity_indices": found} for p, found in zip(phrases, targets)]
+            unknown = self.is_train and phrase["segment_ids"] and not found
+            phrase["entity_indices"] = None if unknown else found
         return fitted, caption, phrases, mirrored
 
     def _log_cut(self, record: dict[str, Any], fitted: FittedPrompt, length: int) -> None:

@@ -100,7 +100,15 @@ class GroundingBatchSampler(Sampler[list[SampleKey]]):
         }
         self._shares: dict[str, np.ndarray] = {}  # cumulated, per dataset
         for task, ratio in zip(TASKS, self.ratios):
-            weights = _dataset_weights([len(pool) for pool in self.pools[task]], dataset_ratios)
+            sizes = np.array([len(pool) for pool in self.pools[task]], dtype=np.float64)
+            given = np.array(dataset_ratios if len(dataset_ratios) else sizes, dtype=np.float64)
+            if len(given) != len(sizes) or not (given >= 0).all():
+                raise ValueError(
+                    f"DATALOADER.DATASET_RATIOS makes shares {list(dataset_ratios)} of "
+                    f"{len(sizes)} datasets; each name of DATASETS.TRAIN needs one that is not "
+                    "negative"
+                )
+            weights = np.where(sizes > 0, given, 0.0)
             if ratio > 0 and not weights.sum() > 0:
                 raise ValueError(
                     f"task {task!r} has ratio {ratio:g} but no record that can train it; add a "
@@ -256,6 +264,11 @@ def build_train_loader(
         task: [s + indices_with_task(p, task) for s, p in zip(starts, parts)] for task in TASKS
     }
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    given = cfg.DATALOADER.DATASET_RATIOS
+    ratios = [
+        next((float(share) for pattern, share in given if fnmatchcase(name, pattern)), 1.0)
+        for name in (cfg.DATASETS.TRAIN if given else ())
+    ]
     try:
         sampler = GroundingBatchSampler(
             pools,
@@ -265,7 +278,7 @@ def build_train_loader(
             rank=comm.get_rank(),
             world_size=comm.get_world_size(),
             start_iteration=start_iteration,
-            dataset_ratios=_dataset_ratios(cfg),
+            dataset_ratios=ratios,
         )
     except ValueError as error:
         raise ValueError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: {error}") from error
@@ -274,26 +287,6 @@ def build_train_loader(
         logging.getLogger(__name__).info("Training records of the datasets: %s %s", task, sizes)
     dataset = GroundingDataset(concatenated(parts), mapper)
     return GroundingTrainLoader(dataset, sampler, int(cfg.DATALOADER.NUM_WORKERS))
-
-
-def _dataset_ratios(cfg: Any) -> list[float]:
-    """The share of each of `DATASETS.TRAIN`; none where the config gives none."""
-    given = cfg.DATALOADER.DATASET_RATIOS
-    return [
-        next((float(share) for pattern, share in given if fnmatchcase(name, pattern)), 1.0)
-        for name in (cfg.DATASETS.TRAIN if given else ())
-    ]
-
-
-def _dataset_weights(sizes: Sequence[int], ratios: Sequence[float]) -> np.ndarray:
-    """Weights of a task's pools of these sizes."""
-    if len(ratios) and (len(ratios) != len(sizes) or not min(ratios) >= 0):
-        raise ValueError(
-            f"DATALOADER.DATASET_RATIOS makes shares {list(ratios)} of {len(sizes)} datasets; each "
-            "name of DATASETS.TRAIN needs one that is not negative"
-        )
-    weights = np.asarray(ratios if len(ratios) else sizes, dtype=np.float64)
-    return np.where(np.asarray(sizes) > 0, weights, 0.0)
 
 
 def _checked_ratios(ratios: Sequence[float]) -> tuple[float, ...]:

@@ -175,15 +175,10 @@ def evaluate_table(cfg: Any, model: nn.Module, table: str, **record: Any) -> tup
             save_evaluation(run_cfg.OUTPUT_DIR, evaluation)
     if not comm.is_main_process():
         return "", folder
-    outcomes: list[Any] = [evaluation.outcome for evaluation in done]
     written = {run.name: {"scores": e.outcome, "run": e.run} for run, e in zip(runs, done)}
     write_json(folder / "results.json", written)
-    modes = [evaluation.run["settings"] for evaluation in done]
-    for run, outcome, mode in _earlier(cfg.OUTPUT_DIR, table):
-        runs.append(run)
-        outcomes.append(outcome)
-        modes.append(mode)
-    text = table_markdown(table, runs, outcomes, modes)
+    rows = [(run, e.outcome, e.run["settings"]) for run, e in zip(runs, done)]
+    text = table_markdown(table, *zip(*rows, *_earlier(cfg.OUTPUT_DIR, table)))
     write_text(folder / "results.md", text)
     return text, folder
 

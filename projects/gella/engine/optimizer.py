@@ -17,23 +17,12 @@ __all__ = ["ROLES", "build_optimizer", "role_of", "split_off", "with_epochs"]
 
 # Parts without public pretrained weights start from nothing and may want a higher rate. Of the mask
 # decoder, ours and upstream's, the convolutions that read ResoBlend's channels are among them.
-HEADS = (
-    *(
-        "resoblend.*",
-        "association.*",
-        "mask_decoder.entity_head.*",
-        "mask_decoder.entity_queries.*",
-    ),
-    *(
-        "mask_decoder.pixel_decoder.input_projections.?.0.*",
-        "mask_decoder.pixel_decoder.adapter_1.0.*",
-    ),
-    "mask_decoder.head.predictor.class_embed.*",
-    *(
-        "mask_decoder.head.pixel_decoder.input_proj.?.0.*",
-        "mask_decoder.head.pixel_decoder.adapter_1.weight",
-    ),
-)
+HEADS = """
+    resoblend.* association.* mask_decoder.entity_head.* mask_decoder.entity_queries.*
+    mask_decoder.pixel_decoder.input_projections.?.0.* mask_decoder.pixel_decoder.adapter_1.0.*
+    mask_decoder.head.predictor.class_embed.* mask_decoder.head.pixel_decoder.input_proj.?.0.*
+    mask_decoder.head.pixel_decoder.adapter_1.weight
+""".split()
 LANGUAGE_PREFIX = "language_decoder."
 ROLES = ("heads", "language", "vision")
 

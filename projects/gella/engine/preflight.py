@@ -33,7 +33,7 @@ from gella.engine.zero import read_config
 from gella.entities.sources import entry_for
 from gella.modeling.meta_arch import GELLA
 from gella.text.prompts import load_tokenizer
-from gella.weights.checkpoint import check_state_dict, is_checkpoint, why_incomplete
+from gella.weights.checkpoint import allowed_keys, check_state_dict, is_checkpoint, why_incomplete
 from gella.weights.files import main_file, read_torch, read_weights
 
 SEGMENTER = "transformers:facebook/mask2former-swin-large-coco-panoptic"
@@ -78,7 +78,9 @@ def missing_for(cfg: Any, run: Run) -> list[Missing]:
     found = [Missing(text) for text in problems]
     found += _data(cfg, run) if run.data else ()
     try:
-        weights = _weights_of(cfg, run)
+        store = CheckpointStore(os.path.join(cfg.OUTPUT_DIR, FOLDER))
+        newest = store.newest() if run.resume else None
+        weights = str(newest.path) if newest else cfg.MODEL.WEIGHTS
         model = build_on_meta(cfg)
     except _ERRORS as error:
         return [*found, Missing(" ".join(str(error).split()))]
@@ -163,11 +165,6 @@ def _data(cfg: Any, run: Run) -> Iterator[Missing]:
         )
 
 
-def _weights_of(cfg: Any, run: Run) -> str:
-    newest = CheckpointStore(os.path.join(cfg.OUTPUT_DIR, FOLDER)).newest() if run.resume else None
-    return str(newest.path) if newest else cfg.MODEL.WEIGHTS
-
-
 def _weights(cfg: Any, run: Run, weights: str, model: nn.Module, makes: str) -> Iterator[Missing]:
     if not weights:
         if run.trains and not cfg.MODEL.FROM_SCRATCH:
@@ -185,10 +182,8 @@ def _weights(cfg: Any, run: Run, weights: str, model: nn.Module, makes: str) -> 
         advice = makes if first else "check MODEL.WEIGHTS"
         yield Missing(f"weights {weights} (MODEL.WEIGHTS) do not exist", advice)
     else:
-        allowed = cfg.MODEL.WEIGHTS_ALLOW_MISSING, cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED
-        options = dict(zip(("allow_missing", "allow_unexpected"), allowed))
         try:  # mapped, not read
-            check_state_dict(read_weights(weights), model, source=weights, **options)
+            check_state_dict(read_weights(weights), model, source=weights, **allowed_keys(cfg))
         except _ERRORS as error:
             yield Missing(str(error))
 

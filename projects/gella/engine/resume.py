@@ -149,9 +149,8 @@ class RunCheckpoints(HookBase):
         inner = states["trainer"]["_trainer"]
         inner["optimizer"] = fitted_optimizer_state(inner["optimizer"], optimizer)
         divider = self._zero and self._zero.divider()
-        load_state(
-            *(self._model, weights, self._cfg), source=str(path), without=without, settle=divider
-        )
+        kept = {"without": without, "settle": divider}
+        load_state(self._model, weights, self._cfg, source=str(path), **kept)
         self.trainer.load_state_dict(states["trainer"])  # type: ignore[attr-defined]
         if reason:
             _logger.warning(

@@ -30,6 +30,7 @@ from gella.engine.evaluation_hooks import (
     with_keys,
 )
 from gella.engine.hooks import GradientClipper, NonFiniteGuard, RunScalars, StopOnSignal
+from gella.engine.memory import count_parameters
 from gella.engine.optimizer import build_optimizer, split_off, with_epochs
 from gella.engine.picture_panel import PicturePanel
 from gella.engine.preflight import config_problems
@@ -254,11 +255,8 @@ class GellaTrainer(DefaultTrainer):
                 decoder.allocate(torch.device(cfg.MODEL.DEVICE))
             for parameter in decoder.parameters() if bf16 else ():
                 parameter.data = parameter.data.bfloat16()
-        total = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        logging.getLogger(__name__).info(
-            "Parameters: %s, trained: %s", f"{total:,}", f"{trained:,}"
-        )
+        counts = (f"{count:,}" for count in count_parameters(model))
+        logging.getLogger(__name__).info("Parameters: %s, trained: %s", *counts)
         return model
 
     @classmethod

@@ -295,12 +295,8 @@ def conditions(settings: Mapping[str, Any], datasets: Sequence[str]) -> str:
     if "precision" not in settings:
         return "masks and modes not recorded"
     sources = settings["entity_sources"]
-    files = (
-        next((f for name, _, f in sources if fnmatchcase(dataset, name)), "")
-        if isinstance(sources, list)
-        else ""
-        for dataset in datasets
-    )
+    sources = sources if isinstance(sources, list) else []
+    files = (next((f for name, _, f in sources if fnmatchcase(d, name)), "") for d in datasets)
     masks = dict.fromkeys(f"masks of {Path(f).name}" if f else "annotated masks" for f in files)
     how = "snapped" if settings["snap"] else "drawn"
     protocol = f"protocol {settings['png_protocol']}"

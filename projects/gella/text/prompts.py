@@ -109,10 +109,8 @@ def load_tokenizer(path: str) -> Any:
         folder = os.path.expanduser(path)
         # Without a configuration AutoTokenizer takes words and no rules: line ends get lost.
         names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        bare = "tokenizer.model" in names and not names & {
-            "tokenizer.json",
-            "tokenizer_config.json",
-        }
+        whole = names & {"tokenizer.json", "tokenizer_config.json"}
+        bare = "tokenizer.model" in names and not whole
         tokenizer = (LlamaTokenizer if bare else AutoTokenizer).from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]

@@ -116,13 +116,7 @@ def load_state(
         settle: see ``Fillable.fill``.
     """
     model = getattr(model, "module", model)
-    check_state_dict(
-        state,
-        model,
-        source=source,
-        allow_missing=(*cfg.MODEL.WEIGHTS_ALLOW_MISSING, *([f"{without}.*"] if without else ())),
-        allow_unexpected=cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED,
-    )
+    check_state_dict(state, model, source=source, **allowed_keys(cfg, without))
     expected = model.state_dict().keys()
     missing = [k for k in expected - state.keys() if not k.startswith(f"{without}.")]
     for kind, keys in (("missing", missing), ("unexpected", list(state.keys() - expected))):
@@ -137,6 +131,12 @@ def load_state(
         device, seed = torch.device(cfg.MODEL.DEVICE), max(cfg.SEED, 0)
         decoder.fill(None if name == without else own, device, seed=seed, settle=settle)
     model.load_state_dict(state, strict=False)
+
+
+def allowed_keys(cfg: Any, without: str = "") -> dict[str, Any]:
+    """``MODEL.WEIGHTS_ALLOW_*``, and all keys below the child ``without``, as arguments."""
+    missing = (*cfg.MODEL.WEIGHTS_ALLOW_MISSING, *([f"{without}.*"] if without else ()))
+    return {"allow_missing": missing, "allow_unexpected": cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED}
 
 
 def check_state_dict(
