@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 def tools() -> str:
     """The folder of this project's scripts as seen from here, for a command to go on with."""
-    folder = Path(sys.argv[0]).resolve().parent
+    folder = Path(sys.argv[0]).parent
     return os.path.relpath(folder) if (folder / "train_net.py").is_file() else "tools"
 
 
