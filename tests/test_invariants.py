@@ -260,8 +260,8 @@ def train_once(model, batch, half):
 
 
 # Share of a loss, cosine of a part's gradient. Learned queries attend where their own mask says:
-# rounding moves single queries to other masks.
-HALF = {"entity": (0.02, 0.99), "learned": (0.06, 0.9)}
+# rounding moves single queries to other masks, of which an image of few nouns has a large share.
+HALF = {"entity": (0.02, 0.99), "learned": (0.06, 0.85)}
 
 
 @pytest.mark.parametrize("task, queries", [
