@@ -354,9 +354,9 @@ def _add_watching(cfg: Any, node: type) -> None:
 def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> Any:
     """Read a GELLA config file and apply ``KEY VALUE`` overrides; the result can still be changed.
 
-    A relative path (`PATHS`, ``DATASETS.MODULES``, ``INPUT.GELLA.ENTITY_SOURCES``) of the file or
-    of an override is sought from the working directory, then beside the file, then in the checkout
-    of this project; before all, what begins with ``datasets/`` is sought in
+    A relative path (`PATHS`, ``DATASETS.MODULES``, ``INPUT.GELLA.ENTITY_SOURCES``) of the file is
+    sought beside the file, then from the working directory, one of an override the other way round;
+    then in the checkout of this project. Before all, what begins with ``datasets/`` is sought in
     ``$DETECTRON2_DATASETS``. A path that is nowhere stays as it is.
 
     Raises:
@@ -375,21 +375,23 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> Any:
         raise
     except Exception as error:
         raise ValueError(f"config {config_file}: {_one_line(error)}") from error
+    beside = str(Path(config_file).parent)
+    _find_paths(cfg, (beside, ""))
     try:
         cfg.merge_from_list(list(opts))
     except Exception as error:
         raise ValueError(f"config override: {_one_line(error)}") from error
-    _find_paths(cfg, Path(config_file).parent)
+    _find_paths(cfg, ("", beside))
     return cfg
 
 
-def _find_paths(cfg: Any, beside: Path) -> None:
+def _find_paths(cfg: Any, folders: Sequence[str]) -> None:
     checkout = Path(__file__).resolve().parents[2]  # of an installed wheel: nothing of this project
 
     def find(path: str) -> str:
         root, rest = os.getenv("DETECTRON2_DATASETS"), path.removeprefix("datasets/")
         inside = [os.path.join(root, rest)] if root and rest != path else []
-        places = (*inside, path, os.path.join(beside, path), os.path.join(checkout, path))
+        places = (*inside, *(os.path.join(folder, path) for folder in (*folders, checkout)))
         return next((place for place in places if path and os.path.exists(place)), path)
 
     for key in PATHS:
