@@ -386,7 +386,7 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> Any:
 
 
 def _find_paths(cfg: Any, folders: Sequence[str]) -> None:
-    checkout = Path(__file__).resolve().parents[2]  # of an installed wheel: nothing of this project
+    checkout = str(Path(__file__).resolve().parents[2])  # of a wheel: nothing of this project
 
     def find(path: str) -> str:
         root, rest = os.getenv("DETECTRON2_DATASETS"), path.removeprefix("datasets/")
