@@ -128,6 +128,25 @@ class Grounding:
             "cut_nouns": list(self.cut_nouns),
         }
 
+    def to_rle(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the masks alone, as COCO's compressed RLE, bytes as ASCII text.
+
+        ``nouns``: per noun ``noun`` and ``mask``, the union of its entities. ``entities``: per
+        input entity ``id`` (as files name it), ``number`` (from 1, as the picture shows it) and
+        ``mask``.
+        """
+        named = zip(self.entities.segment_ids, self.entities.to_rle(), strict=True)
+        return {
+            "nouns": [
+                {"noun": phrase["phrase"], "mask": encode_mask(phrase["mask"])}
+                for phrase in self.phrases
+            ],
+            "entities": [
+                {"id": segment_id, "number": number, "mask": mask}
+                for number, (segment_id, mask) in enumerate(named, start=1)
+            ],
+        }
+
     def nouns(self) -> list[Noun]:
         """The nouns as pictures show them, in the order of ``phrases``."""
         known, nouns = self._numbers(), []
@@ -244,11 +263,18 @@ class PanopticResult:
                     "category": self.names.get(segment["category_id"]),
                     "isthing": bool(segment["isthing"]),
                     "score": float(segment["score"]),
-                    "mask": encode_mask(self.ids == segment["id"]),
+                    "mask": coded["mask"],
                 }
-                for segment in self.segments_info
+                for segment, coded in zip(self.segments_info, self.to_rle(), strict=True)
             ],
         }
+
+    def to_rle(self) -> list[dict[str, Any]]:
+        """Return per segment ``id`` and ``mask``, COCO's compressed RLE."""
+        return [
+            {"id": int(segment["id"]), "mask": encode_mask(self.ids == segment["id"])}
+            for segment in self.segments_info
+        ]
 
     def numbered(self) -> np.ndarray:
         """Segments numbered 1, 2, ... in the order of ``segments_info``: int32 (H, W), 0 = void."""
