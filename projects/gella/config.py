@@ -361,8 +361,10 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file, or a ``_BASE_`` of it is missing.
-        ValueError: the file is no YAML, or a key is unknown or of another type.
+        ValueError: no file is named, it is no YAML, or a key is unknown or of another type.
     """
+    if not config_file:
+        raise ValueError("--config-file is missing; see the folder configs/")
     if not Path(config_file).is_file():
         raise FileNotFoundError(f"config {config_file} does not exist; see the folder configs/")
     cfg = get_cfg()

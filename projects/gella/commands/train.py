@@ -239,8 +239,6 @@ def run(args: Any) -> None:
 def preflight(args: Any, processes: int, local: int) -> None:
     """List what the run lacks on this machine and end with status 2; with ``--check`` with 0."""
     with user_errors():
-        if not args.config_file:
-            raise ValueError("--config-file is missing; see the folder configs/")
         cfg = load_config(args.config_file, args.opts or [])
         import_modules(cfg)
         run = Run(args.config_file, processes, local, not args.eval_only, args.resume)
