@@ -530,8 +530,11 @@ def build_causal_lm(
             "'sdpa' always is"
         ) from error
     if gradient_checkpointing:
+        # Its name in the older versions is deprecated in the newer ones.
+        old = "gradient_checkpointing_enable"
+        enable = getattr(model, "activation_checkpointing_enable", None) or getattr(model, old)
         # The reentrant way would give no gradient where the first input has none.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable({"use_reentrant": False})
     # from_config leaves the model in evaluation mode or not, depending on the version.
     return model.train()
 
