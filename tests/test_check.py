@@ -216,7 +216,7 @@ DAMAGE = {
     "no noun": ("captions", caption(nouns=[]), "no-noun", "no noun"),
     "caption twice": ("captions", captions(lambda v: v + v[:1]), "duplicate-caption", "again"),
     "caption of another": ("captions", caption(file_name="x.jpg"), "other-image", "x.jpg"),
-    "caption of none": ("entityseg", caption(image_id=12), "unknown-image", "no such image"),
+    "caption of none": ("entityseg", caption(image_id=12), "unknown-image", "image 12 is not in"),
     "unknown object": ("refcoco", ref(ann_id=3), "phrase-without-mask", "object 3"),
     "ref twice": ("refcoco", refs(lambda v: [*v, first_of_val(v)]), "duplicate-ref", "twice"),
     "no sentence": ("refcoco", ref(sentences=[]), "empty", "0"),

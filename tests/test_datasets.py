@@ -363,7 +363,7 @@ def test_every_published_split_is_registered(refcoco):
         for split in splits
         for kind in ("instances", "panoptic")
     }
-    assert len(expected) == 32 and "gella_refcocoplus_unc_testB_panoptic" in expected
+    assert len(expected) == 40 and "gella_refcocoplus_unc_testB_panoptic" in expected
     assert expected <= set(DatasetCatalog.list())
     with nothing_registered() as load:
         register_all(refcoco)

@@ -228,6 +228,20 @@ def test_a_file_source_of_every_format(tmp_path, kind, named):
     assert json.dumps(records) == before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("image_id", [50, "50", "000000000050"])
+def test_masks_are_found_by_the_value_of_an_id(tmp_path, kind, image_id):
+    path = write_source(kind, tmp_path, 2)
+    if path.is_dir():
+        file = next(iter([*path.glob("0000.*"), *path.glob("50.*")]))
+        file.rename(path / f"0000050{file.suffix}")
+    record = {**records_of(tmp_path)[0], "image_id": image_id, "file_name": "COCO_50.jpg"}
+    source = FileSource(path)
+    assert source.missing([record]) == [] and source.load(record).num_entities == 1
+    told = r"image 8: no masks in .*it has (50, 51|0000050.\w+, 0001.\w+)\)"
+    refused(told, source.lead, {**record, "image_id": 8})
+
+
 def test_the_results_are_not_read_again_for_every_image(tmp_path):
     path = write_source("coco_results", tmp_path, 3)
     led = [FileSource(path).lead(record) for record in records_of(tmp_path)]

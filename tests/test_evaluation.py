@@ -24,6 +24,7 @@ from evaluation_scenes import (
 from PIL import Image
 from refusals import refused
 
+import gella.entities.files
 import gella.evaluation.evaluators
 from gella import evaluation
 from gella.commands.score import SavedPredictions
@@ -314,6 +315,40 @@ def test_predictions_are_written_and_can_be_read_back(samples, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def full(path, text):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", ["full", "folder", "value"])
+def test_scores_are_not_lost_with_predictions_that_cannot_be_written(
+    samples, tmp_path, monkeypatch, gella_log, kind
+):
+    outputs, folder = [answer(s, shift=1) for s in samples], tmp_path / "out"
+    refer = referring(samples, shift=1)
+    expected = run_all(samples, outputs) | run(evaluation.ReferringEvaluator(), *refer)
+    if kind == "full":
+        for module in (gella.evaluation.evaluators, gella.entities.files):
+            name = "write_json" if module is gella.evaluation.evaluators else "write_atomically"
+            monkeypatch.setattr(module, name, full)
+    elif kind == "folder":
+        folder.write_text("a file")
+    else:
+        for sample in (*samples, *refer[0]):
+            sample["image_id"] = complex(sample["image_id"])
+        expected = run_all(samples, outputs) | run(evaluation.ReferringEvaluator(), *refer)
+    found = {}
+    for evaluator in (*all_evaluators(folder), evaluation.ReferringEvaluator(folder)):
+        gella_log.clear()
+        given = (
+            refer if isinstance(evaluator, evaluation.ReferringEvaluator) else (samples, outputs)
+        )
+        found |= run(evaluator, *given)
+        (line,) = gella_log.records
+        assert line.levelname == "ERROR" and "\n" not in line.getMessage()
+        assert f"predictions in {folder} cannot be written (" in line.getMessage()
+    assert found == expected
+
+
 def test_predictions_stand_in_the_benchmarks_form_too(samples, tmp_path):
     sample = samples[0]
     words = ["circles", "a star", "stars", "sand", "picture"]
@@ -352,6 +387,12 @@ def test_saved_predictions_give_every_score_again(samples, tmp_path):
     backwards = [saved(s) for s in inputs[::-1]]
     assert run(evaluation.ReferringEvaluator(), inputs[::-1], backwards) == expected
     refused("no prediction of image 3", saved, inputs[0], error=KeyError)  # each was answered once
+    for turn in (str, "{:012d}".format):  # files of others write ids as they like
+        saved = SavedPredictions(tmp_path / "refer")
+        again = [saved({**s, "image_id": turn(s["image_id"])}) for s in inputs]
+        assert run(evaluation.ReferringEvaluator(), inputs, again) == expected
+    saved, told = SavedPredictions(tmp_path / "refer"), r"ids there: 11, 2, 27, \.\.\.\)"
+    refused(told, saved, {**inputs[0], "image_id": 8}, error=KeyError)
     refused("holds no predictions", SavedPredictions, tmp_path / "none", error=FileNotFoundError)
     (tmp_path / "refer" / "referring_predictions.json").write_text("[1]")
     with pytest.raises(ValueError, match="referring_predictions.json is no file of predictions"):

@@ -119,6 +119,7 @@ def test_the_test_loader_leads_records_to_their_source(tmp_path, tokenizer_dir, 
     caption = "a top over one and two"
     phrases = [
         {"text": text, "start": caption.find(text), "end": -1, "segment_ids": list(segment_ids)}
+        | {"is_plural": False, "is_thing": True}
         for text, segment_ids in (("a top", (1,)), ("one", (2,)), ("two", (3,)))
     ]
     record = {

@@ -227,6 +227,9 @@ REFUSED = [
     ("panoptic", p("annotations", []), "panoptic.json|no annotation"),
     ("panoptic", p("annotations", [5]), "panoptic.json|annotation 0"),
     ("panoptic", twice("categories"), "panoptic.json|category id 5|twice"),
+    ("panoptic", p("categories", 1, "name", "Dog "), "panoptic.json|categories 3 and 5|'Dog '"),
+    ("panoptic", p("categories", 1, "name", 5), "panoptic.json|'name' is '5'"),
+    ("panoptic", p("images", 1, "id", None), "panoptic.json|entry 1|'id' is None"),
     ("panoptic", p("categories", 1, "isthing", "no"), "panoptic.json|category 5|isthing|'no'"),
     ("panoptic", twice("images"), "panoptic.json|image id 42|twice"),
     ("panoptic", twice("annotations"), "panoptic.json|image 42|twice"),
@@ -442,6 +445,46 @@ def test_ids_may_be_text_or_numbers_and_measures_absent(files):
     assert len(files.read("captions")) == len(files.read("narratives")) == 2
     assert files.read("narratives")[1]["phrases"][0]["segment_ids"] == [300]
     assert files.read("results")[0].num_entities == 2
+
+
+@pytest.mark.parametrize("form", ["{:012d}", "{}", int, float])
+@pytest.mark.parametrize("turned", [False, True])
+def test_files_are_joined_by_the_value_of_an_id(files, form, turned):
+    """What names an image and what is named change their forms in turn."""
+    write = form if callable(form) else form.format
+    panoptic, instances = (files.contents[f"{name}.json"] for name in ("panoptic", "instances"))
+    own = [(c["images"], "id") for c in (panoptic, instances)]
+    other = [(c["annotations"], "image_id") for c in (panoptic, instances)]
+    other += [(files.contents[name], "image_id") for name in (NARRATIVES, CAPTIONS, REFS)]
+    for entries, key in own if turned else other:
+        for entry in entries:
+            entry[key] = write(int(entry[key]))
+    for what in ("narratives", "captions", "refs", "instances", "png"):
+        assert len(files.read(what)) == 2
+    for entry in files.contents["results.json"]:
+        entry["image_id"] = write(42) if form is not float else 42
+    for image_id in (42, "42", "000000000042"):
+        results = load_entities(files.folder / "results.json", *SIZE, image_id=image_id)
+        assert results.num_entities == 2
+    for what, name in (("narratives", NARRATIVES), ("captions", CAPTIONS), ("refs", REFS)):
+        files.contents[name][1]["image_id"] = "0008"
+        told = r"image 0008 is not in .*ids here: 0008; there: 41, 42\)"
+        refused(told, files.read, what)
+    told = r"no results for this image \(the file covers 1 others: 42\)"
+    refused(told, load_entities, files.folder / "results.json", *SIZE, image_id=8)
+
+
+@pytest.mark.parametrize("what", ["narratives", "captions", "refs", "instances", "results"])
+def test_a_byte_order_mark_is_no_part_of_a_file(files, what):
+    files.contents["grefs(unc).json"] = files.contents.pop(REFS)
+    expected = [str(item) for item in files.read(what)]
+
+    def mark():
+        for path in files.folder.glob("*.json*"):
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+    files.after = [mark]
+    assert len(expected) == len(files.read(what))
 
 
 def test_a_noun_that_is_not_in_its_description_is_counted(files, gella_log):

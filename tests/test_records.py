@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import random
+import re
 from pathlib import Path
 
 import loading
 import numpy as np
 import pytest
+import torch
+from dataset_scripts import registered
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from refusals import refused
 
 from gella.data.narratives import load_png
 from gella.data.panoptic import load_coco_panoptic
@@ -20,7 +26,9 @@ from gella.data.records import (
     mapped,
     selected,
 )
+from gella.data.register import dataset_records
 from gella.data.sampling import GroundingDataset
+from gella.utils.io import write_json
 
 
 def plain_records(images: int = 3, each: int = 2) -> list[dict]:
@@ -53,6 +61,96 @@ def test_a_store_gives_back_what_was_put_in():
     assert store[0] == records[0]
     assert list(pickle.loads(pickle.dumps(store))) == records
     assert list(RecordStore.pack([{"name": 1}, {"name": 2}])) == [{"name": 1}, {"name": 2}]
+
+
+def test_values_of_other_libraries_come_out_as_pythons_own(tmp_path):
+    ids = np.array([3, 5])
+    given = {
+        "file_name": Path("a.png"), "image_id": np.int64(7), "height": torch.tensor(4),
+        "width": np.uint8(6), "tasks": ("ground",), "score": np.longdouble(0.5),
+        "entities": {"file_name": np.str_("a.npz"), "segments_info": [{"id": ids[0]}]},
+        "phrases": [{"segment_ids": ids, "is_thing": np.bool_(1), "start": torch.tensor([0])[0]}],
+    }  # fmt: skip
+    entities = {"file_name": "a.npz", "segments_info": [{"id": 3}]}
+    phrases = [{"segment_ids": [3, 5], "is_thing": True, "start": 0}]
+    sides = {"height": 4, "width": 6, "tasks": ["ground"], "score": 0.5}
+    expected = {"file_name": "a.png", "image_id": 7, **sides}
+    (record,) = RecordStore.pack([given])
+    expected = {**expected, "entities": entities, "phrases": phrases}
+    assert json.loads(json.dumps(record)) == expected
+    write_json(tmp_path / "a.json", {np.int64(1): [np.float32("nan"), torch.ones(2)]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"1": [None, [1.0, 1.0]]}
+
+
+PHRASE = {"text": "a dog", "start": 0, "end": 5, "segment_ids": [3], "is_plural": False}
+RECORD = {
+    "file_name": "a.png", "image_id": "a", "height": 4, "width": 6, "caption": "a dog",
+    "entities": {"file_name": "a.npz", "segments_info": [{"id": 3}]},
+    "phrases": [{**PHRASE, "is_thing": True}], "expressions": [{"text": "it", "segment_ids": []}],
+    "tasks": ("describe", "extract", "ground", "panoptic", "refer"),
+}  # fmt: skip
+DROP = object()
+WRONG = [
+    *((name, DROP, f"no field '{name}'") for name in RECORD),
+    *(("phrases.0." + name, DROP, f"phrases 0: there is no field '{name}'") for name in PHRASE),
+    ("phrases.0.is_thing", DROP, "phrases 0: there is no field 'is_thing'"),
+    ("expressions.0.text", DROP, "expressions 0: there is no field 'text'"),
+    ("expressions.0.segment_ids", DROP, "expressions 0: there is no field 'segment_ids'"),
+    ("entities.file_name", DROP, "no field 'file_name'"),
+    ("entities.segments_info.0.id", DROP, "a segment: there is no field 'id'"),
+    ("file_name", 5, "'file_name' is '5', not text"),
+    ("image_id", None, "'image_id' is None, not a whole number or text"),
+    ("image_id", 1.5, "'image_id' is 1.5"),
+    ("height", "4", "'height' is '4', not pixels"),
+    ("width", 0, "'width' is '0', not pixels"),
+    ("width", np.float64(6), "'width' is '6.0'"),
+    ("entities", "a.npz", "'entities' is 'a.npz', not a dict"),
+    ("entities.segments_info", 3, "'segments_info' is a int"),
+    ("caption", ["a"], "'caption' is"),
+    ("phrases", "a dog", "'phrases' is a str"),
+    ("phrases.0", "a dog", "phrases 0: there is no field 'text'"),
+    ("phrases.0.start", "0", "phrases 0: 'start' is '0', not a place"),
+    ("phrases.0.segment_ids", 3, "phrases 0: 'segment_ids' is '3', not a list"),
+    ("phrases.0.segment_ids", [3.5], "phrases 0: 'segment_ids' is"),
+    ("phrases.0.is_plural", "yes", "phrases 0: 'is_plural' is 'yes'"),
+    ("expressions.0.segment_ids", "3", "expressions 0: 'segment_ids' is '3'"),
+    ("tasks", "ground", "'tasks' is a str"),
+    ("tasks", ["grond"], "'tasks' has grond, which is no task"),
+]
+
+
+@pytest.mark.parametrize("key, value, message", WRONG)
+def test_a_wrong_record_is_named_with_its_file_and_key(key, value, message):
+    records = [copy.deepcopy(RECORD) for _ in range(3)]
+    *path, last = (int(part) if part.isdecimal() else part for part in key.split("."))
+    holder = records[2]
+    for part in path:
+        holder = holder[part]
+    if value is DROP:
+        del holder[last]
+    else:
+        holder[last] = value
+    with registered(DatasetCatalog.register, lambda: records) as name:
+        text = refused(None, dataset_records, name, ())
+        which = r"record 2 \((a.png|a|5)\)"
+        assert re.match(rf"{re.escape(__file__)}: dataset {name}, {which}.*: ", text), text
+        assert message in text
+        MetadataCatalog.get(name).json_file = "own.json"
+        assert refused(None, dataset_records, name, ()).startswith("own.json: ")
+        if key.split(".")[0] in ("entities", "caption", "phrases", "expressions", "tasks"):
+            assert len(dataset_records(name)) == 3  # for who looks at pictures alone
+
+
+def test_what_no_task_needs_may_be_absent():
+    records = [{**RECORD, "tasks": ["ground", "refer"]}, {**RECORD, "tasks": []}, [5]]
+    del records[0]["caption"], records[0]["phrases"], records[1]["caption"]
+    with registered(DatasetCatalog.register, lambda: records) as name:
+        assert "record 2 (None): there is no field 'tasks'" in refused(
+            None, dataset_records, name, ()
+        )
+        records.pop()
+        assert len(dataset_records(name, ())) == 2
+        refused("record 0 .*no field 'caption'", dataset_records, name, (), "describe")
 
 
 def test_what_records_share_is_held_once():

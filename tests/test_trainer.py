@@ -256,7 +256,9 @@ def test_amp_needs_cuda(cfg):
 
 
 def test_load_records():
-    DatasetCatalog.register("gella_test_two", lambda: [{"image_id": 1}, {"image_id": 2}])
+    shared = {"file_name": "a.png", "height": 1, "width": 1, "tasks": (), "entities": {"source": 0}}
+    two = [{**shared, "image_id": 1}, {**shared, "image_id": 2}]
+    DatasetCatalog.register("gella_test_two", lambda: two)
     DatasetCatalog.register("gella_test_none", list)
     try:
         assert [r["image_id"] for r in load_records(["gella_test_two"] * 2, "K")] == [1, 2, 1, 2]
@@ -264,7 +266,7 @@ def test_load_records():
             load_records((), "K")
         with pytest.raises(ValueError, match="has no record"):
             load_records(["gella_test_none"], "K")
-        with pytest.raises(KeyError, match="gella_test_absent"):
+        with pytest.raises(ValueError, match="gella_test_absent is not registered"):
             load_records(["gella_test_absent"], "K")
     finally:
         DatasetCatalog.remove("gella_test_two")

@@ -22,6 +22,7 @@ from gella.captions.captioner import (
     describe,
     load_picture,
 )
+from gella.utils.io import image_key
 from gella.utils.journal import Journal
 from gella.utils.stopping import StopRequest
 
@@ -55,7 +56,7 @@ def open_captions(path: str | Path) -> Journal:
         for name, kind in _FIELDS.items():
             if not isinstance(record.get(name), kind):
                 raise ValueError(f"it has no proper field '{name}'; is it a file of captions?")
-        key = (str(record["image_id"]), str(record["prompt_id"]))
+        key = (image_key(record["image_id"]), str(record["prompt_id"]))
         return key, (record["file_name"], record["model"])
 
     return Journal(path, note)

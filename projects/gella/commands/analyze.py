@@ -40,7 +40,7 @@ from gella.commands.analyze_cases import (
     scenes,
 )
 from gella.commands.console import Parser, exit_status
-from gella.data.register import import_modules
+from gella.data.register import dataset_records, import_modules
 from gella.evaluation import metrics
 from gella.pictures.panels import MASK_OPACITY
 from gella.utils.io import write_json, write_text
@@ -417,7 +417,7 @@ def analyse(predictions: Predictions, dataset: str, examples: int) -> tuple[dict
                 "--dataset (and --config-file, if your own code registers it), or --without-images"
             )
         categories = MetadataCatalog.get(dataset).get("categories", None) or []
-        data = DatasetCatalog.get(dataset), {c["id"]: c["name"] for c in categories}
+        data = dataset_records(dataset), {c["id"]: c["name"] for c in categories}
         cases = compare(predictions, *data)
     figures = figures_of(predictions, cases)
     orders = {

@@ -23,7 +23,7 @@ from gella.entities.entity_map import EntityMap
 from gella.entities.rle import decode_segmentation
 from gella.entities.sources import annotation_of
 from gella.evaluation.truth import TruthReader
-from gella.utils.io import read_json
+from gella.utils.io import few, image_key, read_json
 
 TAKEN = 0.5  # a mask takes a segment when it covers more than this share of its pixels
 # Kinds of outcome of a case, and what they mean.
@@ -181,15 +181,16 @@ def scenes(
     cases: pd.DataFrame, records: Iterable[dict[str, Any]], names: Mapping[Any, str]
 ) -> Iterator[tuple[Any, Scene]]:
     """Each case, as a named tuple, with its scene; ValueError for an image that has no record."""
-    # As text: files and datasets differ in the id's type. Of several records the first is kept.
-    by_image = {str(record["image_id"]): record for record in reversed(list(records))}
+    # Of several records the first is kept.
+    by_image = {image_key(record["image_id"]): record for record in reversed(list(records))}
     reader, scene, last = TruthReader(), None, ""
     for case in cases.itertuples():
-        key = str(case.image_id)
+        key = image_key(case.image_id)
         if key not in by_image:
             raise ValueError(
-                f"image {key} of the predictions is not in the dataset, which has "
-                f"{len(by_image)} images: name the one that was evaluated with --dataset"
+                f"image {key} of the predictions is not in the dataset (ids of the predictions: "
+                f"{few(dict.fromkeys(cases.image_id))}; of its {len(by_image)} images: "
+                f"{few(by_image)}): name the one that was evaluated with --dataset"
             )
         if scene is None or key != last:
             scene, last = read_scene(by_image[key], names, reader), key
@@ -219,7 +220,7 @@ def compare(
         expressions: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for record in records:
             for expression in record.get("expressions") or []:
-                key = str(record["image_id"]), expression["text"].strip()
+                key = image_key(record["image_id"]), expression["text"].strip()
                 expressions.setdefault(key, []).append(expression)
         cases["segment_ids"] = [_expression_ids(case, expressions) for case in cases.itertuples()]
     facts = [
@@ -240,7 +241,7 @@ def compare(
 
 
 def _expression_ids(case: Any, expressions: Mapping[tuple[str, str], list[Any]]) -> list[int]:
-    same = expressions.get((str(case.image_id), case.text), [])
+    same = expressions.get((image_key(case.image_id), case.text), [])
     if not same:
         raise ValueError(
             f"image {case.image_id}: the dataset has no expression {case.text!r}: name the one "

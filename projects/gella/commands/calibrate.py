@@ -88,8 +88,11 @@ def run(args: argparse.Namespace) -> None:
     cfg.freeze()
     if not weights:
         raise ValueError("no weights: give --weights FILE or MODEL.WEIGHTS in the config")
+    names = args.dataset or cfg.DATASETS.TEST
+    if not names:
+        raise ValueError("nothing to calibrate on: DATASETS.TEST is empty; give --dataset NAME")
     work = []  # wrong names and annotations end the run before the model is built
-    for name in args.dataset or cfg.DATASETS.TEST:
+    for name in names:
         loader = Questions(GellaTrainer.build_test_loader(cfg, name), args.num)
         work.append((name, loader, sweep_for(cfg, name)))
     taking_all = cfg.clone()
@@ -99,7 +102,10 @@ def run(args: argparse.Namespace) -> None:
     thresholds: dict[str, Any] = {}
     described: dict[str, Any] = {}
     for name, loader, sweep in work:
-        described[name] = picked = inference_on_dataset(model, loader, sweep)
+        try:
+            described[name] = picked = inference_on_dataset(model, loader, sweep)
+        except ValueError as error:  # such as that there was nothing to pick on
+            raise ValueError(f"dataset {name}: {error}") from error
         twice = sorted(set(thresholds) & set(picked["thresholds"]))
         if twice:
             raise ValueError(
@@ -117,12 +123,12 @@ def run(args: argparse.Namespace) -> None:
         "versions": versions(),
     }
     path = args.output or os.path.join(cfg.OUTPUT_DIR, "calibration.json")
-    write_json(path, content)
     for name, picked in described.items():
         change = f"{picked['before']:.2f} -> {picked['score']:.2f}"
         print(f"{name}: {picked['objective']} {change} (n {picked['n']})")
     for key, value in thresholds.items():
         print(f"  MODEL.GELLA.{key} {value}")
+    write_json(path, content)  # the thresholds were shown before what may fail
     print(
         f"Written:  {path}\nNext:     python {tools()}/train_net.py --config-file"
         f" {args.config_file} --eval-only MODEL.WEIGHTS {weights} TEST.CALIBRATION {path}"

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gella.commands.inputs import MASKS_BESIDE, Source, dataset_records, distinct
+from gella.commands.inputs import MASKS_BESIDE, Source, distinct
 from gella.data.panoptic import read_categories as coco_categories
 from gella.data.records import Place
-from gella.data.register import choose_entities, coco_panoptic_categories
+from gella.data.register import choose_entities, coco_panoptic_categories, dataset_records
 from gella.entities.entity_map import EntityMap
 from gella.entities.sources import FileSource, LiveSource, load_from_record
 from gella.segmenters.segmenter import MaskLimits, load_segmenter

@@ -37,11 +37,12 @@ from gella.captions.endpoint import EndpointCaptioner, EndpointSettings
 from gella.captions.local import LocalCaptioner
 from gella.captions.run import CaptionRun, Job, open_captions
 from gella.commands.console import USER_ERRORS, Parser, exit_status
-from gella.commands.inputs import Source, dataset_records, distinct, list_pictures
+from gella.commands.inputs import Source, distinct, list_pictures
 from gella.data.entityseg import locate_images
 from gella.data.records import Place, read_json
+from gella.data.register import dataset_records
+from gella.utils.io import image_key, write_json
 from gella.utils.io import read_json as read_any_json
-from gella.utils.io import write_json
 from gella.utils.journal import Journal
 
 LISTED = 10  # failures that the screen shows; --json has all
@@ -128,7 +129,7 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
 
 
 def _from_dataset(name: str) -> Iterator[Source]:
-    records = dataset_records(name)
+    records = dataset_records(name, ("file_name", "image_id"))
     root = MetadataCatalog.get(name).get("image_root", None)
     for record in records:
         path = Path(record["file_name"])
@@ -191,7 +192,7 @@ def open_jobs(sources: Sequence[Source], prompts: Sequence[str], file: Journal) 
     jobs = []
     for source in sources:
         for prompt_id in prompts:
-            name, _ = file.entries.get((str(source.image_id), prompt_id), (None, None))
+            name, _ = file.entries.get((image_key(source.image_id), prompt_id), (None, None))
             if name is None:
                 jobs.append(Job(source.image_id, source.name, source.path, prompt_id))
             elif name != source.name:

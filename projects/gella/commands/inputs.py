@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.data import DatasetCatalog
 
 from gella.config import load_config
 from gella.data.register import import_modules
 from gella.predictor import image_id_of
+from gella.utils.io import image_key
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MASKS_BESIDE = "_masks"  # scene_masks.png is no picture, but the masks of scene.png
@@ -45,14 +45,6 @@ def config_of(file: str, options: Sequence[Any]) -> Any:
     return cfg
 
 
-def dataset_records(name: str) -> list[dict[str, Any]]:
-    """Records of a registered dataset; ValueError for an unknown name lists the known ones."""
-    if name not in DatasetCatalog.list():
-        known = ", ".join(sorted(n for n in DatasetCatalog.list() if n.startswith("gella_")))
-        raise ValueError(f"dataset {name} is not registered; there are: {known}")
-    return DatasetCatalog.get(name)
-
-
 def distinct(sources: Iterable[Source], advice: str) -> list[Source]:
     """The sources, each picture once; ValueError if two pictures have one id.
 
@@ -62,7 +54,7 @@ def distinct(sources: Iterable[Source], advice: str) -> list[Source]:
     """
     kept: dict[str, Source] = {}
     for source in sources:
-        other = kept.setdefault(str(source.image_id), source)
+        other = kept.setdefault(image_key(source.image_id), source)
         if other.path != source.path:
             raise ValueError(
                 f"{other.path} and {source.path} have one image id, {source.image_id}; {advice}"

@@ -51,8 +51,8 @@ from tqdm import tqdm
 
 import gella  # noqa: F401  registers the datasets
 from gella.commands.console import Parser, exit_status, one_line, tools
-from gella.commands.inputs import SUFFIXES, Source, dataset_records, distinct
-from gella.data.register import import_modules
+from gella.commands.inputs import SUFFIXES, Source, distinct
+from gella.data.register import dataset_records, import_modules
 from gella.entities.entity_map import EntityMap
 from gella.entities.view import read_image
 from gella.predictor import image_id_of
@@ -103,7 +103,7 @@ def list_pictures(args: argparse.Namespace) -> list[Source]:
         lacking = f"folder {folder} has no pictures ({', '.join(SUFFIXES)})"
     else:
         sources = [
-            Source(r["image_id"], Path(r["file_name"]), size=(int(r["height"]), int(r["width"])))
+            Source(r["image_id"], Path(r["file_name"]), size=(r["height"], r["width"]))
             for r in dataset_records(args.dataset)
         ]
         lacking = f"dataset {args.dataset} has no record"

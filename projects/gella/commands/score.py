@@ -14,7 +14,7 @@ import argparse
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,9 +33,9 @@ from gella.entities.files import read_id_png
 from gella.entities.rle import decode_segmentation
 from gella.entities.sources import load_from_record
 from gella.evaluation import build_evaluator, format_results, load_results, merge_datasets
-from gella.evaluation.results import save_results
+from gella.evaluation.results import refuse_nothing, save_results
 from gella.evaluation.truth import TruthReader
-from gella.utils.io import read_json
+from gella.utils.io import few, image_key, read_json
 
 PREDICTION_FILES: dict[str, tuple[str, tuple[str, ...]]] = {
     "png_predictions.json": ("predictions", ("image_id", "caption")),
@@ -88,7 +88,7 @@ class SavedPredictions:
             try:
                 content = read_json(path)
                 for row in content[field] if field else content:
-                    waiting[tuple(str(row.get(key, "")) for key in keys)].append(row)
+                    waiting[_key(row, keys)].append(row)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{path} is no file of predictions ({error!r}); evaluate again"
@@ -114,7 +114,7 @@ class SavedPredictions:
     def _answer(self, name: str, sample: dict[str, Any]) -> dict[str, Any]:
         """What one file says of a sample."""
         if name == "entity_predictions.json":  # an image without entities has no entry
-            entries = self._waiting[name][(str(sample["image_id"]),)]
+            entries = self._waiting[name][_key(sample, ("image_id",))]
             masks = [_mask(entry, sample) for entry in entries]
             scores = [entry["score"] for entry in entries]
             return {"instances": SimpleNamespace(pred_masks=masks, scores=scores)}
@@ -140,14 +140,19 @@ class SavedPredictions:
         return {"text": row["text"], "grounding": [{"phrase": noun} for noun in row["found"]]}
 
     def _take(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
-        key = tuple(str(values.get(field, "")) for field in PREDICTION_FILES[name][1])
-        if not self._waiting[name][key]:
+        key, waiting = _key(values, PREDICTION_FILES[name][1]), self._waiting[name]
+        if not waiting.get(key):
             raise KeyError(
                 f"{self._folder / name}: no prediction of image {values['image_id']} for "
                 f"{[text[:60] for text in key[1:]]}: it is of another dataset, or the evaluation "
-                "was cut short"
+                f"was cut short (ids there: {few(dict.fromkeys(image for image, *_ in waiting))})"
             )
-        return self._waiting[name][key].pop(0)
+        return waiting[key].pop(0)
+
+
+def _key(row: dict[str, Any], fields: Sequence[str]) -> tuple[str, ...]:
+    """What tells whose a row is; the first field is the image's id."""
+    return image_key(row[fields[0]]), *(str(row.get(field, "")) for field in fields[1:])
 
 
 def _entry(noun: dict[str, Any], sample: dict[str, Any]) -> dict[str, Any]:
@@ -212,10 +217,10 @@ def run(args: argparse.Namespace) -> int:
     file = folder / "results.json"
     comparable = not args.opts and file.is_file()
     different = differences(results, load_results(file)[0]) if comparable else []
+    print(f"{format_results(results)}\n")  # before what may fail
+    refuse_nothing(outcome)
     if args.output:
         save_results(results, args.output)
-    print(f"{format_results(results)}\n")
-    if args.output:
         print(f"Written:  {args.output}")
     total = sum(len(metrics) for metrics in results.values())
     if not comparable:

@@ -73,7 +73,7 @@ from gella.engine.launch import (
 from gella.engine.preflight import Run, missing_for, missing_text, untrained_parts
 from gella.engine.trainer import GellaTrainer
 from gella.evaluation import format_results
-from gella.evaluation.results import by_dataset, describe_run
+from gella.evaluation.results import by_dataset, describe_run, refuse_nothing
 from gella.evaluation.tables import TABLES
 from gella.weights.checkpoint import build_with_weights
 
@@ -174,9 +174,9 @@ def train(cfg: CfgNode, *, resume: bool, config_file: str = "") -> tuple[Evaluat
     """
     started = time.perf_counter()
     with user_errors():
+        facts, counts = read_test_sets(cfg)
         # Detectron2 compares with expected results before anybody sees the scores.
         trainer = GellaTrainer(with_keys(cfg, {"TEST.EXPECTED_RESULTS": []}), resume=resume)
-        facts, counts = read_test_sets(cfg)
         facts |= record_facts("DATASETS.TRAIN", trainer.data_loader.dataset.records)
         facts |= file_facts("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
         if resume:
@@ -222,8 +222,9 @@ def run(args: Any) -> None:
     if done.run.get("untrained"):
         lines[0] += f" (first weights, untrained: {', '.join(done.run['untrained'])})"
     if done.results:
-        lines.append(f"Results:  {save_evaluation(cfg.OUTPUT_DIR, done)}")
-        print(f"\n{format_results(done.results)}\n")
+        print(f"\n{format_results(done.results)}\n", flush=True)
+        with user_errors():  # shown before what may fail
+            lines.append(f"Results:  {save_evaluation(cfg.OUTPUT_DIR, done)}")
     dataset = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "NAME"
     lines.append(
         f"Next:     python {tools()}/demo.py"
@@ -231,8 +232,9 @@ def run(args: Any) -> None:
         f" --num 3 --output {os.path.join(cfg.OUTPUT_DIR, 'demo')}"
     )
     print("\n".join(lines), flush=True)
-    if done.results:
-        with user_errors():
+    with user_errors():
+        if done.results or (args.eval_only and not table):
+            refuse_nothing(done.outcome)
             check_expected(cfg, done.results)
 
 

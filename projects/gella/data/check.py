@@ -19,11 +19,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from gella.data.panoptic import load_instances
-from gella.data.records import Place, Problems, read_json
-from gella.data.register import read_dataset, refcoco_name
+from gella.data.records import Place, Problems, as_records, check_record, read_json
+from gella.data.register import read_dataset, record_place, refcoco_name
 from gella.entities.files import read_id_png
 from gella.entities.rle import decode_segmentation
 from gella.entities.sources import load_from_record
+from gella.utils.io import image_key
 
 _SHOWN = 3  # examples of each kind in the table; the JSON has all
 
@@ -249,11 +250,11 @@ def _file_jobs(report: Report, metadata: Any) -> list[_ImageJob]:
         # The objects are spoken of, and the panoptic segments are the entities.
         options = {"names_of_2017": metadata.names_of_2017, "problems": Report("", "")}
         objects = load_instances(metadata.instances_json, metadata.image_root, (), **options)
-        ids = {str(record["image_id"]) for record in used}
+        ids = {image_key(record["image_id"]) for record in used}
         jobs += [
             _job(record, record["entities"], metadata)
             for record in objects
-            if str(record["image_id"]) in ids
+            if image_key(record["image_id"]) in ids
         ]
     return jobs
 
@@ -273,16 +274,18 @@ def _job(record: dict[str, Any], entities: dict[str, Any], metadata: Any) -> _Im
 def _record_jobs(report: Report) -> list[_ImageJob]:
     """Whatever the catalog gives, for datasets of unknown files."""
     name = report.name
-    records = report.attempt("reader", Place(name, "loading"), DatasetCatalog.get, name) or []
+    dataset = record_place(name, report)
+    records = as_records(report.attempt("reader", dataset, DatasetCatalog.get, name) or [])
     jobs: dict[str, _ImageJob] = {}
     for number, record in enumerate(tqdm(records, desc="records", disable=None)):
-        place = Place(name, f"record {number}, image {record.get('image_id')}")
-        absent = [k for k in ("file_name", "image_id", "height", "width") if k not in record]
-        if absent:
-            report.wrong("field", place, f"the record has no {', '.join(absent)}")
-        elif record["file_name"] not in jobs:
-            image_id, image = str(record["image_id"]), str(record["file_name"])
-            size = (int(record["height"]), int(record["width"]))
+        place, found = (
+            dataset.at(f"record {number}, {record.get('file_name')}"),
+            len(report.findings),
+        )
+        check_record(record, place)
+        if len(report.findings) == found and record["file_name"] not in jobs:
+            image_id, image = str(record["image_id"]), record["file_name"]
+            size = (record["height"], record["width"])
             jobs[image] = _ImageJob(image_id, image, size, name)
             report.attempt("masks", place, load_from_record, record)
     report.count("records", len(records))

@@ -397,7 +397,7 @@ def expression_phrase(expression: dict[str, Any]) -> dict[str, Any]:
     """A referring expression as the only phrase of a caption that is itself."""
     text, ids = expression["text"].strip(), expression["segment_ids"]
     span = {"start": 0, "end": len(text)}
-    return {**expression, "text": text, **span, "is_plural": len(ids) > 1, "is_thing": True}
+    return {**expression, "text": text, **span, "is_plural": len(ids or ()) > 1, "is_thing": True}
 
 
 def _shared_categories(dataset_names: Sequence[str]) -> list[dict[str, Any]]:

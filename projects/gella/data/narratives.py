@@ -54,12 +54,10 @@ def load_png(
     seen: set[int] = set()
     spoken: set[str] = set()
     for number, narrative in enumerate(narratives):
-        narratives[number] = {}  # a large file: what is stored need not stay here too
-        image_id = file.at(f"narrative {number}").key(narrative, "image_id")
+        image_id = file.at(f"narrative {number}").image_id(narrative)
         place = file.at(f"narrative {number}, image {image_id}")
         if image_id is not None and image_id not in numbers:
-            there = f"image {image_id} is not in {panoptic_json}; both must be of one split"
-            place.wrong("unknown-image", there)
+            place.stranger(narratives[number : number + 50], numbers, panoptic_json)
         elif image_id is not None:
             segments = panoptic.shared(numbers[image_id])["entities"]["segments_info"]
             own = _with_narrative(narrative, segments, place, seen)
@@ -68,6 +66,7 @@ def load_png(
             if own["phrases"]:
                 store.add(numbers[image_id], own)
                 lost += sum(phrase["start"] < 0 for phrase in own["phrases"])
+        narratives[number] = {}  # a large file: what is stored need not stay here too
     problems.count("narratives", len(narratives))
     problems.count("images with narratives", len(spoken))
     _report(png_json, lost, left_out)
@@ -233,15 +232,16 @@ def with_captions(
     seen: set[tuple[Any, ...]] = set()
     spoken: set[str] = set()
     lines = file.read(lambda path: list(json_lines(path))) or []
-    for number, line in lines:
+    for index, (number, line) in enumerate(lines):
         if isinstance(line, ValueError):
             said = str(line).removeprefix(f"{file.path}: ")
             file.at(f"line {number}").wrong("line", said)
             continue
-        image_id = file.at(f"caption {number}").key(line, "image_id")
+        image_id = file.at(f"caption {number}").image_id(line)
         place = file.at(f"caption {number}, image {image_id}")
         if image_id is not None and image_id not in numbers:
-            place.wrong("unknown-image", f"there is no such image in {annotation}")
+            next_ones = [line for _, line in lines[index : index + 50]]
+            place.stranger(next_ones, numbers, annotation)
         elif image_id is not None:
             file_name = images.shared(numbers[image_id])["file_name"]
             own = _with_caption(line, Path(file_name).name, place, seen)

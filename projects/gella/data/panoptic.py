@@ -13,26 +13,30 @@ def read_categories(panoptic_json: str | Path) -> list[dict[str, Any]]:
     """Return the categories of a panoptic file, or of one that lists them alone, in its order.
 
     Raises:
-        ValueError: there is no ``categories``, or an id occurs twice.
+        ValueError: there is no ``categories``, or an id or a name occurs twice.
     """
     content = read_json(panoptic_json)
     if isinstance(content, list):
         content = {"categories": content}
-    return _categories(content, panoptic_json)
+    return as_categories(content, panoptic_json)
 
 
-def _categories(content: Any, path: str | Path) -> list[dict[str, Any]]:
+def as_categories(content: Any, path: str | Path) -> list[dict[str, Any]]:
+    """The ``categories`` of a file's content; errors, which name ``path``, as `read_categories`."""
     categories: dict[int, dict[str, Any]] = {}
+    names: dict[str, int] = {}
     for number, category in enumerate(Place(path).listed(content, "categories")):
         place = Place(path, f"entry {number} of 'categories'")
-        for name in ("name", "isthing"):
-            place.field(category, name)
-        category_id = place.whole(category, "id")
+        place.field(category, "isthing")
+        category_id, name = place.whole(category, "id"), place.text(category, "name")
         if category["isthing"] not in (0, 1):
             isthing = category["isthing"]
             place.wrong("field", f"category {category_id}: isthing is {isthing!r}, not 0 or 1")
         if category_id in categories:
             place.wrong("field", f"category id {category_id} occurs twice")
+        # A prompt, a score and a colour go by the name.
+        if (other := names.setdefault(name.strip().lower(), category_id)) != category_id:
+            place.wrong("field", f"categories {other} and {category_id} are both named {name!r}")
         categories[category_id] = {**category, "id": category_id}
     return list(categories.values())
 
@@ -91,7 +95,7 @@ def load_coco_panoptic(
     content = file.read(read_json)
     if content is None:
         return RecordStore()
-    categories = problems.attempt("categories", file, _categories, content, panoptic_json)
+    categories = problems.attempt("categories", file, as_categories, content, panoptic_json)
     isthing = None if categories is None else {c["id"]: bool(c["isthing"]) for c in categories}
     images = _images(content, file, image_root, tasks)
     return _annotated(content, file, images, isthing, panoptic_root)
@@ -136,10 +140,10 @@ def _annotated(
 def _images(
     content: Any, file: Place, image_root: str | Path, tasks: tuple[str, ...]
 ) -> dict[str, dict[str, Any] | None]:
-    """What dataset dicts say of the images of a COCO-style file, by id as text; None if wrong."""
+    """What dataset dicts say of the images of a COCO-style file, by `image_key`; None if wrong."""
     images: dict[str, dict[str, Any] | None] = {}
     for number, image in enumerate(file.listed(content, "images")):
-        image_id = file.at(f"entry {number} of 'images'").key(image, "id")
+        image_id = file.at(f"entry {number} of 'images'").image_id(image, "id")
         if image_id is None:
             continue
         place = file.at(f"image {image_id}")
@@ -156,10 +160,10 @@ def _images(
 
 
 def _owner(annotation: Any, place: Place, images: dict[str, dict[str, Any] | None]) -> str | None:
-    """The image id of an annotation, as text, if it is that of a sound image of the file."""
-    image_id = place.key(annotation, "image_id")
+    """The image id of an annotation, as `image_key` has it, if it is of a sound image there."""
+    image_id = place.image_id(annotation)
     if image_id is not None and image_id not in images:
-        place.wrong("unknown-image", f"image {image_id} is not in 'images'")
+        place.stranger([annotation], images, "'images'")
     return image_id if image_id is not None and images.get(image_id) else None
 
 
@@ -245,7 +249,7 @@ def load_instances(
 def _objects(
     content: Any, file: Place, images: dict[str, dict[str, Any] | None]
 ) -> dict[str, dict[int, dict[str, Any]]]:
-    """The objects of every image, by image id as text and by their own ids."""
+    """The objects of every image, by `image_key` and by their own ids."""
     objects: dict[str, dict[int, dict[str, Any]]] = {image_id: {} for image_id in images}
     for number, annotation in enumerate(file.listed(content, "annotations")):
         object_id = file.at(f"annotation {number}").whole(annotation, "id")

@@ -20,6 +20,7 @@ from typing import Any, overload
 import numpy as np
 
 from gella.utils import io
+from gella.utils.io import few, image_key, plain
 
 Record = dict[str, Any]
 ADVICE = (
@@ -102,17 +103,41 @@ class Place:
         return default
 
     def key(self, record: Any, name: str) -> Any:
-        """``record[name]`` as text: ids and names, which files write in both forms."""
+        """``record[name]`` as text: names, which files write as numbers too."""
         value = self.field(record, name, _ABSENT)
         return None if value is _ABSENT else str(value)
 
-    def listed(self, record: Any, name: str) -> list[Any]:
+    def image_id(self, record: Any, name: str = "image_id") -> Any:
+        """``record[name]``, a whole number or text, as `image_key` has it."""
+        value = self.field(record, name, _ABSENT)
+        whole = type(value) is int or (isinstance(value, float) and value.is_integer())
+        if whole or isinstance(value, str):
+            return image_key(value)
+        if value is not _ABSENT:
+            self.wrong("field", f"'{name}' is {value!r}, not a whole number or text")
+        return None
+
+    def stranger(self, entries: Sequence[Any], known: Iterable[Any], file: str | Path) -> None:
+        """Meet an image that another file lacks.
+
+        Args:
+            entries: the first is of that image; ids of the next ones are shown too.
+            known: ids of ``file``.
+        """
+        ids = [entry.get("image_id") for entry in entries[:50] if isinstance(entry, dict)]
+        self.wrong(
+            "unknown-image",
+            f"image {ids[0]} is not in {file}; both must be of one split (ids here: "
+            f"{few(dict.fromkeys(map(str, ids)))}; there: {few(known)})",
+        )
+
+    def listed(self, record: Any, name: str) -> Any:
         """``record[name]``, which has to be a list; where it is not, an empty one."""
         value = self.field(record, name, _ABSENT)
-        if value is not _ABSENT and not isinstance(value, list):
+        if value is not _ABSENT and not isinstance(value, list | tuple):
             kind = type(value).__name__
             self.wrong("field", f"'{name}' is a {kind} ({str(value)[:40]}), not a list")
-        return value if isinstance(value, list) else []
+        return value if isinstance(value, list | tuple) else []
 
     def text(self, record: Any, name: str) -> Any:
         """``record[name]``, which has to be text."""
@@ -133,6 +158,67 @@ class Place:
             self.wrong("field", f"'{name}' is {int(value)}, but at least {least} is needed")
             return None
         return int(value)
+
+
+PICTURE = ("file_name", "image_id", "height", "width")
+"""Keys of a dataset dict that say what the picture is."""
+
+_PHRASE = ("text", "segment_ids", "start", "end", "is_plural", "is_thing")
+# What values of dataset dicts have to be (docs/FORMATS.md 7), by key: a test, and its name.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("file_name", "caption", "text"), (lambda v: isinstance(v, str), "text")),
+    **dict.fromkeys(("height", "width"), (lambda v: type(v) is int and v > 0, "pixels")),
+    **dict.fromkeys(("start", "end"), (lambda v: type(v) is int and v >= -1, "a place, or -1")),
+    **dict.fromkeys(_PHRASE[4:], (lambda v: v in (True, False, None), "true, false or None")),
+    "id": (lambda v: str(v).isdecimal(), "a whole number"),
+    "segment_ids": (
+        lambda v: v is None or (type(v) in (list, tuple) and all(str(i).isdecimal() for i in v)),
+        "a list of whole numbers, or None",
+    ),
+    "entities": (lambda v: isinstance(v, dict), "a dict"),
+}
+
+
+def check_record(record: Any, place: Place, keys: Sequence[str] = (), task: str = "") -> None:
+    """Meet what a dataset dict of plain values lacks, or has of another type.
+
+    Args:
+        record: the dict.
+        place: its place.
+        keys: which are looked at; none: all that its ``tasks`` and ``task`` need.
+        task: what it has to serve beside its own ``tasks``; "" nothing.
+    """
+
+    def look(at: Place, held: Any, *names: str) -> None:
+        for name in names:
+            value = at.field(held, name, _ABSENT)
+            if value is not _ABSENT and not _KINDS[name][0](value):
+                at.wrong("field", f"'{name}' is {str(value)[:40]!r}, not {_KINDS[name][1]}")
+
+    tasks = {task, *map(str, place.listed(record, "tasks"))} - {""} if not keys else set()
+    if unknown := tasks - {"describe", "extract", "ground", "panoptic", "refer"}:
+        place.wrong("field", f"'tasks' has {', '.join(sorted(unknown))}, which is no task")
+    place.image_id(record)
+    look(place, record, *(key for key in keys or PICTURE if key != "image_id"))
+    if keys:
+        return
+    look(place, record, "entities")
+    masks = record.get("entities")
+    for part in (masks, masks.get("targets")) if isinstance(masks, dict) else ():
+        if isinstance(part, dict):
+            look(place, part, *(() if "source" in part else ("file_name",)))
+            listed = part.get("segments_info") is not None
+            for segment in place.listed(part, "segments_info") if listed else ():
+                look(place.at(f"{place.where}, a segment"), segment, "id")
+    said = "caption" in record or not (record.get("expressions") or "panoptic" in tasks)
+    if tasks & {"describe", "extract"} or ("ground" in tasks and said):
+        look(place, record, "caption")
+    for key, wanted, names in (
+        ("phrases", "extract" in tasks or ("ground" in tasks and said), _PHRASE),
+        ("expressions", "refer" in tasks, _PHRASE[:2]),
+    ):
+        for number, one in enumerate(place.listed(record, key) if wanted else ()):
+            look(place.at(f"{place.where}, {key} {number}"), one, *names)
 
 
 class Records(Sequence[Record]):
@@ -165,7 +251,7 @@ class Records(Sequence[Record]):
 
     @abstractmethod
     def image_ids(self) -> np.ndarray:
-        """The image ids as text, (N,); "" for records without any."""
+        """The image ids as `image_key` has them, (N,); "" for records without any."""
 
 
 class _Blobs:
@@ -217,19 +303,21 @@ class RecordStore(Records):
         """Store dicts that exist already; an ``entities`` that several of them hold is kept once.
 
         Args:
-            records: dataset dicts with plain content (what pickle takes).
+            records: dataset dicts; they come out with `plain` values.
         """
         store = cls()
-        numbers: dict[tuple[int, str, tuple[str, ...]], int] = {}
+        numbers: dict[tuple[int, str, str], int] = {}
         kept = []  # an id stays taken while its object lives
-        for record in records:
+        for given in records:
+            record = given if isinstance(given, Mapping) else {}  # which `check_record` tells
             common = {name: record[name] for name in _COMMON if name in record}
             entities = common.get("entities")
-            key = (id(entities), str(common.get("image_id")), tuple(common.get("tasks", ())))
+            key = (id(entities), str(common.get("image_id")), str(common.get("tasks")))
             if entities is None or key not in numbers:
                 kept.append(entities)
-                numbers[key] = store.share(common)
-            store.add(numbers[key], {k: value for k, value in record.items() if k not in common})
+                numbers[key] = store.share(plain(common))
+            own = {k: value for k, value in record.items() if k not in common}
+            store.add(numbers[key], plain(own))
         return store
 
     def derived(self) -> RecordStore:
@@ -238,11 +326,12 @@ class RecordStore(Records):
 
     def share(self, fields: Mapping[str, Any]) -> int:
         """Keep fields that records have in common; returns the number to `add` records with."""
-        shared, tasks = self._shared, tuple(fields.get("tasks", ()))
+        shared, tasks = self._shared, fields.get("tasks")
+        tasks = tuple(tasks) if isinstance(tasks, list | tuple) else ()
         if tasks not in shared.task_kinds:
             shared.task_kinds.append(tasks)
         shared.task_codes.append(shared.task_kinds.index(tasks))
-        shared.image_ids.append(str(fields.get("image_id", "")))
+        shared.image_ids.append(image_key(fields.get("image_id", "")))
         return shared.blobs.append(dict(fields))
 
     def add(self, number: int, own: Mapping[str, Any] | None = None) -> None:
@@ -255,7 +344,7 @@ class RecordStore(Records):
         return self._shared.blobs.load(number)
 
     def numbers_by_image(self) -> dict[str, int]:
-        """Number of the shared fields of every image, by its id as text."""
+        """Number of the shared fields of every image, by its id as `image_key` has it."""
         return {image_id: number for number, image_id in enumerate(self._shared.image_ids)}
 
     @property

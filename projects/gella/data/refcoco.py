@@ -17,10 +17,20 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 
 from gella.data.panoptic import load_coco_panoptic, load_instances
-from gella.data.records import ADVICE, STOP, Place, Problems, RecordStore, as_records, selected
-from gella.utils.io import read_pickle
+from gella.data.records import (
+    ADVICE,
+    STOP,
+    Place,
+    Problems,
+    RecordStore,
+    as_records,
+    read_json,
+    selected,
+)
+from gella.utils.io import few, read_pickle
 
 REFCOCO_FOLDERS = ("refcoco", "refcoco+", "refcocog")
+GREFCOCO = "grefcoco"
 _logger = logging.getLogger(__name__)
 
 
@@ -41,7 +51,7 @@ def load_refcoco(
     """Read the refs of one split (docs/FORMATS.md 3).
 
     Args:
-        folder: holds ``instances.json`` and ``refs({split_by}).p``.
+        folder: holds ``instances.json`` and `refs_file`.
         split_by: "unc", "google" or "umd".
         split: "train", "val", "test", "testA" or "testB"; refs of other splits are passed over.
         image_root: folder of the images.
@@ -58,8 +68,9 @@ def load_refcoco(
         problems: what becomes of what is wrong.
 
     Returns:
-        Dicts of the image with ``expressions``: ``{"text", "segment_ids", "sent_id", "ref_id"}``.
-        The refs' own file names are no names of images and are not used.
+        Dicts of the image with ``expressions``: ``{"text", "segment_ids", "sent_id", "ref_id"}``;
+        ``segment_ids`` are several, or none, in gRefCOCO. The refs' own file names are no names of
+        images and are not used.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -68,7 +79,7 @@ def load_refcoco(
     """
     if (per, match) not in itertools.product(("expression", "image"), ("id", "overlap")):
         raise ValueError(f"per is {per!r} (expression, image) and match {match!r} (id, overlap)")
-    objects, refs = Path(folder, "instances.json"), Path(folder, f"refs({split_by}).p")
+    objects, refs = Path(folder, "instances.json"), refs_file(folder, split_by)
     options: dict[str, Any] = {"names_of_2017": names_of_2017, "problems": problems}
     images = load_instances(objects, image_root, tasks, **options)
     said = _said(images, refs, split, objects, problems)
@@ -85,25 +96,33 @@ def load_refcoco(
     return store
 
 
+def refs_file(folder: str | Path, split_by: str) -> Path:
+    """A folder's refs: ``refs(unc).p``, or gRefCOCO's ``grefs(unc).json`` or ``grefs(unc).p``."""
+    names = [f"grefs({split_by}).json", f"grefs({split_by}).p", f"refs({split_by}).p"]
+    paths = [Path(folder, name) for name in names]
+    usual = paths[0 if Path(folder).name == GREFCOCO else 2]  # for the error where there is none
+    return next((path for path in paths if path.is_file()), usual)
+
+
 def read_refs(path: str | Path) -> list[dict[str, Any]]:
-    """The refs of a ``refs(*).p``, or a ValueError when the pickle holds something else."""
-    if not Path(path).is_file():
+    """The refs of a `refs_file`, or a ValueError when it holds something else."""
+    if Path(path).suffix == ".json":
+        refs = read_json(path)
+    elif not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; {ADVICE}")
-    try:
-        refs = read_pickle(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: refused, {error}; get the file from its first source") from error
+    else:
+        try:
+            refs = read_pickle(path)
+        except ValueError as error:
+            told = f"{path}: refused, {error}; get the file from its first source"
+            raise ValueError(told) from error
     if not isinstance(refs, list):
         raise ValueError(f"{path}: holds a {type(refs).__name__}, not a list of refs")
     return refs
 
 
 def _said(
-    images: RecordStore,
-    refs_file: Path,
-    split: str,
-    instances_json: Path,
-    problems: Problems,
+    images: RecordStore, refs_file: Path, split: str, instances_json: Path, problems: Problems
 ) -> dict[str, list[dict[str, Any]]]:
     """Expressions of a split by image, in the order of the file."""
     for figure in ("refs", "images", "expressions"):
@@ -119,31 +138,39 @@ def _said(
         if name != split:  # one file holds all splits
             continue
         ref_id = file.at(f"ref {number}").field(ref, "ref_id")
-        image_id = file.at(f"ref {ref_id}").key(ref, "image_id")
+        image_id = file.at(f"ref {ref_id}").image_id(ref)
         place = file.at(f"ref {ref_id}, image {image_id}")
-        target, sentences = place.whole(ref, "ann_id"), place.listed(ref, "sentences")
+        meant, sentences = place.field(ref, "ann_id"), place.listed(ref, "sentences")
+        # In gRefCOCO several objects, or none, which may stand there as -1.
+        each = dict.fromkeys(map(str, meant)) if isinstance(meant, list) else [meant]
+        targets = [place.whole({"ann_id": one}, "ann_id") for one in each if str(one) != "-1"]
         problems.count("refs")
         if ref_id in ref_ids:
             place.note("duplicate-ref", "the ref_id occurs twice", "error")
         ref_ids.add(ref_id)
-        if image_id in numbers and image_id not in objects:
+        if image_id not in numbers:
+            place.stranger(refs[number : number + 50], numbers, instances_json)
+            continue
+        if image_id not in objects:
             segments = images.shared(numbers[image_id])["entities"]["segments_info"]
             objects[image_id] = {s["id"]: s.get("iscrowd", 0) for s in segments}
-        if target not in objects.get(image_id, {}):
-            place.wrong("phrase-without-mask", f"object {target} is not in {instances_json}")
+        if absent := [target for target in targets if target not in objects[image_id]]:
+            place.wrong("phrase-without-mask", f"object {few(absent)} is not in {instances_json}")
             continue
-        if objects[image_id][target]:
-            place.note("crowd", f"object {target} is a crowd, which is no input entity")
+        if crowds := [target for target in targets if objects[image_id][target]]:
+            place.note("crowd", f"object {few(crowds)} is a crowd, which is no input entity")
         texts = [
             {
                 "text": place.key(sentence, "sent"),
-                "segment_ids": [target],
+                "segment_ids": targets,
                 "sent_id": place.field(sentence, "sent_id"),
                 "ref_id": ref_id,
             }
             for sentence in sentences
         ]
         problems.count("expressions", len(texts))
+        if len(targets) != 1:
+            problems.count(f"expressions of {'several' if targets else 'no'} objects", len(texts))
         if not texts or not all((text["text"] or "").strip() for text in texts):
             place.note("empty", f"an empty expression among {len(texts)}", "error")
         said.setdefault(image_id, []).extend(texts)
@@ -164,10 +191,11 @@ def _joined(
     """Shared fields of every image that is spoken of, with the panoptic segments as entities."""
     own, other = images.numbers_by_image(), panoptic.numbers_by_image()
     store, numbers = RecordStore(), {}
-    for image_id, texts in said.items():
+    for number, (image_id, texts) in enumerate(said.items()):
         place = file.at(f"image {image_id}")
         if image_id not in other:
-            place.wrong("unknown-image", "refs speak of it, but it has no panoptic annotation")
+            rest = itertools.islice(said, number, number + 50)
+            place.stranger([{"image_id": one} for one in rest], other, file.path)
             continue
         image, whole = images.shared(own[image_id]), panoptic.shared(other[image_id])
         if match == "overlap":
@@ -178,7 +206,7 @@ def _joined(
         segments = whole["entities"]["segments_info"]
         boxes = {segment["id"]: segment.get("bbox") for segment in segments}
         objects = {s["id"]: s.get("bbox") for s in image["entities"]["segments_info"]}
-        for target in {text["segment_ids"][0] for text in texts}:
+        for target in {target for text in texts for target in text["segment_ids"]}:
             if target not in boxes or boxes[target] != objects[target]:
                 place.wrong(
                     "other-object",
@@ -190,19 +218,25 @@ def _joined(
 
 
 def held_out_images(root: str | Path) -> frozenset[str]:
-    """Ids, as text, of all images of which a ref of another split than "train" speaks.
+    """Ids, by `image_key`, of all images of which a ref of another split than "train" speaks.
 
     Args:
-        root: holds ``refcoco``, ``refcoco+`` and ``refcocog`` with their ``refs(*).p``. Every file
-            that is there counts, so the splits of unc, google and umd are joined.
+        root: holds ``refcoco``, ``refcoco+`` and ``refcocog`` with their ``refs(*).p``, perhaps
+            ``grefcoco``. Every file that is there counts, so the splits of unc, google and umd are
+            joined.
 
     Raises:
         FileNotFoundError: none of them is there.
         ValueError: a pickle is refused or holds something else.
     """
-    files = {name: sorted((Path(root) / name).glob("refs(*).p")) for name in REFCOCO_FOLDERS}
-    absent = [name for name, found in files.items() if not found]
-    if len(absent) == len(files):
+    files = {
+        name: sorted(
+            p for p in (Path(root) / name).glob("*refs(*)*") if p.suffix in (".p", ".json")
+        )
+        for name in (*REFCOCO_FOLDERS, GREFCOCO)
+    }
+    absent = [name for name in REFCOCO_FOLDERS if not files[name]]
+    if not any(files.values()):
         raise FileNotFoundError(
             f"DATASETS.EXCLUDE_REFCOCO_VAL_TEST needs the refs(*).p of {', '.join(absent)} below "
             f"{root}, where there is none; see datasets/README.md, or set the key to False"
@@ -225,7 +259,7 @@ def _images_of(stamps: tuple[tuple[str, int], ...]) -> frozenset[str]:
         for number, ref in enumerate(read_refs(path)):
             place = Place(path, f"ref {number}")
             if place.field(ref, "split") != "train":
-                images.add(place.key(ref, "image_id"))
+                images.add(place.image_id(ref))
     return frozenset(images)
 
 

@@ -27,10 +27,27 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gella.data.entityseg import load_entityseg
 from gella.data.narratives import load_captions, load_png
-from gella.data.panoptic import category_metadata, load_coco_panoptic, read_categories
-from gella.data.records import STOP, Problems, RecordStore, mapped, selected
-from gella.data.refcoco import load_refcoco
+from gella.data.panoptic import (
+    as_categories,
+    category_metadata,
+    load_coco_panoptic,
+    read_categories,
+)
+from gella.data.records import (
+    PICTURE,
+    STOP,
+    Place,
+    Problems,
+    Records,
+    RecordStore,
+    as_records,
+    check_record,
+    mapped,
+    selected,
+)
+from gella.data.refcoco import GREFCOCO, load_refcoco, refs_file
 from gella.entities.sources import AnnotationSource, EntitySource, source_for
+from gella.utils.io import plain
 
 _READERS: dict[str, Callable[..., RecordStore]] = {}
 _logger = logging.getLogger(__name__)
@@ -43,6 +60,7 @@ REFCOCO_SPLITS = (
     ("refcoco+", "unc", ("train", "val", "testA", "testB")),
     ("refcocog", "umd", ("train", "val", "test")),
     ("refcocog", "google", ("train", "val")),
+    (GREFCOCO, "unc", ("train", "val", "testA", "testB")),
 )
 
 
@@ -50,7 +68,7 @@ def refcoco_name(folder: str, split_by: str, split: str, entities: str = "instan
     """Name in the catalogs, such as ``gella_refcocoplus_unc_testA``.
 
     Args:
-        folder: "refcoco", "refcoco+" or "refcocog".
+        folder: "refcoco", "refcoco+", "refcocog" or "grefcoco".
         split_by: "unc", "google" or "umd".
         split: of the refs.
         entities: "instances" (the objects of ``instances.json``) or "panoptic" (all segments of
@@ -238,7 +256,7 @@ def register_refcoco(
     reader = partial(load_refcoco, folder, split_by, split, image_root, **options)
     given = {key: str(path) for key, path in panoptic.items() if path is not None}
     given.update(image_root=str(image_root), instances_json=str(Path(folder) / "instances.json"))
-    refs = Path(folder) / f"refs({split_by}).p"
+    refs = refs_file(folder, split_by)
     _register(name, reader, "refcoco", "refcoco", refs, **given)
     MetadataCatalog.get(name).set(split=split, names_of_2017=names_of_2017)
 
@@ -265,6 +283,39 @@ def root_from_environment() -> str:
 def read_dataset(name: str, problems: Problems) -> RecordStore:
     """The records of a dataset that was registered here; ``problems`` gets what is wrong."""
     return _READERS[name](problems=problems)
+
+
+def dataset_records(name: str, keys: Sequence[str] = PICTURE, task: str = "") -> Records:
+    """The records of a registered dataset, whoever registered it.
+
+    Args:
+        name: in the catalogs.
+        keys, task: what they have to hold, see `check_record`.
+
+    Raises:
+        ValueError: there is no such dataset (the message lists the project's), a record lacks a key
+            or has a wrong value, or two categories have one name.
+    """
+    if name not in DatasetCatalog.list():
+        known = ", ".join(sorted(n for n in DatasetCatalog.list() if n.startswith("gella_")))
+        raise ValueError(f"dataset {name} is not registered; there are: {known}")
+    found, dataset = DatasetCatalog.get(name), record_place(name)
+    records = as_records(found)
+    # The readers here have looked at theirs.
+    for number, record in enumerate(records if records is not found else ()):
+        which = record.get("file_name", record.get("image_id"))
+        check_record(record, dataset.at(f"{dataset.where}, record {number} ({which})"), keys, task)
+    if categories := MetadataCatalog.get(name).get("categories"):
+        as_categories({"categories": plain(categories)}, f"metadata of {name}")
+    return records
+
+
+def record_place(name: str, problems: Problems = STOP) -> Place:
+    """The place of a dataset: its annotation file, or the file of the function that returns it."""
+    function = DatasetCatalog[name]
+    code = getattr(getattr(function, "func", function), "__code__", None)
+    path = MetadataCatalog.get(name).get("json_file") or (code and code.co_filename)
+    return Place(path or "the catalog", f"dataset {name}", problems)
 
 
 def _register(

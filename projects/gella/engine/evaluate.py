@@ -20,10 +20,12 @@ from gella.engine.launch import record_facts
 from gella.engine.trainer import GellaTrainer, load_records
 from gella.evaluation.calibration import read_calibration
 from gella.evaluation.results import (
+    attempted,
     by_dataset,
     describe_run,
     load_results,
     merge_datasets,
+    refuse_nothing,
     save_results,
 )
 from gella.evaluation.tables import Run, changed, compared_markdown, plan_table, table_markdown
@@ -159,7 +161,8 @@ def evaluate_table(cfg: Any, model: nn.Module, table: str, **record: Any) -> tup
         the table as Markdown ("" on other processes than the main one), and its folder.
 
     Raises:
-        ValueError, OSError, KeyError: the table or a run's data are wrong, before the first run.
+        ValueError, OSError, KeyError: the table or a run's data are wrong, before the first run; or
+            after the last one that a run had nothing to score.
     """
     folder = Path(cfg.OUTPUT_DIR) / f"table_{table}"
     runs = plan_table(cfg, table, root_from_environment())
@@ -171,15 +174,19 @@ def evaluate_table(cfg: Any, model: nn.Module, table: str, **record: Any) -> tup
         evaluation = evaluate_config(run_cfg, model, counts=counts[number], **record)
         done.append(evaluation)
         if comm.is_main_process():
-            write_text(Path(run_cfg.OUTPUT_DIR) / "config.yaml", run_cfg.dump())
-            save_evaluation(run_cfg.OUTPUT_DIR, evaluation)
+            with attempted(f"results in {run_cfg.OUTPUT_DIR}"):
+                write_text(Path(run_cfg.OUTPUT_DIR) / "config.yaml", run_cfg.dump())
+                save_evaluation(run_cfg.OUTPUT_DIR, evaluation)
     if not comm.is_main_process():
         return "", folder
     written = {run.name: {"scores": e.outcome, "run": e.run} for run, e in zip(runs, done)}
-    write_json(folder / "results.json", written)
     rows = [(run, e.outcome, e.run["settings"]) for run, e in zip(runs, done)]
     text = table_markdown(table, *zip(*rows, *_earlier(cfg.OUTPUT_DIR, table)))
-    write_text(folder / "results.md", text)
+    with attempted(f"results in {folder}"):
+        write_json(folder / "results.json", written)
+        write_text(folder / "results.md", text)
+    for evaluation in done:
+        refuse_nothing(evaluation.outcome)
     return text, folder
 
 

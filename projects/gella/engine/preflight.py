@@ -33,6 +33,7 @@ from gella.engine.zero import read_config
 from gella.entities.sources import entry_for
 from gella.modeling.meta_arch import GELLA
 from gella.text.prompts import load_tokenizer
+from gella.utils.io import read_text
 from gella.weights.checkpoint import allowed_keys, check_state_dict, is_checkpoint, why_incomplete
 from gella.weights.files import main_file, read_torch, read_weights
 
@@ -123,7 +124,7 @@ def untrained_parts(weights: str | Path) -> list[str]:
     """
     card = Path(weights) / "README.md"
     if card.is_file():
-        _, _, section = card.read_text(encoding="utf-8").partition("\n## Untrained\n")
+        _, _, section = read_text(card).partition("\n## Untrained\n")
         lines = section.partition("\n## ")[0].splitlines()
         return [line[3:-1] for line in lines if line.startswith("- `")]
     if Path(weights).suffix != ".pth" or not Path(weights).is_file():
@@ -134,8 +135,9 @@ def untrained_parts(weights: str | Path) -> list[str]:
 
 def _data(cfg: Any, run: Run) -> Iterator[Missing]:
     names = dict.fromkeys((*(cfg.DATASETS.TRAIN if run.trains else ()), *cfg.DATASETS.TEST))
-    if run.trains and not cfg.DATASETS.TRAIN:
-        yield Missing("DATASETS.TRAIN is empty", "name at least one registered dataset")
+    key = "TRAIN" if run.trains else "TEST"
+    if not cfg.DATASETS[key]:
+        yield Missing(f"DATASETS.{key} is empty", "name at least one registered dataset")
     masks: dict[str, str] = {}
     for name in names:
         if name not in DatasetCatalog.list():
@@ -222,7 +224,7 @@ def _tokenizer_of(weights: str) -> Path | None:
     folder = Path(weights).parents[1] if is_checkpoint(weights) else main_file(weights).parent
     config, named = folder / "config.yaml", ""
     if config.is_file():
-        content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(read_text(config)) or {}
         named = content.get("MODEL", {}).get("LANGUAGE", {}).get("TOKENIZER", "")
     places = [folder / "tokenizer", *([folder / named, Path(named)] if named else ())]
     return next((place for place in places if place.is_dir()), None)

@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, defaults
 from detectron2.utils import comm
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from gella.data.mapper import GroundingMapper
 from gella.data.records import Records, as_records, concatenated
 from gella.data.refcoco import without_held_out
-from gella.data.register import choose_entities, root_from_environment
+from gella.data.register import choose_entities, dataset_records, root_from_environment
 from gella.data.sampling import build_train_loader
 from gella.engine.checkpoint import FOLDER, CheckpointStore
 from gella.engine.evaluation_hooks import (
@@ -37,7 +37,7 @@ from gella.engine.preflight import config_problems
 from gella.engine.resume import RunCheckpoints
 from gella.engine.step import StepTrainer
 from gella.engine.zero import ZeroHook, hide_from_ddp, read_config
-from gella.evaluation import asked_categories, build_evaluator, merge_datasets, task_for
+from gella.evaluation import TASKS, asked_categories, build_evaluator, merge_datasets, task_for
 from gella.evaluation.results import amp_dtype
 from gella.modeling.filling import built_empty, empty_modules
 from gella.weights.checkpoint import load_weights
@@ -58,14 +58,17 @@ def load_datasets(names: Any, key: str, cfg: Any = None) -> list[Records]:
             (``DATASETS.EXCLUDE_REFCOCO_VAL_TEST``); None takes everything as annotated.
 
     Raises:
-        ValueError: no name, no record at all, or images without masks in the chosen source.
-        KeyError: a name that no catalog knows.
+        ValueError: no name or an unknown one, no record at all, a record without what the tasks
+            need, or images without masks in the chosen source.
     """
     if not names:
         raise ValueError(f"{key} is empty: name at least one registered dataset")
-    parts = [DatasetCatalog.get(name) for name in names]
+    train = key == "DATASETS.TRAIN"
+    kinds = ["" if train else MetadataCatalog.get(name).get("evaluator_type") for name in names]
+    parts: list[Any] = [
+        dataset_records(name, (), TASKS.get(kind, "")) for name, kind in zip(names, kinds)
+    ]
     if cfg is not None:
-        train = key == "DATASETS.TRAIN"
         if train and cfg.DATASETS.EXCLUDE_REFCOCO_VAL_TEST:
             root = root_from_environment()
             parts = [without_held_out(part, name, root) for part, name in zip(parts, names)]
@@ -111,6 +114,9 @@ class GellaTrainer(DefaultTrainer):
         store = CheckpointStore(os.path.join(cfg.OUTPUT_DIR, FOLDER))
         loads = bool(cfg.MODEL.WEIGHTS) or (resume and bool(store.found()[0]))
         try:
+            # Wrong records end the run before minutes of building the model.
+            loader = self.build_train_loader(cfg)
+            self.__dict__["build_train_loader"] = lambda cfg: loader
             with built_empty(loads):
                 super().__init__(cfg)
         finally:

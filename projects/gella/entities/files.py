@@ -33,7 +33,7 @@ from gella.entities.entity_map import (
     rgb_to_id,
 )
 from gella.entities.rle import check_size, encode_segmentation, is_finite
-from gella.utils.io import read_json, write_atomically
+from gella.utils.io import few, image_key, read_json, write_atomically
 
 PICTURE_FORMATS = ("panoptic_png", "gray_png", "npz")  # one file per image
 JSON_FORMATS = ("coco_results", "coco_panoptic", "coco_instances")  # many images in one
@@ -352,8 +352,8 @@ def _array(
 def entries_by_image(path: Path, kind: str = "auto") -> tuple[str, dict[str, list[dict[str, Any]]]]:
     """Format of a file, one of `JSON_FORMATS`, and its results or annotations by image id.
 
-    Ids become text, since files use both forms. Do not change what is returned: it is kept, and
-    read again only after the file has changed.
+    Ids become `image_key`, since files use several forms. Do not change what is returned: it is
+    kept, and read again only after the file has changed.
 
     Args:
         path: the file.
@@ -404,7 +404,7 @@ def _entries(
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or type(entry.get("image_id")) not in (int, str):
             raise ValueError(f"entry {number} of {key} has no image_id that is a number or text")
-        groups.setdefault(str(entry["image_id"]), []).append(entry)
+        groups.setdefault(image_key(entry["image_id"]), []).append(entry)
     if kind == "coco_panoptic":
         twice = next((i for i, group in groups.items() if len(group) > 1), None)
         if twice is not None:
@@ -416,12 +416,12 @@ def _entries_of(path: Path, kind: str, image_id: int | str | None) -> list[dict[
     if image_id is None:
         raise ValueError("a file of many images needs image_id; give the image's id")
     kind, groups = entries_by_image(path, kind)
-    if str(image_id) not in groups:
+    if image_key(image_id) not in groups:
         raise ValueError(
-            f"no {_LISTS[kind]} for this image (the file covers {len(groups)} others); make its "
-            "masks or choose the file of this dataset"
+            f"no {_LISTS[kind]} for this image (the file covers {len(groups)} others: "
+            f"{few(groups)}); make its masks or choose the file of this dataset"
         )
-    return groups[str(image_id)]
+    return groups[image_key(image_id)]
 
 
 def _checked_segments(segments_info: Any) -> list[tuple[int, bool, dict[str, Any]]]:

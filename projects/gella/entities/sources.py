@@ -26,6 +26,7 @@ from gella.entities.files import (
     load_entities,
     panoptic_annotation,
 )
+from gella.utils.io import few, image_key
 
 
 class EntitySource:
@@ -103,7 +104,10 @@ class FileSource(EntitySource):
                 f"use auto, {', '.join(fitting)}"
             )
         if self._folder:
-            self._names = frozenset(os.listdir(self.path))
+            names = os.listdir(self.path)
+            # By value too: pictures and masks may write one id with and without zeros.
+            self._names = {f"{image_key(Path(n).stem)}{Path(n).suffix}": n for n in names}
+            self._names.update((name, name) for name in names)
         else:
             self._read_entries()
 
@@ -120,7 +124,9 @@ class FileSource(EntitySource):
         forget_files()  # as objects the entries take 20 times their bytes
 
     def __str__(self) -> str:
-        return str(self.path)
+        """The path, and whose masks are there."""
+        known = sorted({*self._names.values()}) if self._folder else self._numbers
+        return f"{self.path} (it has {few(known)})"
 
     def missing(self, records: Iterable[dict[str, Any]]) -> list[Any]:
         """Images without an entry in the JSON, or without a file in the folder.
@@ -151,19 +157,20 @@ class FileSource(EntitySource):
         """
         masks = self._masks_of(record)
         if masks is None:
-            raise ValueError(f"image {record['image_id']}: no masks in {self.path}")
+            raise ValueError(f"image {record['image_id']}: no masks in {self}")
         return {**record, "entities": {**masks, "targets": annotation_of(record)}}
 
     def _masks_of(self, record: dict[str, Any]) -> dict[str, Any] | None:
         """What a record's `entities` say of its image; None if there is nothing of it."""
-        image_id = str(record["image_id"])
+        image_id = image_key(record["image_id"])
         if self._folder:
             auto = self.format == "auto"
             suffixes = (".npz", ".png") if auto else (f".{self.format.split('_')[-1]}",)
             # Segmenters name their files after pictures; COCO's own tools after ids.
-            stems = (Path(record["file_name"]).stem, image_id)
+            stem = Path(record["file_name"]).stem
+            stems = (stem, image_key(stem), str(record["image_id"]), image_id)
             names = [stem + suffix for stem in stems for suffix in suffixes]
-            name = next((name for name in names if name in self._names), None)
+            name = next((self._names[name] for name in names if name in self._names), None)
             if name is None:
                 return None
             return {"format": self.format, "file_name": str(self.path / name)}

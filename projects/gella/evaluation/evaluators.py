@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from detectron2.utils import comm
 from gella.entities.files import write_id_png
 from gella.entities.rle import encode_mask
 from gella.evaluation import metrics, panoptic_quality
+from gella.evaluation.results import attempted
 from gella.evaluation.truth import TruthReader
 from gella.utils.io import write_json
 
@@ -62,6 +63,7 @@ class GatheringEvaluator(DatasetEvaluator):
         """Forget all samples."""
         self._rows: list[dict[str, Any]] = []
         self._truth = TruthReader()
+        self._writes = True
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
         """Take a batch of mapped dicts and the model's outputs for them, in the same order."""
@@ -83,9 +85,16 @@ class GatheringEvaluator(DatasetEvaluator):
         rows = [row for part in gathered for row in part]
         rows.sort(key=lambda row: tuple(str(row.get(key, "")) for key in keys))
         results = self._score(rows)
-        if self._folder is not None:
-            self._write(self._folder, rows, results)
+        self._try(lambda folder: self._write(folder, rows, results))
         return results
+
+    def _try(self, write: Callable[[Path], object]) -> None:
+        """Write predictions if they are wanted; what fails costs no score and is told once."""
+        if self._folder is not None and self._writes:
+            self._writes = False
+            with attempted(f"predictions in {self._folder}"):
+                write(self._folder)
+                self._writes = True
 
     @abstractmethod
     def _row(self, sample: dict[str, Any], output: dict[str, Any]) -> dict[str, Any] | None:
@@ -238,8 +247,7 @@ class PanopticEvaluator(GatheringEvaluator):
             truth.ids, truth.segments, ids, segments, self._categories, sample["image_id"]
         )
         name = Path(sample["annotation"]["file_name"]).stem + ".png"
-        if self._folder is not None:
-            write_id_png(self._folder / "panoptic_predictions" / name, ids)
+        self._try(lambda folder: write_id_png(folder / "panoptic_predictions" / name, ids))
         return {"file_name": name, "segments_info": segments, "counts": counts}
 
     def _score(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

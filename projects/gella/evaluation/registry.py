@@ -8,6 +8,7 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
+from gella.data.panoptic import as_categories
 from gella.evaluation.evaluators import (
     Detectron2PanopticEvaluator,
     EntityAPEvaluator,
@@ -121,7 +122,8 @@ def asked_categories(cfg: Any, dataset_name: str) -> list[dict[str, Any]] | None
 
     Raises:
         FileNotFoundError: neither a dataset nor a file.
-        ValueError: the file is no list of categories, or its ids are not the dataset's.
+        ValueError: the file is no list of categories, its ids are not the dataset's, or two of its
+            names are one.
     """
     source = cfg.TEST.CATEGORIES_FROM
     truth = MetadataCatalog.get(dataset_name).get("categories", None)
@@ -134,7 +136,8 @@ def asked_categories(cfg: Any, dataset_name: str) -> list[dict[str, Any]] | None
                 f"TEST.CATEGORIES_FROM: {source} has {len(content)} names but {dataset_name} has "
                 f"{len(truth)} categories: give one name each, in the same order"
             )
-        return [{**old, "name": name} for old, name in zip(truth, content, strict=True)]
+        named = [{**old, "name": name} for old, name in zip(truth, content, strict=True)]
+        return as_categories({"categories": named}, f"TEST.CATEGORIES_FROM: {source}")
     kinds = {int(category["id"]): category["isthing"] for category in truth}
     try:
         names = [(int(category["id"]), str(category["name"])) for category in content]
@@ -151,7 +154,8 @@ def asked_categories(cfg: Any, dataset_name: str) -> list[dict[str, Any]] | None
             f"{len(kinds)}; ids in only one of them or twice: {odd[:10] or 'twice'}: the names may "
             "differ, the ids may not"
         )
-    return [{"id": number, "name": name, "isthing": kinds[number]} for number, name in names]
+    named = [{"id": number, "name": name, "isthing": kinds[number]} for number, name in names]
+    return as_categories({"categories": named}, f"TEST.CATEGORIES_FROM: {source}")
 
 
 def _categories(source: str) -> list[Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from detectron2.utils import comm
 
 from gella.evaluation.metrics import PROTOCOLS, SUBSETS
 from gella.utils.io import config_hash, file_hash, read_json, versions, write_json
+
+_logger = logging.getLogger(__name__)
 
 RUN = "run"
 """Key of results.json beside the tasks: how the scores came about."""
@@ -150,6 +154,33 @@ def describe_run(
     return described
 
 
+@contextlib.contextmanager
+def attempted(what: object) -> Iterator[None]:
+    """Write what comes with scores: what fails inside is logged in one line and costs no score."""
+    try:
+        yield
+    except Exception as error:  # a full disk, a folder of others, a value that JSON lacks
+        told = " ".join(str(error).split())
+        _logger.error("%s cannot be written (%s: %s)", what, type(error).__name__, told)
+
+
+def refuse_nothing(outcome: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Raise ValueError where ``{dataset: {task: {metric: score}}}`` comes from nothing at all.
+
+    To be called when the scores were shown: those of other datasets count.
+    """
+    if not outcome:
+        raise ValueError("nothing was evaluated: DATASETS.TEST is empty; name a registered dataset")
+    for dataset, tasks in outcome.items():
+        # Evaluators of others may count nothing.
+        empty = [task for task, metrics in tasks.items() if metrics.get("n") == 0]
+        if empty or not tasks:
+            raise ValueError(
+                f"dataset {dataset}: nothing was evaluated ({', '.join(empty) or 'no task'}, n is "
+                "0); its annotation names no entity, or no noun: look at its segment ids"
+            )
+
+
 # Per task its title, what its rows are called and their metrics, and suffixes of the columns.
 _SECTIONS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
     "png": (
@@ -185,6 +216,7 @@ _SECTIONS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
         {
             **{name: name for name in ("cIoU", "gIoU", *(f"P@0.{k}" for k in range(5, 10)))},
             "no target, none found": "N_acc",
+            "a target, some found": "T_acc",
             "of these (n)": "n_no_target",
             "expressions (n)": "n",
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -76,8 +77,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON as `write_text` does; NaN and infinity, which JSON lacks, become null."""
-    write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    """Write JSON as `write_text` does, of `plain` values; NaN and infinity become null."""
+    write_text(path, json.dumps(_finite(plain(content)), indent=1, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -88,6 +89,39 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def plain(value: Any) -> Any:
+    """The value in Python's own types, nested too: no number, array or path of another library."""
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return (tuple if isinstance(value, tuple) else list)(map(plain, value))
+    if hasattr(value, "tolist"):  # NumPy's and torch's scalars and arrays, pandas' columns
+        inner = value.tolist()
+        if isinstance(inner, list):
+            return plain(inner)
+        return float(inner) if hasattr(inner, "tolist") else inner  # long doubles stay themselves
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def image_key(image_id: Any) -> str:
+    """An image's id as all files are joined by it: 139, 139.0, "139", "000000000139" are one."""
+    if isinstance(image_id, float) and image_id.is_integer():
+        image_id = int(image_id)
+    text = str(image_id)
+    return (text.lstrip("0") or "0") if text.isdecimal() else text
+
+
+def few(ids: Iterable[Any]) -> str:
+    """The first three of some ids, for messages that show both sides."""
+    first = list(itertools.islice(ids, 4))
+    return ", ".join([*map(str, first[:3]), *(["..."] if len(first) > 3 else [])]) or "none"
+
+
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8, with a byte-order mark, as editors on Windows write it, or without."""
+    return Path(path).read_text(encoding="utf-8-sig")
 
 
 def read_json(path: str | Path, what: str = "", advice: str = "check the path") -> Any:
@@ -108,7 +142,7 @@ def read_json(path: str | Path, what: str = "", advice: str = "check the path") 
     collecting = gc.isenabled()
     gc.disable()  # it would walk millions of fresh dicts again and again
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except RecursionError as error:
         raise ValueError(f"{called} is not a JSON file (nested too deeply); {advice}") from error
     except ValueError as error:  # of the text's encoding or of JSON
@@ -127,7 +161,7 @@ def json_lines(path: str | Path, advice: str = "check the path") -> Iterator[tup
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; {advice}")
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
+        content = read_text(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from error
     # Not splitlines(): it also splits at line separators that may stand inside JSON text.
