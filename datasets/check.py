@@ -20,6 +20,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog
 
 import gella
+from gella.commands.console import project
 from gella.data.check import check_dataset
 from gella.evaluation.results import write_json
 
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("next: datasets/README.md says where each file comes from")
         return 1
     if args.limit is not None and args.limit < report.figures["images to open"]:
-        print(f"next: python datasets/check.py {args.name}   # opens all images")
+        print(f"next: python {project('datasets/check.py')} {args.name}   # opens all images")
     else:
         print("next: name it in DATASETS.TRAIN or DATASETS.TEST of tools/train_net.py")
     return 0

@@ -21,6 +21,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm import tqdm
 
 import gella.data  # noqa: F401  (registers the datasets)
+from gella.commands.console import project
 from gella.data.narratives import read_narratives
 from gella.data.records import Place
 from gella.text.spans import align_utterances
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     if lost > args.allow:
         print(f"{lost} utterances do not align and --allow is {args.allow}; see the list above")
         return 1
-    print(f"next: python datasets/check.py {args.check if path != args.check else 'NAME'}")
+    name = args.check if path != args.check else "NAME"
+    print(f"next: python {project('datasets/check.py')} {name}")
     return 0
 
 

@@ -39,6 +39,8 @@ from shapes_scene import MIN_SIZE
 from shapes_text import train_tokenizer
 from tqdm import tqdm
 
+from gella.commands.console import project
+from gella.data.register import root_from_environment
 from gella.entities.entity_map import id_to_rgb
 
 
@@ -59,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     released = "weights/gella_tiny_shapes/config.yaml --eval-only"
     config = "configs/gella_tiny_shapes.yaml" if args.train else released
-    print(f"next: python tools/train_net.py --config-file {config}")
+    print(f"next: python {project('tools/train_net.py')} --config-file {config}")
     return 0
 
 
@@ -68,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    root = os.getenv("DETECTRON2_DATASETS", "datasets")
-    parser.add_argument("--output", type=Path, default=Path(root).expanduser() / "shapes")
+    default = Path(root_from_environment()) / "shapes"
+    parser.add_argument("--output", type=Path, default=default)
     parser.add_argument("--train", type=int, default=4000, help="training scenes; 0: none")
     parser.add_argument("--val", type=int, default=200, help="held-out scenes")
     parser.add_argument("--size", type=int, default=96, help="side of the images in pixels")

@@ -299,10 +299,43 @@ def test_paths_are_sought_here_beside_the_config_and_in_the_checkout(tmp_path, m
     assert {key: value_of(cfg, key) for key in given} == {k: v[1] for k, v in given.items()}
     found = [path for *_, path in cfg.INPUT.GELLA.ENTITY_SOURCES]
     assert found == [f"{beside}/masks.json", f"{data}/masks.json", ""]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given, root in (("~/data", str(data)), ("", f"{ROOT}/datasets")):  # as Detectron2 does
+        monkeypatch.setenv("DETECTRON2_DATASETS", given)
+        assert datasets.root_from_environment() == root
+        tokenizer = load_config(beside / "config.yaml", opts).MODEL.LANGUAGE.TOKENIZER
+        assert tokenizer == (f"{data}/tokenizer" if given else "datasets/tokenizer")
     monkeypatch.delenv("DETECTRON2_DATASETS")
     assert datasets.root_from_environment() == f"{ROOT}/datasets"
     (here / "datasets").mkdir()
     assert datasets.root_from_environment() == "datasets"
+
+
+def test_a_folder_of_weights_is_a_config_and_names_are_sought_in_the_checkout(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    released = "weights/gella_tiny_shapes"
+    for name in (released, f"{released}/config.yaml", ROOT / released):  # not from here
+        cfg = load_config(name)
+        assert Path(cfg.MODEL.WEIGHTS) == ROOT / released / "model.safetensors"
+        assert Path(cfg.MODEL.LANGUAGE.TOKENIZER) == ROOT / released / "tokenizer"
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("first.pth", "model_final.pth"):
+        (run / name).touch()
+    text = (
+        f"_BASE_: {ROOT}/configs/gella_tiny_shapes.yaml\nMODEL: {{WEIGHTS: {tmp_path}/first.pth}}"
+    )
+    (run / "config.yaml").write_text(text)
+    assert load_config("run").MODEL.WEIGHTS == "run/model_final.pth"
+    assert load_config("run", ["MODEL.WEIGHTS", "run/first.pth"]).MODEL.WEIGHTS == "run/first.pth"
+    assert load_config("run/config.yaml").MODEL.WEIGHTS == f"{tmp_path}/first.pth"
+    (run / "model_final.pth").unlink()
+    assert load_config("run").MODEL.WEIGHTS == "run"  # as a checkpoint's
+    (run / "config.yaml").unlink()
+    with pytest.raises(FileNotFoundError, match="run/config.yaml does not exist"):
+        load_config("run")
 
 
 def test_nothing_trains_from_random_weights_unless_the_config_says_so(shapes, tmp_path):

@@ -68,12 +68,17 @@ def test_the_page_shows_the_files_and_the_example_is_short():
     assert f"Register it: {len(code)} lines" in (ROOT / "docs" / "OWN_DATA.md").read_text()
 
 
-def test_every_block_of_the_page_runs(here):
+@pytest.mark.parametrize("data", ["datasets", "~/data"])
+def test_every_block_of_the_page_runs_whatever_the_folder_of_datasets(here, data):
     shown = (EXAMPLE / "my_dataset.py").read_text(encoding="utf-8")
     # The listing of my_dataset.py is run by what follows it; run here too, it would register twice.
     jobs = [(kind, text) for kind, text in blocks() if kind != "yaml" and text != shown]
     assert [kind for kind, _ in jobs] == ["bash", "python", "bash", "python", "bash"]
     environment = {k: v for k, v in os.environ.items() if k != "DETECTRON2_DATASETS"}
+    if data != "datasets":
+        environment |= {"DETECTRON2_DATASETS": data, "HOME": str(here)}
+    else:
+        (here / data).mkdir()
     options = {"capture_output": True, "text": True, "timeout": 600}
     options["env"] = {**environment, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", DRIVER], input=json.dumps(jobs), **options)

@@ -22,6 +22,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "datasets"))
 
 from shapes_text import train_tokenizer  # noqa: E402
 
+from gella.data.register import root_from_environment  # noqa: E402
+
 WIDTH, HEIGHT = 64, 48
 COLORS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (40, 90, 214)}
 SHAPES = ("box", "ball")
@@ -70,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / "own_dataset"
+    default = Path(root_from_environment()) / "own_dataset"
     parser.add_argument("--output", type=Path, default=default, help=f"default: {default}")
     root = parser.parse_args().output
     for folder in ("images", "masks"):
@@ -90,7 +92,9 @@ def main() -> None:
         (root / f"{split}.json").write_text(json.dumps(part, indent=1), encoding="utf-8")
     train_tokenizer([entry["caption"] for entry in entries], str(root / "tokenizer"))
     print(f"wrote {len(entries)} pictures to {root}")
-    print("next: python tools/train_net.py --config-file examples/own_dataset/own_dataset.yaml")
+    here = Path(__file__).absolute().parent
+    tool, config = here.parents[1] / "tools/train_net.py", here / "own_dataset.yaml"
+    print(f"next: python {os.path.relpath(tool)} --config-file {os.path.relpath(config)}")
 
 
 if __name__ == "__main__":

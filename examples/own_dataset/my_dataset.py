@@ -1,14 +1,14 @@
 """Your pictures, id masks and captions as datasets of Detectron2's catalog."""
 
 import json
-import os
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from gella.data.register import root_from_environment
 from gella.text.spans import locate_phrases
 
-ROOT = Path(os.getenv("DETECTRON2_DATASETS", "datasets")) / "own_dataset"
+ROOT = Path(root_from_environment()) / "own_dataset"
 
 
 def load(split):

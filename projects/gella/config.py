@@ -19,6 +19,7 @@ PATHS = (
     "TEST.CALIBRATION",
     "TEST.CATEGORIES_FROM",
 )
+_CHECKOUT = Path(__file__).resolve().parents[2]  # of a wheel: nothing of this project
 
 
 def add_gella_config(cfg: Any) -> None:
@@ -357,7 +358,9 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> Any:
     A relative path (`PATHS`, ``DATASETS.MODULES``, ``INPUT.GELLA.ENTITY_SOURCES``) of the file is
     sought beside the file, then from the working directory, one of an override the other way round;
     then in the checkout of this project. Before all, what begins with ``datasets/`` is sought in
-    ``$DETECTRON2_DATASETS``. A path that is nowhere stays as it is.
+    ``$DETECTRON2_DATASETS``. A path that is nowhere stays as it is. Of a folder of weights, such as
+    a run's, a checkpoint's or one of ``tools/convert_weights.py``, the config is its
+    ``config.yaml``, and the weights are its own.
 
     Raises:
         FileNotFoundError: there is no such file, or a ``_BASE_`` of it is missing.
@@ -365,7 +368,8 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> Any:
     """
     if not config_file:
         raise ValueError("--config-file is missing; see the folder configs/")
-    if not Path(config_file).is_file():
+    folder, config_file = Path(config_file), find_config(config_file)
+    if not config_file.is_file():
         raise FileNotFoundError(f"config {config_file} does not exist; see the folder configs/")
     cfg = get_cfg()
     add_gella_config(cfg)
@@ -377,8 +381,13 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> Any:
         raise
     except Exception as error:
         raise ValueError(f"config {config_file}: {_one_line(error)}") from error
-    beside = str(Path(config_file).parent)
+    beside = str(config_file.parent)
     _find_paths(cfg, (beside, ""))
+    own = cfg.MODEL.WEIGHTS and Path(cfg.MODEL.WEIGHTS).parent == config_file.parent
+    if config_file.name != folder.name and not own:
+        # A run's config names the weights that it began with.
+        final = config_file.with_name("model_final.pth")
+        cfg.MODEL.WEIGHTS = str(final) if final.is_file() else beside
     try:
         cfg.merge_from_list(list(opts))
     except Exception as error:
@@ -387,13 +396,20 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> Any:
     return cfg
 
 
-def _find_paths(cfg: Any, folders: Sequence[str]) -> None:
-    checkout = str(Path(__file__).resolve().parents[2])  # of a wheel: nothing of this project
+def find_config(config_file: str | Path) -> Path:
+    """The file that `load_config` reads: sought here, then in the checkout; of a folder the
+    ``config.yaml`` in it."""
+    here = Path(config_file)
+    found = here if here.exists() or not (_CHECKOUT / here).exists() else _CHECKOUT / here
+    return found / "config.yaml" if found.is_dir() else found
 
+
+def _find_paths(cfg: Any, folders: Sequence[str]) -> None:
     def find(path: str) -> str:
-        root, rest = os.getenv("DETECTRON2_DATASETS"), path.removeprefix("datasets/")
+        root = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", ""))  # as Detectron2 does
+        rest = path.removeprefix("datasets/")
         inside = [os.path.join(root, rest)] if root and rest != path else []
-        places = (*inside, *(os.path.join(folder, path) for folder in (*folders, checkout)))
+        places = (*inside, *(os.path.join(folder, path) for folder in (*folders, str(_CHECKOUT))))
         return next((place for place in places if path and os.path.exists(place)), path)
 
     for key in PATHS:

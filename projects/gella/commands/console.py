@@ -32,10 +32,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help shows an example\n")
 
 
+def project(path: str) -> str:
+    """A path of this project as seen from here, for a command to go on with.
+
+    The project is the checkout of the script that runs; there is none of an installed command.
+    """
+    root = Path(sys.argv[0]).absolute().parent.parent
+    return os.path.relpath(root / path) if (root / "tools/train_net.py").is_file() else path
+
+
 def tools() -> str:
-    """The folder of this project's scripts as seen from here, for a command to go on with."""
-    folder = Path(sys.argv[0]).parent
-    return os.path.relpath(folder) if (folder / "train_net.py").is_file() else "tools"
+    """The folder of this project's scripts as seen from here."""
+    return project("tools")
 
 
 def shown(text: object) -> str:

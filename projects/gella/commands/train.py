@@ -46,6 +46,7 @@ from detectron2.utils.logger import setup_logger
 from gella import load_config
 from gella.commands.console import USER_ERRORS, tell_error, tools
 from gella.commands.inputs import config_of
+from gella.config import find_config
 from gella.data.register import import_modules
 from gella.engine.checkpoint import FOLDER as CHECKPOINTS
 from gella.engine.checkpoint import CheckpointStore
@@ -109,6 +110,7 @@ def setup(args: Any) -> CfgNode:
     """
     cfg = config_of(args.config_file, args.opts or [])
     cfg.freeze()
+    args.config_file = str(find_config(args.config_file))  # which it notes as it stands
     default_setup(cfg, args)
     # Detectron2 sets its own loggers up only.
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="gella")

@@ -277,7 +277,7 @@ def root_from_environment() -> str:
     """``$DETECTRON2_DATASETS``, else ``datasets`` here, or in the checkout where there is none."""
     checkout = Path(__file__).resolve().parents[3] / "datasets"
     default = str(checkout) if checkout.is_dir() and not Path("datasets").is_dir() else "datasets"
-    return os.getenv("DETECTRON2_DATASETS", default)
+    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS") or default)
 
 
 def read_dataset(name: str, problems: Problems) -> RecordStore:
