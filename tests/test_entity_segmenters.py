@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import time
 from itertools import product
 from types import SimpleNamespace
 
@@ -14,9 +15,11 @@ from PIL import Image
 from refusals import refused
 from safetensors.torch import load_file, save_file
 from tiny_segmenters import save_mask2former, save_sam, save_sam2, save_toy
+from tiny_weights import fill_hub
 
 from gella.entities.sources import load_from_record, source_for
 from gella.segmenters.from_detectron2 import resized_size
+from gella.segmenters.from_transformers import at_hand, how_to_find
 from gella.segmenters.segmenter import MaskLimits, Segmenter, SegmenterSource, load_segmenter
 
 SAM_OPTIONS = {"points_per_side": "4", "pred_iou_thresh": "-1000"}
@@ -312,3 +315,27 @@ def test_a_segmenter_is_a_source_that_a_config_can_name(tmp_path):
     empty = {"file_name": str(tmp_path / "b.png"), "image_id": "b"}
     refused("image b .*found no entity", source.load, empty)
     refused("lacks its weights", source_for, [["*", "segmenter", "detectron2:x"]], "my_set")
+
+
+def test_a_hub_that_does_not_answer_is_one_message_and_its_cache_is_used(
+    tmp_path, monkeypatch, capfd
+):
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("HF_HUB_OFFLINE", False), ("ENDPOINT", "http://127.0.0.1:9")):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert at_hand() == [] and how_to_find().startswith("--segmenter transformers:facebook/mask2f")
+    began = time.monotonic()
+    with pytest.raises(FileNotFoundError, match="segmenter sam:tiny/sam: http.* does not answer"):
+        load_segmenter("sam:tiny/sam", "cpu")
+    said = capfd.readouterr()
+    assert "Retrying" not in said.err + said.out and time.monotonic() - began < 20
+    save_sam(tmp_path / "models" / "sam")
+    (tmp_path / "models" / "notes").mkdir()
+    assert at_hand() == ["sam:models/sam"]
+    assert how_to_find() == "--segmenter sam:models/sam (its weights are on this machine)"
+    fill_hub(tmp_path / "cache", {"sam": tmp_path / "models" / "sam"})
+    assert at_hand() == ["sam:tiny/sam", "sam:models/sam"]
+    load_segmenter("sam:tiny/sam", "cpu", {"points_per_side": "2"})

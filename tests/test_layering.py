@@ -47,7 +47,7 @@ HOMES = {
     "bitsandbytes": {"modeling.adapters"},
     "accelerate": {"modeling.adapters"},
     "safetensors": {"weights.files"},
-    "huggingface_hub": {"weights.files"},
+    "huggingface_hub": {"weights.files", "utils.hub"},
     "mask2former": {"modeling.upstream_mask_decoder"},
     "gradio": {"commands.app_page"},
     "openai": {"captions.endpoint"},

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from gella.captions.captioner import Picture, Reply, StoppedError, Tally
+from gella.utils.hub import hub_options
 
 
 class LocalCaptioner:
@@ -114,8 +115,9 @@ def _load(path: str, dtype: str) -> tuple[Any, Any]:
     if looks_local and not os.path.isdir(path):
         raise FileNotFoundError(f"no model folder at {path}; check --local")
     try:
-        processor = AutoProcessor.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        options = hub_options(path)
+        processor = AutoProcessor.from_pretrained(path, **options)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Sequence
@@ -13,6 +14,40 @@ import torch
 from PIL import Image
 
 from gella.segmenters.segmenter import Segmenter, one_of
+from gella.utils.hub import cached_models, hub_options
+from gella.utils.io import read_json
+
+SUGGESTED = (
+    "transformers:facebook/mask2former-swin-large-coco-panoptic",
+    "transformers:tue-mps/coco_panoptic_eomt_large_640",
+    "sam:facebook/sam-vit-base",
+)
+"""Specs of models on the hub that find everything in a photograph."""
+
+_TYPES = {  # by the model_type of a config.json
+    **dict.fromkeys(("sam", "sam_hq", "sam2"), "sam"),
+    **dict.fromkeys(("mask2former", "oneformer", "maskformer", "detr", "eomt"), "transformers"),
+}
+
+
+def at_hand() -> list[str]:
+    """Specs of the segmenters whose weights are on this machine: in the hub's cache, or in a folder
+    of ``models/`` here. Those of whole entities come first; SAM also finds their parts."""
+    places = {str(folder): folder for folder in Path("models").glob("*")} | cached_models()
+    specs = []
+    for name, folder in places.items():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kind = _TYPES[read_json(folder / "config.json")["model_type"]]
+            if any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+                specs.append(f"{kind}:{name}")
+    return sorted(specs, reverse=True)
+
+
+def how_to_find() -> str:
+    """The option to type for masks of pictures that have none."""
+    if here := at_hand():
+        return f"--segmenter {here[0]} (its weights are on this machine)"
+    return f"--segmenter {SUGGESTED[0]} (or {', '.join(SUGGESTED[1:])})"
 
 
 class SamSegmenter(Segmenter):
@@ -199,12 +234,16 @@ def _load(kind: str, path: str, processor_class: Any, model_class: Any) -> tuple
         )
     source = str(folder) if folder.is_dir() else path
     try:
+        options = {"trust_remote_code": False, **hub_options(source)}
+    except OSError as error:
+        raise FileNotFoundError(f"{name}: {error}") from error
+    try:
         model, info = model_class.from_pretrained(
-            source, output_loading_info=True, weights_only=True, trust_remote_code=False
+            source, output_loading_info=True, weights_only=True, **options
         )
         if isinstance(processor_class, tuple):
             processor_class = processor_class[model.config.model_type == "oneformer"]
-        processor = processor_class.from_pretrained(source, trust_remote_code=False)
+        processor = processor_class.from_pretrained(source, **options)
     except ImportError as error:
         raise ValueError(f"{name} needs a package: {_one_line(error)}") from error
     except Exception as error:  # transformers raises many types: no model, another kind, damaged

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gella.text.words import in_a_row, number_in_words, with_article
+from gella.utils.hub import hub_options
 
 SEG_TOKEN = "<SEG>"
 IMAGE_MARK = "<image>"  # never in the text itself; the template puts the image tokens there
@@ -111,7 +112,8 @@ def load_tokenizer(path: str) -> Any:
         names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         whole = names & {"tokenizer.json", "tokenizer_config.json"}
         bare = "tokenizer.model" in names and not whole
-        tokenizer = (LlamaTokenizer if bare else AutoTokenizer).from_pretrained(folder)
+        kind = LlamaTokenizer if bare else AutoTokenizer
+        tokenizer = kind.from_pretrained(folder, **hub_options(folder))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise FileNotFoundError(
