@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -652,18 +653,58 @@ def test_pictures_of_a_folder(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    found = list_pictures(tmp_path, [tmp_path / "out", tmp_path / "a" / "m"])
+    found = list_pictures([tmp_path], [tmp_path / "out", tmp_path / "a" / "m"])
     # only_masks.png belongs to no picture, so it is one.
     assert [item.name for item in found] == ["a/x.JPG", "b.png", "only_masks.png", "z.webp"]
     assert found[0].image_id == "x"
-    assert [item.name for item in list_pictures(tmp_path / "b_masks.png")] == ["b_masks.png"]
+    assert [item.name for item in list_pictures([tmp_path / "b_masks.png"])] == ["b_masks.png"]
     with pytest.raises(ValueError, match="also the folder of the output"):
-        list_pictures(tmp_path, [tmp_path / "." / ""])
+        list_pictures([tmp_path], [tmp_path / "." / ""])
     with pytest.raises(FileNotFoundError, match="absent does not exist"):
-        list_pictures(tmp_path / "absent")
+        list_pictures([tmp_path / "absent"])
     (tmp_path / "a" / "x.JPG").unlink()
     with pytest.raises(ValueError, match="holds no picture"):
-        list_pictures(tmp_path / "a", [tmp_path / "a" / "m"])
+        list_pictures([tmp_path / "a"], [tmp_path / "a" / "m"])
+
+
+def test_pictures_of_several_paths_and_patterns(tmp_path: Path, monkeypatch: Any) -> None:
+    for name in ("a/x.png", "a/x_masks.png", "a/b/y.jpg", "a/notes.txt", "c/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given, names in (
+        (["a/x.png", "a/x_masks.png"], ["x.png"]),  # as a shell expands a/*.png
+        (["a/*.png"], ["x.png"]),
+        (["~/a/*"], ["b/y.jpg", "x.png"]),
+        (["a/**/*.jpg"], ["y.jpg"]),
+        (["a", "a/x.png", tmp_path / "a"], ["b/y.jpg", "x.png"]),  # each once
+        (["c/x.png", "a"], ["c/x.png", "a/b/y.jpg", "a/x.png"]),
+        (["./c/../c/x.png"], ["x.png"]),
+    ):
+        assert [item.name for item in list_pictures(given)] == names, given
+    for given in ("a/*.gif", "d/x.png"):
+        with pytest.raises(FileNotFoundError, match=f"image {re.escape(given)} does not exist"):
+            list_pictures([given])
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("x.mp4", b""),
+        ("x.MOV", b""),
+        ("x.jpg", b"\0\0\0\x20ftypisom"),
+        ("x", b"\x1aE\xdf\xa3webm...."),
+        ("x.png", b"RIFF....AVI LIST"),
+    ],
+)
+def test_a_video_is_refused_before_the_model_is_loaded(refused, tmp_path, name, head):
+    (tmp_path / name).write_bytes(head)
+    words = [f"{name} is a video", f"ffmpeg -i {name}"]
+    refused("--caption", CAPTION, "--weights", "no.pth", input=name, words=words)
+    for kind in (b"avif", b"heic", b"mif1"):  # pictures
+        (tmp_path / "x.heic").write_bytes(b"\0\0\0\x20ftyp" + kind)
+        assert list_pictures([tmp_path / "x.heic"])
 
 
 def test_output_names_are_distinct_and_stay_in_the_folder() -> None:
@@ -717,6 +758,26 @@ def test_captions_of_json_lines(tmp_path: Path) -> None:
     assert [entry.image for entry in lost] == ["../a.png"] and "line 3" in lost[0].where
 
 
+def test_narratives_of_the_benchmark_are_captions(tmp_path: Path, coco_sample: Path) -> None:
+    file = coco_sample / "annotations" / "png_coco_val2017.json"
+    pictures = list_pictures([coco_sample / "val2017"])
+    found, lost = assign(read_captions(file), pictures)
+    narratives = json.loads(file.read_text())
+    assert not lost and sum(map(len, found.values())) == len(narratives)
+    for narrative in narratives:
+        (name,) = (p.name for p in pictures if p.image_id == int(narrative["image_id"]))
+        nouns = tuple(s["utterance"] for s in narrative["segments"] if s["noun"])
+        assert (narrative["caption"], nouns) in [entry[1:4:2] for entry in found[name]]
+    listed = [{"image_id": 7, "caption": "A cat.", "segments": []}, {"image": "a", "caption": "B."}]
+    (tmp_path / "c.json").write_text(json.dumps(listed, indent=1))
+    found, _ = assign(
+        read_captions(tmp_path / "c.json"), [picture("a.png"), picture("007.png", image_id=7)]
+    )
+    assert [entry[1:4] for entry in found["007.png"]] == [
+        ("A cat.", f"{tmp_path / 'c.json'}, entry 0", None)
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -727,6 +788,9 @@ def test_captions_of_json_lines(tmp_path: Path) -> None:
         ("c.txt", "q\tA.\n", "'q' is none of the 2 pictures"),
         ("c.txt", "x\tA.\n", "'x' could be a/x.png or b/x.png"),
         ("c.jsonl", "{", "line 1 is no JSON"),
+        ("c.json", "{\n}", "line 1 is no JSON"),
+        ("c.json", '[{"image": "x"}]', "entry 0: there is no field 'caption'"),
+        ("c.json", '[{"image_id": 1, "caption": "A.", "segments": [3]}]', "'segment_ids'"),
         ("c.jsonl", "[" * 100000, "line 1 is no JSON"),
         ("c.jsonl", "[]", "line 1: there is no field 'image'"),
         ("c.jsonl", '{"caption": "A."}', "line 1: there is no field 'image'"),
@@ -796,7 +860,7 @@ def test_masks_of_one_json_go_by_file_name_then_by_id(tmp_path: Path) -> None:
 
 def test_masks_beside_their_picture(tmp_path: Path) -> None:
     job = Job(picture("x.png", tmp_path), "x")
-    with pytest.raises(FileNotFoundError, match=r"x\.png: no masks; put x_masks\.png"):
+    with pytest.raises(FileNotFoundError, match=r"x\.png: no masks; put x_masks\.png.*--segmenter"):
         masks_beside().key(job)
     whole = masks_beside(whole=True)
     assert whole.load(job, np.zeros((2, 3, 3), np.uint8)).areas().tolist() == [6]

@@ -123,7 +123,8 @@ def _add_model(add: Any) -> None:
 def _add_input(group: Any) -> None:
     add = group.add_argument
     either = group.add_mutually_exclusive_group(required=True).add_argument
-    either("--input", metavar="PATH", help="a picture, or a folder of pictures (searched through)")
+    several = 'pictures, folders of them (searched through), patterns ("photos/*.jpg")'
+    either("--input", nargs="+", metavar="PATH", help=several)
     either("--dataset", metavar="NAME", help="a registered dataset instead of --input")
     add("--num", type=int, default=3, help="with --dataset: how many pictures (default 3)")
     masks = group.add_mutually_exclusive_group().add_argument
@@ -143,7 +144,8 @@ def _add_text(group: Any) -> None:
     nouns = group.add_mutually_exclusive_group().add_argument
     caption = "the sentence or expression, for every picture; repeatable"
     captions = "text: name<TAB>caption, or a caption per line; .jsonl: "
-    captions += '{"image", "caption", "nouns", "masks"} per line'
+    captions += '{"image", "caption", "nouns", "masks"} per line; .json: a list of these, or '
+    captions += "narratives of PNG"
     captioner = "an OpenAI-compatible endpoint (key: GELLA_API_KEY), or a local model of "
     captioner += "transformers, writes the captions"
     add("--task", choices=TASKS, default="ground", help="default: ground")
@@ -194,7 +196,7 @@ def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Source]]:
         FileNotFoundError, ValueError: of the files that the arguments name, or an empty caption.
     """
     leave_out = [Path(path) for path in (args.output, args.masks) if path]
-    pictures = list_pictures(Path(args.input), leave_out)
+    pictures = list_pictures(args.input, leave_out)
     if args.captions:
         assigned, lost = assign(read_captions(args.captions), pictures)
         for entry in lost[:LISTED]:
@@ -380,10 +382,8 @@ class Run:
                 self._fail(job, error)
                 continue
             self.done += 1
-            if isinstance(result, Grounding):
-                told = [f"{p['phrase']}: entities {p['entity_ids']}" for p in result.phrases]
-            elif isinstance(result, PanopticResult):
-                told = [f"{noun.text}: {len(noun.numbers)}" for noun in result.nouns()]
+            if isinstance(result, Grounding | PanopticResult):
+                told = [f"{noun.text}: {noun.listed}" for noun in result.nouns()]
             else:
                 told = [result if isinstance(result, str) else ", ".join(result)]
             lines = [f"  {shown(line)}" for line in told] + [f"wrote {shown(p)}" for p in paths]
@@ -582,7 +582,9 @@ def execute(args: argparse.Namespace) -> int:
         if hasattr(captioner, "address"):
             print(f"captions: the pictures are sent to {captioner.address}")
     categories = read_categories(args.categories)
-    single = args.dataset is None and len(jobs) == 1 and not Path(args.input).is_dir()
+    single = len(jobs) == len(args.input or ()) == 1 and Path(args.input[0]).is_file()
+    if single:
+        masks.find(jobs[0])  # a picture that has none is told before a large model is loaded
     predictor = GellaPredictor(cfg, config_file=args.config_file)
     if not cfg.MODEL.WEIGHTS:
         print("no weights: the model is untrained, and the output is labelled so")

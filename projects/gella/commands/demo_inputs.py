@@ -9,7 +9,8 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from gella.data.records import Place
 from gella.data.register import choose_entities, coco_panoptic_categories, dataset_records
 from gella.entities.entity_map import EntityMap
 from gella.entities.sources import FileSource, LiveSource, load_from_record
+from gella.segmenters.from_transformers import how_to_find
 from gella.segmenters.segmenter import MaskLimits, load_segmenter
 from gella.utils.io import file_hash, json_lines, read_json
 
@@ -132,13 +134,15 @@ class Names:
     A name is a picture's path below the input folder, or as much of the path's end as is enough;
     the suffix may be left out, and the more exact meaning counts. A name with more folders than the
     input has ("data/img/a.png" for "a.png") is tried by its end, unless it leads upwards. Names are
-    only compared, never opened.
+    only compared, never opened. Where a name means nothing else it is an image id, "142238" for
+    "000000142238.jpg".
     """
 
     def __init__(self, pictures: Sequence[Source]) -> None:
         """``pictures`` whose names are their paths below the input folder."""
-        self._meanings: list[dict[str, list[Source]]] = [defaultdict(list) for _ in range(4)]
+        self._meanings: list[dict[str, list[Source]]] = [defaultdict(list) for _ in range(5)]
         for picture in pictures:
+            self._meanings[4][str(picture.image_id)].append(picture)
             path = PurePosixPath(plain(picture.name))
             for place, form in enumerate((path, path.with_suffix(""))):
                 self._meanings[place][str(form)].append(picture)
@@ -183,10 +187,11 @@ class Entry(NamedTuple):
 def read_captions(file_name: str | Path) -> list[Entry]:
     """Read a file of captions: JSON lines by the suffix .jsonl, .ndjson or .json, else text.
 
-    JSON lines: ``image`` (or ``file_name``), ``caption`` (or ``description``, ``expression``,
-    ``text``) and, if wanted, ``nouns`` and ``masks``; so the files of ``tools/describe_images.py``
-    do. Text: ``name<TAB>caption`` in every line, or a caption in every line. Empty lines are
-    skipped.
+    JSON lines, or one list of them: ``image`` (or ``file_name``, ``image_id``), ``caption`` (or
+    ``description``, ``expression``, ``text``) and, if wanted, ``nouns`` and ``masks``; so the files
+    of ``tools/describe_images.py`` do. The narratives of Panoptic Narrative Grounding have their
+    nouns in ``segments`` (docs/FORMATS.md 2). Text: ``name<TAB>caption`` in every line, or a
+    caption in every line. Empty lines are skipped.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -196,7 +201,7 @@ def read_captions(file_name: str | Path) -> list[Entry]:
     if not path.is_file():
         raise FileNotFoundError(f"captions {path} do not exist; check --captions")
     if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
-        entries = [_json_entry(path, number, item) for number, item in json_lines(path)]
+        entries = [_json_entry(path, where, item) for where, item in _json_items(path)]
     else:
         # Not splitlines(): a caption may hold characters that it takes for line ends (U+2028).
         lines = _text(path).split("\n")
@@ -224,14 +229,30 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} is no UTF-8 text ({error.reason}); save it so") from error
 
 
-def _json_entry(path: Path, number: int, item: Any) -> Entry:
+def _json_items(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each entry of a JSON stands, and the entry: of a list in .json, or of lines."""
+    if path.suffix.lower() == ".json":
+        with suppress(ValueError):
+            if isinstance(content := read_json(path), list):
+                yield from ((f"entry {place}", item) for place, item in enumerate(content))
+                return
+    yield from ((f"line {number}", item) for number, item in json_lines(path))
+
+
+def _json_entry(path: Path, where: str, item: Any) -> Entry:
     if isinstance(item, ValueError):
         raise item
-    place, texts = Place(path, f"line {number}"), []
-    for keys in (("image", "file_name"), ("caption", "description", "expression", "text")):
+    place, texts = Place(path, where), []
+    names, spoken = ("image", "file_name", "image_id"), ("caption", "description", "expression")
+    for keys in (names, (*spoken, "text")):
         key = next((key for key in keys if isinstance(item, dict) and key in item), keys[0])
-        texts.append(plain(place.text(item, key)))
+        texts.append(plain((place.key if key == "image_id" else place.text)(item, key)))
     nouns, masks = item.get("nouns"), item.get("masks")
+    if nouns is None and "segments" in item:
+        segments = place.listed(item, "segments")
+        named = [s for s in segments if place.field(s, "segment_ids") or s.get("noun")]
+        nouns = [place.text(segment, "utterance") for segment in named] or None
+        item = {**item, "nouns": nouns}
     if nouns is not None:
         if not all(isinstance(noun, str) for noun in place.listed(item, "nouns")):
             place.wrong("field", "'nouns' is no list of texts")
@@ -240,7 +261,7 @@ def _json_entry(path: Path, number: int, item: Any) -> Entry:
         if not place.text(item, "masks") or "\0" in masks:
             place.wrong("field", "'masks' is no name of a file")
         masks = path.parent / masks
-    return Entry(texts[0], texts[1], f"{path}, line {number}", nouns, masks)
+    return Entry(texts[0], texts[1], f"{path}, {where}", nouns, masks)
 
 
 def assign(
@@ -356,8 +377,8 @@ def masks_beside(whole: bool = False) -> Masks:
         if whole:
             return {}
         raise FileNotFoundError(
-            f"image {job.picture.name}: no masks; put {beside[1].name} beside it, or give --masks "
-            "or --segmenter"
+            f"image {job.picture.name}: no masks; put {beside[1].name} beside it, give --masks "
+            f"FILE, or have them found: {how_to_find()}"
         )
 
     return Masks(find)

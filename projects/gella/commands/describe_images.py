@@ -121,7 +121,7 @@ def read_sources(args: argparse.Namespace) -> list[Source]:
     elif args.images_json:
         named = _from_json(args.images_json, Path(args.image_root))
     else:
-        named = (source for path in args.input for source in list_pictures(Path(path)))
+        named = (source for path in args.input for source in list_pictures([path]))
     sources = distinct(named, "name them apart, or give their ids by --images-json")
     if not sources:
         raise ValueError("there is no image in it")
