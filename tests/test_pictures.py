@@ -245,6 +245,32 @@ def test_panoptic_colours_by_category() -> None:
     assert picture.shape == (420, 672, 3) and (picture[::7, ::7] == colormap[:60]).all()
 
 
+def test_a_panoptic_map_has_the_numbers_of_the_entities() -> None:
+    given = np.zeros((96, 96), dtype=np.int32)
+    given[:30], given[30:50], given[50:70], given[70:90] = 40, 10, 30, 20
+    entities = EntityMap.from_id_image(given)  # 10, 20, 30, 40 are 1, 2, 3, 4
+    ids = np.zeros_like(given)
+    ids[:50], ids[52:70], ids[88:] = 1, 2, 3  # 20 is void; no entity lies below 90
+    info = [
+        {"id": k, "category_id": c, "isthing": 1, "score": 0.5} for k, c in ((2, 5), (1, 8), (3, 5))
+    ]
+    categories = [{"id": 5, "name": "dog"}, {"id": 8, "name": "sky"}]
+    picture = np.full((96, 96, 3), 40, np.uint8)
+    result = PanopticResult(picture, ids, info, categories, "w", entities=entities)
+    told = {s["id"]: (s["entity_numbers"], s["entity_ids"]) for s in result.to_json()["segments"]}
+    assert told == {2: ([3], [30]), 1: ([1, 4], [10, 40]), 3: ([2], [20])}
+    assert [noun.listed for noun in result.nouns()] == ["[2, 3, new]", "[1, 4]"]
+    assert [noun.scored for noun in result.nouns()][1] == "1 (0.50), 4 (0.50)"
+    numbered = result.numbered()
+    for y, number in ((0, 4), (40, 1), (51, 0), (60, 3), (80, 0), (89, 2), (92, 7)):
+        assert numbered[y, 5] == number, y
+    read = Reader(panoptic_html(result, key="p"))
+    says = {p["data-entity"]: p["data-says"] for p in read.having("data-entity")}
+    assert says["4"].startswith("entity 4") and says["7"].startswith("mask of the model")
+    assert sorted(read.each("data-label", tag="text")) == ["1", "2", "3", "4"]
+    assert result.plot().width >= 640
+
+
 # -- masks in a drawing of another size ------------------------------------------------------------
 
 
@@ -443,7 +469,7 @@ def test_every_entity_has_its_path_and_every_noun_its_numbers() -> None:
     assert [nouns[k]["data-entities"] for k in range(6)] == ["3", "1", "1 2 3", "4 6", "", "5"]
     (says,) = (p["data-says"] for p in read.having("data-entity") if p["data-entity"] == "3")
     assert all(part in says for part in ("entity 3", "A ring", "all things")) and "dot" not in says
-    assert nouns[2]["data-says"].endswith(": [1, 2, 3]")
+    assert nouns[2]["data-says"].endswith(": 1 (0.90), 2 (0.90), 3 (0.90)")
     assert nouns[4]["data-says"].endswith(": no entity")
 
 
@@ -616,7 +642,7 @@ def test_pointing_lights_exactly_what_belongs_together(show: Any) -> None:
         tab.locator(f"#gella-a [data-noun='{noun}']").hover()
         assert lit(tab, "entity") == numbers and lit(tab, "noun") == [noun]
         assert lit(tab, "entity", "gella-b") == []
-    assert status(tab).startswith("the sparks: [5]")
+    assert status(tab).startswith("the sparks: 5 (0.90)")
     for pixel, number, nouns in (
         ((1, 1), 3, [0, 2]),
         ((3, 3), 1, [1, 2]),  # in the hole
@@ -669,9 +695,24 @@ def test_a_click_pins_until_the_next_one_or_escape(show: Any) -> None:
     assert lit(tab, "entity") == []
 
 
+def test_the_original_is_shown_and_enlarged(show: Any) -> None:
+    tab = show(grounding_html(usual(), key="a"))
+    path, svg = tab.locator("#gella-a path").first, tab.locator("#gella-a svg")
+    width, original = svg.bounding_box()["width"], tab.get_by_role("button", name="Original")
+    for pressed in ("true", "false"):
+        original.click()
+        assert original.get_attribute("aria-pressed") == pressed
+        assert path.is_visible() == (pressed == "false")
+    for times in (2, 4, 1):
+        tab.get_by_role("button", name="Zoom").click()
+        assert svg.bounding_box()["width"] == pytest.approx(times * width, rel=0.05)
+        assert tab.get_by_role("button", name=f"Zoom: {times}\u00d7").is_visible()
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
 def test_the_keyboard_does_the_same(show: Any) -> None:
     tab = show(grounding_html(usual(), key="a"))
-    for numbers in ([3], [1], [1, 2, 3], [4], [], [5]):
+    for numbers in ([], [], [3], [1], [1, 2, 3], [4], [], [5]):  # two buttons first
         tab.keyboard.press("Tab")
         assert lit(tab, "entity") == numbers
     for key in ("Shift+Tab", "Shift+Tab", "Enter", "Tab"):
@@ -680,7 +721,7 @@ def test_the_keyboard_does_the_same(show: Any) -> None:
     tab.keyboard.press("Escape")
     assert lit(tab, "entity") == []  # the noun in focus has no mask
     names = [n.get_attribute("aria-label") or "" for n in tab.locator("[role=button]").all()]
-    assert len(names) == 6 and all("[" in name or "no entity" in name for name in names)
+    assert len(names) == 6 and all("(0.9" in name or "no entity" in name for name in names)
 
 
 def test_figures_that_come_later_work_and_the_script_may_come_twice(show: Any) -> None:

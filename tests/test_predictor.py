@@ -238,6 +238,7 @@ def test_refer_and_panoptic(cfg, scene):
     mask = loaded["segments"][0].pop("mask")
     assert (mask_utils.decode(mask) == (result.ids == 1)).all() and result.untrained
     segment = {"id": 1, "category_id": 4, "category": "sand", "isthing": False, "score": 0.5}
+    segment |= {"entity_ids": [11], "entity_numbers": [1]}  # as drawn, and as the file has it
     known = {"config": "", "weights": "untrained", "categories": [sand], "segments": [segment]}
     assert loaded == {"task": "panoptic", "height": 60, "width": 90, **known}
 

@@ -26,6 +26,7 @@ class Noun(NamedTuple):
         made: ids of its masks that the model made itself, ascending.
         names: how a reader is told of both: "1", "2", "new".
         start, end: characters of the caption; -1 where it is not in it.
+        scores: of each name, 0..1.
     """
 
     text: str
@@ -35,6 +36,13 @@ class Noun(NamedTuple):
     names: tuple[str, ...] = ()
     start: int = -1
     end: int = -1
+    scores: tuple[float, ...] = ()
+
+    @property
+    def scored(self) -> str:
+        """Its entities as text with their scores, such as "1 (0.98), new (0.61)"."""
+        pairs = zip(self.names, self.scores)
+        return ", ".join(f"{name} ({score:.2f})" for name, score in pairs) or "no entity"
 
     @property
     def listed(self) -> str:
@@ -158,7 +166,11 @@ class Grounding:
             made = tuple(sorted(entity for entity in ids if entity not in known))
             names = [*numbers, *(made if self.own_masks else ["new"] * len(made))]
             texts = tuple(str(name) for name in names)
-            span = (item["start"], item["end"])
+            score = dict(zip(ids, item["scores"]))
+            scores = [
+                *sorted(ids, key=lambda entity: (entity not in known, known.get(entity, entity)))
+            ]
+            span = (item["start"], item["end"], tuple(score[entity] for entity in scores))
             nouns.append(Noun(item["phrase"], color, numbers, made, texts, *span))
         return nouns
 
@@ -228,6 +240,7 @@ class PanopticResult:
         categories: ``id``, ``name`` and ``isthing`` of every category that was asked for.
         weights: the checkpoint file, "" for untrained weights.
         config: the config file, "" if there was none.
+        entities: the input entities that the segments are made of; None numbers the segments.
     """
 
     image: np.ndarray
@@ -236,6 +249,7 @@ class PanopticResult:
     categories: Sequence[dict[str, Any]] = field(default_factory=list)
     weights: str = ""
     config: str = ""
+    entities: EntityMap | None = None
 
     @property
     def untrained(self) -> bool:
@@ -248,7 +262,12 @@ class PanopticResult:
         return {category["id"]: category["name"] for category in self.categories}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the result in values that ``json`` can write; masks as COCO's compressed RLE."""
+        """Return the result in values that ``json`` can write; masks as COCO's compressed RLE.
+
+        ``entity_numbers`` and ``entity_ids`` of a segment are those of `Grounding.to_json`.
+        """
+        known, members = self.entities.segment_ids if self.entities else [], self.members()
+        numbers = {s: [k for k in group if k <= self.last] for s, group in members.items()}
         return {
             "task": "panoptic",
             "height": int(self.ids.shape[0]),
@@ -263,6 +282,8 @@ class PanopticResult:
                     "category": self.names.get(segment["category_id"]),
                     "isthing": bool(segment["isthing"]),
                     "score": float(segment["score"]),
+                    "entity_ids": [known[k - 1] for k in numbers[segment["id"]] if known],
+                    "entity_numbers": numbers[segment["id"]],
                     "mask": coded["mask"],
                 }
                 for segment, coded in zip(self.segments_info, self.to_rle(), strict=True)
@@ -276,22 +297,55 @@ class PanopticResult:
             for segment in self.segments_info
         ]
 
+    @property
+    def last(self) -> int:
+        """The last number of an entity."""
+        return len(self.segments_info) if self.entities is None else self.entities.num_entities
+
     def numbered(self) -> np.ndarray:
-        """Segments numbered 1, 2, ... in the order of ``segments_info``: int32 (H, W), 0 = void."""
-        return EntityMap.from_id_image(self.ids, [s["id"] for s in self.segments_info]).ids
+        """What each pixel's segment is made of: int32 (H, W), 0 = void.
+
+        An input entity has its number, from 1 in their order, as in every other result. Above
+        `last` come the masks that the model made itself, one a segment.
+        """
+        entities = np.zeros_like(self.ids) if self.entities is None else self.entities.ids
+        width = int(self.ids.max()) + 1
+        pairs = np.bincount((entities.astype(np.int64) * width + self.ids).ravel())
+        pairs = np.pad(pairs, (0, -len(pairs) % width)).reshape(-1, width)
+        pairs[0], pairs[:, 0] = 0, 0
+        # An entity belongs to the segment that has most of it.
+        owned = pairs.argmax(axis=1)[entities] == self.ids
+        made = np.zeros(width, dtype=np.int32)
+        for place, segment in enumerate(self.segments_info, start=1):
+            made[segment["id"]] = place if self.entities is None else self.last + place
+        rest = made[self.ids]
+        return np.where(owned & (rest > 0), entities, rest)
+
+    def members(self) -> dict[int, list[int]]:
+        """The numbers (`numbered`) that each segment is made of, ascending, by its id."""
+        numbers = self.numbered()
+        owners = np.zeros(int(numbers.max()) + 1, dtype=np.int32)
+        owners[numbers] = self.ids
+        owners[0] = 0
+        return {s["id"]: np.flatnonzero(owners == s["id"]).tolist() for s in self.segments_info}
 
     def nouns(self) -> list[Noun]:
-        """The categories that were found, with the numbers of their segments (`numbered`)."""
-        members: dict[int, list[int]] = {}
-        for number, segment in enumerate(self.segments_info, start=1):
-            members.setdefault(segment["category_id"], []).append(number)
-        return [
-            Noun(self.names[k], color, tuple(group), (), tuple(map(str, group)))
-            for color, (k, group) in enumerate(members.items())
-        ]
+        """The categories that were found, with the numbers (`numbered`) of what they name."""
+        found: dict[int, dict[int, float]] = {}
+        members = self.members()
+        for segment in self.segments_info:
+            scored = dict.fromkeys(members[segment["id"]], segment.get("score", 1.0))
+            found.setdefault(segment["category_id"], {}).update(scored)
+        nouns = []
+        for color, (k, group) in enumerate(found.items()):
+            numbers = tuple(sorted(group))
+            names = tuple(str(number) if number <= self.last else "new" for number in numbers)
+            scores = tuple(group[number] for number in numbers)
+            nouns.append(Noun(self.names[k], color, numbers, (), names, scores=scores))
+        return nouns
 
     def plot(self) -> Image.Image:
-        """Draw the map: one colour per category, one outline per segment, names below."""
+        """Draw the map: a colour per category, entities outlined and numbered, names below."""
         nouns, panels = self.nouns(), Panels(self.image)
         colors = palette(len(nouns))
         panels.layer(self.ids != 0)  # refuses a map of another size
@@ -299,8 +353,9 @@ class PanopticResult:
         layers = panels.layers(layers_of_ids(self.numbered()))
         panels.blend([(layer, owner[number]) for number, layer in layers.items()])
         panels.outline([(layer, [owner[number]]) for number, layer in layers.items()])
-        items = []
-        for noun, color in zip(nouns, colors, strict=True):
-            count = len(noun.numbers)
-            items.append([Piece(noun.text, color), Piece(f" x {count}" if count > 1 else "")])
-        return panels.picture({}, [], items, untrained=self.untrained)
+        labelled = {number: layer for number, layer in layers.items() if number <= self.last}
+        items = [
+            [Piece(noun.text, color), Piece(f": {noun.listed}")]
+            for noun, color in zip(nouns, colors, strict=True)
+        ]
+        return panels.picture(labelled, [], items, untrained=self.untrained)

@@ -43,6 +43,10 @@ _DATA = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]*")
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _BIDI = re.compile("[\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _HINT = "Point at a noun or a mask. A click keeps it lit, another click or Escape lets go."
+_TOOLS = (
+    '<button type="button" data-act="original" aria-pressed="false">Original</button>'
+    '<button type="button" data-act="zoom" data-zoom="1">Zoom: 1\u00d7</button>'
+)
 _PAGE_STYLE = """:root { color-scheme: light dark; }
 body { margin: 0; background: Canvas; color: CanvasText; font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 1280px; margin: 0 auto; padding: 12px 16px 48px; }
@@ -136,13 +140,16 @@ def grounding_html(result: Grounding, *, key: str, image_src: str | None = None)
 
 
 def panoptic_html(result: PanopticResult, *, key: str, image_src: str | None = None) -> str:
-    """Return a panoptic map as a figure: every segment a path, every category found a chip.
+    """Return a panoptic map as a figure: every entity a path, every category found a chip.
 
-    Segments are numbered 1, 2, ... in the order of ``segments_info``; the other arguments and the
-    errors are those of :func:`grounding_html`.
+    Entities have the numbers of `PanopticResult.numbered`; the other arguments and the errors are
+    those of :func:`grounding_html`.
     """
-    layers = layers_of_ids(result.numbered())
-    areas = [Area(number, f"segment {number}", layer) for number, layer in layers.items()]
+    areas = [
+        Area(k, f"entity {k}" if own else "mask of the model", layer, own)
+        for k, layer in layers_of_ids(result.numbered()).items()
+        for own in (k <= result.last,)
+    ]
     nouns = result.nouns()
     chips = " ".join(_chip(noun, place, noun.text) for place, noun in enumerate(nouns))
     parts = [f'<p class="caption">{chips or "no segment"}</p>']
@@ -226,11 +233,14 @@ def _figure(
             "http(s), blob or a base64 data URI of a PNG, JPEG, WebP or GIF"
         )
     svg = _areas_svg(result.image.shape[:2], areas, nouns, source, f"gella-{key}")
+    scores = "".join(f"<li>{safe(isolated(n.text))}: {safe(n.scored)}</li>" for n in nouns)
     warning = f'<p class="warning">{UNTRAINED}</p>' if result.untrained else ""
     status = f'<p class="status" role="status" data-hint="{safe(_HINT)}">{safe(_HINT)}</p>'
     return (
-        f'<figure class="gella" id="gella-{key}">{warning}{svg}'
-        f"<figcaption>{''.join(parts)}{status}</figcaption></figure>"
+        f'<figure class="gella" id="gella-{key}">{warning}<div class="view">{_TOOLS}{svg}</div>'
+        f"<figcaption>{''.join(parts)}{status}"
+        f'<ul class="note" aria-label="entities and their scores">{scores}</ul>'
+        "</figcaption></figure>"
     )
 
 
@@ -238,7 +248,7 @@ def _chip(noun: Noun, place: int, text: str) -> str:
     """The noun of index ``place`` as a chip that lights its areas, ``text`` written on it."""
     numbers = " ".join(str(number) for number in noun.numbers)
     shown = ", ".join(noun.names) if len(noun.names) <= 4 else f"\u00d7{len(noun.names)}"
-    says = f"{isolated(noun.text)}: {noun.listed}"
+    says = f"{isolated(noun.text)}: {noun.scored}"
     look = f"noun c{noun.color % _COLORS}" if noun.numbers else "noun none"
     return (
         f'<span class="{look}" role="button" tabindex="0" aria-pressed="false" '

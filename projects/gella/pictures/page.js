@@ -67,9 +67,25 @@
     focus(event.target.matches(":focus-visible") ? partOf(event.target) : null);
   });
   document.addEventListener("focusout", () => focus(null));
+  function act(figure, button) {
+    if (button.dataset.act === "original") {
+      button.setAttribute("aria-pressed", String(figure.classList.toggle("plain")));
+      return;
+    }
+    const stage = figure.querySelector(".stage");
+    const zoom = (Number(button.dataset.zoom) % 4) * 2 || 1; // 1, 2, 4, 1
+    figure.classList.remove("zoom2", "zoom4");
+    if (zoom > 1) figure.classList.add(`zoom${zoom}`);
+    button.dataset.zoom = zoom;
+    button.textContent = `Zoom: ${zoom}\u00d7`;
+    stage.scrollTo((stage.scrollWidth - stage.clientWidth) / 2, (stage.scrollHeight - stage.clientHeight) / 2);
+  }
+
   document.addEventListener("click", (event) => {
     const part = partOf(event.target);
-    if (part) pin(figureOf(part), part);
+    const button = event.target instanceof Element && event.target.closest(".gella [data-act]");
+    if (button) act(figureOf(button), button);
+    else if (part) pin(figureOf(part), part);
     else if (event.target instanceof Element && figureOf(event.target)) {
       pin(figureOf(event.target), null);
     }

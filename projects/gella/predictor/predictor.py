@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,7 +89,7 @@ class GellaPredictor:
         """Build a predictor from files.
 
         Args:
-            config_file: YAML, such as those in ``configs/``.
+            config_file: YAML, such as those in ``configs/``, or a folder of weights with its own.
             weights: checkpoint file; "" for untrained weights, None for what the config names.
             device: "cpu", "cuda", ...; None for what the config names.
             dtype: "float32", or "bfloat16": the language decoder's weights are kept in it
@@ -344,14 +345,16 @@ class GellaPredictor:
         with self._computing():
             found = self.model.find_entities([one.inputs for one in asked], encoded)
         model = self.cfg.MODEL
+        own_masks = model.MASK_DECODER.QUERIES == "learned" and not model.GELLA.SNAP
         source = {"config": self.config_file, "weights": model.WEIGHTS}
         results: list[Grounding | PanopticResult] = []
         for (question, scene, inputs), result in zip(asked, found):
             if question.task == "panoptic":
                 ids, segments = result["panoptic_seg"]
                 ids = np.asarray(ids.cpu(), dtype=np.int32)
-                categories = question.categories
-                results.append(PanopticResult(scene.image, ids, segments, categories, **source))
+                given = {"categories": question.categories, **source}
+                given["entities"] = None if own_masks else scene.entities
+                results.append(PanopticResult(scene.image, ids, segments, **given))
                 continue
             results.append(
                 Grounding(
@@ -361,7 +364,7 @@ class GellaPredictor:
                     phrases=result["grounding"],
                     colormap=scene.colormap,
                     task=question.task,
-                    own_masks=model.MASK_DECODER.QUERIES == "learned" and not model.GELLA.SNAP,
+                    own_masks=own_masks,
                     cut_nouns=[item["text"] for item in question.phrases[len(inputs["phrases"]) :]],
                     **source,
                 )
@@ -427,7 +430,8 @@ def _phrases_question(caption: str, phrases: Sequence[dict[str, Any]]) -> Questi
     _told("caption", caption)
     if not phrases or not all(phrase["text"].strip() for phrase in phrases):
         raise ValueError(
-            f'caption without nouns: "{caption}"; write one that names something, or give nouns'
+            f'caption without nouns: "{shorten(caption, 80, placeholder=" ...")}"; write one that '
+            "names something, or give nouns"
         )
     plain = [_phrase(phrase["text"], phrase["start"], phrase["end"]) for phrase in phrases]
     return Question("ground", caption, plain)
