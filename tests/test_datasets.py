@@ -22,6 +22,7 @@ from refusals import refused
 import gella.data
 from gella import add_gella_config
 from gella.data import register as datasets
+from gella.data.check import check_dataset
 from gella.data.mapper import GroundingMapper
 from gella.data.panoptic import load_instances, read_categories
 from gella.data.records import json_lines
@@ -142,6 +143,7 @@ def test_names_and_metadata():
         *(f"gella_refcoco_google_{s}" for s in ("train", "val", "test")),
         *(f"gella_refcocog_umd_{s}_panoptic" for s in ("train", "val", "test")),
         *(f"gella_refcocog_google_{s}" for s in ("train", "val")),
+        *(f"gella_grefcoco_unc_{s}" for s in unc),
     }
     assert all(re.fullmatch(r"\w+", name) for name in names)  # of files, shells and YAML alike
     kinds = {
@@ -378,6 +380,50 @@ def test_every_published_split_is_registered(refcoco):
         assert len(record["expressions"]) == 2
 
 
+TARGETS = [[101, 102, 101], [-1], [], 102, -1]
+MEANT = [[101, 102], [], [], [102], []]
+
+
+@pytest.mark.parametrize("suffix", ["json", "p"])
+def test_expressions_may_mean_several_objects_or_none(refcoco, tokenizer, suffix):
+    refs = [{**ref(k, ann_id, 9, "val")} for k, ann_id in enumerate(TARGETS)]
+    refs[1]["no_target"], folder = True, refcoco / "grefcoco"
+    (folder / "refs(unc).p").unlink()
+    told = r"grefcoco/grefs\(unc\).json does not exist; .*datasets/README.md"
+    with nothing_registered() as load:
+        register_all(refcoco)
+        refused(told, load, "gella_grefcoco_unc_val", error=FileNotFoundError)
+        write_refs(folder / "grefs(unc).p", refs)
+        if suffix == "json":
+            (folder / "grefs(unc).json").write_text(json.dumps(refs))
+            (folder / "grefs(unc).p").write_bytes(b"not read")
+        one = load("gella_grefcoco_unc_val")
+        report = check_dataset("gella_grefcoco_unc_val")
+    assert [r["expressions"][0]["segment_ids"] for r in one[::2]] == MEANT and len(one) == 10
+    counts = {"refs": 5, "expressions": 10, "expressions of several objects": 2}
+    assert report.figures.items() >= {**counts, "expressions of no objects": 6}.items()
+    assert [f.kind for f in report.findings] == []
+    sizes = {"image_size": 32, "colormap_size": 32, "num_image_tokens": 4}
+    for is_train in (False, True):
+        mapper = GroundingMapper(is_train=is_train, tokenizer=tokenizer, task="refer", **sizes)
+        found = [mapper(r)["phrases"][0] for r in one[::2]]
+        # None would leave the noun out of the loss: it is to be learnt that it names nothing.
+        assert [p["entity_indices"] for p in found] == [[0, 1], [], [], [1], []]
+        assert [p["is_plural"] for p in found] == [True, False, False, False, False]
+    panoptic = write_panoptic(refcoco)
+    where = (folder, "unc", "val", refcoco / "coco" / "train2014")
+    joined = datasets.load_refcoco(*where, match="overlap", per="image", **panoptic)
+    assert [e["segment_ids"] for e in joined[0]["expressions"][::2]] == MEANT
+    refused("object 10[12] is none of its 2 segments", datasets.load_refcoco, *where, **panoptic)
+    refs[0]["ann_id"] = [101, 7, 8]
+    write_refs(folder / "grefs(unc).p", refs)
+    (folder / "grefs(unc).json").write_text(json.dumps(refs))
+    refused(r"grefs.*ref 0, image 9: object 7, 8 is not in", datasets.load_refcoco, *where)
+    assert held_out_images(refcoco) == {"9"}
+    (folder / "grefs(unc).json").write_text(json.dumps([{**refs[1], "image_id": 77}]))
+    assert held_out_images(refcoco) == {"9", "77"}
+
+
 def test_held_out_images_are_those_of_every_other_split_on_disk(refcoco, caplog):
     assert held_out_images(refcoco) == {"9"}
     path = refcoco / "refcocog" / "refs(google).p"
@@ -399,7 +445,7 @@ def test_the_key_is_off_by_default_and_only_coco_train2017_loses_images(
 ):
     path = refcoco / "refcoco+" / "refs(unc).p"
     refs = pickle.loads(path.read_bytes())
-    refs[0]["image_id"] = 2  # of the shapes
+    refs[0]["image_id"] = "002"  # of the shapes; ids count by value
     write_refs(path, refs)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(refcoco))
     cfg = get_cfg()

@@ -205,6 +205,8 @@ def test_nothing_is_missing_where_all_is_there(look):
         (["SOLVER.IMS_PER_BATCH", 5], {"processes": 2}, "IMS_PER_BATCH is 5.*2 process"),
         (["SOLVER.ZERO.CONFIG", "absent.json"], {}, "SOLVER.ZERO.CONFIG.*absent.json"),
         (["MODEL.COLORMAP_ENCODER.ARCH", "typo"], {}, "typo.* is not a timm model"),
+        (["DATASETS.TEST", "()"], {"trains": False, "data": True}, "DATASETS.TEST is empty"),
+        (["DATASETS.TEST", "()"], {}, None),
         (["MODEL.DEVICE", "cuda"], {}, None),  # small enough for the CPU
     ],
 )

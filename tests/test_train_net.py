@@ -11,6 +11,7 @@ import signal
 
 import pytest
 import torch
+from dataset_scripts import places, registered
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from test_stopping import stopped
@@ -18,7 +19,7 @@ from toy_run import CONFIG, KILL, SCRIPT, SMALL, finish, start_script
 
 from gella.commands import calibrate, score
 from gella.commands import train as train_command
-from gella.data.register import register_all, root_from_environment
+from gella.data.register import register_all, register_png, root_from_environment
 from gella.utils.io import file_hash
 
 
@@ -260,6 +261,60 @@ def test_a_damaged_test_set_ends_the_run_before_it_trains(scenes, tmp_path):
     (line,) = [x for x in process.err.splitlines() if x.startswith("error: ")]
     assert "png_shapes_val.json" in line and "segment id 99" in line
     assert "Starting training" not in process.out
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("key", ["image_id", "height", "expressions"])
+def test_a_record_without_a_key_ends_the_run_before_the_model_is_built(
+    capsys, tmp_path, tokenizer_dir, monkeypatch, key, evaluates
+):
+    sides = {"image_id": 1, "height": 4, "width": 6, "tasks": ["refer"], "expressions": []}
+    record = {"file_name": "a.png", "entities": {"file_name": "a.npz"}, **sides}
+    records = [record, {k: value for k, value in record.items() if k != key}]
+    monkeypatch.setattr(train_command, "build_with_weights", lambda *_: 1 / 0)
+    monkeypatch.setattr(train_command.GellaTrainer, "build_model", lambda *_: 1 / 0)
+    common = [*SMALL, "MODEL.LANGUAGE.TOKENIZER", tokenizer_dir, "OUTPUT_DIR", tmp_path]
+    with registered(DatasetCatalog.register, lambda: records) as name:
+        MetadataCatalog.get(name).evaluator_type = "refcoco"
+        sets = [f"('{name}',)", "()"]
+        keys = ["DATASETS.TRAIN", sets[evaluates], "DATASETS.TEST", sets[not evaluates]]
+        torch.save({"model": {}}, tmp_path / "w.pth")
+        flags = ["--eval-only", "MODEL.WEIGHTS", tmp_path / "w.pth"] if evaluates else []
+        message = refused(capsys, *flags, *common, *keys)
+    assert f"{__file__}: dataset {name}, record 1 (a.png): there is no field '{key}'" in message
+
+
+def test_nothing_evaluated_is_told_after_the_scores(scenes, here, trained, tmp_path, capsys):
+    """Offline, and of thresholds, as well; other datasets keep their scores."""
+    where = places(scenes / "shapes", "val")
+    narratives = json.loads((scenes / "shapes/annotations/png_shapes_val.json").read_text())
+    for segment in (s for narrative in narratives for s in narrative["segments"]):
+        segment["segment_ids"] = []
+    (tmp_path / "png.json").write_text(json.dumps(narratives))
+    weights, out = f"{trained[1]}/model_final.pth", tmp_path / "out"
+    out.mkdir()
+    (out / "results.json").mkdir()  # which can then not be written
+    nouns, told = "gella_shapes_nouns_val", r"error: dataset \w+png: .*nothing was evaluated \(png"
+    with registered(register_png, png_json=tmp_path / "png.json", **where) as name:
+        for path, status in ((out, "results.json"), (tmp_path / "free", told)):
+            with pytest.raises(SystemExit, match="^2$"):
+                tests = f"('{nouns}', '{name}')"
+                here(path, "--eval-only", "MODEL.WEIGHTS", weights, "DATASETS.TEST", tests)
+            printed = capsys.readouterr()
+            assert "nouns (n)" in printed.out and re.search(status, printed.err)
+        content = json.loads((tmp_path / "free" / "results.json").read_text())
+        assert content["nouns"]["n"] > 0 and content["png"]["AR"] is None
+        shutil.copy(trained[1] / "config.yaml", tmp_path / "free")
+        changes = ["DATASETS.TEST", f"('{nouns}', '{name}')"]
+        assert score.main([str(tmp_path / "free"), *changes]) == 2
+        printed = capsys.readouterr()
+        assert "nouns (n)" in printed.out and re.search(told, printed.err)
+        command = ["--config-file", CONFIG, "--weights", weights, "--dataset", name, *SMALL]
+        keys = ["MODEL.LANGUAGE.TOKENIZER", str(scenes / "shapes" / "tokenizer")]
+        assert calibrate.main([*command, *keys]) == 2
+        assert re.search(rf"error: dataset {name}: .*no grounded noun", capsys.readouterr().err)
+        assert calibrate.main([*command[:4], *SMALL, *keys, "DATASETS.TEST", "()"]) == 2
+        assert "nothing to calibrate on" in capsys.readouterr().err
 
 
 def test_bugs_keep_their_traceback():

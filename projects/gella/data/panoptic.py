@@ -9,20 +9,19 @@ from typing import Any
 from gella.data.records import STOP, Place, Problems, RecordStore, read_json
 
 
-def read_categories(panoptic_json: str | Path) -> list[dict[str, Any]]:
+def read_categories(path: str | Path, content: Any = None) -> list[dict[str, Any]]:
     """Return the categories of a panoptic file, or of one that lists them alone, in its order.
+
+    Args:
+        path: the file.
+        content: what it holds, where that is known.
 
     Raises:
         ValueError: there is no ``categories``, or an id or a name occurs twice.
     """
-    content = read_json(panoptic_json)
+    content = read_json(path) if content is None else content
     if isinstance(content, list):
         content = {"categories": content}
-    return as_categories(content, panoptic_json)
-
-
-def as_categories(content: Any, path: str | Path) -> list[dict[str, Any]]:
-    """The ``categories`` of a file's content; errors, which name ``path``, as `read_categories`."""
     categories: dict[int, dict[str, Any]] = {}
     names: dict[str, int] = {}
     for number, category in enumerate(Place(path).listed(content, "categories")):
@@ -95,7 +94,7 @@ def load_coco_panoptic(
     content = file.read(read_json)
     if content is None:
         return RecordStore()
-    categories = problems.attempt("categories", file, as_categories, content, panoptic_json)
+    categories = problems.attempt("categories", file, read_categories, panoptic_json, content)
     isthing = None if categories is None else {c["id"]: bool(c["isthing"]) for c in categories}
     images = _images(content, file, image_root, tasks)
     return _annotated(content, file, images, isthing, panoptic_root)

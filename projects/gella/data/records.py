@@ -118,18 +118,11 @@ class Place:
         return None
 
     def stranger(self, entries: Sequence[Any], known: Iterable[Any], file: str | Path) -> None:
-        """Meet an image that another file lacks.
-
-        Args:
-            entries: the first is of that image; ids of the next ones are shown too.
-            known: ids of ``file``.
-        """
-        ids = [entry.get("image_id") for entry in entries[:50] if isinstance(entry, dict)]
-        self.wrong(
-            "unknown-image",
-            f"image {ids[0]} is not in {file}; both must be of one split (ids here: "
-            f"{few(dict.fromkeys(map(str, ids)))}; there: {few(known)})",
-        )
+        """Meet an image that ``file`` lacks, which knows others: that of the first of entries."""
+        ids = [str(entry.get("image_id")) for entry in entries if isinstance(entry, dict)]
+        there = f"(ids here: {few(dict.fromkeys(ids))}; there: {few(known)})"
+        said = f"image {ids[0]} is not in {file}; both must be of one split {there}"
+        self.wrong("unknown-image", said)
 
     def listed(self, record: Any, name: str) -> Any:
         """``record[name]``, which has to be a list; where it is not, an empty one."""
@@ -164,36 +157,31 @@ PICTURE = ("file_name", "image_id", "height", "width")
 """Keys of a dataset dict that say what the picture is."""
 
 _PHRASE = ("text", "segment_ids", "start", "end", "is_plural", "is_thing")
-# What values of dataset dicts have to be (docs/FORMATS.md 7), by key: a test, and its name.
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("file_name", "caption", "text"), (lambda v: isinstance(v, str), "text")),
-    **dict.fromkeys(("height", "width"), (lambda v: type(v) is int and v > 0, "pixels")),
-    **dict.fromkeys(("start", "end"), (lambda v: type(v) is int and v >= -1, "a place, or -1")),
-    **dict.fromkeys(_PHRASE[4:], (lambda v: v in (True, False, None), "true, false or None")),
-    "id": (lambda v: str(v).isdecimal(), "a whole number"),
-    "segment_ids": (
-        lambda v: v is None or (type(v) in (list, tuple) and all(str(i).isdecimal() for i in v)),
-        "a list of whole numbers, or None",
-    ),
-    "entities": (lambda v: isinstance(v, dict), "a dict"),
+# Types of the values of dataset dicts (docs/FORMATS.md 7); truth values are numbers.
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("file_name", "caption", "text"), str),
+    **dict.fromkeys(("height", "width", "start", "end"), int),
+    **dict.fromkeys(("is_plural", "is_thing"), int | None),
+    **{"entities": dict, "id": int | str, "segment_ids": list | tuple | None},
 }
 
 
 def check_record(record: Any, place: Place, keys: Sequence[str] = (), task: str = "") -> None:
     """Meet what a dataset dict of plain values lacks, or has of another type.
 
-    Args:
-        record: the dict.
-        place: its place.
-        keys: which are looked at; none: all that its ``tasks`` and ``task`` need.
-        task: what it has to serve beside its own ``tasks``; "" nothing.
+    ``keys`` are looked at; none: all that its ``tasks``, and ``task`` beside them, need.
     """
 
     def look(at: Place, held: Any, *names: str) -> None:
         for name in names:
-            value = at.field(held, name, _ABSENT)
-            if value is not _ABSENT and not _KINDS[name][0](value):
-                at.wrong("field", f"'{name}' is {str(value)[:40]!r}, not {_KINDS[name][1]}")
+            value, kind = at.field(held, name, _ABSENT), _KINDS[name]
+            right = isinstance(value, kind) and not (name in PICTURE[2:] and value < 1)
+            if name == "segment_ids":
+                right = right and all(str(i).isdecimal() for i in value or ())
+            if value is not _ABSENT and not right:
+                at.wrong(
+                    "field", f"'{name}' is {value!r:.40}, not {getattr(kind, '__name__', kind)}"
+                )
 
     tasks = {task, *map(str, place.listed(record, "tasks"))} - {""} if not keys else set()
     if unknown := tasks - {"describe", "extract", "ground", "panoptic", "refer"}:

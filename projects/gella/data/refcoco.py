@@ -17,17 +17,8 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 
 from gella.data.panoptic import load_coco_panoptic, load_instances
-from gella.data.records import (
-    ADVICE,
-    STOP,
-    Place,
-    Problems,
-    RecordStore,
-    as_records,
-    read_json,
-    selected,
-)
-from gella.utils.io import few, read_pickle
+from gella.data.records import ADVICE, STOP, Place, Problems, RecordStore, as_records, selected
+from gella.utils.io import few, read_json, read_pickle
 
 REFCOCO_FOLDERS = ("refcoco", "refcoco+", "refcocog")
 GREFCOCO = "grefcoco"
@@ -98,24 +89,19 @@ def load_refcoco(
 
 def refs_file(folder: str | Path, split_by: str) -> Path:
     """A folder's refs: ``refs(unc).p``, or gRefCOCO's ``grefs(unc).json`` or ``grefs(unc).p``."""
-    names = [f"grefs({split_by}).json", f"grefs({split_by}).p", f"refs({split_by}).p"]
-    paths = [Path(folder, name) for name in names]
-    usual = paths[0 if Path(folder).name == GREFCOCO else 2]  # for the error where there is none
-    return next((path for path in paths if path.is_file()), usual)
+    names = (f"grefs({split_by}).json", f"grefs({split_by}).p", f"refs({split_by}).p")
+    usual = names[0 if Path(folder).name == GREFCOCO else 2]  # for the error where there is none
+    return next((p for name in names if (p := Path(folder, name)).is_file()), Path(folder, usual))
 
 
 def read_refs(path: str | Path) -> list[dict[str, Any]]:
     """The refs of a `refs_file`, or a ValueError when it holds something else."""
-    if Path(path).suffix == ".json":
-        refs = read_json(path)
-    elif not Path(path).is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; {ADVICE}")
-    else:
-        try:
-            refs = read_pickle(path)
-        except ValueError as error:
-            told = f"{path}: refused, {error}; get the file from its first source"
-            raise ValueError(told) from error
+    try:
+        refs = (read_json if Path(path).suffix == ".json" else read_pickle)(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: refused, {error}; get the file from its first source") from error
     if not isinstance(refs, list):
         raise ValueError(f"{path}: holds a {type(refs).__name__}, not a list of refs")
     return refs
@@ -221,9 +207,8 @@ def held_out_images(root: str | Path) -> frozenset[str]:
     """Ids, by `image_key`, of all images of which a ref of another split than "train" speaks.
 
     Args:
-        root: holds ``refcoco``, ``refcoco+`` and ``refcocog`` with their ``refs(*).p``, perhaps
-            ``grefcoco``. Every file that is there counts, so the splits of unc, google and umd are
-            joined.
+        root: holds ``refcoco``, ``refcoco+``, ``refcocog`` with ``refs(*).p``, maybe ``grefcoco``.
+            Every file that is there counts, so the splits of unc, google and umd are joined.
 
     Raises:
         FileNotFoundError: none of them is there.
@@ -231,7 +216,7 @@ def held_out_images(root: str | Path) -> frozenset[str]:
     """
     files = {
         name: sorted(
-            p for p in (Path(root) / name).glob("*refs(*)*") if p.suffix in (".p", ".json")
+            [*Path(root, name).glob("*refs(*).p"), *Path(root, name).glob("grefs(*).json")]
         )
         for name in (*REFCOCO_FOLDERS, GREFCOCO)
     }

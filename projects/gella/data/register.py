@@ -27,12 +27,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from gella.data.entityseg import load_entityseg
 from gella.data.narratives import load_captions, load_png
-from gella.data.panoptic import (
-    as_categories,
-    category_metadata,
-    load_coco_panoptic,
-    read_categories,
-)
+from gella.data.panoptic import category_metadata, load_coco_panoptic, read_categories
 from gella.data.records import (
     PICTURE,
     STOP,
@@ -288,13 +283,8 @@ def read_dataset(name: str, problems: Problems) -> RecordStore:
 def dataset_records(name: str, keys: Sequence[str] = PICTURE, task: str = "") -> Records:
     """The records of a registered dataset, whoever registered it.
 
-    Args:
-        name: in the catalogs.
-        keys, task: what they have to hold, see `check_record`.
-
-    Raises:
-        ValueError: there is no such dataset (the message lists the project's), a record lacks a key
-            or has a wrong value, or two categories have one name.
+    ``keys`` and ``task`` say what they have to hold, see `check_record`. Raises ValueError where
+    they do not, for an unknown name (the known ones are listed), and for two categories of one.
     """
     if name not in DatasetCatalog.list():
         known = ", ".join(sorted(n for n in DatasetCatalog.list() if n.startswith("gella_")))
@@ -306,7 +296,7 @@ def dataset_records(name: str, keys: Sequence[str] = PICTURE, task: str = "") ->
         which = record.get("file_name", record.get("image_id"))
         check_record(record, dataset.at(f"{dataset.where}, record {number} ({which})"), keys, task)
     if categories := MetadataCatalog.get(name).get("categories"):
-        as_categories({"categories": plain(categories)}, f"metadata of {name}")
+        read_categories(f"metadata of {name}", plain(categories))
     return records
 
 

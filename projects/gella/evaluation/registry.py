@@ -8,7 +8,7 @@ from typing import Any
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
-from gella.data.panoptic import as_categories
+from gella.data.panoptic import read_categories
 from gella.evaluation.evaluators import (
     Detectron2PanopticEvaluator,
     EntityAPEvaluator,
@@ -122,8 +122,7 @@ def asked_categories(cfg: Any, dataset_name: str) -> list[dict[str, Any]] | None
 
     Raises:
         FileNotFoundError: neither a dataset nor a file.
-        ValueError: the file is no list of categories, its ids are not the dataset's, or two of its
-            names are one.
+        ValueError: it is no list of categories, its ids are not the dataset's, or a name is twice.
     """
     source = cfg.TEST.CATEGORIES_FROM
     truth = MetadataCatalog.get(dataset_name).get("categories", None)
@@ -137,7 +136,7 @@ def asked_categories(cfg: Any, dataset_name: str) -> list[dict[str, Any]] | None
                 f"{len(truth)} categories: give one name each, in the same order"
             )
         named = [{**old, "name": name} for old, name in zip(truth, content, strict=True)]
-        return as_categories({"categories": named}, f"TEST.CATEGORIES_FROM: {source}")
+        return read_categories(f"TEST.CATEGORIES_FROM: {source}", named)
     kinds = {int(category["id"]): category["isthing"] for category in truth}
     try:
         names = [(int(category["id"]), str(category["name"])) for category in content]
@@ -155,7 +154,7 @@ def asked_categories(cfg: Any, dataset_name: str) -> list[dict[str, Any]] | None
             "differ, the ids may not"
         )
     named = [{"id": number, "name": name, "isthing": kinds[number]} for number, name in names]
-    return as_categories({"categories": named}, f"TEST.CATEGORIES_FROM: {source}")
+    return read_categories(f"TEST.CATEGORIES_FROM: {source}", named)
 
 
 def _categories(source: str) -> list[Any]:

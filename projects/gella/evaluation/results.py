@@ -165,14 +165,10 @@ def attempted(what: object) -> Iterator[None]:
 
 
 def refuse_nothing(outcome: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """Raise ValueError where ``{dataset: {task: {metric: score}}}`` comes from nothing at all.
-
-    To be called when the scores were shown: those of other datasets count.
-    """
+    """ValueError where ``{dataset: {task: {metric: score}}}`` is of nothing, once it was shown."""
     if not outcome:
         raise ValueError("nothing was evaluated: DATASETS.TEST is empty; name a registered dataset")
     for dataset, tasks in outcome.items():
-        # Evaluators of others may count nothing.
         empty = [task for task, metrics in tasks.items() if metrics.get("n") == 0]
         if empty or not tasks:
             raise ValueError(
@@ -216,8 +212,8 @@ _SECTIONS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
         {
             **{name: name for name in ("cIoU", "gIoU", *(f"P@0.{k}" for k in range(5, 10)))},
             "no target, none found": "N_acc",
-            "a target, some found": "T_acc",
             "of these (n)": "n_no_target",
+            "a target, some found": "T_acc",
             "expressions (n)": "n",
         },
         ("",),

@@ -98,10 +98,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return (tuple if isinstance(value, tuple) else list)(map(plain, value))
     if hasattr(value, "tolist"):  # NumPy's and torch's scalars and arrays, pandas' columns
-        inner = value.tolist()
-        if isinstance(inner, list):
-            return plain(inner)
-        return float(inner) if hasattr(inner, "tolist") else inner  # long doubles stay themselves
+        inner = value.tolist()  # a long double stays itself
+        return plain(float(inner) if type(inner) is type(value) else inner)
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
