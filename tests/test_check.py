@@ -278,12 +278,48 @@ def test_phrases_that_no_entity_can_be_meant_by_are_counted(root):
 
 def test_a_dataset_of_unknown_files_is_checked_by_its_records(root):
     records = list(datasets.load_coco_panoptic(**places(root, "val")))
+    first = records[0]["entities"]["segments_info"][0]["id"]
+    span, named = {"text": "it", "start": 0, "end": 2}, ([first], [], None, [first, 12345])
+    said = [{**span, "segment_ids": ids, "is_plural": None, "is_thing": None} for ids in named]
+    for record, phrases in ((records[0], said), (records[3], [span])):
+        record.update(caption="it", phrases=phrases)
     records[1].pop("height")
     records[2]["entities"]["file_name"] = "nowhere.png"
     with registered(DatasetCatalog.register, lambda: records) as name:
         report = check_dataset(name)
-    assert sorted(f.kind for f in report.findings) == ["field", "masks"]
-    assert report.figures["records"] == 4 and report.figures["images opened"] == 3
+    found = sorted(f.kind for f in report.findings)
+    assert found == [*["field"] * 4, "masks", "phrase-without-mask"]
+    assert report.figures["records"] == 4 and report.figures["images opened"] == 2
+    nouns = {"noun phrases": 4, "nouns of unknown masks": 1}
+    assert report.figures.items() >= nouns.items()
+
+
+def test_a_module_registers_what_is_checked(root, tmp_path, capsys):
+    module = tmp_path / "own.py"
+    where = {key: str(path) for key, path in places(root, "val").items()}
+    module.write_text(
+        "from gella.data.register import register_panoptic\n"
+        f"register_panoptic('gella_test_own', **{where})\n"
+    )
+    main = check_script.main
+    try:
+        assert main(["--module", str(module), "gella_test_own", "--workers", "1"]) == 0
+    finally:
+        DatasetCatalog.remove("gella_test_own")
+        MetadataCatalog.remove("gella_test_own")
+    other = tmp_path / "other.py"
+    other.write_text(module.read_text().replace("test_own", "test_other"))
+    wrong = {
+        (str(other), "gella_test_oter"): "did you mean gella_test_other?",
+        (str(tmp_path / "absent.py"), "x"): "absent.py, which does not exist",
+    }
+    capsys.readouterr()
+    for (file, name), words in wrong.items():
+        assert main(["--module", file, name]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and words in said and said.count("\n") == 1
+    DatasetCatalog.remove("gella_test_other")
+    MetadataCatalog.remove("gella_test_other")
 
 
 def test_known_counts_are_compared(root):

@@ -7,14 +7,16 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import check as check_script
 import numpy as np
 import pytest
 from caption_server import KEY, answer, chat_server, status
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from html_reader import Reader
 from PIL import Image
 from pycocotools import mask as mask_utils
@@ -260,6 +262,9 @@ def test_command_lines_that_are_wrong(refused: Any, three: Path) -> None:
         ((*text, "--segmenter", "nothing:x"), "is none of sam:PATH"),
         ((*text, "--batch-size", "0"), "--batch-size is 0"),
         ((*text, "--num", "0"), "--num is 0"),
+        ((*text, "--records", three), "exists; what is filled in there stays"),
+        ((*text, "--records", "new", "--task", "refer"), "--records goes with --task ground"),
+        ((*text, "--records", "new", "--segmenter", "sam:x"), "masks that are files"),
         ((*text, "--task", "dance"), "invalid choice"),
         ((*text, "--unknown"), "an argument is not known"),
         ((*text, "--masks", three), "also the folder"),
@@ -291,6 +296,55 @@ def test_the_released_model_is_the_default(three, monkeypatch, capsys):
     config.write_text("")
     assert Path(demo.parse_args(argv).config_file).resolve() == config
     assert demo.parse_args([*argv, "--config-file", TINY]).config_file == TINY
+
+
+# -- records ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["trained.pth", ""])
+def test_answers_become_records_to_correct(run, three, fake, monkeypatch, gella_log, weights):
+    exif, stored = Image.Exif(), Image.open(three / "b.png").rotate(90, expand=True)
+    exif[0x0112] = 6  # viewers turn it back, as the demo does
+    stored.save(three / "b.png", exif=exif)
+    (three / "bad.png").write_bytes(b"no picture")
+    answer, said = Fake.answer, {"caption": CAPTION, "nouns": ["A red circle", "the sea"]}
+    monkeypatch.setattr(Fake, "answer", lambda *given: replace(answer(*given), weights=weights))
+    names = ("a.png", "b.png", "bad.png", "sub/c.png")
+    captions = json_lines(three.parent / "c.jsonl", *({"image": name, **said} for name in names))
+    target = three.parent / f"mine_{bool(weights)}"
+    given = ("--captions", captions, "--records", target)
+    out, _ = run(*given, code=1)
+    assert "3 done, 1 failed" in out and f"check.py --module {target}/records.py" in out
+    assert f"{0 if weights else 6} nouns to fill in" in out
+    text = (target / "narratives.json").read_text()
+    ids = '[ "1" ]' if weights else "null"
+    row = f'{{ "utterance": "A red circle", "segment_ids": {ids}, "noun": true }},'
+    assert sum(line.strip() == row for line in text.splitlines()) == 3
+    # All masks have their number on the page; other pages number those that a noun names.
+    assert sorted(page(three).each("data-label", tag="text")) == [*"111", *"222"]
+    assert set(page(three).each("data-entities")) == {"1" if weights else ""}
+    assert (target / "images" / "a.png").read_bytes() == (three / "a.png").read_bytes()
+    upright = np.asarray(stored.rotate(-90, expand=True))
+    assert (np.asarray(Image.open(target / "images" / "b.png")) == upright).all()
+    (three / "bad.png").unlink()
+    assert "what is filled in there stays" in run(*given, code=2)[1]
+    try:
+        assert check_script.main(["--module", str(target / "records.py"), target.name]) == 0
+        records = list(DatasetCatalog.get(target.name))
+        assert (target / "narratives.json").read_text() == text
+    finally:
+        DatasetCatalog.remove(target.name)
+        MetadataCatalog.remove(target.name)
+    if not weights:
+        assert records == [] and "left out 3 narratives" in gella_log.text
+        return
+    assert [record["image_id"] for record in records] == ["a", "b", "sub__c"]
+    for record in records:
+        assert [p["segment_ids"] for p in record["phrases"]] == [[1], [1]]
+        assert [(p["text"], p["start"]) for p in record["phrases"]] == [
+            ("A red circle", 0),
+            ("the sea", -1),
+        ]
 
 
 # -- datasets, tasks, other models -----------------------------------------------------------------

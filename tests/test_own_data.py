@@ -68,29 +68,53 @@ def test_the_page_shows_the_files_and_the_example_is_short():
     assert f"Register it: {len(code)} lines" in (ROOT / "docs" / "OWN_DATA.md").read_text()
 
 
+def driven(jobs: list[tuple[str, str]], **environment: str) -> str:
+    """What blocks print, with this environment and without the caller's DETECTRON2_DATASETS."""
+    kept = {k: v for k, v in os.environ.items() if k != "DETECTRON2_DATASETS"}
+    options = {"capture_output": True, "text": True, "timeout": 600}
+    options["env"] = {**kept, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", DRIVER], input=json.dumps(jobs), **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_pictures_and_captions_are_trained_on_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scenes, tools = ROOT / "examples" / "shapes", ROOT / "tools"
+    config = ROOT / "weights" / "gella_tiny_shapes" / "config.yaml"
+    own = "DATASETS.MODULES \"['data/mine/records.py']\" SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 2"
+    own += "".join(f" DATASETS.{split} \"('mine',)\"" for split in ("TRAIN", "TEST"))
+    commands = (
+        f"{tools}/demo.py --input {scenes} --captions {scenes}/captions.jsonl --records data/mine",
+        f"{ROOT}/datasets/check.py --module data/mine/records.py mine",
+        f"{tools}/train_net.py --config-file {config} {own} OUTPUT_DIR tuned",
+    )
+    text = "\n".join(f"python {command}" for command in commands)
+    printed = driven([("bash", text)], DETECTRON2_DATASETS=str(tmp_path / "data"))
+    assert "0 errors, 0 warnings" in printed and "ungrounded nouns" in printed
+    results = json.loads(Path("tuned/results.json").read_text())
+    assert results["png"]["n"] == 36 and results["png"]["oracle_AR"] == pytest.approx(100)
+
+
 @pytest.mark.parametrize("data", ["datasets", "~/data"])
 def test_every_block_of_the_page_runs_whatever_the_folder_of_datasets(here, data):
     shown = (EXAMPLE / "my_dataset.py").read_text(encoding="utf-8")
     # The listing of my_dataset.py is run by what follows it; run here too, it would register twice.
     jobs = [(kind, text) for kind, text in blocks() if kind != "yaml" and text != shown]
     assert [kind for kind, _ in jobs] == ["bash", "python", "bash", "python", "bash"]
-    environment = {k: v for k, v in os.environ.items() if k != "DETECTRON2_DATASETS"}
-    if data != "datasets":
-        environment |= {"DETECTRON2_DATASETS": data, "HOME": str(here)}
-    else:
+    if data == "datasets":
         (here / data).mkdir()
-    options = {"capture_output": True, "text": True, "timeout": 600}
-    options["env"] = {**environment, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", DRIVER], input=json.dumps(jobs), **options)
-    assert done.returncode == 0, done.stderr[-3000:]
+        printed = driven(jobs)
+    else:
+        printed = driven(jobs, DETECTRON2_DATASETS=data, HOME=str(here))
     first = "There is a red box and a blue ball on the floor."
-    assert f"{first} [('a red box', [1]), ('a blue ball', [2]), ('the floor', [0])]" in done.stdout
-    assert "torch.Size([3, 96, 96]) 3" in done.stdout
+    assert f"{first} [('a red box', [1]), ('a blue ball', [2]), ('the floor', [0])]" in printed
+    assert "torch.Size([3, 96, 96]) 3" in printed
     results = json.loads((here / "output/own_dataset/results.json").read_text())
     assert results["png"]["n"] == 6 and results["png"]["oracle_AR"] == pytest.approx(100)
     written = {path.name for path in (here / "output/own_dataset/demo").iterdir()}
     assert written == {"4_grounding.png", "4_colormap.png", "4.json", "index.html", "page"}
-    assert "loader, 0 workers" in done.stdout
+    assert "loader, 0 workers" in printed
 
 
 def test_a_module_runs_once_however_it_is_named(here):

@@ -51,7 +51,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from gella.captions import describe, load_picture, open_captioner
 from gella.captions.captioner import Caption, EndpointError, StoppedError
 from gella.captions.run import in_threads
-from gella.commands.console import Parser, exit_status, shown, tools
+from gella.commands.console import Parser, exit_status, project, shown, tools
 from gella.commands.demo_inputs import (
     Job,
     Masks,
@@ -67,6 +67,7 @@ from gella.commands.demo_inputs import (
     read_categories,
     split_nouns,
 )
+from gella.commands.demo_records import to_correct, write_records
 from gella.commands.inputs import Source, list_pictures
 from gella.config import load_config
 from gella.data.register import import_modules
@@ -114,6 +115,7 @@ def _add_model(add: Any) -> None:
     add("--weights", metavar="PTH", help='default: MODEL.WEIGHTS of the config; "": untrained')
     add("--device", help="cpu, cuda; default: the config's")
     add("--output", default="output/demo", metavar="DIR", help="default: output/demo")
+    add("--records", metavar="DIR", help="new folder: records to correct and to train on")
     add("--overwrite", action="store_true", help="do finished pictures again")
     add("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default 8)")
     more = {"nargs": argparse.REMAINDER, "default": [], "metavar": "KEY VALUE"}
@@ -170,6 +172,10 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
     for option in args.segmenter_option:
         if "=" not in option:
             yield f"--segmenter-option {option} is no KEY=VALUE"
+    if args.records and (args.task != "ground" or args.dataset or args.segmenter):
+        yield "--records goes with --task ground, --input, and masks that are files"
+    if args.records and Path(args.records).exists():
+        yield f"--records {args.records} exists; what is filled in there stays: name a new one"
     if args.panoptic_json is not None and args.masks is None:
         yield "--panoptic-json needs --masks, a PNG"
     for option, number in (("--num", args.num), ("--batch-size", args.batch_size)):
@@ -195,7 +201,7 @@ def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Source]]:
     Raises:
         FileNotFoundError, ValueError: of the files that the arguments name, or an empty caption.
     """
-    leave_out = [Path(path) for path in (args.output, args.masks) if path]
+    leave_out = [Path(path) for path in (args.output, args.masks, args.records) if path]
     pictures = list_pictures(args.input, leave_out)
     if args.captions:
         assigned, lost = assign(read_captions(args.captions), pictures)
@@ -346,6 +352,7 @@ class Run:
             "categories": self.categories,
             "describe_first": self.args.describe_first,
             "captioner": self._origin.get("captioner"),
+            "records": bool(self.args.records),
         }
         text = json.dumps(known, sort_keys=True, default=str)
         return hashlib.sha256(text.encode("utf-8")).hexdigest()
@@ -376,6 +383,8 @@ class Run:
             if isinstance(result, Exception):
                 self._fail(job, result)
                 continue
+            if self.args.records:
+                result = to_correct(result)
             try:
                 paths = self._write(job, result)
             except (ValueError, MemoryError) as error:  # not OSError: a full disk fails them all
@@ -603,6 +612,13 @@ def execute(args: argparse.Namespace) -> int:
     with StopRequest(end, end_at_once) as stop, logging_redirect_tqdm():
         run.do(jobs, stop)
     _summarize(run, len(jobs), bool(stop.number))
+    finished = [job for job in jobs if run._sections.get(job.name)]
+    if args.records and finished and not stop.number:
+        left = write_records(Path(args.records), finished, masks, run.folder)
+        print(f"wrote {args.records}: {left} nouns to fill in, the others to correct by the page")
+        check = f"{os.path.dirname(tools())}/datasets/check.py".lstrip("/")
+        name = f"{args.records}/records.py {Path(args.records).name}"
+        print(f"next: python {check} --module {name}")
     return stop.status or int(bool(run.failures))
 
 

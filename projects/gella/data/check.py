@@ -21,6 +21,7 @@ from tqdm import tqdm
 from gella.data.panoptic import load_instances
 from gella.data.records import Place, Problems, as_records, check_record, read_json
 from gella.data.register import read_dataset, record_place, refcoco_name
+from gella.data.targets import EntityMatcher
 from gella.entities.files import read_id_png
 from gella.entities.rle import decode_segmentation
 from gella.entities.sources import load_from_record
@@ -277,17 +278,27 @@ def _record_jobs(report: Report) -> list[_ImageJob]:
     dataset = record_place(name, report)
     records = as_records(report.attempt("reader", dataset, DatasetCatalog.get, name) or [])
     jobs: dict[str, _ImageJob] = {}
+    matchers: dict[str, EntityMatcher] = {}  # by picture, where its masks can be read
     for number, record in enumerate(tqdm(records, desc="records", disable=None)):
-        place, found = (
-            dataset.at(f"record {number}, {record.get('file_name')}"),
-            len(report.findings),
-        )
+        where, found = f"record {number}, {record.get('file_name')}", len(report.findings)
+        place = dataset.at(where)
         check_record(record, place)
-        if len(report.findings) == found and record["file_name"] not in jobs:
-            image_id, image = str(record["image_id"]), record["file_name"]
+        if len(report.findings) > found:
+            continue
+        image = record["file_name"]
+        if image not in jobs:
             size = (record["height"], record["width"])
-            jobs[image] = _ImageJob(image_id, image, size, name)
-            report.attempt("masks", place, load_from_record, record)
+            jobs[image] = _ImageJob(str(record["image_id"]), image, size, name)
+            entities = report.attempt("masks", place, load_from_record, record)
+            if entities is not None:
+                matchers[image] = EntityMatcher(entities, record["entities"].get("segments_info"))
+        asked = "caption" in record and {"extract", "ground"} & set(record["tasks"])
+        for phrase in record["phrases"] if asked else ():
+            report.count("noun phrases")
+            report.count("nouns of unknown masks", phrase["segment_ids"] is None)
+            if matcher := matchers.get(image):
+                find, ids = matcher.entity_indices, phrase["segment_ids"]
+                report.attempt("phrase-without-mask", place, find, ids)
     report.count("records", len(records))
     return list(jobs.values())
 

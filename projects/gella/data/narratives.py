@@ -37,7 +37,8 @@ def load_png(
         Ids of crowd segments stay in ``segment_ids``: the truth of a phrase is the union of all
         its segments, although a crowd is no input entity. An utterance that does not occur in
         the caption keeps its place with ``start = end = -1`` and its own text, and is counted in a
-        warning; narratives without any noun are left out and counted too.
+        warning; narratives without any noun, or with one whose ``segment_ids`` are null (to be
+        filled in), are left out and counted too.
 
     Raises:
         FileNotFoundError: one of the two JSON files is missing.
@@ -86,6 +87,10 @@ def _with_narrative(
     if words in seen:
         place.note("duplicate-narrative", "the same words again")
     seen.add(words)
+    unfilled = sum(segment.get("segment_ids", ()) is None for segment in segments)
+    if unfilled:
+        place.note("unfilled", f"segment_ids of {unfilled} nouns are null: it is left out")
+        return {"phrases": []}
     spans = align_utterances(caption, utterances)
     place.problems.count("utterances", sum(bool(text.strip()) for text in utterances))
     for text, span in zip(utterances, spans):
@@ -117,7 +122,8 @@ def _report(path: str | Path, lost: int, left_out: int = 0) -> None:
         message = "%s: %d phrases are not in their captions as written; kept without a span"
         _logger.warning(message, path, lost)
     if left_out:
-        _logger.warning("%s: left out %d narratives without any noun", path, left_out)
+        message = "%s: left out %d narratives without any noun, or with segment_ids that are null"
+        _logger.warning(message, path, left_out)
 
 
 def _phrases(

@@ -435,7 +435,7 @@ def png_form(row: dict[str, Any]) -> dict[str, Any]:
     Args:
         row: ``image_id``, ``caption`` and ``nouns``; a noun has ``text``, ``start``, ``end`` (-1
             where it is not in the caption as written), ``is_plural`` and, where something was
-            predicted, ``entity_ids``.
+            predicted, ``entity_ids`` (None, and null in the form: to be filled in).
 
     Returns:
         ``{image_id: str, caption, segments: [{utterance, segment_ids: [str], plural, noun}]}``. The
@@ -451,7 +451,8 @@ def png_form(row: dict[str, Any]) -> dict[str, Any]:
             segments.append({**words, "plural": False, "noun": False})
 
     for noun in sorted(row["nouns"], key=lambda noun: noun["start"]):
-        ids = [str(i) for i in noun.get("entity_ids", [])]
+        named = noun.get("entity_ids", [])
+        ids = None if named is None else [str(i) for i in named]
         kind = {"plural": bool(noun["is_plural"]), "noun": True}
         segment = {"utterance": noun["text"], "segment_ids": ids, **kind}
         if noun["start"] < cursor:  # not in the caption, or it overlaps the noun before it

@@ -88,6 +88,7 @@ class Grounding:
         cut_nouns: nouns of a caption too long for the model that were left out; not in ``phrases``.
         config: the config file, "" if there was none.
         weights: the checkpoint file, "" for untrained weights.
+        number_all: the page numbers all entities, not only those that a noun names.
     """
 
     image: np.ndarray
@@ -100,6 +101,7 @@ class Grounding:
     cut_nouns: list[str] = field(default_factory=list)
     config: str = ""
     weights: str = ""
+    number_all: bool = False
 
     @property
     def untrained(self) -> bool:

@@ -125,6 +125,9 @@ def grounding_html(result: Grounding, *, key: str, image_src: str | None = None)
         more = (made[noun.made],) if noun.made else ()
         names = [*map(str, noun.numbers), *["new"] * len(noun.made)]
         nouns.append(noun._replace(numbers=(*noun.numbers, *more), names=tuple(names)))
+    if not result.number_all:
+        named = {number for noun in nouns for number in noun.numbers}
+        areas = [a._replace(labelled=a.labelled and a.number in named) for a in areas]
     pieces = cut_caption(result.caption, nouns)
     inside = [safe(text) if k is None else _chip(nouns[k], k, text) for text, k in pieces]
     placed = {index for _, index in pieces}
@@ -290,8 +293,7 @@ def _areas_svg(
         scaled = f' transform="scale({stride})"' if stride > 1 else ""
         told = f'data-entity="{area.number}" data-says="{safe(says)}"'
         paths.append(f'<path {told} {look}{scaled} d="{svg_path(*area.layer)}"/>')
-    named = {number for noun in nouns for number in noun.numbers}
-    labelled = [area for area in areas if area.labelled and area.number in named]
+    labelled = [area for area in areas if area.labelled]
     return (
         f'<div class="stage{" crisp" if max(size) <= _EXACT else ""}">'
         f'<svg viewBox="0 0 {width} {height}" role="img" '
