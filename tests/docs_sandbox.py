@@ -131,6 +131,14 @@ CHANGES: dict[str, dict[str, str]] = {
         "OUTPUT_DIR": "output/gella_tiny_shapes",
         "NAME": "gella_shapes_png_train",
     },
+    "docs/FINETUNING.md": {
+        "--min-area 100": "--min-area 1 --option " + SURE.format("--option"),
+        "--train 40 --val 40": "--train 4 --val 2",
+        "--val 60": "--val 2",
+        "SOLVER.MAX_ITER 20": "SOLVER.MAX_ITER 2",
+        "SOLVER.MAX_ITER 150 TEST.EVAL_PERIOD 50": "SOLVER.MAX_ITER 2 TEST.EVAL_PERIOD 1",
+        "SOLVER.IMS_PER_BATCH 8": "SOLVER.IMS_PER_BATCH 2",
+    },
     "docs/OPTIONS.md": {"SOLVER.MAX_ITER 400": "SOLVER.MAX_ITER 2"},
     "docs/RESULTS.md": {
         "--moved 7": "--moved 1 --iterations 2",

@@ -617,8 +617,7 @@ def execute(args: argparse.Namespace) -> int:
         left = write_records(Path(args.records), finished, masks, run.folder)
         print(f"wrote {args.records}: {left} nouns to fill in, the others to correct by the page")
         check = f"{os.path.dirname(tools())}/datasets/check.py".lstrip("/")
-        name = f"{args.records}/records.py {Path(args.records).name}"
-        print(f"next: python {check} --module {name}")
+        print(f"next: python {check} --module {args.records}/records.py {Path(args.records).name}")
     return stop.status or int(bool(run.failures))
 
 

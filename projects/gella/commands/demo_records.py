@@ -23,9 +23,7 @@ from gella.pictures.grounding import Grounding
 from gella.utils.io import read_json, write_json, write_text
 
 MODULE = '''"""Registers the records beside this file under the name of their folder."""
-
 from pathlib import Path
-
 from gella.data.register import register_png
 
 HERE = Path(__file__).resolve().parent

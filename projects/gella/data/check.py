@@ -294,11 +294,10 @@ def _record_jobs(report: Report) -> list[_ImageJob]:
                 matchers[image] = EntityMatcher(entities, record["entities"].get("segments_info"))
         asked = "caption" in record and {"extract", "ground"} & set(record["tasks"])
         for phrase in record["phrases"] if asked else ():
-            report.count("noun phrases")
-            report.count("nouns of unknown masks", phrase["segment_ids"] is None)
-            if matcher := matchers.get(image):
-                find, ids = matcher.entity_indices, phrase["segment_ids"]
-                report.attempt("phrase-without-mask", place, find, ids)
+            ids = phrase["segment_ids"]
+            report.count("nouns of unknown masks", ids is None)
+            if image in matchers:
+                report.attempt("phrase-without-mask", place, matchers[image].entity_indices, ids)
     report.count("records", len(records))
     return list(jobs.values())
 

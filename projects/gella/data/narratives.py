@@ -122,8 +122,7 @@ def _report(path: str | Path, lost: int, left_out: int = 0) -> None:
         message = "%s: %d phrases are not in their captions as written; kept without a span"
         _logger.warning(message, path, lost)
     if left_out:
-        message = "%s: left out %d narratives without any noun, or with segment_ids that are null"
-        _logger.warning(message, path, left_out)
+        _logger.warning("%s: left out %d narratives: no noun, or null segment_ids", path, left_out)
 
 
 def _phrases(

@@ -451,8 +451,7 @@ def png_form(row: dict[str, Any]) -> dict[str, Any]:
             segments.append({**words, "plural": False, "noun": False})
 
     for noun in sorted(row["nouns"], key=lambda noun: noun["start"]):
-        named = noun.get("entity_ids", [])
-        ids = None if named is None else [str(i) for i in named]
+        ids = None if (named := noun.get("entity_ids", ())) is None else [str(i) for i in named]
         kind = {"plural": bool(noun["is_plural"]), "noun": True}
         segment = {"utterance": noun["text"], "segment_ids": ids, **kind}
         if noun["start"] < cursor:  # not in the caption, or it overlaps the noun before it
