@@ -616,8 +616,8 @@ def execute(args: argparse.Namespace) -> int:
     if args.records and finished and not stop.number:
         left = write_records(Path(args.records), finished, masks, run.folder)
         print(f"wrote {args.records}: {left} nouns to fill in, the others to correct by the page")
-        check = f"{os.path.dirname(tools())}/datasets/check.py".lstrip("/")
-        print(f"next: python {check} --module {args.records}/records.py {Path(args.records).name}")
+        check, name = project("datasets/check.py"), Path(args.records).name
+        print(f"next: python {check} --module {args.records}/records.py {name}")
     return stop.status or int(bool(run.failures))
 
 
