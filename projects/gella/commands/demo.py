@@ -383,8 +383,7 @@ class Run:
             if isinstance(result, Exception):
                 self._fail(job, result)
                 continue
-            if self.args.records:
-                result = to_correct(result)
+            result = to_correct(result) if self.args.records else result
             try:
                 paths = self._write(job, result)
             except (ValueError, MemoryError) as error:  # not OSError: a full disk fails them all
