@@ -2,16 +2,21 @@
 
     python tools/benchmark.py predict --config-file configs/gella_tiny_shapes.yaml
     python tools/benchmark.py predict --config-file YAML --weights FILE --json predict.json
+    python tools/benchmark.py predict --config-file YAML --large 6000x4000 --entities 157
 
 Captions of synthetic scenes are grounded with given nouns: all on one ``set_image`` against a
 ``set_image`` each, and pictures in one batch against one by one. Weights change no time and may be
 random; without the config's tokenizer one is trained on these captions. Seconds are processor time
 of one thread on the CPU (``--threads``), and by the clock on a GPU.
+
+``--large`` measures one picture instead: what ``set_image`` and ``ground`` take of a JPEG and a
+file of COCO results whose masks, a fourth of them in another, are spread over it at random.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +25,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from loading import memory
 from measuring import OPTS, judge, machine, take_turns, threads, with_verdicts
+from PIL import Image
+from pycocotools import mask as coco_mask
+from scenes import picture_size
 from shapes import make_sample
 from shapes_text import train_tokenizer, write_narrative
 from tabulate import tabulate
@@ -34,10 +43,12 @@ NUMBERS = {
     "size": (96, 64, "side of the pictures"),
     "repeat": (5, 1, "turns; medians count"),
     "threads": (1, 1, "of torch"),
+    "entities": (157, 1, "of the large picture"),
 }
 OPTIONS = {
     "--config-file": {"required": True, "metavar": "YAML"},
     "--weights": {"default": "", "metavar": "FILE", "help": "checkpoint; default: random weights"},
+    "--large": {"metavar": "WxH", "help": "measure one picture of this size instead"},
     "--opts": OPTS,
 }
 NEXT = "python tools/demo.py --help"
@@ -133,8 +144,48 @@ def rules(figures: dict[str, Any]) -> list[dict[str, Any]]:
     return judge([(one, shares[0], SHARE, kept), (batch, shares[1], BATCH_SHARE, together)])
 
 
+def write_large(folder: Path, size: tuple[int, int], entities: int) -> tuple[Path, Path]:
+    """A JPEG of (width, height) and COCO results for it: ragged discs, every fourth in another."""
+    rng, turn = np.random.default_rng(0), np.linspace(0, 2 * np.pi, 200, endpoint=False)
+    picture, masks, results = folder / "large.jpg", folder / "large.json", []
+    coarse, middle, radius = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8), np.zeros(2), 0.0
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(picture)
+    for number in range(entities):
+        if number % 4 == 3:
+            middle, radius = middle + radius * rng.uniform(-0.3, 0.3, 2), 0.4 * radius
+        else:
+            middle, radius = rng.uniform(0, size), max(size) * rng.uniform(0.01, 0.1)
+        radii = radius * rng.uniform(0.95, 1.05, len(turn))
+        points = middle + radii[:, None] * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+        (code,) = coco_mask.frPyObjects([points.ravel().tolist()], size[1], size[0])
+        code["counts"] = code["counts"].decode("ascii")
+        results.append({"image_id": "large", "segmentation": code, "score": float(rng.random())})
+    masks.write_text(json.dumps(results))
+    return picture, masks
+
+
+def run_large(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Seconds and memory of one large picture."""
+    with threads(args.threads), tempfile.TemporaryDirectory() as folder:
+        files = write_large(Path(folder), picture_size(args.large), args.entities)
+        predictor = GellaPredictor.from_config(args.config_file, args.weights or None)
+        before, start = memory("status", "VmRSS"), time.process_time()
+        scene = predictor.set_image(*files)
+        encoded = time.process_time()
+        predictor.ground("There is the sand and a red circle.", ["the sand", "a red circle"])
+        seconds = {"set_image": encoded - start, "ground": time.process_time() - encoded}
+    gib = {"before": before / 2**30, "most": memory("status", "VmHWM") / 2**30}
+    figures = {"entities": scene.entities.num_entities, "seconds": seconds, "gib": gib}
+    lines = [f"{args.large}, {figures['entities']} entities\n{machine(predictor.cfg.MODEL.DEVICE)}"]
+    lines += [f"{name:9} {value:.2f} s" for name, value in seconds.items()]
+    told = f"memory    {gib['most']:.2f} GiB at most, {gib['before']:.2f} GiB before set_image"
+    return figures, "\n".join([*lines, told])
+
+
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The figures and the text to print. ValueError, OSError for wrong arguments."""
+    if args.large:
+        return run_large(args)
     images, captions = args.images, args.captions
     with threads(args.threads), tempfile.TemporaryDirectory() as folder:
         cases = made_cases(images, captions, args.size)

@@ -55,7 +55,10 @@ def scene(folder, image_id, referring=False):
 
 def all_taken(sample, candidates):
     grounding = ground_phrases(sample["phrases"], candidates, -1.0)
-    return {"grounding": grounding, "instances": SimpleNamespace(pred_masks=candidates.masks)}
+    return {
+        "grounding": grounding,
+        "instances": SimpleNamespace(pred_masks=torch.stack(list(candidates.masks))),
+    }
 
 
 def evaluated(scenes, threshold, argmax, none, referring):
@@ -130,12 +133,12 @@ def test_candidates_come_back_from_an_answer_that_takes_all(tmp_path, queries, s
     if queries == "learned":
         drawn[1] = ~drawn[1]  # meets no entity
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    known = {"entity_masks": own if snap else None, "snapped": snap_to_entities(drawn, own, 0.5)}
+    known = {"entity_masks": own if snap else None, "snapped": snap_to_entities(drawn, ids, 0.5)}
     made = gather_candidates(logits, drawn, ids.segment_ids, queries=queries, **known)
     answer = {**all_taken(sample, made), "instances": SimpleNamespace(pred_masks=drawn)}
     masks, scores = candidates_of(sample, answer, queries, snap)
     order = np.argsort(made.entity_ids)
-    np.testing.assert_array_equal(masks, made.masks.numpy()[order])
+    np.testing.assert_array_equal(masks, np.stack(list(made.masks))[order])
     np.testing.assert_array_equal(scores, made.scores.double().numpy()[:, order])
 
 

@@ -1,7 +1,6 @@
 """Entity maps, their runs and colours, and the view, against plain loops and pycocotools."""
 
 import copy
-import itertools
 import pickle
 from types import SimpleNamespace
 
@@ -29,31 +28,76 @@ def blobs(seed, count, height=30, width=47):
     return EntityMap(gaps.argmin(-1).astype(np.int32), list(range(100, 99 + count)))
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_masks_are_painted_in_ascending_score_the_smaller_on_top(seed):
-    draw, masks = rng(seed), np.zeros((12, 24, 24), dtype=bool)
-    for mask in masks:
-        (top, left), (height, width) = draw.integers(0, 20, 2), draw.integers(2, 12, 2)
+def boxes(seed, count=12):
+    """Boxes that overlap, lie in one another and on the edge, no two alike; and scores."""
+    draw, masks = rng(seed), np.zeros((count, 24, 24), dtype=bool)
+    for k, mask in enumerate(masks):
+        (top, left), (height, width) = draw.integers(0, 18, 2), draw.integers(2, 12, 2)
         mask[top : top + height, left : left + width] = True
-    scores = draw.choice([0.2, 0.5, 0.9], size=12).astype(np.float32)
+        mask[k, 23] = True
+    return masks, draw.choice([0.2, 0.5, 0.9], size=count).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_masks_keep_all_their_pixels_and_the_smaller_is_painted_on_top(seed):
+    masks, scores = boxes(seed)
+    masks[5] = masks[4] | masks[6]  # wholly covered by smaller ones
     result = EntityMap.from_masks(masks, scores, segment_ids=range(50, 62))
-    expected = np.zeros((24, 24), dtype=int)
-    for row, column in itertools.product(range(24), range(24)):
-        over = [k for k in range(12) if masks[k, row, column]]
-        if over:
-            expected[row, column] = 50 + max(over, key=lambda k: (scores[k], -masks[k].sum(), k))
-    names = np.array([0, *result.segment_ids])
-    np.testing.assert_array_equal(names[result.ids], expected)
-    assert result.segment_ids == sorted(set(np.unique(expected)) - {0})
-    np.testing.assert_array_equal(result.scores, scores[np.array(result.segment_ids) - 50])
+    assert result.segment_ids == list(range(50, 62)) and not result.merged
+    np.testing.assert_array_equal(result.bitmasks(), masks)
+    np.testing.assert_array_equal(result.scores, scores)
+    areas = masks.sum(axis=(1, 2))
+    np.testing.assert_array_equal(result.areas(), areas)
+    np.testing.assert_array_equal(result.ids > 0, masks.any(axis=0))
+    for row, column in np.argwhere(result.ids):
+        own = result.ids[row, column] - 1
+        assert masks[own, row, column] and areas[own] == areas[masks[:, row, column]].min()
+    probe = rng(seed).random((24, 24)) < 0.5
+    np.testing.assert_array_equal(result.overlaps(probe), (masks & probe).sum(axis=(1, 2)))
+    np.testing.assert_array_equal(result.union([5, 0]), masks[5] | masks[0])
+    means = [np.argwhere(mask).mean(axis=0)[::-1] for mask in masks]
+    np.testing.assert_allclose(result.centroids(), means, rtol=1e-6)
+    for code, mask in zip(result.to_rle(), masks, strict=True):
+        np.testing.assert_array_equal(coco_mask.decode(code).astype(bool), mask)
+    frames = {
+        "resize": lambda entities: entities.resize(50, 31),
+        "pad": lambda entities: entities.pad(30, 26),
+        "crop": lambda entities: entities.crop(11, 17),
+        "flip": EntityMap.flip,
+        "pickle": lambda entities: pickle.loads(pickle.dumps(entities)),
+    }
+    for name, moved in frames.items():
+        alone = [moved(EntityMap(mask.astype(int))).ids > 0 for mask in masks]
+        np.testing.assert_array_equal(moved(result).bitmasks(), alone, err_msg=name)
 
 
-def test_a_hidden_mask_is_dropped_and_the_others_keep_their_place_as_id():
-    masks = np.zeros((3, 6, 6), dtype=bool)
-    masks[0, :2], masks[1, :2], masks[2, 3:] = True, True, True
-    result = EntityMap.from_masks(masks, [0.1, 0.9, 0.5])
-    assert result.segment_ids == [2, 3] and np.allclose(result.scores, [0.9, 0.5])
-    refused("3 masks but 2 segment_ids", EntityMap.from_masks, masks, segment_ids=[1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_numbers_and_scores_of_masks_change_nothing(seed):
+    masks, scores = boxes(seed)
+    masks[7] = masks[:, ::-1][3]  # of one size with another
+    order = rng(seed).permutation(12)
+    one = EntityMap.from_masks(masks, scores, segment_ids=range(1, 13)).canonical()
+    two = EntityMap.from_masks(masks[order], segment_ids=order + 1).canonical()
+    assert one.segment_ids == two.segment_ids and one.digest() == two.digest()
+    np.testing.assert_array_equal(one.ids, two.ids)
+    np.testing.assert_array_equal(one.bitmasks(), masks[np.array(one.segment_ids) - 1])
+    np.testing.assert_array_equal(one.scores, scores[np.array(one.segment_ids) - 1])
+    others = (one.flip(), one.resize(24, 23), one.crop(23, 24), EntityMap(one.ids))
+    assert len({one.digest(), *(other.canonical().digest() for other in others)}) == 5
+
+
+def test_masks_that_cannot_be_kept_are_counted_and_named_once(gella_log):
+    masks = np.zeros((6, 6, 6), dtype=bool)
+    masks[[0, 2, 5], :2], masks[3, 3:] = True, True
+    for _ in range(2):
+        found = EntityMap.from_masks(masks, [0.1, 0, 0.9, 1, 0, 0.5], range(10, 16), where="a.json")
+    assert found.segment_ids == [12, 13] and found.merged == {15: 12, 10: 12}
+    assert np.allclose(found.scores, [0.9, 1]) and [found.index_of(i) for i in (10, 12)] == [0, 0]
+    assert [record.getMessage() for record in gella_log.records] == [
+        "a.json: 2 of 6 masks have no pixel and are left out: 11, 14",
+        "a.json: 2 of 6 masks equal another mask and are left out: 15, 10",
+    ]
+    refused("6 masks but 2 segment_ids", EntityMap.from_masks, masks, segment_ids=[1, 2])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -75,6 +119,7 @@ def test_no_entity_is_a_valid_map():
         colors = entity_colors(empty, assignment, rng())
         assert colors.shape == (0, 3) and not paint_colormap(empty, colors).any()
     assert EntityMap.from_masks(np.zeros((0, 4, 3), bool)).num_entities == 0
+    assert empty.canonical().num_entities == 0 and isinstance(empty.digest(), int)
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -79,13 +79,12 @@ def test_limits_leave_out_small_weak_and_surplus_masks():
         np.testing.assert_allclose(found.scores, scores[kept])
 
 
-def test_what_is_left_of_a_covered_mask_counts():
-    masks = boxes((0, 0, 5, 5), (0, 0, 5, 4), (6, 6, 10, 12))
-    scores = np.array([0.2, 0.9, 0.5], dtype=np.float32)
-    assert MaskLimits(min_area=5).flatten(masks, scores).areas().tolist() == [5, 20, 24]
+def test_a_covered_mask_is_whole_and_equal_ones_are_one():
+    masks = boxes((0, 0, 5, 5), (0, 0, 5, 4), (0, 0, 5, 5), (6, 6, 10, 12))
+    scores = np.array([0.2, 0.9, 0.1, 0.5], dtype=np.float32)
     kept = MaskLimits(min_area=6).flatten(masks, scores)
-    assert kept.areas().tolist() == [20, 24] and kept.segment_ids == [1, 2]
-    assert kept.ids[0, 4] == 0  # the sliver is nobody's
+    assert kept.areas().tolist() == [25, 20, 24] and kept.segment_ids == [1, 2, 3]
+    assert kept.index_of(3) == 2
     none = MaskLimits(min_score=1.0).flatten(masks, scores)
     assert none.num_entities == 0 and none.size == (10, 12)
     for wrong in ({"min_area": -1}, {"max_entities": 0}):

@@ -60,14 +60,42 @@ def test_npz_with_masks_or_ids(tmp_path):
     masks[0, :6], masks[1, 4:9], masks[2, 5, 5] = True, True, True
     np.savez_compressed(path, masks=masks, scores=np.array([0.9, 0.4, 0.6]))
     loaded = load_entities(path, *SIZE)
-    assert loaded.segment_ids == [1, 2]  # the third lies under the first
-    np.testing.assert_array_equal(loaded.bitmasks(), [masks[0], masks[1] & ~masks[0]])
-    np.testing.assert_allclose(loaded.scores, [0.9, 0.4])
+    assert loaded.segment_ids == [1, 2, 3]
+    np.testing.assert_array_equal(loaded.bitmasks(), masks)
+    np.testing.assert_allclose(loaded.scores, [0.9, 0.4, 0.6])
     np.savez(path, ids=IDS)
     assert_same(load_entities(path, *SIZE), IDS)
 
 
-def test_results_json_flattens_by_score_and_takes_every_coding(tmp_path):
+@pytest.mark.parametrize("scores", [(0.9, 0.8), (0.8, 0.9)])
+def test_a_whole_and_its_part_are_two_entities_whatever_their_scores(tmp_path, scores):
+    masks = np.zeros((2, *SIZE), dtype=bool)
+    masks[0, 1:11, 1:15], masks[1, 4:7, 3:6] = True, True
+    path = tmp_path / "results.json"
+    entries = [{"image_id": 1, "segmentation": encode_mask(m), "score": s}
+               for m, s in zip(masks, scores)]  # fmt: skip
+    path.write_text(json.dumps(entries))
+    loaded = load_entities(path, *SIZE, image_id=1)
+    assert loaded.segment_ids == [1, 2] and loaded.scores.tolist() == pytest.approx(scores)
+    np.testing.assert_array_equal(loaded.bitmasks(), masks)
+    np.testing.assert_array_equal(loaded.ids, masks[0] + masks[1].astype(int))
+
+
+def test_shapes_without_a_pixel_are_counted_and_named(tmp_path, gella_log):
+    square, line = [2, 2, 8, 2, 8, 8, 2, 8], [1.0, 1.0, 2.0, 2.0]
+    nothing = encode_mask(np.zeros(SIZE))
+    outlines = ([square], [line], [[]], [], nothing, [nothing, line], encode_mask(IDS == 300))
+    segments = [{"id": 10 + k, "segmentation": outline} for k, outline in enumerate(outlines)]
+    path = tmp_path / "instances.json"
+    path.write_text("{}")
+    for _ in range(2):
+        options = {"format": "coco_instances", "segments_info": segments, "image_id": 3}
+        assert load_entities(path, *SIZE, **options).segment_ids == [10, 16]
+    told = f"image 3, entity file {path}: 5 of 7 masks have no pixel and are left out: "
+    assert gella_log.messages == [told + "11, 12, 13, 14, 15"]
+
+
+def test_results_json_takes_every_coding(tmp_path):
     masks = np.zeros((3, *SIZE), dtype=bool)
     masks[0, 2:9, 2:9], masks[1, 4:11, 4:11], masks[2, 0:3, 12:16] = True, True, True
     flat = masks[1].ravel(order="F")
@@ -82,7 +110,7 @@ def test_results_json_flattens_by_score_and_takes_every_coding(tmp_path):
     path.write_text(json.dumps([{**results[0], "image_id": 6}, *results]))
     for image_id in (5, "5"):  # ids are integers or text in the wild
         loaded = load_entities(path, *SIZE, image_id=image_id)
-        np.testing.assert_array_equal(loaded.bitmasks(), [masks[0] & ~masks[1], *masks[1:]])
+        np.testing.assert_array_equal(loaded.bitmasks(), masks)
         np.testing.assert_allclose(loaded.scores, [0.3, 0.8, 0.5])
     assert load_entities(path, *SIZE, image_id=6, format="coco_results").num_entities == 1
 
@@ -102,8 +130,7 @@ def test_segments_of_an_instance_json(tmp_path):
     for first in segments[:2]:
         loaded = load_entities(path, *SIZE, segments_info=[first, *segments[2:]], **options)
         assert loaded.segment_ids == [first["id"], 5]
-        # The smaller one lies on top.
-        np.testing.assert_array_equal(loaded.bitmasks(), [inside.any(0) & ~spot, spot])
+        np.testing.assert_array_equal(loaded.bitmasks(), [inside.any(0), spot])
     missing = "image 1.*instances.json.*segment 7.*'segmentation' is missing"
     refused(missing, load_entities, path, *SIZE, segments_info=[{"id": 7}], **options)
     annotations = [{**segment, "image_id": k} for k, segment in enumerate((*segments, *segments))]

@@ -282,7 +282,7 @@ REFUSED = [
     ("results", r("segmentation", "size", "12x17"), "result 1|'12x17'"),
     ("results", r("segmentation", "counts", DROP), "result 1|lack 'counts'"),
     ("results", r("segmentation", "counts", "o2"), "image 42|result 1|of 204 pixels"),
-    ("results", r("segmentation", "counts", "\x01\x02"), "image 42|result 1|damaged"),
+    ("results", r("segmentation", "counts", "\x01\x02"), "image 42|result 1|character 0"),
     ("results", r("segmentation", "counts", [-4, 208]), "image 42|result 1|at least 0"),
     ("results", r("segmentation", "counts", [3, 4]), "result 1|runs cover 7 of 204"),
     ("results", r("segmentation", [[20, 1, 25, 1, 25, 5]]), "result 1|outside|x from 20 to 25"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from gella.entities.entity_map import EntityMap
 from gella.modeling import postprocessing as post
 
 
@@ -23,8 +24,12 @@ def strips(count, size=12):
     return (places == torch.arange(count)[:, None])[:, :, None].repeat(1, 1, size)
 
 
+def snapped(masks, entities, threshold):
+    return post.snap_to_entities(masks, EntityMap.from_masks(entities.numpy()), threshold)
+
+
 def gathered(logits, masks, entities, ids, queries, snap, met=None):
-    met = post.snap_to_entities(masks, entities, 0.5) if met is None else met
+    met = snapped(masks, entities, 0.5) if met is None else met
     known = {"entity_masks": entities if snap else None, "snapped": met}
     return post.gather_candidates(logits, masks, ids, queries=queries, **known)
 
@@ -39,7 +44,7 @@ def test_snapping_takes_the_best_entity_above_the_threshold():
         (entities[:0], 0.5, [-1, -1, -1]),
         (entities, 42 / 48, [2, 0, -1]),  # at least
     ):
-        assert post.snap_to_entities(predicted, known, threshold).tolist() == met
+        assert snapped(predicted, known, threshold).tolist() == met
 
 
 def test_queries_of_one_entity_merge_to_the_highest_logit():
@@ -48,7 +53,7 @@ def test_queries_of_one_entity_merge_to_the_highest_logit():
     found = gathered(logits, strips(4), strips(2), [70, 80], "learned", True, met)
     assert found.entity_ids == [-2, 70, 80]
     assert torch.allclose(found.scores.logit(), torch.tensor([[5.0, 3.0, 1.0], [-2.0, 2.0, 4.0]]))
-    assert torch.equal(found.masks, torch.stack([strips(4)[1], *strips(2)]))
+    assert torch.equal(torch.stack(list(found.masks)), torch.stack([strips(4)[1], *strips(2)]))
 
 
 @pytest.mark.parametrize("queries, snap, ids", [

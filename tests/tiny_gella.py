@@ -155,7 +155,7 @@ def farthest(a, b, relative=False):
 
 
 def same_result(alone, joint):
-    """Assert that two results of one image agree: scores to TOLERANCE, all else exactly."""
+    """Assert that two results of one image agree: scores to TOLERANCE, texts and ids exactly."""
     assert alone.get("text") == joint.get("text")
     for a, b in zip(alone.get("grounding", ()), joint.get("grounding", ()), strict=True):
         keys = ("phrase", "start", "end", "entity_ids")
@@ -163,7 +163,9 @@ def same_result(alone, joint):
         assert farthest(a["scores"], b["scores"]) < TOLERANCE
         assert np.array_equal(a["mask"], b["mask"])
     if "instances" in alone:
-        assert torch.equal(alone["instances"].pred_masks, joint["instances"].pred_masks)
+        # A logit that is 0 to its last digits may be on either side.
+        masks, others = (result["instances"].pred_masks for result in (alone, joint))
+        assert int((masks != others).sum()) < 1e-4 * masks.numel() + 1
         assert farthest(alone["instances"].scores, joint["instances"].scores) < TOLERANCE
     if "panoptic_seg" in alone:
         (ids, segments), (joint_ids, joint_segments) = alone["panoptic_seg"], joint["panoptic_seg"]

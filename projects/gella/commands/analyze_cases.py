@@ -129,13 +129,13 @@ class Scene:
     """One image with its annotated segments."""
 
     image: np.ndarray  # uint8 (H, W, 3) RGB
-    regions: EntityMap  # all segments; of polygons, which may overlap, the smaller lies on top
+    regions: EntityMap  # all segments
     categories: list[str]  # per segment
 
     def indices(self, segment_ids: Iterable[int]) -> list[int]:
         """Indices of the named segments that the picture shows, ascending."""
-        present = self.regions.segment_ids
-        return sorted(self.regions.index_of(i) for i in set(segment_ids) if i in present)
+        present = {*self.regions.segment_ids, *self.regions.merged}
+        return sorted({self.regions.index_of(i) for i in set(segment_ids) if i in present})
 
     def predicted(self, segmentation: dict[str, Any] | None) -> np.ndarray:
         """A predicted mask, bool (H, W), empty without one; ValueError for another size."""
@@ -264,18 +264,17 @@ def case_facts(segment_ids: Sequence[int], segmentation: Any, scene: Scene) -> d
     """
     regions, areas, names = scene.regions, scene.regions.areas(), scene.categories
     meant, mask = scene.indices(segment_ids), scene.predicted(segmentation)
-    # Pixels under the mask by segment; what lies on void is in [0] and only enlarges the union.
-    covered = np.bincount(regions.ids[mask], minlength=regions.num_entities + 1)
-    inter, size = int(covered[1:][meant].sum()), int(areas[meant].sum())
-    union = size + int(covered.sum()) - inter
-    taken = np.flatnonzero(covered[1:] > TAKEN * areas).tolist()
+    truth = regions.union(meant)
+    size, inter = np.count_nonzero(truth), np.count_nonzero(truth & mask)
+    union = size + np.count_nonzero(mask) - inter
+    taken = np.flatnonzero(regions.overlaps(mask) > TAKEN * areas).tolist()
     missed, wrong = {*meant} - {*taken}, {*taken} - {*meant}
     categories = {names[i] for i in meant}
     rivals = sum(name in categories for name in names) - len(meant)
     return {
         "error": _error(set(meant), set(taken), bool(mask.any())),
         "pixel_iou": inter / union if union else 1.0,
-        "area_share": size / regions.ids.size,
+        "area_share": size / mask.size,
         "meant": [names[i] for i in meant],
         "taken": [names[i] for i in taken],
         "rivals": rivals if meant else math.nan,

@@ -14,7 +14,7 @@ Mask2Former, OneFormer, MaskFormer, DETR, EoMT (classes are dropped), and a Dete
         --segmenter detectron2:config.yaml:model.pkl \\
         --option setup=mask2former:add_maskformer2_config
 
-The output is COCO results JSON without overlaps, one entry per entity. Image ids are the dataset's,
+The output is COCO results JSON, an entry per entity with its whole mask. Image ids are a dataset's,
 or made from the file name (000000142238.jpg is 142238). Every finished image is kept in
 OUTPUT.journal: after a kill or Ctrl-C the same command goes on where it stopped. OUTPUT.report.json
 says which images failed and which have no mask. docs/ENTITY_MASKS.md has the details.

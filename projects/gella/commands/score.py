@@ -61,7 +61,7 @@ def sample_of(record: dict[str, Any], evaluator_type: str) -> dict[str, Any]:
         sample["phrases"] = [expression_phrase(e) for e in record.get("expressions") or []]
         sample["caption"] = " ".join(phrase["text"] for phrase in sample["phrases"])
     if evaluator_type == "png":
-        sample["entities_full"] = load_from_record(record)
+        sample["entities_full"] = load_from_record(record).canonical()
     if evaluator_type in ("png", "coco_panoptic_seg"):
         sample["truth"] = TruthReader()(sample)
     return sample

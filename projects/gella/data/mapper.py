@@ -110,11 +110,11 @@ class InputMaker:
             image: uint8 (H, W, 3) RGB.
             entities: in the frame of ``image``.
             image_id, file_name: as they are to stand in the dict.
-            rng: draws the colours; None: from the image id, so that results repeat.
+            rng: draws the colours; None, at test: from the pixels of ``entities``. Those in
+                canonical order then give one picture, whatever their names and order were.
         """
         if rng is None:
-            # As text: an id that a file writes as a number and another as text is one image.
-            rng = np.random.default_rng(zlib.crc32(str(image_id).encode()))
+            rng = np.random.default_rng(entities.digest())
         options = {"image_size": self.image_size, "colormap_size": self.colormap_size}
         view = make_view(image, entities, assignment=self.colors, rng=rng, **options)
         view.update(height=image.shape[0], width=image.shape[1])
@@ -187,16 +187,15 @@ def as_test_input(mapped: dict[str, Any]) -> dict[str, Any]:
     """
     height, width = mapped["valid_size"]
     entities = mapped["entities"]
-    full = EntityMap(entities.ids[:height, :width], entities.segment_ids, entities.scores)
-    frame = {"height": height, "width": width, "entities_full": full}
+    frame = {"height": height, "width": width, "entities_full": entities.crop(height, width)}
     return {**mapped, "task": "ground", **frame}
 
 
 class GroundingMapper(InputMaker):
     """Callable that maps one dataset dict for one task (docs/FORMATS.md 7).
 
-    The result depends only on the record, the task and `rng_seed`; at test the colours come from
-    the image id, so results repeat.
+    The result depends only on the record, the task and `rng_seed`; at test entities are in
+    canonical order and the colours come from them, so that no name or order changes a result.
     """
 
     @configurable
@@ -290,6 +289,8 @@ class GroundingMapper(InputMaker):
                 "another picture, or the sides are swapped"
             )
         entities = load_from_record(record, image)
+        if not self.is_train:
+            entities = entities.canonical()
         matcher = self._matcher(record, entities)
         try:
             fitted, caption, phrases, mirrored = self._words(record, task, matcher, rng)
@@ -300,7 +301,7 @@ class GroundingMapper(InputMaker):
         # Mirrored together: the colormap has to show the same scene in the same place.
         shown = (image[:, ::-1], entities.flip()) if mirrored else (image, entities)
         names = {"image_id": record["image_id"], "file_name": record["file_name"]}
-        picture = self.picture(*shown, **names, rng=rng)
+        picture = self.picture(*shown, **names, rng=rng if self.is_train else None)
         if not self.is_train:
             # Scores are taken at the original size; the truth stays the annotation's.
             picture.update(record_fields(record), entities_full=entities)

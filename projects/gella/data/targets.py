@@ -37,13 +37,14 @@ class EntityMatcher:
         own = entities if annotated is None else annotated
         listed = None if segments_info is None else [int(s["id"]) for s in segments_info]
         self.segments_info = list(segments_info or [])
-        self._known = set(own.segment_ids if listed is None else listed)
         if annotated is None:
             matches: list[list[int]] = [[k] for k in range(entities.num_entities)]
         else:
             close = segment_iou(annotated, entities) >= min_iou
             matches = [np.flatnonzero(row).tolist() for row in close]
         self._indices = dict(zip(own.segment_ids, matches))
+        self._indices |= {i: self._indices[kept] for i, kept in own.merged.items()}
+        self._known = set(self._indices if listed is None else listed)
 
     def entity_indices(self, segment_ids: Sequence[int] | None) -> list[int] | None:
         """Indices (ascending, each once) of the entities that the segments name.
@@ -62,7 +63,7 @@ class EntityMatcher:
 
 
 def segment_iou(a: EntityMap, b: EntityMap) -> np.ndarray:
-    """IoU of every entity of `a` with every entity of `b`: float64 (E_a, E_b), one image pass."""
+    """IoU of every entity of `a` with every entity of `b`: float64 (E_a, E_b)."""
     if a.size != b.size:
         raise ValueError(f"entity maps of {a.size} and {b.size} pixels cannot be compared")
     # One number for each pair of labels: a single histogram holds all intersections.
@@ -70,7 +71,11 @@ def segment_iou(a: EntityMap, b: EntityMap) -> np.ndarray:
     joint = a.ids.ravel().astype(np.int64) * columns + b.ids.ravel()
     counts = np.bincount(joint, minlength=(a.num_entities + 1) * columns).reshape(-1, columns)
     shared = counts[1:, 1:].astype(np.float64)
-    union = counts[1:].sum(axis=1)[:, None] + counts[:, 1:].sum(axis=0)[None] - shared
+    for index in b.wholes:
+        shared[:, index] = a.overlaps(b.union([index]))
+    for index in a.wholes:
+        shared[index] = b.overlaps(a.union([index]))
+    union = a.areas()[:, None] + b.areas()[None] - shared
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 

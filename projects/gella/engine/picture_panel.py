@@ -155,5 +155,5 @@ def _truth(phrase: dict[str, Any], entities: EntityMap) -> dict[str, Any]:
         "start": phrase["start"],
         "end": phrase["end"],
         "entity_ids": [entities.segment_ids[index] for index in indices],
-        "mask": np.isin(entities.ids, [index + 1 for index in indices]),
+        "mask": entities.union(indices),
     }

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from pycocotools import mask as coco_mask
 
 from gella.entities.entity_map import (
     MAX_ENTITIES,
@@ -92,7 +91,8 @@ def load_entities(
         max_bytes: larger files are refused before they are read.
 
     Returns an EntityMap in the image's frame whose ids are those of the file (for masks without
-    ids: their place from 1). Masks that overlap are flattened, see `EntityMap.from_areas`.
+    ids: their place from 1). Masks may overlap, and those without a pixel are counted in the log,
+    see `EntityMap.from_codes`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -101,6 +101,7 @@ def load_entities(
     """
     path, size = Path(file_name), (int(height), int(width))
     name = path.stem if image_id is None else str(image_id)
+    where = f"image {name}, entity file {path}"
     if not path.is_file():
         raise FileNotFoundError(f"image {name}: entity file {path} does not exist; check the path")
     try:
@@ -109,11 +110,11 @@ def load_entities(
         read_here = segments_info is None or format not in ("coco_results", "coco_instances")
         if read_here and length > max_bytes:
             raise ValueError(f"{length} bytes, more than the {max_bytes} that are read")
-        entities = _load(path, size, format, segments_info, image_id, max_entities)
+        entities = _load(path, size, format, segments_info, image_id, max_entities, where)
         if entities.num_entities == 0:
             raise ValueError("no entity at all; give masks with at least one")
     except ValueError as error:
-        raise ValueError(f"image {name}, entity file {path}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
     return entities
 
 
@@ -124,6 +125,7 @@ def _load(
     segments_info: Sequence[dict[str, Any]] | None,
     image_id: int | str | None,
     max_entities: int,
+    where: str,
 ) -> EntityMap:
     kind, suffix = format, path.suffix.lower()
     if kind == "auto" and suffix == ".npz":
@@ -139,7 +141,7 @@ def _load(
     if kind in ("panoptic_png", "gray_png"):
         return _from_png(path, size, segments_info, max_entities, kind)
     if kind == "npz":
-        return _from_npz(path, size, max_entities)
+        return _from_npz(path, size, max_entities, where)
     if kind == "coco_panoptic":
         picture, segments = panoptic_annotation(path, _entries_of(path, format, image_id)[0])
         if not picture.is_file():
@@ -149,7 +151,7 @@ def _load(
         if segments_info is None:
             segments_info = _entries_of(path, format, image_id)
         scored = kind == "coco_results"
-        return _from_segmentations(segments_info, size, max_entities, scored=scored)
+        return _from_segmentations(segments_info, size, max_entities, where, scored=scored)
     raise ValueError(f"unknown format {format!r}; known: auto, {', '.join(FORMATS)}")
 
 
@@ -273,7 +275,7 @@ def _from_png(
 # -- archives of numpy -----------------------------------------------------------------------------
 
 
-def _from_npz(path: Path, size: tuple[int, int], max_entities: int) -> EntityMap:
+def _from_npz(path: Path, size: tuple[int, int], max_entities: int, where: str) -> EntityMap:
     """From `masks` (E, H, W) or `ids` (H, W), with `scores`; other arrays are not touched."""
     _check_directory(path)
     with damage_told():
@@ -287,7 +289,7 @@ def _from_npz(path: Path, size: tuple[int, int], max_entities: int) -> EntityMap
         }
     scores = arrays.get("scores")
     if "masks" in arrays:
-        return EntityMap.from_masks(arrays["masks"], scores)
+        return EntityMap.from_masks(arrays["masks"], scores, where=where)
     if "ids" in arrays:
         if arrays["ids"].min() < 0:
             raise ValueError(f"ids holds {arrays['ids'].min()}; ids start at 1, and 0 is void")
@@ -448,7 +450,12 @@ def _checked_segments(segments_info: Any) -> list[tuple[int, bool, dict[str, Any
 
 
 def _from_segmentations(
-    entries: Sequence[dict[str, Any]], size: tuple[int, int], max_entities: int, *, scored: bool
+    entries: Sequence[dict[str, Any]],
+    size: tuple[int, int],
+    max_entities: int,
+    where: str,
+    *,
+    scored: bool,
 ) -> EntityMap:
     """Entities of one image from results (`scored`), or from segments, whose crowd is left out."""
     if scored:
@@ -470,10 +477,4 @@ def _from_segmentations(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         scores.append(score)
-    # One by one: of more than 255 at once pycocotools 2.0.11 raises OverflowError.
-    areas = np.array([int(coco_mask.area(code)) for code in codes], dtype=np.int64)
-
-    def mask_of(k: int) -> np.ndarray:
-        return coco_mask.decode(codes[k]).astype(bool, copy=False)
-
-    return EntityMap.from_areas(size, areas, mask_of, scores, [number for number, _, _ in named])
+    return EntityMap.from_codes(size, codes, scores, [number for number, _, _ in named], where)

@@ -54,7 +54,9 @@ def read_image(
         refused = _refusal(picture, max_pixels)
         if not refused:
             picture.load()
-            turned = ImageOps.exif_transpose(picture) if upright else picture
+            if upright:
+                ImageOps.exif_transpose(picture, in_place=True)  # else it makes a copy
+            turned: Image.Image = picture
             if turned.mode.startswith("I;16"):  # Pillow would clip all that is over 255
                 turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
             # A picture that is RGB already would be copied by convert() all the same.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gella.modeling.generation import Prefix
 from gella.modeling.mask_decoder import MaskDecoderOutput
 from gella.modeling.postprocessing import (
+    Masks,
     gather_candidates,
     ground_phrases,
     masks_in_original_frame,
@@ -50,8 +51,7 @@ class EncodedImage:
     Attributes:
         query_embeddings: (K, D), ``E_vc`` of the K queries that are entities.
         scores: (K,) probability of each that it is one.
-        masks: bool (K, height, width), the decoder's, in the original frame; (0, height, width)
-            where the nouns choose among the input's own masks and nobody asked for the decoder's.
+        masks: the decoder's K bool masks (height, width), in the original frame.
         snapped: int64 (K,), the input entity that each query reproduces, -1 for none; None where
             that is not looked for.
         image_grid: (1, C, g, g), CLIP's penultimate grid.
@@ -60,7 +60,7 @@ class EncodedImage:
 
     query_embeddings: Tensor
     scores: Tensor
-    masks: Tensor
+    masks: Masks
     snapped: Tensor | None
     image_grid: Tensor
     prefix: Prefix | None
@@ -71,8 +71,6 @@ def encode_images(
     model: Model,
     views: list[dict[str, Any]],
     prefix_ids: Tensor | None = None,
-    *,
-    all_masks: bool = False,
 ) -> list[EncodedImage]:
     """Compute what is the same for every question about some images.
 
@@ -83,7 +81,6 @@ def encode_images(
         views: mapped dicts; the question, if there is one, is not looked at.
         prefix_ids: (N,) int64, what every prompt begins with, up to its last image token; None:
             prompts are read as wholes.
-        all_masks: decode masks that no noun will choose among, too.
     """
     options, queries = model.inference_options, model.mask_decoder.queries
     output, grid = model.encode(views)
@@ -97,15 +94,13 @@ def encode_images(
         if queries == "learned":
             keep = keep & (score > options.ENTITY_SCORE_THRESHOLD)
         logits = output.mask_logits[-1][i][keep]
-        if queries == "entity" and options.SNAP and not all_masks:
-            logits = logits[:0]
         size = view["height"], view["width"]
         frame = tuple(view["colormap"].shape[-2:])
-        masks = masks_in_original_frame(logits, frame, view["valid_size"], *size)  # K height width
+        masks = masks_in_original_frame(logits, frame, view["valid_size"], *size)
         snapped = None
         if queries == "learned" and options.SNAP:
-            own = entity_masks(view["entities_full"], model.device)
-            snapped = snap_to_entities(masks, own, options.SNAP_IOU)
+            snapped = snap_to_entities(masks, view["entities_full"], options.SNAP_IOU)
+            snapped = snapped.to(model.device)
         encoded.append(
             EncodedImage(
                 query_embeddings=output.query_embeddings[i][keep],
@@ -213,7 +208,7 @@ def find_entities(
             image.masks,
             entities.segment_ids,
             queries=model.mask_decoder.queries,
-            entity_masks=entity_masks(entities, model.device) if options.SNAP else None,
+            entity_masks=own_masks(entities) if options.SNAP else None,
             snapped=image.snapped,
         )
         if x["task"] == "panoptic":
@@ -240,7 +235,7 @@ def find_entities(
 
 def answer_batch(model: Model, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Answer mapped dicts, whose tasks may differ; see ``GELLA.forward`` for what comes back."""
-    encoded = encode_images(model, batched_inputs, all_masks=True)
+    encoded = encode_images(model, batched_inputs)
     inputs = list(batched_inputs)
     to_write = [i for i, x in enumerate(inputs) if x["task"] in ("describe", "extract")]
     if to_write:
@@ -255,7 +250,11 @@ def answer_batch(model: Model, batched_inputs: list[dict[str, Any]]) -> list[dic
         found = find_entities(model, [inputs[i] for i in to_find], [encoded[i] for i in to_find])
         for i, result in zip(to_find, found):
             instances = Instances((inputs[i]["height"], inputs[i]["width"]))
-            instances.pred_masks, instances.scores = encoded[i].masks, encoded[i].scores
+            masks = encoded[i].masks
+            instances.pred_masks = (
+                torch.stack(list(masks)) if len(masks) else torch.zeros(masks.shape).bool()
+            )
+            instances.scores = encoded[i].scores
             results[i].update(result, instances=instances)
     return results
 
@@ -264,7 +263,16 @@ def entity_masks(entities: Any, device: torch.device) -> Tensor:
     """Masks of an ``EntityMap``, bool (E, H, W) in its frame, on a device."""
     ids = torch.as_tensor(entities.ids, device=device)
     numbers = torch.arange(1, entities.num_entities + 1, device=device)
-    return ids[None] == numbers[:, None, None]
+    masks = ids[None] == numbers[:, None, None]
+    for index in entities.wholes:
+        masks[index] = torch.from_numpy(entities.union([index])).to(device)
+    return masks
+
+
+def own_masks(entities: Any) -> Masks:
+    """The same in main memory, each painted when it is asked for."""
+    shape = (entities.num_entities, *entities.size)
+    return Masks(lambda index: torch.from_numpy(entities.union([index])), shape)
 
 
 def _joined(encoded: Sequence[EncodedImage]) -> tuple[Tensor, list[Prefix] | None]:

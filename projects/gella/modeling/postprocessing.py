@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Masks:
+    """K bool masks (H, W), each made when it is asked for: at full size they fill gigabytes.
+
+    Attributes:
+        make: gives the mask of an index 0..K-1.
+        shape: (K, H, W).
+    """
+
+    make: Callable[[int], Tensor]
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.make(index)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.make, range(len(self)))
 
 
 @dataclass
@@ -16,13 +39,13 @@ class Candidates:
     """The entities that the nouns of one image may take.
 
     Attributes:
-        masks: (K, H, W) bool in the original image's frame.
+        masks: K bool masks (H, W) in the original image's frame, or a tensor of them.
         entity_ids: K ids, as the input names its entities. Without snapping, learned queries have
             no entity and are numbered from 1; with it, an id below 0 is a query that met none.
         scores: (P, K) association probabilities.
     """
 
-    masks: Tensor
+    masks: Masks | Tensor
     entity_ids: list[int]
     scores: Tensor
 
@@ -33,7 +56,7 @@ def masks_in_original_frame(
     valid_size: tuple[int, int],
     height: int,
     width: int,
-) -> Tensor:
+) -> Masks:
     """Turn stride-4 mask logits of the padded colormap into masks of the original image.
 
     Args:
@@ -43,55 +66,57 @@ def masks_in_original_frame(
         height, width: of the original image, in pixels.
 
     Returns:
-        (K, height, width) bool.
+        K masks (height, width).
     """
-    if mask_logits.shape[0] == 0:
-        return mask_logits.new_zeros((0, height, width), dtype=torch.bool)
-    logits = F.interpolate(
-        mask_logits[None].float(), size=colormap_size, mode="bilinear", align_corners=False
-    )[..., : valid_size[0], : valid_size[1]]
-    logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)[0]
-    return logits > 0
+
+    def mask_of(index: int) -> Tensor:
+        logits = mask_logits[index][None, None].float()
+        resized = F.interpolate(logits, size=colormap_size, mode="bilinear", align_corners=False)
+        valid = resized[..., : valid_size[0], : valid_size[1]]
+        size = (height, width)
+        return F.interpolate(valid, size=size, mode="bilinear", align_corners=False)[0, 0] > 0
+
+    return Masks(mask_of, (len(mask_logits), height, width))
 
 
-def snap_to_entities(masks: Tensor, entity_masks: Tensor, iou_threshold: float) -> Tensor:
+def snap_to_entities(masks: Masks | Tensor, entities: Any, iou_threshold: float) -> Tensor:
     """Find the input entity that each predicted mask reproduces.
 
     Args:
-        masks: (K, H, W) bool predictions.
-        entity_masks: (E, H, W) bool input entities.
+        masks: K bool predictions (H, W).
+        entities: the input's ``EntityMap``, of the same frame.
         iou_threshold: the least IoU of a match.
 
     Returns:
         (K,) int64 index of the entity with the highest IoU, -1 where none reaches the threshold.
     """
-    if masks.shape[0] == 0 or entity_masks.shape[0] == 0:
-        return torch.full((masks.shape[0],), -1, dtype=torch.int64, device=masks.device)
-    a, b = masks.flatten(1).float(), entity_masks.flatten(1).float()
-    inter = a @ b.T  # K E
-    union = a.sum(1)[:, None] + b.sum(1)[None] - inter
-    best, index = (inter / union.clamp(min=1)).max(dim=1)
-    return torch.where(best >= iou_threshold, index, -1)
+    met, areas = torch.full((len(masks),), -1), torch.from_numpy(entities.areas())
+    for k, mask in enumerate(masks if entities.num_entities else ()):
+        inter = torch.from_numpy(entities.overlaps(mask.cpu().numpy()))  # E
+        union = mask.sum().cpu() + areas - inter
+        best, index = (inter / union.clamp(min=1)).max(dim=0)
+        met[k] = torch.where(best >= iou_threshold, index, -1)
+    return met
 
 
 def gather_candidates(
     logits: Tensor,
-    masks: Tensor,
+    masks: Masks | Tensor,
     segment_ids: list[int],
     *,
     queries: str,
-    entity_masks: Tensor | None = None,
+    entity_masks: Masks | Tensor | None = None,
     snapped: Tensor | None = None,
 ) -> Candidates:
     """Decide which masks the nouns choose from: predicted ones, or the input's own.
 
     Args:
         logits: (P, K) association logits of the K kept queries.
-        masks: (K, H, W) bool predicted masks; not looked at where entity queries give the input's.
+        masks: K bool predicted masks (H, W).
         segment_ids: E ids of the input entities.
         queries: ``entity`` or ``learned`` (``MODEL.MASK_DECODER.QUERIES``).
-        entity_masks: (E, H, W) bool input entities, for ``MODEL.GELLA.SNAP``; None: predicted masks
-            only. With entity queries K = E, in the same order.
+        entity_masks: E bool masks (H, W) of the input, for ``MODEL.GELLA.SNAP``; None: predicted
+            masks only. With entity queries K = E, in the same order.
         snapped: of learned queries, see :func:`snap_to_entities`.
     """
     if queries == "entity":
@@ -108,9 +133,14 @@ def gather_candidates(
     )
     merged = logits.new_full((logits.shape[0], len(sources)), -torch.inf)
     merged.scatter_reduce_(1, inverse.expand_as(logits), logits, reduce="amax")
-    own = [entity_masks[s] if s >= 0 else masks[-s - 1] for s in sources.tolist()]
-    ids = [segment_ids[s] if s >= 0 else s for s in sources.tolist()]
-    return Candidates(torch.stack(own) if own else masks[:0], ids, merged.sigmoid())
+    places = sources.tolist()
+
+    def mask_of(index: int) -> Tensor:
+        return entity_masks[places[index]] if places[index] >= 0 else masks[-places[index] - 1]
+
+    ids = [segment_ids[s] if s >= 0 else s for s in places]
+    shape = (len(places), *masks.shape[1:])
+    return Candidates(Masks(mask_of, shape), ids, merged.sigmoid())
 
 
 def ground_phrases(
@@ -151,15 +181,22 @@ def ground_phrases(
                 "end": phrase["end"],
                 "entity_ids": [candidates.entity_ids[k] for k in chosen],
                 "scores": [float(scores[k]) for k in chosen],
-                "mask": candidates.masks[chosen].any(dim=0).cpu().numpy(),
+                "mask": _union(candidates.masks, chosen),
             }
         )
     return grounding
 
 
+def _union(masks: Masks | Tensor, chosen: Sequence[int]) -> np.ndarray:
+    united = np.zeros(tuple(masks.shape[1:]), dtype=bool)
+    for index in chosen:
+        united |= masks[index].cpu().numpy()
+    return united
+
+
 def panoptic_from_scores(
     scores: Tensor,
-    masks: Tensor,
+    masks: Masks | Tensor,
     categories: list[dict[str, Any]],
     threshold: float,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -170,7 +207,7 @@ def panoptic_from_scores(
 
     Args:
         scores: (C, K) probability that category c names entity k.
-        masks: (K, H, W) bool.
+        masks: K bool masks (H, W).
         categories: C dicts with ``category_id`` and ``isthing``.
         threshold: entities whose best score is lower stay void.
 
@@ -178,13 +215,13 @@ def panoptic_from_scores(
         ``(ids, segments_info)``: int32 (H, W) with 0 for void, and per segment ``id``,
         ``category_id``, ``isthing`` and ``score``.
     """
-    ids = torch.zeros(masks.shape[1:], dtype=torch.int32, device=masks.device)
+    ids = torch.zeros(tuple(masks.shape[1:]), dtype=torch.int32)
     if scores.numel() == 0:
         return ids, []
     best, category = scores.max(dim=0)  # K
     segments: dict[tuple[int, int], dict[str, Any]] = {}
     for k in best.argsort().tolist():
-        if best[k] < threshold or not masks[k].any():
+        if best[k] < threshold or not (mask := masks[k].cpu()).any():
             continue
         info = categories[int(category[k])]
         key = (info["category_id"], k if info["isthing"] else -1)
@@ -198,6 +235,6 @@ def panoptic_from_scores(
             },
         )
         segment["score"] = max(segment["score"], float(best[k]))
-        ids[masks[k]] = segment["id"]
+        ids[mask] = segment["id"]
     visible = set(ids.unique().tolist())
     return ids, [segment for segment in segments.values() if segment["id"] in visible]

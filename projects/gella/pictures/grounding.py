@@ -12,7 +12,7 @@ from PIL import Image
 from gella.entities.entity_map import EntityMap
 from gella.entities.rle import encode_mask
 from gella.pictures.chips import Color, Piece, palette
-from gella.pictures.overlays import layers_of_ids
+from gella.pictures.overlays import layers_of, layers_of_ids
 from gella.pictures.panels import Panels, draw_colormap
 
 
@@ -203,7 +203,7 @@ class Grounding:
         united = {color: np.logical_or.reduce(group) for color, group in masks.items()}
         layers = {color: panels.layer(mask) for color, mask in united.items()}
         panels.blend([(layer, colors[k]) for k, layer in layers.items() if layer is not None])
-        parts = {k: part for k, part in layers_of_ids(self.entities.ids).items() if k in owners}
+        parts = {k: part for k, part in layers_of(self.entities).items() if k in owners}
         numbered = panels.layers(parts)
         outlined = [(layer, list(dict.fromkeys(owners[k]))) for k, layer in numbered.items()]
         panels.outline([*outlined, *made])

@@ -20,7 +20,7 @@ from PIL import Image
 
 from gella.pictures.chips import ink_on, palette
 from gella.pictures.grounding import Grounding, Noun, PanopticResult, cut_caption
-from gella.pictures.overlays import Layer, layers_of_ids, place_labels
+from gella.pictures.overlays import Layer, layers_of, layers_of_ids, place_labels
 from gella.pictures.panels import UNTRAINED
 
 __all__ = ["SCRIPT", "STYLE", "grounding_html", "page", "panoptic_html"]
@@ -112,16 +112,16 @@ def grounding_html(result: Grounding, *, key: str, image_src: str | None = None)
     Raises:
         ValueError: a key or an address that is none of these.
     """
-    ids = result.entities.ids
-    areas = [Area(k, f"entity {k}", layer) for k, layer in layers_of_ids(ids).items()]
+    layers = layers_of(result.entities)
+    areas = [Area(k, f"entity {k}", layer) for k, layer in layers.items()]
     nouns, first = [], result.entities.num_entities + 1
     made: dict[tuple[int, ...], int] = {}  # of sets of masks only the union is known
     for noun, phrase in zip(result.nouns(), result.phrases, strict=True):
         if noun.made and noun.made not in made:
             made[noun.made] = number = first + len(made)
-            rest = phrase["mask"] & ~np.isin(ids, noun.numbers)
-            layers = layers_of_ids(rest.astype(np.uint8)).values()
-            areas += [Area(number, "mask of the model", layer, False) for layer in layers]
+            rest = phrase["mask"] & ~result.entities.union(k - 1 for k in noun.numbers)
+            own = layers_of_ids(rest.astype(np.uint8)).values()
+            areas += [Area(number, "mask of the model", layer, False) for layer in own]
         more = (made[noun.made],) if noun.made else ()
         names = [*map(str, noun.numbers), *["new"] * len(noun.made)]
         nouns.append(noun._replace(numbers=(*noun.numbers, *more), names=tuple(names)))

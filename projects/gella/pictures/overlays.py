@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from gella.entities.entity_map import EntityMap
+
 _GAP = 1.0  # pixels between labels
 _SMALL = 6  # masks of fewer label areas are hidden by a label on them
 _HIDING = 5.0  # a mask hidden is as bad as a label so many label sizes away
@@ -54,6 +56,15 @@ def layers_of_ids(ids: np.ndarray) -> dict[int, Layer]:
         for number, place in enumerate(ndimage.find_objects(ids), start=1)
         if place is not None
     }
+
+
+def layers_of(entities: EntityMap) -> dict[int, Layer]:
+    """Return the layer of every entity with a pixel, all of its mask, by its number from 1."""
+    layers = layers_of_ids(entities.ids)
+    for index, whole in entities.wholes.items():
+        mask = whole.paint(whole.values).astype(np.int32)
+        layers |= layers_of_ids(mask * (index + 1))
+    return dict(sorted(layers.items()))
 
 
 class Grid:

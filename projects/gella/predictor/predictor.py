@@ -130,8 +130,8 @@ class GellaPredictor:
                 :func:`gella.predictor.scene.read_entities`.
             masks_format: format of a mask file.
             segments_info: of a COCO panoptic file: which segments are crowd.
-            image_id: picks the picture's masks in a file of many, and the colours of the
-                colormap. Default for a file: :func:`image_id_of`.
+            image_id: picks the picture's masks in a file of many. Default for a file:
+                :func:`image_id_of`.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -279,9 +279,10 @@ class GellaPredictor:
                     self._segmenters[entities] = load_segmenter(entities, self.cfg.MODEL.DEVICE)
                 entities = self._segmenters[entities]
             checked = read_entities(entities, picture, image_id=image_id, **options)
-            view = maker.picture(picture, checked, image_id=image_id)
+            ordered = checked.canonical()  # answers name entities by their ids
+            view = maker.picture(picture, ordered, image_id=image_id)
         picture.flags.writeable = False
-        return Scene(picture, checked, image_id, {**view, "entities_full": checked})
+        return Scene(picture, checked, image_id, {**view, "entities_full": ordered})
 
     def _encode(self, scenes: Sequence[Scene]) -> list[Scene]:
         """The scenes with what the model computes of them once, in one pass."""

@@ -26,7 +26,7 @@ class Scene:
     Attributes:
         image: uint8 (H, W, 3) RGB; read-only.
         entities: in the frame of ``image``; at least one.
-        image_id: chose the colours of the colormap.
+        image_id: picked its masks in a file of many.
         view: what mapped dicts say of the picture; for the predictor.
         encoded: what the model computed once; for the predictor.
     """

@@ -38,7 +38,7 @@ class MaskLimits:
     """Which of a segmenter's masks become entities.
 
     Attributes:
-        min_area: pixels; smaller masks are left out, as is what other masks leave of one.
+        min_area: pixels; smaller masks are left out.
         min_score: masks scored lower are left out; None keeps all.
         max_entities: this many masks of the highest scores are kept; None keeps all.
 
@@ -58,11 +58,10 @@ class MaskLimits:
     def flatten(self, masks: np.ndarray, scores: np.ndarray) -> EntityMap:
         """Turn masks bool (E, H, W), which may overlap, and scores float (E,) into entities.
 
-        They are numbered 1..E' in the order of ``masks``; there may be none. Overlaps are resolved
-        as `EntityMap.from_masks` does.
+        They are numbered 1..E' in the order of ``masks``; there may be none. Those that overlap
+        keep their pixels, see `EntityMap.from_codes`.
         """
-        least = max(1, self.min_area)
-        keep = masks.sum(axis=(1, 2)) >= least
+        keep = masks.sum(axis=(1, 2)) >= max(1, self.min_area)
         if self.min_score is not None:
             keep &= scores >= self.min_score
         chosen = np.flatnonzero(keep)
@@ -70,11 +69,8 @@ class MaskLimits:
             best = np.argsort(-scores[chosen], kind="stable")[: self.max_entities]
             chosen = np.sort(chosen[best])
         entities = EntityMap.from_masks(masks[chosen], scores[chosen])
-        # Slivers that the masks above have left are dropped too: nobody can point at them.
-        large = np.flatnonzero(entities.areas() >= least)
-        ids = [int(k) + 1 for k in large]
-        kept = EntityMap.from_id_image(entities.ids, ids, entities.scores[large])
-        return EntityMap(kept.ids, list(range(1, kept.num_entities + 1)), kept.scores)
+        entities.segment_ids, entities.merged = list(range(1, entities.num_entities + 1)), {}
+        return entities
 
 
 class Segmenter:
