@@ -6,6 +6,7 @@ import torch
 
 from gella.entities.entity_map import EntityMap
 from gella.modeling import postprocessing as post
+from gella.modeling.inference import own_masks
 
 
 def test_masks_return_to_a_non_square_original():
@@ -128,6 +129,17 @@ def test_panoptic_merges_stuff_keeps_things_apart_and_leaves_weak_entities_void(
         of_entity[1]: (5, True, 0.8),
         of_entity[2]: (9, False, 0.7),
     }
+
+
+def test_a_part_is_not_hidden_under_its_whole_of_higher_score():
+    masks = np.zeros((2, 6, 6), dtype=bool)
+    masks[0], masks[1, 2:4, 2:5] = True, True
+    own = own_masks(EntityMap.from_masks(masks), flat=True)
+    things = [{"category_id": 1, "isthing": True}]
+    ids, segments = post.panoptic_from_scores(torch.tensor([[0.9, 0.8]]), own, things, 0.0)
+    assert len(segments) == 2 and np.array_equal(ids == ids[2, 2], masks[1])
+    whole = own_masks(EntityMap.from_masks(masks), flat=False)
+    assert np.array_equal(np.stack(list(whole)), masks)
 
 
 def test_panoptic_paints_the_higher_score_on_top_and_drops_hidden_segments():

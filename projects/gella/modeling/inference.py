@@ -208,7 +208,7 @@ def find_entities(
             image.masks,
             entities.segment_ids,
             queries=model.mask_decoder.queries,
-            entity_masks=own_masks(entities) if options.SNAP else None,
+            entity_masks=own_masks(entities, x["task"] == "panoptic") if options.SNAP else None,
             snapped=image.snapped,
         )
         if x["task"] == "panoptic":
@@ -269,10 +269,17 @@ def entity_masks(entities: Any, device: torch.device) -> Tensor:
     return masks
 
 
-def own_masks(entities: Any) -> Masks:
-    """The same in main memory, each painted when it is asked for."""
-    shape = (entities.num_entities, *entities.size)
-    return Masks(lambda index: torch.from_numpy(entities.union([index])), shape)
+def own_masks(entities: Any, flat: bool) -> Masks:
+    """The same in main memory, each painted when it is asked for.
+
+    ``flat``: without the pixels on which a smaller one lies, which would vanish under it in a map
+    of one segment per pixel.
+    """
+
+    def mask_of(index: int) -> Tensor:
+        return torch.from_numpy(entities.ids == index + 1 if flat else entities.union([index]))
+
+    return Masks(mask_of, (entities.num_entities, *entities.size))
 
 
 def _joined(encoded: Sequence[EncodedImage]) -> tuple[Tensor, list[Prefix] | None]:
