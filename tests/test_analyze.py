@@ -331,7 +331,7 @@ def test_polygons_that_overlap_are_a_scene_too(tmp_path):
     record["entities"] = {"format": "coco", "file_name": "instances.json", "segments_info": infos}
     _, shown = next(scenes(cases_of([0.0], image_id=4), [record], {1: "wall"}))
     assert shown.categories == ["wall", "category 2"]
-    assert shown.regions.areas().tolist() == [500, 100]
+    assert shown.regions.areas().tolist() == [600, 100]
 
 
 def test_without_images_the_figures_of_the_file_remain(evaluated, tmp_path):

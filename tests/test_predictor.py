@@ -209,7 +209,7 @@ def test_a_grounding_as_json_and_as_masks(cfg, scene):
         assert (mask_utils.decode(noun["mask"]).astype(bool) == phrase["mask"]).all()
         assert (np.isin(ids, noun["entity_numbers"]) == phrase["mask"]).all()
         assert CAPTION[noun["start"] : noun["end"]] == noun["noun"]
-    assert noun["entity_ids"] == [300, 7] and noun["entity_numbers"] == [3, 4]
+    assert noun["entity_ids"] == [300, 11] and noun["entity_numbers"] == [3, 1]
 
 
 def test_extracted_nouns_that_the_caption_lacks_are_dropped(cfg, scene):
@@ -238,7 +238,7 @@ def test_refer_and_panoptic(cfg, scene):
     mask = loaded["segments"][0].pop("mask")
     assert (mask_utils.decode(mask) == (result.ids == 1)).all() and result.untrained
     segment = {"id": 1, "category_id": 4, "category": "sand", "isthing": False, "score": 0.5}
-    segment |= {"entity_ids": [11], "entity_numbers": [1]}  # as drawn, and as the file has it
+    segment |= {"entity_ids": [5], "entity_numbers": [2]}  # as drawn, and as the file has it
     known = {"config": "", "weights": "untrained", "categories": [sand], "segments": [segment]}
     assert loaded == {"task": "panoptic", "height": 60, "width": 90, **known}
 
