@@ -17,6 +17,8 @@ import pytest
 from PIL import Image
 from refusals import refused
 
+from gella import load_config
+from gella.captions.run import open_captions
 from gella.data import register as datasets
 from gella.data.entityseg import load_entityseg
 from gella.entities.entity_map import id_to_rgb
@@ -485,6 +487,9 @@ def test_a_byte_order_mark_is_no_part_of_a_file(files, what):
 
     files.after = [mark]
     assert len(expected) == len(files.read(what))
+    assert open_captions(files.folder / CAPTIONS).entries.keys() == {("41", "0"), ("42", "0")}
+    (files.folder / "a.yaml").write_bytes(b"\xef\xbb\xbfOUTPUT_DIR: here\n")
+    assert load_config(files.folder / "a.yaml").OUTPUT_DIR == "here"
 
 
 def test_a_noun_that_is_not_in_its_description_is_counted(files, gella_log):

@@ -85,7 +85,7 @@ def test_values_of_other_libraries_come_out_as_pythons_own(tmp_path):
 PHRASE = {"text": "a dog", "start": 0, "end": 5, "segment_ids": [3], "is_plural": False}
 RECORD = {
     "file_name": "a.png", "image_id": "a", "height": 4, "width": 6, "caption": "a dog",
-    "entities": {"file_name": "a.npz", "segments_info": [{"id": 3}]},
+    "entities": {"file_name": "a.npz", "segments_info": [{"id": 3, "category_id": 1}]},
     "phrases": [{**PHRASE, "is_thing": True}], "expressions": [{"text": "it", "segment_ids": []}],
     "tasks": ("describe", "extract", "ground", "panoptic", "refer"),
 }  # fmt: skip
@@ -97,7 +97,10 @@ WRONG = [
     ("expressions.0.text", DROP, "expressions 0: there is no field 'text'"),
     ("expressions.0.segment_ids", DROP, "expressions 0: there is no field 'segment_ids'"),
     ("entities.file_name", DROP, "no field 'file_name'"),
-    ("entities.segments_info.0.id", DROP, "a segment: there is no field 'id'"),
+    *(
+        (f"entities.segments_info.0.{name}", DROP, f"a segment: there is no field '{name}'")
+        for name in ("id", "category_id")
+    ),
     ("file_name", 5, "'file_name' is 5, not str"),
     ("image_id", None, "'image_id' is None, not a whole number or text"),
     ("image_id", 1.5, "'image_id' is 1.5"),

@@ -162,7 +162,8 @@ _KINDS: dict[str, Any] = {
     **dict.fromkeys(("file_name", "caption", "text"), str),
     **dict.fromkeys(("height", "width", "start", "end"), int),
     **dict.fromkeys(("is_plural", "is_thing"), int | None),
-    **{"entities": dict, "id": int | str, "segment_ids": list | tuple | None},
+    **dict.fromkeys(("id", "category_id"), int | str),
+    **{"entities": dict, "segment_ids": list | tuple | None},
 }
 
 
@@ -179,9 +180,8 @@ def check_record(record: Any, place: Place, keys: Sequence[str] = (), task: str 
             if name == "segment_ids":
                 right = right and all(str(i).isdecimal() for i in value or ())
             if value is not _ABSENT and not right:
-                at.wrong(
-                    "field", f"'{name}' is {value!r:.40}, not {getattr(kind, '__name__', kind)}"
-                )
+                called = getattr(kind, "__name__", kind)
+                at.wrong("field", f"'{name}' is {value!r:.40}, not {called}")
 
     tasks = {task, *map(str, place.listed(record, "tasks"))} - {""} if not keys else set()
     if unknown := tasks - {"describe", "extract", "ground", "panoptic", "refer"}:
@@ -197,15 +197,16 @@ def check_record(record: Any, place: Place, keys: Sequence[str] = (), task: str 
             look(place, part, *(() if "source" in part else ("file_name",)))
             listed = part.get("segments_info") is not None
             for segment in place.listed(part, "segments_info") if listed else ():
-                look(place.at(f"{place.where}, a segment"), segment, "id")
+                wanted = ("id", "category_id")[: 1 + ("panoptic" in tasks)]
+                look(place.at(f"{place.where}, a segment"), segment, *wanted)
     said = "caption" in record or not (record.get("expressions") or "panoptic" in tasks)
     if tasks & {"describe", "extract"} or ("ground" in tasks and said):
         look(place, record, "caption")
-    for key, wanted, names in (
+    for key, asked, names in (
         ("phrases", "extract" in tasks or ("ground" in tasks and said), _PHRASE),
         ("expressions", "refer" in tasks, _PHRASE[:2]),
     ):
-        for number, one in enumerate(place.listed(record, key) if wanted else ()):
+        for number, one in enumerate(place.listed(record, key) if asked else ()):
             look(place.at(f"{place.where}, {key} {number}"), one, *names)
 
 

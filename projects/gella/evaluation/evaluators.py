@@ -63,7 +63,6 @@ class GatheringEvaluator(DatasetEvaluator):
         """Forget all samples."""
         self._rows: list[dict[str, Any]] = []
         self._truth = TruthReader()
-        self._writes = True
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
         """Take a batch of mapped dicts and the model's outputs for them, in the same order."""
@@ -88,13 +87,12 @@ class GatheringEvaluator(DatasetEvaluator):
         self._try(lambda folder: self._write(folder, rows, results))
         return results
 
-    def _try(self, write: Callable[[Path], object]) -> None:
+    def _try(self, write: Callable[[Path], object]) -> Any:
         """Write predictions if they are wanted; what fails costs no score and is told once."""
-        if self._folder is not None and self._writes:
-            self._writes = False
+        if self._folder is not None:
             with attempted(f"predictions in {self._folder}"):
-                write(self._folder)
-                self._writes = True
+                return write(self._folder)
+            self._folder = None
 
     @abstractmethod
     def _row(self, sample: dict[str, Any], output: dict[str, Any]) -> dict[str, Any] | None:
