@@ -245,6 +245,7 @@ def test_weights_errors(capsys, tmp_path):
 
 def test_dataset_errors(capsys, tmp_path, tokenizer_dir):
     common = [*SMALL, "MODEL.LANGUAGE.TOKENIZER", tokenizer_dir, "OUTPUT_DIR", tmp_path]
+    common += ["DATASETS.TEST", "()"]  # which is read first
     message = refused(capsys, *common, "DATASETS.TRAIN", "('gella_no_such',)")
     assert "gella_no_such" in message
     assert "DATASETS.TRAIN is empty" in refused(capsys, *common, "DATASETS.TRAIN", "()")
