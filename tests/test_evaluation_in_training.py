@@ -145,7 +145,8 @@ def test_the_test_loader_leads_records_to_their_source(tmp_path, tokenizer_dir, 
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    assert [p["entity_indices"] for p in mapped["phrases"]] == [[0], [], []]
+    ids = mapped["entities_full"].segment_ids
+    assert [[ids[i] for i in p["entity_indices"]] for p in mapped["phrases"]] == [[1], [], []]
     assert f"{name}: 2 of 3 phrases with segments (66.67 %)" in gella_log.text
 
 
