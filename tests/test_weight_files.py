@@ -11,6 +11,7 @@ from refusals import refused
 from safetensors.torch import load_file, save_file
 
 from gella.weights import files
+from gella.weights.files import made_for
 
 
 def tensors():
@@ -221,3 +222,24 @@ def test_a_new_folder_is_whole_or_absent(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     with pytest.raises(FileNotFoundError), files.new_folder(tmp_path / "no" / "where"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("card", "purpose"),
+    [
+        (
+            "---\nlibrary_name: gella\n---\n# Title\n\nFor drawn\nscenes.\n\nMore.\n",
+            "For drawn scenes.",
+        ),
+        ("---\nlibrary_name: other\n---\n# Title\n\nFor others.\n", ""),
+        ("# The project's own\n\nNo card.\n", ""),
+        ("---\nlibrary_name: gella\n---\n# Title\n", ""),
+        (None, ""),
+    ],
+)
+def test_a_card_says_what_weights_were_made_for(tmp_path, card, purpose):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    for weights in (tmp_path, tmp_path / "model.safetensors", str(tmp_path)):
+        assert made_for(weights) == purpose
+    assert made_for("") == ""

@@ -79,6 +79,7 @@ from gella.segmenters.segmenter import SPECS, MaskLimits
 from gella.text.spans import locate_phrases
 from gella.utils.io import file_hash, write_atomically
 from gella.utils.stopping import StopRequest
+from gella.weights.files import made_for
 
 RELEASE = Path(__file__).resolve().parents[3] / "weights" / "gella_tiny_shapes" / "config.yaml"
 TEXTS = ("--caption", "--captions", "--describe-first", "--captioner")
@@ -596,6 +597,8 @@ def execute(args: argparse.Namespace) -> int:
     predictor = GellaPredictor(cfg, config_file=args.config_file)
     if not cfg.MODEL.WEIGHTS:
         print("no weights: the model is untrained, and the output is labelled so")
+    elif purpose := made_for(cfg.MODEL.WEIGHTS):
+        print(f"weights: {shown(purpose)}")
     run = Run(args, predictor, masks, categories, captioner, single)
 
     def end(number: int) -> None:

@@ -69,6 +69,23 @@ def weight_files(path: str | Path) -> list[Path]:
     return [first, *(first.parent / name for name in sorted(set(_read_index(first).values())))]
 
 
+def made_for(weights: str | Path) -> str:
+    """What weights are for: the first paragraph of their card, the README.md in their folder.
+
+    "" without a card of GELLA's (front matter with ``library_name: gella``).
+    """
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    card = folder / "README.md"
+    if not str(weights) or not card.is_file():
+        return ""
+    _, front, body = (card.read_text("utf-8", "replace").split("---\n", 2) + ["", ""])[:3]
+    texts = [" ".join(part.split()) for part in body.split("\n\n")]
+    ours = "library_name: gella" in front
+    # The title may stand right above it.
+    lines = [text for text in texts if text and not text.startswith("#")] if ours else []
+    return lines[0] if lines else ""
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read tensors by key.
 
