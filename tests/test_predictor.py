@@ -227,6 +227,11 @@ def test_refer_and_panoptic(cfg, scene):
     predictor, model = stubbed(cfg, scene)
     result = predictor.refer("the circle on the left")
     assert result.task == model.inputs[-1]["task"] == "refer" and len(result.phrases) == 1
+    for ask, text in ((predictor.ground, "a dog"), (predictor.refer, "a dog")):
+        words = (text, ["a dog"]) if ask == predictor.ground else (text,)
+        for threshold, told in ((0.0, 0.0), (0.3, 0.3), (None, "the config's")):
+            ask(*words, threshold=threshold)
+            assert model.inputs[-1].get("threshold", "the config's") == told
     sand = {"id": 4, "name": "sand", "isthing": 0}
     panoptic = predictor.panoptic([sand, {"id": 9, "name": "wall-other-merged", "isthing": 1}])
     assert [p["category_id"] for p in model.inputs[-1]["phrases"]] == [4, 9]

@@ -184,7 +184,8 @@ def find_entities(
 
     Args:
         model: in evaluation mode.
-        batched_inputs: mapped dicts with their answers; the tasks may differ.
+        batched_inputs: mapped dicts with their answers; the tasks may differ. ``threshold``, if
+            there, replaces the config's for the scores.
         encoded: the image of each; the same one may come several times.
 
     Returns:
@@ -212,7 +213,7 @@ def find_entities(
             snapped=image.snapped,
         )
         if x["task"] == "panoptic":
-            threshold = options.PANOPTIC_THRESHOLD
+            threshold = x.get("threshold", options.PANOPTIC_THRESHOLD)
             painted = panoptic_from_scores(
                 candidates.scores, candidates.masks, x["phrases"], threshold
             )
@@ -225,7 +226,7 @@ def find_entities(
             grounding = ground_phrases(
                 x["phrases"],
                 candidates,
-                options.ASSOCIATION_THRESHOLD,
+                x.get("threshold", options.ASSOCIATION_THRESHOLD),
                 best_only=argmax,
                 none_threshold=options.NONE_THRESHOLD,
             )

@@ -150,7 +150,12 @@ class GellaPredictor:
         return scene
 
     def ground(
-        self, caption: str, nouns: Sequence[str] | None = None, *, scene: Scene | None = None
+        self,
+        caption: str,
+        nouns: Sequence[str] | None = None,
+        *,
+        scene: Scene | None = None,
+        threshold: float | None = None,
     ) -> Grounding:
         """Find the entities that each noun of a caption names.
 
@@ -159,6 +164,8 @@ class GellaPredictor:
             nouns: its noun phrases in the order of the caption; a noun that is not in it is
                 grounded all the same and has the span -1. None: the model extracts them.
             scene: what it is about.
+            threshold: a noun takes the entities that score higher, 0..1, and always the best one;
+                None: ``MODEL.GELLA.ASSOCIATION_THRESHOLD``.
 
         A caption that is too long is an error, or cut (``INPUT.GELLA.OVERLONG_CAPTION``): the
         result then lists the nouns that were left out.
@@ -170,7 +177,7 @@ class GellaPredictor:
         if nouns is None:
             # An answer may name what the caption does not: such nouns would be invented.
             nouns = _named_in(caption, self.extract_nouns(caption, scene=scene))
-        return self._find_one(_caption_question(caption, nouns), scene)
+        return self._find_one(_caption_question(caption, nouns), scene, threshold)
 
     def ground_phrases(
         self, caption: str, phrases: Sequence[dict[str, Any]], *, scene: Scene | None = None
@@ -183,20 +190,31 @@ class GellaPredictor:
         """
         return self._find_one(_phrases_question(caption, phrases), scene)
 
-    def refer(self, expression: str, *, scene: Scene | None = None) -> Grounding:
-        """Find what a referring expression names; the result has one phrase, the expression."""
-        return self._find_one(_referring_question(expression), scene)
+    def refer(
+        self, expression: str, *, scene: Scene | None = None, threshold: float | None = None
+    ) -> Grounding:
+        """Find what a referring expression names; the result has one phrase, the expression.
+
+        ``threshold`` is that of :meth:`ground`.
+        """
+        return self._find_one(_referring_question(expression), scene, threshold)
 
     def panoptic(
-        self, categories: Sequence[dict[str, Any] | str], *, scene: Scene | None = None
+        self,
+        categories: Sequence[dict[str, Any] | str],
+        *,
+        scene: Scene | None = None,
+        threshold: float | None = None,
     ) -> PanopticResult:
         """Give every entity one of the categories.
 
         Args:
             categories: COCO's form (``id``, ``name``, ``isthing``), or names only: these are then
                 things with the ids 1, 2, ...
+            threshold: entities whose best category scores lower are void, 0..1; None:
+                ``MODEL.GELLA.PANOPTIC_THRESHOLD``.
         """
-        return self._find_one(_panoptic_question(categories), scene)
+        return self._find_one(_panoptic_question(categories), scene, threshold)
 
     def describe(
         self, *, scene: Scene | None = None, on_text: Callable[[str], None] | None = None
@@ -391,8 +409,13 @@ class GellaPredictor:
     ) -> str:
         return self._write([self._ask(question, self._scene(scene))], on_text)[0]
 
-    def _find_one(self, question: Question, scene: Scene | None) -> Any:
-        return self._find([self._ask(question, self._scene(scene))])[0]
+    def _find_one(
+        self, question: Question, scene: Scene | None, threshold: float | None = None
+    ) -> Any:
+        asked = self._ask(question, self._scene(scene))
+        if threshold is not None:
+            asked.inputs["threshold"] = threshold
+        return self._find([asked])[0]
 
 
 class Question(NamedTuple):
