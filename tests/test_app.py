@@ -132,6 +132,10 @@ def mask_files(tmp_path_factory):
     Image.new("1", (20_000, 20_000)).save(folder / "huge.png")  # a few kilobytes
     save(folder / "other.png", np.ones((50, 50), np.uint8))
     save(folder / "noise.png", np.arange(60 * 90).reshape(60, 90).astype(np.uint16))
+    photo = np.random.default_rng(0).integers(0, 256, (50, 50, 3), np.uint8)
+    save(folder / "photo.jpg", photo).with_suffix(".png").write_bytes(
+        (folder / "photo.jpg").read_bytes()
+    )
     (folder / "text.png").write_text("no picture")
     (folder / "deep.json").write_text("[" * 50_000)
     # A JSON that names what it wants to have read
@@ -151,7 +155,9 @@ def mask_files(tmp_path_factory):
         ("p.png p.json", 2),  # crowd is no entity
         ("p.json p.png", 2),
         ("bomb.npz", "unpacks to 10,000,128 bytes; at most 320,000"),
-        ("noise.png", "more than the 5"),
+        ("noise.png", "noise.png is a photograph or a drawing, not masks"),
+        ("photo.png", "photo.png is a photograph"),  # of another size, and a JPEG
+        ("photo.jpg", "photo.jpg is a photograph"),
         ("grey.png other.png", "2 mask files"),
         ("deep.json", "JSON|nested"),
         ("evil.json", "upload this picture's PNG"),
@@ -180,8 +186,14 @@ def test_messages_name_no_folder_of_the_server():
         ("../up/a.png and ./b.png and ~/c.png", "a.png and b.png and c.png"),
         ('caption "and/or, <b>x</b>, 3 / 4, http://h/x"', 'caption "and/or, <b>x</b>, 3 / 4, http'),
         ("scale it down, or raise max_pixels", "scale it down"),
+        ("shorten the caption or raise MODEL.LANGUAGE.MAX_POSITIONS", "shorten the caption"),
+        (
+            "at most 5 tokens fit (MODEL.LANGUAGE.MAX_POSITIONS); cut it",
+            "at most 5 tokens fit; cut",
+        ),
     ):
-        assert (app_page.message_of(ValueError(text)) or "").startswith(shown)
+        message = app_page.message_of(ValueError(text)) or ""
+        assert message.startswith(shown) and "MODEL" not in message and "max_" not in message
     assert app_page.message_of(RuntimeError("secret")) is None
     assert "memory" in (app_page.message_of(MemoryError()) or "")
 
@@ -344,7 +356,8 @@ def test_a_caption_comes_from_outside_with_its_nouns(site):
 def test_masks_are_found_where_none_were_uploaded(site, monkeypatch):
     client, picture = client_of(site), files()[0]
     assert ask(client, "describe", given=(picture, None))[0]  # needs no masks
-    assert "no masks yet" in refusal(client, "refer", "the wall", given=(picture, None))
+    refused = refusal(client, "refer", "the wall", given=(picture, None))
+    assert "no masks yet" in refused and "tools/app.py --segmenter transformers:facebook" in refused
     ids = np.zeros((96, 96), np.int32)
     finder = SimpleNamespace(segment=lambda image: EntityMap.from_id_image(ids))
     monkeypatch.setattr(site.desk, "finder", finder)
@@ -354,10 +367,28 @@ def test_masks_are_found_where_none_were_uploaded(site, monkeypatch):
     assert "2 entities" in ask(client, "refer", "the wall", given=other)[1]
 
 
+def test_a_segmenter_at_hand_is_offered_and_loaded_when_it_is_needed(tmp_path, monkeypatch, capsys):
+    ids = np.repeat(np.int32([[1, 2]]), 48, axis=1).repeat(96, axis=0)
+    loaded = mock.Mock(
+        return_value=SimpleNamespace(segment=lambda image: EntityMap.from_id_image(ids))
+    )
+    monkeypatch.setattr("gella.segmenters.from_transformers.at_hand", lambda: ["sam:models/sam"])
+    monkeypatch.setattr("gella.segmenters.segmenter.load_segmenter", loaded)
+    monkeypatch.setattr("gella.predictor.GellaPredictor.from_config", mock.Mock())
+    desk = app.make_desk(app.parse_args([]), tmp_path)
+    assert "sam:models/sam finds them" in capsys.readouterr().out and not loaded.called
+    image = np.zeros((96, 96, 3), np.uint8)
+    assert [desk.finder.segment(image).num_entities for _ in range(2)] == [2, 2]
+    assert loaded.call_count == 1
+    assert app.make_desk(app.parse_args(["--segmenter", ""]), tmp_path).finder is None
+
+
 def test_what_is_wrong_gives_a_message_and_the_page_lives_on(
     site, mask_files, tmp_path, monkeypatch
 ):
     client, given = client_of(site), files()
+    long = "x" * 290
+    assert refusal(client, "ground", long, "", given=given).count("x") < 100  # not pasted whole
     for question, texts, words in (
         ("ground", ("  ", ""), "The caption is empty"),
         ("ground", ("x" * 301, ""), "301 characters; at most 300"),
@@ -367,12 +398,14 @@ def test_what_is_wrong_gives_a_message_and_the_page_lives_on(
         ("extract", ("",), "The caption is empty"),
     ):
         assert words in refusal(client, question, *texts, given=given)
+    (tmp_path / "video.png").write_bytes(b"\0\0\0\x20ftypisom")
     (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     save(tmp_path / "wide.png", np.zeros((300, 400), np.uint8))
     bomb = write_zip_bomb(tmp_path / "bomb.npz", 40)
     for picture, masks, words in (
         (mask_files / "text.png", MASKS, "text.png is no picture"),
         (tmp_path / "script.png", MASKS, "script.png is no picture"),
+        (tmp_path / "video.png", MASKS, "video.png is a video"),
         (mask_files / "huge.png", MASKS, "huge.png is too large"),
         (tmp_path / "wide.png", MASKS, "400x300 = 120000 pixels are more than the 100000"),
         (SCENE, mask_files / "text.png", "text.png: no picture"),
@@ -690,6 +723,101 @@ def test_answers_are_stopped_and_clicks_meanwhile_count(page, site, monkeypatch)
     ground(page, "There is the wall.", "the wall")
 
 
+def test_the_result_has_the_column_its_scores_a_threshold_and_the_original(page, site):
+    before = site.encoded.call_count
+    page.click("#examples button >> nth=0")
+    wait_for_note(page, "encoded")
+    ground(page, page.input_value("#caption textarea"), "the sand, three purple rings")
+    column, drawn = (page.locator(f"#figure{part}").bounding_box() for part in ("", " svg"))
+    assert drawn["width"] > 0.9 * column["width"]
+    entities = "#figure [data-noun='1']"
+    assert page.get_attribute(entities, "data-entities").split() == ["2", "3", "4"]
+    assert "three purple rings: 2 (0." in page.inner_text("#figure ul").replace(
+        "\u2068", ""
+    ).replace("\u2069", "")
+    for threshold, count in (("1", 1), ("0", 7), ("0.5", 3)):
+        page.fill("#threshold input[type=number]", threshold)
+        page.press("#threshold input[type=number]", "Enter")
+        page.wait_for_function(
+            f"document.querySelector(\"{entities}\")?.dataset.entities.split(' ').length == {count}"
+        )
+    assert site.encoded.call_count == before + 1
+    page.get_by_role("button", name="Original").click()
+    assert not page.locator("#figure path").first.is_visible()
+    page.get_by_role("button", name="Zoom").click()
+    assert page.locator("#figure svg").bounding_box()["width"] > 1.9 * drawn["width"]
+
+
+def test_no_result_stays_under_an_error_or_another_task(page):
+    give(page)
+    gone = "() => !document.querySelector('#figure [data-noun]')"
+    for name in ("Referring", "Panoptic", "Caption"):
+        page.click("button[role=tab] >> text=Caption")
+        ground(page, CAPTION)
+        if name != "Caption":
+            page.click(f"button[role=tab] >> text={name}")
+            page.wait_for_function(gone)
+            page.wait_for_selector("#figure [data-entity]")  # the picture with its masks is there
+            at = page.input_value("#threshold input[type=number]")
+            assert float(at) == (0 if name == "Panoptic" else 0.5)
+    page.fill("#caption textarea", " ")
+    page.click("#ground")
+    assert "caption is empty" in message(page)
+    page.wait_for_function(gone)
+    assert "caption is empty" in page.inner_text("#note")
+    assert page.is_disabled("#get-json")
+    ground(page, CAPTION)
+    page.click("#picture [aria-label='Remove Image']")
+    page.wait_for_function(gone)
+
+
+def test_a_description_keeps_the_caption_one_click_away(page):
+    give(page)
+    page.fill("#caption textarea", "My own words.")
+    value = "document.querySelector('#caption textarea').value"
+    for _ in range(2):  # the second description takes the first one's place
+        page.click("#describe")
+        page.wait_for_function(f"{value} !== 'My own words.' && {value}.endsWith('.')")
+        page.wait_for_selector("#back:not([disabled])")
+    page.click("#back")
+    page.wait_for_function(f"{value} === 'My own words.'")
+
+
+def test_a_broken_picture_is_refused_when_it_is_uploaded(page, tmp_path):
+    cut, video = tmp_path / "cut.png", tmp_path / "video.png"
+    cut.write_bytes(SCENE.read_bytes()[:-300])
+    video.write_bytes(b"\0\0\0\x20ftypisom")
+    for picture, words in ((cut, "cut.png is truncated"), (video, "video.png is a video")):
+        page.set_input_files("#picture input[type=file]", picture)
+        wait_for_note(page, words)
+        page.click("#picture [aria-label='Remove Image']")
+        wait_for_note(page, "Still to come: a picture")
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_buttons_have_names_and_fingers_meet_them_and_examples_are_in_sight(site, browser, width):
+    with visit(site, browser, width) as page:
+        examples = page.locator("#examples").bounding_box()
+        assert examples["y"] + examples["height"] < 700
+        assert page.get_attribute("#caption textarea", "placeholder").startswith("Here there is")
+        assert "no model for photographs" in page.inner_text("body")
+        page.click("#examples button >> nth=0")
+        wait_for_note(page, "encoded")
+        ground(page, page.input_value("#caption textarea"))
+        buttons = page.get_by_role("button").or_(page.get_by_role("tab")).all()
+        shown = [b for b in buttons if b.is_visible() and not b.get_attribute("data-noun")]
+        assert len(shown) > 15
+        for button in shown:
+            box = button.bounding_box()
+            name = button.get_attribute("aria-label") or button.inner_text().strip()
+            assert name and "." not in name, button.evaluate("b => b.outerHTML")
+            if width == 390 and box["width"] > 1:
+                assert min(box["width"], box["height"]) >= 43.5, name
+        for name in ("Caption", "Nouns, separated by commas"):
+            assert page.get_by_role("textbox", name=name).count() == 1
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_two_visitors_see_their_own_pictures(site, browser):
     with visit(site, browser) as first:
         with visit(site, browser, width=390) as second:
@@ -743,7 +871,8 @@ def test_wrong_arguments_are_one_line(capsys):
 
 def test_examples_that_are_missing_or_wrong_are_named(tmp_path):
     assert app.read_examples(tmp_path) == []
-    assert len(app.read_examples(SCENES)) > 2
+    examples = app.read_examples(SCENES)
+    assert len(examples) > 2 and all(e.expression and e.categories for e in examples)
     line = json.dumps({"image": "a.png", "masks": "b.png", "caption": "c"})
     (tmp_path / "captions.jsonl").write_text(line)
     with pytest.raises(FileNotFoundError, match=r"a\.png does not exist"):

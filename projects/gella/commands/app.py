@@ -17,6 +17,7 @@ input.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import logging
 import os
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
@@ -65,13 +67,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--config-file", default=str(ROOT / CONFIG), metavar="YAML", help=f"default: {CONFIG}")
     add("--weights", metavar="FILE", help='default: MODEL.WEIGHTS of the config; "": untrained')
     add("--device", help="cpu, cuda; default: the config's")
-    add("--segmenter", metavar="SPEC", help="finds masks: sam:PATH, transformers:PATH, ...")
+    finds = "finds masks: sam:PATH, transformers:PATH, ...; default: one whose weights are at hand"
+    add("--segmenter", metavar="SPEC", help=finds)
     add("--captioner", metavar="URL", help="chat endpoint (key: GELLA_API_KEY) or local model")
     add("--captioner-model", metavar="NAME", help="the endpoint's model")
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
     add("--port", type=int, help=f"default: the first free one from {FIRST_PORT}")
-    add("--examples", default=str(EXAMPLES), metavar="DIR", help="with captions.jsonl")
+    shapes = "with captions.jsonl; default: drawn shapes for the released weights, else none"
+    add("--examples", metavar="DIR", help=shapes)
     add = parser.add_argument_group("bounds").add_argument
     add("--max-upload-mb", type=float, default=20, metavar="MB", help="of a file; default 20")
     add("--max-pixels", type=int, default=16_000_000, metavar="N", help="default 16000000")
@@ -233,13 +237,18 @@ def make_desk(args: argparse.Namespace, folder: Path) -> Any:
     from gella.captions.endpoint import EndpointSettings
     from gella.commands.app_page import Desk, Limits
     from gella.predictor import GellaPredictor
+    from gella.segmenters.from_transformers import at_hand
     from gella.segmenters.segmenter import load_segmenter
 
     limits = Limits(int(args.max_upload_mb * 1e6), args.max_pixels, args.max_caption)
     predictor = GellaPredictor.from_config(
         args.config_file, args.weights, args.device, opts=args.opts
     )
-    finder = load_segmenter(args.segmenter, args.device) if args.segmenter else None
+    finder: Any = load_segmenter(args.segmenter, args.device) if args.segmenter else None
+    if args.segmenter is None and (spec := next(iter(at_hand()), "")):
+        print(f'pictures without masks: {spec} finds them (--segmenter "" leaves it out)')
+        loaded = functools.cache(lambda: load_segmenter(spec, args.device))  # if it is needed
+        finder = SimpleNamespace(segment=lambda image: loaded().segment(image))
     captioner = None
     if args.captioner:
         # Somebody waits at the page: better told soon than served late.
@@ -260,9 +269,11 @@ def open_page(desk: Any, args: argparse.Namespace, folder: Path) -> tuple[Any, s
         Guard,
         max_upload=2 * desk.limits.max_upload + _SLACK,  # a picture's masks may be two files
         max_body=_SLACK + 12 * desk.limits.max_caption,  # a character may be \uXXXX twice
-        full=lambda: is_full(folder, MAX_UPLOADS * desk.limits.max_upload),
+        full=functools.partial(is_full, folder, MAX_UPLOADS * desk.limits.max_upload),
     )
-    return launch(desk, args, read_examples(Path(args.examples)), guard)
+    fitting = EXAMPLES if args.config_file == str(ROOT / CONFIG) else ""
+    shown = args.examples or fitting
+    return launch(desk, args, read_examples(Path(shown)) if shown else [], guard)
 
 
 def run(args: argparse.Namespace, stop: threading.Event) -> None:

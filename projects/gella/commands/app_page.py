@@ -28,10 +28,12 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from PIL import Image
 
 from gella.captions import describe, load_picture
 from gella.captions.captioner import AnswerError, EndpointError, RequestError
 from gella.commands.demo_inputs import Entry
+from gella.commands.inputs import SUFFIXES, refuse_video
 from gella.entities.entity_map import EntityMap
 from gella.entities.files import entries_by_image, forget_files
 from gella.entities.sources import load_entities
@@ -39,24 +41,50 @@ from gella.entities.view import read_image
 from gella.pictures.grounding import Grounding, PanopticResult
 from gella.pictures.html import SCRIPT, STYLE, grounding_html, panoptic_html
 from gella.predictor.scene import image_id_of
+from gella.segmenters.from_transformers import how_to_find
 from gella.utils.io import write_atomically
+from gella.weights.files import made_for
 
 MASK_SUFFIXES = (".png", ".npz", ".json")
 BYTES_PER_PIXEL = 32  # that an .npz may unpack to, for each pixel that a picture may have
 IDLE = 1800.0  # seconds after its last question that a visitor's encoded picture stays
 MAX_AGE = 6 * 3600  # seconds that an upload stays
 TITLE = "GELLA: ground a caption in a picture"
+_PHOTOGRAPH = (
+    "{} is a photograph or a drawing, not masks: upload it as the picture. A PNG of masks has one "
+    "colour for each entity."
+)
 BUSY = "Something went wrong; the server's log says what. It still runs: try again."
 _OWN_STYLE = """
+#figure .view, #figure figcaption { flex-basis: 100%; }
 .gella-note { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 .gella-warn { border-left: 3px solid #b45309; padding-left: .6em; }
 footer { display: none !important; }
+@media (max-width: 640px), (pointer: coarse) {
+  .gradio-container button, #threshold input[type=range] { min-height: 44px; min-width: 44px; }
+  #masks button button { height: 44px !important; }
+}
 """
-HEAD = f"<style>{STYLE}{_OWN_STYLE}</style><script>{SCRIPT}</script>"
+_NAMES = """
+new MutationObserver(() => { // Gradio leaves these buttons without a name of their own
+  document.querySelectorAll("#examples button").forEach((button, place) => {
+    button.ariaLabel ??= `Example ${place + 1}`;
+  });
+  document.querySelectorAll("#masks [aria-label='common.upload']").forEach((button) => {
+    button.ariaLabel = "Upload other masks";
+  });
+}).observe(document, { childList: true, subtree: true });
+"""
+HEAD = f"<style>{STYLE}{_OWN_STYLE}</style><script>{SCRIPT}{_NAMES}</script>"
 # All questions share one queue and are answered one after the other, in order.
 _MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 _LAST = {**_MODEL, "trigger_mode": "always_last"}  # a click meanwhile is not lost
 _OUTSIDE: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+_OFF: dict[str, Any] = gr.update(interactive=False)
+# What only the server's owner can do: "shorten it or raise MODEL.KEY", "at most 5 (MODEL.KEY)".
+_SETTINGS = re.compile(
+    r",? (?:or|and) (?:raise|lower|set) (?:max_\w+|[A-Z]+\.[\w.]*\w)|,? \([A-Z]+\.[\w.]+\)"
+)
 _FOLDERS = re.compile(r"(?<![\w.:/<])(?:~|\.{0,2})/(?:[^\s/'\"<>|:]+/)*(?=[^\s/'\"<>|:])")
 _logger = logging.getLogger(__name__)
 _numbers = itertools.count(1)  # figures of all visitors: their keys never meet on a page
@@ -110,6 +138,8 @@ def read_masks(
     suffixes = sorted(path.suffix.lower() for path in paths)
     names, segments, chosen = ", ".join(path.name for path in paths), None, paths[0]
     if not {*suffixes} <= {*MASK_SUFFIXES}:
+        if {*suffixes} & {*SUFFIXES} - {*MASK_SUFFIXES}:
+            raise ValueError(_PHOTOGRAPH.format(names))
         raise ValueError(f"masks are {', '.join(MASK_SUFFIXES)} files, not {', '.join(suffixes)}.")
     if len(paths) > 1:
         if suffixes != [".json", ".png"]:
@@ -143,6 +173,14 @@ def read_masks(
             max_entities=limits.max_entities,
             max_bytes=limits.max_upload,
         )
+    except ValueError:
+        photograph = False
+        with contextlib.suppress(Exception), Image.open(chosen) as opened:
+            if opened.width * opened.height <= limits.max_pixels:
+                photograph = opened.convert("RGB").getcolors(limits.max_entities) is None
+        if photograph:
+            raise ValueError(_PHOTOGRAPH.format(names)) from None
+        raise
     finally:
         forget_files()
 
@@ -167,8 +205,7 @@ def message_of(error: BaseException) -> str | None:
     if isinstance(error, RecursionError):
         return "The file is nested too deeply to be read; write it again."
     if isinstance(error, ValueError | FileNotFoundError):
-        # Without folders, and without advice to the caller of a function.
-        text = re.sub(r",? or raise max_\w+", "", _FOLDERS.sub("", str(error)))
+        text = _SETTINGS.sub("", _FOLDERS.sub("", str(error)))
         return " ".join(text.split()) or None
     return None
 
@@ -190,6 +227,8 @@ class Visitor:
     scene: Any = None  # the predictor's `Scene`
     shown: bool = False  # whether the page has shown it
     extracted: tuple[str, str] = ("", "")  # a caption and the list of its nouns that a model made
+    described: str = ""  # the last caption that a model wrote
+    again: Any = None  # asks the last question, of a threshold
     folder: Path = Path()  # of the last result's files
 
     @property
@@ -215,10 +254,23 @@ class Visitor:
         draw: Any = grounding_html if isinstance(result, Grounding) else panoptic_html
         return draw(result, key=f"r{next(_numbers)}")
 
-    def show(self, result: Grounding | PanopticResult) -> Iterator[tuple[Any, ...]]:
-        """Visitor, figure, note, picture, JSON: the figure comes first, the downloads follow."""
-        shown, waiting = (self, self.draw(result), self.summary), gr.update(interactive=False)
-        yield *shown, waiting, waiting
+    def bare(self, line: str = "") -> tuple[Any, ...]:
+        """Visitor, figure, note, picture, JSON without a result: the figure is the picture with its
+        masks or, with a ``line`` that says why, nothing."""
+        self.again, self.shown = None, False
+        if line:
+            return self, "", line, _OFF, _OFF
+        scene = self.scene
+        # Weights, whatever they are called, keep the figure from warning of an untrained model.
+        unasked = Grounding(scene.image, "", scene.entities, [], scene.colormap, weights="none yet")
+        return self, self.draw(unasked), self.summary, _OFF, _OFF
+
+    def show(
+        self, result: Grounding | PanopticResult, again: Callable[..., Any]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yield what `bare` names: the figure comes first, the downloads follow."""
+        self.again, shown = again, (self, self.draw(result), self.summary)
+        yield *shown, _OFF, _OFF
         shutil.rmtree(self.folder, ignore_errors=True)  # no button leads to the last result now
         folder = self.folder / secrets.token_hex(16)
         folder.mkdir(parents=True)
@@ -257,14 +309,14 @@ class Desk:
         if not picture:
             raise ValueError("There is no picture yet: upload one or click an example.")
         if not masks and self.finder is None and not blind:
-            raise ValueError("There are no masks yet: upload the picture's entity masks.")
+            raise ValueError(f"There are no masks yet: {self.lacking}")
         paths = (picture, *(masks or ()))
         if visitor.paths == paths:
             return
         for path in map(Path, paths):
             if not path.is_file():
                 raise ValueError(f"{path.name} is no longer here; upload it again.")
-        image = read_image(picture, upright=True, max_pixels=self.limits.max_pixels)
+        image = self.read(picture)
         image_id, size = image_id_of(picture), image.shape[:2]
         if masks:
             entities = read_masks([Path(path) for path in masks], size, image_id, self.limits)
@@ -280,10 +332,27 @@ class Desk:
         visitor.scene = self.predictor.encode(image, entities, image_id=image_id)
         visitor.paths, visitor.shown, visitor.extracted = paths, False, ("", "")
 
+    @property
+    def lacking(self) -> str:
+        """What to do about a picture without masks."""
+        return (
+            "upload the picture's entity masks, made by any segmenter. Whoever runs this page can "
+            f"have them found: python tools/app.py {how_to_find()}"
+        )
+
+    def read(self, picture: str) -> np.ndarray:
+        """The picture's pixels, uint8 (H, W, 3); ValueError if they cannot be read whole."""
+        refuse_video(Path(picture))
+        return read_image(picture, upright=True, max_pixels=self.limits.max_pixels)
+
     def event(
-        self, question: Callable[..., Iterator[Any]], blind: bool = False
+        self, question: Callable[..., Iterator[Any]], blind: bool = False, outputs: int = 0
     ) -> Callable[..., Iterator[Any]]:
-        """What Gradio calls: the scene is made sure of, errors become messages of the page."""
+        """What Gradio calls: the scene is made sure of, errors become messages of the page.
+
+        ``outputs``: how many there are, the first five those of `Visitor.bare`; an error leaves no
+        figure of an earlier question. 0: the figure stays.
+        """
 
         def answer(
             visitor: Visitor, picture: Any, masks: Any, request: gr.Request, *texts: str
@@ -293,9 +362,12 @@ class Desk:
                 visitor.folder = self.folder_of(request)
                 yield from question(visitor, *texts)
             except Exception as error:
+                told = _told(error)
+                if outputs:
+                    warning = note(told, "gella-note gella-warn")
+                    yield *visitor.bare(warning), *[gr.skip()] * (outputs - 5)
                 # Gradio shows messages as HTML, and they repeat what the visitor wrote.
-                message = html.escape(_told(error))
-                raise gr.Error(message, duration=20, print_exception=False) from None
+                raise gr.Error(html.escape(told), duration=20, print_exception=False) from None
 
         return answer
 
@@ -310,55 +382,85 @@ class Desk:
     ) -> tuple[Any, ...]:
         """Encode as soon as there are a picture and masks; show them, or say what is wrong.
 
+        Returns what `Visitor.bare` does.
+
         A picture and its masks come one after the other, so what does not go together yet is said
         quietly; a question says it aloud.
         """
-        if not picture or not masks:
-            text = "Still to come: " + ("the picture's masks." if picture else "a picture.")
-            if picture and self.finder is not None:
-                text = "No masks: they are found at the first question."
-            return visitor, gr.skip(), note(text)
         try:
-            self.look(visitor, picture, masks, blind=False)
+            if picture and masks:
+                self.look(visitor, picture, masks, blind=False)
+            elif picture:  # a broken one is not kept until its masks are there
+                self.read(picture)
         except Exception as error:
-            return visitor, "", note(_told(error), "gella-note gella-warn")
-        scene = visitor.scene
-        if visitor.shown:
-            return visitor, gr.skip(), visitor.summary
-        # Weights, whatever they are called, keep the figure from warning of an untrained model.
-        unasked = Grounding(scene.image, "", scene.entities, [], scene.colormap, weights="none yet")
-        return visitor, visitor.draw(unasked), visitor.summary
+            return visitor.bare(note(_told(error), "gella-note gella-warn"))
+        if picture and masks:
+            unchanged = visitor, gr.skip(), visitor.summary, gr.skip(), gr.skip()
+            return unchanged if visitor.shown else visitor.bare()
+        if not picture:
+            return visitor.bare(note("Still to come: a picture."))
+        if self.finder is not None:
+            return visitor.bare(note("No masks: they are found at the first question."))
+        return visitor.bare(note(f"Still to come: the picture's masks; {self.lacking}"))
 
-    def ground(self, visitor: Visitor, caption: str, nouns: str) -> Iterator[tuple[Any, ...]]:
+    def turn(self, task: str, visitor: Visitor) -> tuple[Any, ...]:
+        """Another task: no answer to the last one stays, and the threshold is the task's own."""
+        defaults = self.predictor.cfg.MODEL.GELLA
+        name = "PANOPTIC_THRESHOLD" if task == "Panoptic" else "ASSOCIATION_THRESHOLD"
+        nothing = visitor, gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        return *(visitor.bare() if visitor.shown else nothing), defaults[name]
+
+    def keep(self, visitor: Visitor, caption: str, kept: str) -> tuple[str, Any]:
+        """The caption before a model's takes its place, and whether there is one to go back to."""
+        kept = kept if caption == visitor.described else caption
+        return kept, gr.update(interactive=bool(kept))
+
+    def ground(
+        self, visitor: Visitor, caption: str, nouns: str, threshold: float | None = None
+    ) -> Iterator[tuple[Any, ...]]:
         """Ground the caption.
 
         Nouns that the model extracted from the caption before it was edited count no more.
         """
         nouns = visitor.nouns_for(caption, nouns)
         text, typed = self.limits.check_text("caption", caption), self.limits.split("nouns", nouns)
-        result = self.predictor.ground(text, typed or None, scene=visitor.scene)
+        ask = functools.partial(self.predictor.ground, text, scene=visitor.scene)
+        result = ask(typed or None, threshold=threshold)
         if result.cut_nouns:
             left = ", ".join(result.cut_nouns)
             gr.Warning(html.escape(f"The caption is too long for the model; left out: {left}"))
-        for shown in visitor.show(result):
+        again = functools.partial(ask, [phrase["phrase"] for phrase in result.phrases])
+        for shown in visitor.show(result, again):
             yield *shown, nouns
 
-    def refer(self, visitor: Visitor, expression: str) -> Iterator[tuple[Any, ...]]:
+    def again(self, visitor: Visitor, threshold: float) -> Iterator[tuple[Any, ...]]:
+        """The last question with another threshold; nothing where none was asked."""
+        if visitor.again is not None:
+            yield from visitor.show(visitor.again(threshold=threshold), visitor.again)
+
+    def refer(
+        self, visitor: Visitor, expression: str, threshold: float | None = None
+    ) -> Iterator[tuple[Any, ...]]:
         """Find what the expression names."""
         text = self.limits.check_text("expression", expression)
-        yield from visitor.show(self.predictor.refer(text, scene=visitor.scene))
+        ask = functools.partial(self.predictor.refer, text, scene=visitor.scene)
+        yield from visitor.show(ask(threshold=threshold), ask)
 
-    def panoptic(self, visitor: Visitor, categories: str) -> Iterator[tuple[Any, ...]]:
+    def panoptic(
+        self, visitor: Visitor, categories: str, threshold: float | None = None
+    ) -> Iterator[tuple[Any, ...]]:
         """Give every entity a category."""
         names = list(dict.fromkeys(self.limits.split("categories", categories)))
         if not names:
             raise ValueError("There are no categories: write some, separated by commas.")
-        yield from visitor.show(self.predictor.panoptic(names, scene=visitor.scene))
+        ask = functools.partial(self.predictor.panoptic, names, scene=visitor.scene)
+        yield from visitor.show(ask(threshold=threshold), ask)
 
     def describe(self, visitor: Visitor) -> Iterator[tuple[Visitor, str, str]]:
         """The model's description, while it is written; nouns of a former caption go."""
         describe = functools.partial(self.predictor.describe, scene=visitor.scene)
         for text in streamed(lambda on_text: describe(on_text=on_text)):
+            visitor.described = text
             yield visitor, text, ""
 
     def ask(self, visitor: Visitor) -> Iterator[tuple[Visitor, str, str]]:
@@ -374,7 +476,7 @@ class Desk:
             if isinstance(error, AnswerError):
                 failure = "gave no answer that can be used; again?"
             raise ValueError(f"The caption model {failure}") from None
-        caption = answer.description[: self.limits.max_caption]
+        caption = visitor.described = answer.description[: self.limits.max_caption]
         yield visitor, caption, visitor.keep_nouns(caption, answer.nouns)
 
     def extract(self, visitor: Visitor, caption: str) -> Iterator[tuple[Visitor, str]]:
@@ -427,41 +529,45 @@ def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
         examples: pictures to click, with absolute paths; `launch` allows them.
         untrained: say that the answers mean nothing.
     """
-    warning = "<strong>Untrained weights: the answers mean nothing.</strong>"
     # delete_cache: seconds between two looks for uploads that are too old.
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, delete_cache=(600, MAX_AGE), fill_width=True
     ) as blocks:
-        gr.HTML(
-            "<h1>GELLA</h1><p>Give a picture, its entity masks and a caption: every noun is joined "
-            "to the masks that it names. Point at a noun or a mask to see what belongs together, "
-            "click to keep it.</p>" + f'<p class="gella-warn">{warning}</p>' * untrained
-        )
+        gr.HTML(_head(made_for(desk.predictor.cfg.MODEL.WEIGHTS), untrained))
         visitor = gr.State(Visitor(), time_to_live=IDLE)
         # Made before their places, since the buttons refer to them.
-        hint = "Two zebras graze beside a tall tree."
-        caption = _line(desk, "Caption", hint, "caption", lines=4, render=False)
-        figure = gr.HTML(elem_id="figure", render=False)
+        caption, expression, categories = _texts(desk, examples)
+        figure, threshold = gr.HTML(elem_id="figure", render=False), _threshold(desk)
         hidden: dict[str, Any] = {"interactive": False, "size": "sm", "render": False}
         png = gr.DownloadButton("Picture (PNG)", elem_id="get-png", **hidden)
-        listed = gr.DownloadButton("Masks (JSON)", elem_id="get-json", **hidden)
-        with gr.Row(equal_height=False):
+        masks_json = gr.DownloadButton("Masks (JSON)", elem_id="get-json", **hidden)
+        places = gr.Row(), gr.Row(equal_height=False)
+        with places[1]:
             with gr.Column(scale=2, min_width=300):
-                picture, masks, line = _inputs(desk, visitor, figure)
-                if examples:
-                    _gallery(examples, [picture, masks, caption])
+                shown: list[Any] = [visitor, figure, None, png, masks_json]
+                picture, masks, shown[2] = _inputs(desk, shown)
             with gr.Column(scale=3, min_width=300):
-                given, shown = [visitor, picture, masks], [visitor, figure, line, png, listed]
-                with gr.Tab("Caption"):
-                    _caption_tab(desk, given, caption, shown)
-                with gr.Tab("Referring"):
-                    _line_tab(desk, given, shown, "Expression", "the zebra on the left")
-                with gr.Tab("Panoptic"):
-                    _line_tab(desk, given, shown, "Categories", "zebra, tree, grass")
+                given = [visitor, picture, masks]
+                with gr.Tab("Caption") as captions:
+                    _caption_tab(desk, given, caption, shown, threshold)
+                with gr.Tab("Referring") as referring:
+                    _line_tab(desk, given, shown, expression, threshold, desk.refer)
+                with gr.Tab("Panoptic") as panoptic:
+                    _line_tab(desk, given, shown, categories, threshold, desk.panoptic)
                 figure.render()
+                threshold.render()
                 with gr.Row():
                     png.render()
-                    listed.render()
+                    masks_json.render()
+        quiet: dict[str, Any] = {"show_progress": "hidden"}
+        for tab in (captions, referring, panoptic):
+            turn = functools.partial(desk.turn, tab.label)
+            tab.select(turn, [visitor], [*shown, threshold], **quiet, **_OUTSIDE)
+        again = desk.event(desk.again, outputs=len(shown))
+        threshold.input(again, [*given, threshold], shown, api_name="again", **quiet, **_LAST)
+        if examples:
+            with places[0]:
+                _gallery(examples, [picture, masks, caption, expression, categories])
 
         def forget(request: gr.Request) -> None:
             # Gradio itself keeps the state of a closed tab for an hour.
@@ -472,13 +578,47 @@ def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
     return blocks
 
 
+def _head(purpose: str, untrained: bool) -> str:
+    """What stands above all; ``purpose``: of the weights, as their card says it."""
+    warning = "<strong>Untrained weights: the answers mean nothing.</strong>"
+    return (
+        "<h1>GELLA</h1><p>Give a picture, its entity masks and a caption: every noun is joined to "
+        "the masks that it names. Point at a noun or a mask to see what belongs together, click to "
+        "keep it.</p>"
+        + f'<p class="gella-warn">{warning}</p>' * untrained
+        + note(f"The weights: {purpose}", "gella-note gella-warn") * bool(purpose)
+    )
+
+
+def _texts(desk: Desk, examples: Sequence[Entry]) -> list[gr.Textbox]:
+    """Caption, expression and categories, with those of the first example as hints."""
+    first = examples[0] if examples else Entry(None, "A sentence that names what to find.", "")
+    hints = {"Caption": first.text, "Expression": first.expression}
+    hints["Categories"] = ", ".join(first.categories)
+    return [
+        _line(desk, label, hint, label.lower(), lines=4 if label == "Caption" else 1, render=False)
+        for label, hint in hints.items()
+    ]
+
+
+def _threshold(desk: Desk) -> gr.Slider:
+    return gr.Slider(
+        *(0, 1, desk.predictor.cfg.MODEL.GELLA.ASSOCIATION_THRESHOLD),
+        step=0.01,
+        label="Threshold: masks that score higher are taken",
+        elem_id="threshold",
+        buttons=[],
+        render=False,
+    )
+
+
 def _line(desk: Desk, label: str, hint: str, name: str, **options: Any) -> gr.Textbox:
     limit = desk.limits.max_caption
     return gr.Textbox(label=label, placeholder=hint, elem_id=name, max_length=limit, **options)
 
 
-def _inputs(desk: Desk, visitor: Any, figure: Any) -> tuple[Any, Any, Any]:
-    """Picture, masks, and the line that says how things are."""
+def _inputs(desk: Desk, shown: list[Any]) -> tuple[Any, Any, Any]:
+    """Picture, masks, and the line that says how things are, the third of what is ``shown``."""
     limits = desk.limits
     sources: Any = ["upload", "clipboard"]
     picture: Any = gr.Image(
@@ -488,7 +628,7 @@ def _inputs(desk: Desk, visitor: Any, figure: Any) -> tuple[Any, Any, Any]:
     # subclass would make it write a .pyi file beside this one.)
     picture.preprocess = lambda file: file and file.path
     label = "Entity masks" + " (none: they are found)" * (desk.finder is not None)
-    kinds = [*MASK_SUFFIXES]
+    kinds = [*MASK_SUFFIXES, *SUFFIXES]  # a photograph is told what it is
     masks = gr.File(
         label=label, file_count="multiple", file_types=kinds, height=110, elem_id="masks"
     )
@@ -504,8 +644,8 @@ def _inputs(desk: Desk, visitor: Any, figure: Any) -> tuple[Any, Any, Any]:
     gr.on(
         [picture.change, masks.change],
         desk.prepare,
-        [visitor, picture, masks],
-        [visitor, figure, line],
+        [shown[0], picture, masks],
+        [*shown[:2], line, *shown[3:]],
         show_progress="hidden",
         trigger_mode="always_last",
         api_name="prepare",
@@ -516,7 +656,9 @@ def _inputs(desk: Desk, visitor: Any, figure: Any) -> tuple[Any, Any, Any]:
 
 def _gallery(examples: Sequence[Entry], filled: list[Any]) -> None:
     images, parts = [[example.image] for example in examples], [gr.Image(render=False)]
-    rows = [(example.image, [str(example.masks)], example.text) for example in examples]
+    rows = [
+        (e.image, [str(e.masks)], e.text, e.expression, ", ".join(e.categories)) for e in examples
+    ]
     gallery = gr.Dataset(
         label="Examples: click one, then Ground",
         components=parts,
@@ -529,22 +671,28 @@ def _gallery(examples: Sequence[Entry], filled: list[Any]) -> None:
     gallery.click(rows.__getitem__, gallery, filled, show_progress="hidden", **_OUTSIDE)
 
 
-def _caption_tab(desk: Desk, given: list[Any], caption: Any, shown: list[Any]) -> None:
+def _caption_tab(
+    desk: Desk, given: list[Any], caption: Any, shown: list[Any], threshold: Any
+) -> None:
     """The three tasks of the paper's Figure 3: describe, extract nouns, ground."""
     caption.render()
-    ask = None
+    ask, kept = None, gr.State("")
     with gr.Row():
         describe = gr.Button("Describe the picture", size="sm", elem_id="describe")
         if desk.captioner is not None:  # its name says that the picture leaves this server
             ask = gr.Button(f"Ask {Path(desk.captioner.model).name}", size="sm", elem_id="ask")
         stop = gr.Button("Stop", size="sm", elem_id="stop")
+        back = gr.Button("Your caption again", size="sm", elem_id="back", interactive=False)
     nouns = _line(desk, "Nouns, separated by commas", "empty: the model finds them", "nouns")
     extract = gr.Button("Extract nouns", size="sm", elem_id="extract")
     ground = gr.Button("Ground", variant="primary", elem_id="ground")
     texts = [given[0], caption, nouns]
     describing = desk.event(desk.describe, blind=True)
+    for writer in filter(None, (describe, ask)):  # first: Gradio calls what a click calls in turn
+        writer.click(desk.keep, [given[0], caption, kept], [kept, back], **_OUTSIDE)
     running = describe.click(describing, given, texts, api_name="describe", **_MODEL)
     stop.click(None, cancels=[running], **_OUTSIDE)
+    back.click(lambda *texts: texts[::-1], [caption, kept], [caption, kept], **_OUTSIDE)
     if ask is not None:
         ask.click(desk.event(desk.ask, blind=True), given, texts, api_name="ask", **_MODEL)
     extract.click(
@@ -555,8 +703,8 @@ def _caption_tab(desk: Desk, given: list[Any], caption: Any, shown: list[Any]) -
         **_MODEL,
     )
     ground.click(
-        desk.event(desk.ground),
-        [*given, caption, nouns],
+        desk.event(desk.ground, outputs=len(shown) + 1),
+        [*given, caption, nouns, threshold],
         [*shown, nouns],
         api_name="ground",
         show_progress_on=shown[1],
@@ -564,16 +712,16 @@ def _caption_tab(desk: Desk, given: list[Any], caption: Any, shown: list[Any]) -
     )
 
 
-def _line_tab(desk: Desk, given: list[Any], shown: list[Any], label: str, example: str) -> None:
+def _line_tab(
+    desk: Desk, given: list[Any], shown: list[Any], line: Any, threshold: Any, question: Any
+) -> None:
     """A line of text and a button."""
-    name = label.lower()
-    question = {"expression": desk.refer, "categories": desk.panoptic}[name]
-    line = _line(desk, label, example, name)
-    button = gr.Button("Find", variant="primary", elem_id=f"find-{name}")
+    line.render()
+    button = gr.Button("Find", variant="primary", elem_id=f"find-{line.elem_id}")
     for trigger in (button.click, line.submit):
         trigger(
-            desk.event(question),
-            [*given, line],
+            desk.event(question, outputs=len(shown)),
+            [*given, line, threshold],
             shown,
             api_name=question.__name__ if trigger == button.click else None,
             show_progress_on=shown[1],

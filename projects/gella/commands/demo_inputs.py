@@ -175,6 +175,7 @@ class Entry(NamedTuple):
         where: file and line, for messages.
         nouns: of the caption, in its order; None: not given.
         masks: file of the picture's masks, relative to the folder of the file.
+        expression, categories: what else to ask about the picture; the web page offers them.
     """
 
     image: str | None
@@ -182,6 +183,8 @@ class Entry(NamedTuple):
     where: str
     nouns: tuple[str, ...] | None = None
     masks: Path | None = None
+    expression: str = ""
+    categories: tuple[str, ...] = ()
 
 
 def read_captions(file_name: str | Path) -> list[Entry]:
@@ -261,7 +264,8 @@ def _json_entry(path: Path, where: str, item: Any) -> Entry:
         if not place.text(item, "masks") or "\0" in masks:
             place.wrong("field", "'masks' is no name of a file")
         masks = path.parent / masks
-    return Entry(texts[0], texts[1], f"{path}, {where}", nouns, masks)
+    more = plain(item.get("expression", "")), tuple(map(plain, item.get("categories") or ()))
+    return Entry(texts[0], texts[1], f"{path}, {where}", nouns, masks, *more)
 
 
 def assign(
