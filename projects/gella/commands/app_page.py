@@ -560,9 +560,10 @@ def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
                     png.render()
                     masks_json.render()
         quiet: dict[str, Any] = {"show_progress": "hidden"}
+        in_turn = {**_LAST, "api_visibility": "private"}  # else an answer under way would come back
         for tab in (captions, referring, panoptic):
             turn = functools.partial(desk.turn, tab.label)
-            tab.select(turn, [visitor], [*shown, threshold], **quiet, **_OUTSIDE)
+            tab.select(turn, [visitor], [*shown, threshold], **quiet, **in_turn)
         again = desk.event(desk.again, outputs=len(shown))
         threshold.input(again, [*given, threshold], shown, api_name="again", **quiet, **_LAST)
         if examples:
