@@ -13,7 +13,16 @@ from refusals import refused
 
 from gella.entities.colormap import ASSIGNMENTS, entity_colors, paint_colormap
 from gella.entities.entity_map import EntityMap, Runs, id_to_rgb, rgb_to_id
-from gella.entities.view import fit_image, fitted_size, make_view, read_image, received, to_send
+from gella.entities.rle import check_size
+from gella.entities.view import (
+    fit_image,
+    fitted_size,
+    make_view,
+    read_image,
+    read_with_entities,
+    received,
+    to_send,
+)
 
 
 def rng(seed=0):
@@ -418,15 +427,46 @@ def test_what_a_worker_sends_comes_back_whole():
     assert received(to_send({"a": 1, "colormap": torch.ones(2)}))["colormap"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("orientation, size, turned, told", [
+    (1, (40, 60), False, False),
+    (6, None, True, False),
+    (6, (60, 40), True, False),
+    (6, (40, 60), False, False),  # only the stored pixels fit
+    (6, (7, 7), True, False),
+    (3, None, True, False),
+    (3, (40, 60), True, True),  # both fit
+    (2, (40, 60), True, True),
+])  # fmt: skip
+def test_pictures_are_turned_as_they_say_unless_only_the_stored_pixels_fit(
+    tmp_path, gella_log, orientation, size, turned, told
+):
+    pixels, exif, file = rng().integers(0, 256, (40, 60, 3), dtype=np.uint8), Image.Exif(), "a.png"
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / file, exif=exif)
+    ways = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 6: np.rot90(pixels, -1)}
+    expected = ways[orientation] if turned else pixels
+    np.testing.assert_array_equal(read_image(tmp_path / file, size=size), expected)
+
+    def load(image):  # masks of a file, which say their size only when they are read
+        check_size(size or (60, 40), image.shape[:2])
+        return EntityMap(np.ones(image.shape[:2], int))
+
+    assert bool(gella_log.messages) == told
+    if size not in (None, (7, 7)):
+        image, entities = read_with_entities(tmp_path / file, load)
+        np.testing.assert_array_equal(image, expected)
+        assert entities.size == size and len(gella_log.messages) == told  # once
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 def test_pictures_are_read_as_rgb_or_refused_by_name(tmp_path, suffix):
     pixels, exif = rng().integers(0, 256, (40, 60, 3), dtype=np.uint8), Image.Exif()
     file, cut, nowhere = (tmp_path / f"{name}{suffix}" for name in ("a", "cut", "nowhere"))
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     Image.fromarray(pixels).save(file, exif=exif, quality=100)
-    stored = read_image(file)
+    stored = read_image(file, upright=False)
     assert suffix == ".jpg" or (stored == pixels).all()
-    assert (read_image(file, upright=True) == np.rot90(stored, -1)).all()
+    assert (read_image(file) == np.rot90(stored, -1)).all()
     for data, told in ((file.read_bytes()[: file.stat().st_size // 2], "truncated"), (b"no", "no")):
         cut.write_bytes(data)
         refused(f"cut{suffix} is {told}", read_image, cut)

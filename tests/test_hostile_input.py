@@ -103,7 +103,7 @@ def test_a_hostile_picture_is_one_clear_error(tmp_path, name):
     path.write_bytes(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        text = refused(rf"from_a_stranger\.png.*({message})", read_image, path, upright=True)
+        text = refused(rf"from_a_stranger\.png.*({message})", read_image, path)
     assert len(text) < 500 + len(str(path))
 
 
@@ -387,7 +387,7 @@ def test_spoiled_files_are_read_or_refused_by_one_line(tmp_path, kind, capfd):
             path.write_bytes(spoiled(SOUND[kind], rng))
             try:
                 if picture:
-                    assert read_image(path, upright=True, max_pixels=10**6).dtype == np.uint8
+                    assert read_image(path, max_pixels=10**6).dtype == np.uint8
                 else:
                     assert load_entities(path, *SIZE, image_id=1).num_entities > 0
             except ValueError as error:

@@ -248,6 +248,21 @@ def test_refer_and_panoptic(cfg, scene):
     assert loaded == {"task": "panoptic", "height": 60, "width": 90, **known}
 
 
+@pytest.mark.parametrize("fits", ["stored", "turned"])
+def test_a_photograph_is_turned_as_its_masks_are(cfg, scene, tmp_path, fits):
+    pixels, exif, ids = scene[0], Image.Exif(), np.ones((60, 90), np.uint8)
+    exif[0x0112], file, masks = 6, tmp_path / "photo.png", tmp_path / "masks.png"
+    Image.fromarray(pixels).save(file, exif=exif)
+    expected = pixels if fits == "stored" else np.rot90(pixels, -1)
+    Image.fromarray(ids if fits == "stored" else ids.T).save(masks)
+    predictor, _ = stubbed(cfg, scene)
+    for entities in (masks, (ids if fits == "stored" else ids.T).astype(int)):
+        np.testing.assert_array_equal(predictor.set_image(file, entities).image, expected)
+    told = "the entity array is .* but the image is 60x90"
+    refused(told, predictor.set_image, file, np.ones((60, 60), int))
+    assert predictor.set_image(file, Halves()).image.shape == (90, 60, 3)  # it sees the turned one
+
+
 def test_a_segmenter_by_name_is_loaded_once(cfg, scene, monkeypatch):
     loaded, (predictor, _) = [], stubbed(cfg, scene)
     load = lambda *given: loaded.append(given) or Halves()  # noqa: E731

@@ -158,8 +158,7 @@ def load_picture(
     Args:
         source: file, or uint8 RGB (H, W, 3).
         max_side: longest side in pixels; a larger picture is scaled down, a smaller one kept.
-        upright: as :func:`gella.entities.view.read_image`; off for datasets, whose masks lie in the
-            frame of the stored pixels, on for photographs.
+        upright: turn it by its EXIF orientation.
 
     Raises FileNotFoundError without the file, ValueError if it is no picture or damaged.
     """

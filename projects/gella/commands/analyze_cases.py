@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from tqdm import tqdm
 
 from gella.entities.entity_map import EntityMap
 from gella.entities.rle import decode_segmentation
 from gella.entities.sources import annotation_of
+from gella.entities.view import read_image
 from gella.evaluation.truth import TruthReader
 from gella.utils.io import few, image_key, read_json
 
@@ -152,9 +152,8 @@ def read_scene(record: dict[str, Any], names: Mapping[Any, str], reader: TruthRe
     """
     size = (record["height"], record["width"])
     try:
-        with Image.open(record["file_name"]) as picture:
-            image = np.array(picture.convert("RGB"))
-    except (FileNotFoundError, SyntaxError, ValueError) as error:
+        image = read_image(record["file_name"], size=size)
+    except (FileNotFoundError, ValueError) as error:
         raise ValueError(
             f"image {record['image_id']}: {record['file_name']} cannot be read ({error}); the "
             "dataset must lie where it lay at evaluation, or use --without-images"

@@ -343,7 +343,7 @@ class Desk:
     def read(self, picture: str) -> np.ndarray:
         """The picture's pixels, uint8 (H, W, 3); ValueError if they cannot be read whole."""
         refuse_video(Path(picture))
-        return read_image(picture, upright=True, max_pixels=self.limits.max_pixels)
+        return read_image(picture, max_pixels=self.limits.max_pixels)
 
     def event(
         self, question: Callable[..., Iterator[Any]], blind: bool = False, outputs: int = 0

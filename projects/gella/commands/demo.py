@@ -37,6 +37,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from shlex import quote as shell_quote
@@ -71,7 +72,7 @@ from gella.commands.demo_records import to_correct, write_records
 from gella.commands.inputs import Source, list_pictures
 from gella.config import load_config
 from gella.data.register import import_modules
-from gella.entities.view import read_image
+from gella.entities.view import read_image, read_with_entities
 from gella.pictures.grounding import Grounding, PanopticResult
 from gella.pictures.html import grounding_html, page, panoptic_html
 from gella.predictor import TASKS, GellaPredictor, Request
@@ -328,9 +329,14 @@ class Run:
                 return None
             key = (job.picture, job.masks)
             if self._last[0] != key:
-                # Photographs lie on their side in the file; annotations are of the stored pixels.
-                image = read_image(job.picture.path, upright=job.record is None)
-                self._last = (key, (image, self.masks.load(job, image)))
+                load = partial(self.masks.load, job)
+                record = job.record
+                size = None if record is None else (record["height"], record["width"])
+                if size or self.masks.made_by is not None:
+                    image = read_image(job.picture.path, size=size)
+                    self._last = (key, (image, load(image)))
+                else:
+                    self._last = (key, read_with_entities(job.picture.path, load))
             image, entities = self._last[1]
             return replace(job, fingerprint=fingerprint, image=image, entities=entities)
         except Exception as error:  # a segmenter may raise anything; one picture stops no others

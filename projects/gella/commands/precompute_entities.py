@@ -126,9 +126,7 @@ def segment_all(
         results: dict[Source, EntityMap | str] = {}
         for source in sources[start : start + batch_size]:
             try:
-                # Viewers and the demo turn photographs upright, so their masks are of the turned
-                # picture; a dataset's annotations are of the stored pixels.
-                image = read_image(source.path, upright=source.size is None)
+                image = read_image(source.path, size=source.size)
                 if source.size not in (None, image.shape[:2]):
                     raise ValueError(
                         f"image {source.path} is {image.shape[1]}x{image.shape[0]} pixels but the "

@@ -280,8 +280,8 @@ class GroundingMapper(InputMaker):
                 task = "panoptic"
         seed = zlib.crc32(str(record["image_id"]).encode()) if rng_seed is None else rng_seed
         rng = np.random.default_rng(seed)
-        image = read_image(record["file_name"])
         size = (record["height"], record["width"])
+        image = read_image(record["file_name"], size=size)
         if image.shape[:2] != size:
             raise ValueError(
                 f"image {record['file_name']} is {image.shape[1]}x{image.shape[0]} pixels but its "

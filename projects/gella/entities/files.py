@@ -31,7 +31,7 @@ from gella.entities.entity_map import (
     id_to_rgb,
     rgb_to_id,
 )
-from gella.entities.rle import check_size, encode_segmentation, is_finite
+from gella.entities.rle import OtherSize, check_size, encode_segmentation, is_finite
 from gella.utils.io import few, image_key, read_json, write_atomically
 
 PICTURE_FORMATS = ("panoptic_png", "gray_png", "npz")  # one file per image
@@ -114,8 +114,12 @@ def load_entities(
         if entities.num_entities == 0:
             raise ValueError("no entity at all; give masks with at least one")
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise _same_kind(error)(f"{where}: {error}") from error
     return entities
+
+
+def _same_kind(error: ValueError) -> type[ValueError]:
+    return OtherSize if isinstance(error, OtherSize) else ValueError
 
 
 def _load(
@@ -475,6 +479,6 @@ def _from_segmentations(
                 raise ValueError(f"score is {short(score)}, not a finite number")
             codes.append(encode_segmentation(entry["segmentation"], size))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise _same_kind(error)(f"{name}: {error}") from error
         scores.append(score)
     return EntityMap.from_codes(size, codes, scores, [number for number, _, _ in named], where)

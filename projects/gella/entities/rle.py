@@ -118,10 +118,14 @@ def _checked_code(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     return coco_mask.encode(coco_mask.decode(code)) if 0 in runs[1:] else code
 
 
+class OtherSize(ValueError):
+    """Masks are of another frame than the picture."""
+
+
 def check_size(sides: Sequence[int], size: Sequence[int]) -> None:
-    """ValueError with both sizes unless masks of (H, W) `sides` are of the image's `size`."""
+    """OtherSize with both sizes unless masks of (H, W) `sides` are of the image's `size`."""
     if tuple(sides) != tuple(size):
-        raise ValueError(
+        raise OtherSize(
             f"entity masks are {sides[1]}x{sides[0]} pixels but the image is {size[1]}x{size[0]} "
             "(width x height); give masks of the image's size"
         )
@@ -138,7 +142,7 @@ def _polygon(part: Any, size: tuple[int, int]) -> list[float]:
             low, high = min(values), max(values)
             # Annotators overshoot a border a little; a whole side is another image's polygon.
             if low >= side or high <= 0 or low < -side or high > 2 * side:
-                raise ValueError(
+                raise OtherSize(
                     f"a polygon lies outside the image: {name} from {low:g} to {high:g}, but the "
                     f"image is {size[1]}x{size[0]} (width x height)"
                 )

@@ -6,6 +6,10 @@ the colormap always show the same scene in the same place.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,10 @@ from PIL import Image, ImageOps
 from gella.entities.colormap import entity_colors, paint_colormap
 from gella.entities.entity_map import MAX_PIXELS, EntityMap, check_pixels
 from gella.entities.files import damage_told
-from gella.entities.rle import check_size
+from gella.entities.rle import OtherSize, check_size
 
+_logger = logging.getLogger(__name__)
+_ORIENTATION = 0x0112  # the tag of EXIF
 # Formats of photographs. Pillow knows more, of which one (EPS) runs a program on the file.
 PHOTO_FORMATS = (
     *("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"),
@@ -25,18 +31,23 @@ PHOTO_FORMATS = (
 
 
 def read_image(
-    file_name: str | Path, *, upright: bool = False, max_pixels: int = MAX_PIXELS
+    file_name: str | Path,
+    *,
+    size: tuple[int, int] | None = None,
+    upright: bool = True,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Read a picture as uint8 RGB (H, W, 3).
+    """Read a picture as uint8 RGB (H, W, 3), turned as its EXIF orientation says.
 
-    Grey (8 or 16 bits), palette, CMYK and transparent pictures are converted to RGB. What the file
-    declares is checked before it is decoded.
+    The one exception are pictures whose stored pixels alone are of the ``size`` of what belongs to
+    them. Where both are (turned by 180 degrees, mirrored, square), the turned one is taken and the
+    log says so. Grey (8 or 16 bits), palette, CMYK and transparent pictures are converted to RGB.
+    What the file declares is checked before it is decoded.
 
     Args:
         file_name: a picture in one of `PHOTO_FORMATS`, whatever its suffix.
-        upright: turn the picture by its EXIF orientation. Sizes in COCO's annotations are those of
-            the stored pixels, so dataset readers leave it off; for a photograph from a phone,
-            segmenters and viewers show the turned one.
+        size: (H, W) of its masks, or of its record.
+        upright: False takes the stored pixels whatever the file says.
         max_pixels: larger pictures are refused. Above 178,956,970 Pillow refuses them itself,
             unless `PIL.Image.MAX_IMAGE_PIXELS` is raised too.
 
@@ -54,7 +65,7 @@ def read_image(
         refused = _refusal(picture, max_pixels)
         if not refused:
             picture.load()
-            if upright:
+            if upright and _turned(path, picture, size):
                 ImageOps.exif_transpose(picture, in_place=True)  # else it makes a copy
             turned: Image.Image = picture
             if turned.mode.startswith("I;16"):  # Pillow would clip all that is over 255
@@ -62,6 +73,46 @@ def read_image(
             # A picture that is RGB already would be copied by convert() all the same.
             return np.array(turned if turned.mode == "RGB" else turned.convert("RGB"))
     raise ValueError(f"image {path}: {refused}")
+
+
+def read_with_entities(
+    file_name: str | Path, load: Callable[[np.ndarray], EntityMap], **options: Any
+) -> tuple[np.ndarray, EntityMap]:
+    """A picture, turned by the rule of `read_image`, and its entities.
+
+    Args:
+        file_name: the picture.
+        load: gives its entities, or raises `OtherSize` if they are of another size.
+        options: of `read_image`.
+    """
+    image = read_image(file_name, **options)
+    try:
+        entities = load(image)
+    except OtherSize:
+        stored = read_image(file_name, **{**options, "size": image.shape[1::-1]})
+        if stored.shape != image.shape:
+            with suppress(OtherSize):  # neither fits: the first error tells
+                return stored, load(stored)
+        raise
+    with damage_told(f"image {file_name} is "), Image.open(file_name) as picture:
+        _turned(Path(file_name), picture, entities.size)
+    return image, entities
+
+
+def _turned(path: Path, picture: Image.Image, size: tuple[int, ...] | None) -> bool:
+    orientation, stored = picture.getexif().get(_ORIENTATION, 1), (picture.height, picture.width)
+    turned = stored[::-1] if orientation in (5, 6, 7, 8) else stored
+    if orientation in range(2, 9) and tuple(size or ()) == stored == turned:
+        _warn_once(
+            f"image {path}: masks of {stored[1]}x{stored[0]} fit it as it is stored and as its "
+            f"EXIF orientation {orientation} turns it; it is turned, and the masks have to be"
+        )
+    return tuple(size or ()) != stored or stored == turned
+
+
+@lru_cache(maxsize=1000)
+def _warn_once(line: str) -> None:
+    _logger.warning(line)
 
 
 def _refusal(picture: Image.Image, max_pixels: int) -> str:

@@ -25,7 +25,8 @@ import torch
 
 from gella.config import load_config
 from gella.data.mapper import InputMaker, mapped_input
-from gella.entities.view import read_image
+from gella.entities.entity_map import EntityMap
+from gella.entities.view import read_image, read_with_entities
 from gella.pictures.grounding import Grounding, PanopticResult
 from gella.predictor.many import Request, Result, answer_requests
 from gella.predictor.scene import EntitiesLike, Scene, image_id_of, is_spec, read_entities
@@ -124,7 +125,8 @@ class GellaPredictor:
         """Compute once what every question about a picture needs.
 
         Args:
-            image: uint8 (H, W, 3) RGB, or a file (turned upright by its EXIF orientation).
+            image: uint8 (H, W, 3) RGB, or a file, turned by the rule of
+                :func:`gella.entities.view.read_image`.
             entities: the picture's entities (same frame): an EntityMap, ids (H, W), masks
                 (E, H, W), a mask file, a segmenter, or the spec of one (``sam:PATH``); see
                 :func:`gella.predictor.scene.read_entities`.
@@ -283,20 +285,27 @@ class GellaPredictor:
         """A scene that is not encoded yet; arguments and errors are those of :meth:`encode`."""
         maker = self._inputs()
         with self._vision:
-            if isinstance(image, np.ndarray):
-                picture = image.copy()
-            else:
-                image_id = image_id_of(image) if image_id is None else image_id
-                picture = read_image(image, upright=True)
-            if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-                raise ValueError(
-                    f"image must be uint8 (H, W, 3) RGB, not {picture.dtype} {tuple(picture.shape)}"
-                )
+            if not isinstance(image, np.ndarray) and image_id is None:
+                image_id = image_id_of(image)
+
+            def load(picture: np.ndarray) -> EntityMap:
+                return read_entities(entities, picture, image_id=image_id, **options)
+
             if is_spec(entities):
                 if entities not in self._segmenters:
                     self._segmenters[entities] = load_segmenter(entities, self.cfg.MODEL.DEVICE)
                 entities = self._segmenters[entities]
-            checked = read_entities(entities, picture, image_id=image_id, **options)
+            if isinstance(image, np.ndarray):
+                picture, checked = image.copy(), None
+            elif isinstance(entities, Segmenter):
+                picture, checked = read_image(image), None
+            else:
+                picture, checked = read_with_entities(image, load)
+            if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+                raise ValueError(
+                    f"image must be uint8 (H, W, 3) RGB, not {picture.dtype} {tuple(picture.shape)}"
+                )
+            checked = checked or load(picture)
             ordered = checked.canonical()  # answers name entities by their ids
             view = maker.picture(picture, ordered, image_id=image_id)
         picture.flags.writeable = False

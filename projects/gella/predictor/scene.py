@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gella.entities.entity_map import EntityMap
+from gella.entities.rle import OtherSize, check_size
 from gella.entities.sources import load_entities
 from gella.segmenters.segmenter import KINDS, Segmenter
 
@@ -103,6 +104,7 @@ def read_entities(
         )
     if checked.num_entities == 0:
         raise ValueError("the image has no entity at all; give at least one mask")
+    check_size(checked.size, (height, width))
     return checked
 
 
@@ -116,7 +118,7 @@ def _from_array(array: np.ndarray, height: int, width: int) -> EntityMap:
         hint = ""
         if array.ndim == 3 and array.shape[:2] == (height, width):
             hint = " (masks go first: (E, H, W); of a coloured id picture give the file)"
-        raise ValueError(
+        raise OtherSize(
             f"the entity array is {form} but the image is {width}x{height} (width x height){hint}; "
             "give ids or masks of the image's size"
         )

@@ -167,7 +167,9 @@ class SegmenterSource(LiveSource):
 
     def load(self, record: dict[str, Any], image: np.ndarray | None = None) -> EntityMap:
         """See `LiveSource.load`; without `image` the picture is read."""
-        return super().load(record, read_image(record["file_name"]) if image is None else image)
+        if image is None:
+            image = read_image(record["file_name"], size=(record["height"], record["width"]))
+        return super().load(record, image)
 
     def _find(self, image: np.ndarray) -> EntityMap:
         if self._segmenter is None:
