@@ -57,10 +57,10 @@ def write_records(target: Path, jobs: Sequence[Job], masks: Masks, answers: Path
             (folder / part).mkdir(parents=True)
         for job in jobs:
             path, name = job.picture.path, job.name
-            image = read_image(path, upright=True)
+            image = read_image(path)
             if path not in copies:
                 # Training reads the stored pixels, which EXIF data may turn for viewers and masks.
-                stored = np.array_equal(read_image(path), image)
+                stored = np.array_equal(read_image(path, upright=False), image)
                 copies[path] = file = f"{name}{path.suffix if stored else '.png'}"
                 if stored:
                     shutil.copyfile(path, folder / "images" / file)
