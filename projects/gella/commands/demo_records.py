@@ -68,8 +68,9 @@ def write_records(target: Path, jobs: Sequence[Job], masks: Masks, answers: Path
                     Image.fromarray(image).save(folder / "images" / file)
             entities = masks.load(job, image)
             write_id_png(folder / "panoptic" / f"{name}.png", entities.ids)
-            areas = enumerate(entities.areas().tolist(), 1)
-            segments = [{"id": k, "category_id": 1, "area": area} for k, area in areas]
+            # A PNG has one entity a pixel: the smallest there.
+            areas = enumerate(np.bincount(entities.ids.ravel()).tolist())
+            segments = [{"id": k, "category_id": 1, "area": n} for k, n in areas if k and n]
             sides = dict(zip(("height", "width"), entities.size))
             notes["images"].append({"id": name, "file_name": copies[path], **sides})
             png = {"image_id": name, "file_name": f"{name}.png", "segments_info": segments}
