@@ -129,7 +129,7 @@ def _assigned(source: str, prefixes: dict[int, str]) -> list[tuple[CfgNode, str,
             if isinstance(value, CfgNode):
                 walk(value, f"{prefix}{name}.")
 
-    content: dict[str, Any] = {"__name__": "config"}
+    content: dict[str, Any] = {"__name__": "config", "__file__": "<config>"}
     exec(compile(source, "<config>", "exec"), content)
     cfg = get_cfg()
     with mock.patch.object(CfgNode, "__setattr__", noted):
