@@ -17,9 +17,10 @@ from refusals import refused
 
 from gella.config import load_config
 from gella.entities.entity_map import EntityMap, id_to_rgb
+from gella.entities.rle import encode_mask
 from gella.predictor import TASKS, GellaPredictor, Request, image_id_of
 from gella.predictor.predictor import prefix_ids
-from gella.predictor.scene import is_spec, read_entities
+from gella.predictor.scene import is_spec, picture_of, read_entities
 from gella.segmenters.segmenter import Segmenter
 from gella.text import prompts
 
@@ -116,8 +117,73 @@ def test_a_segmenter_and_a_file(image, ids, tmp_path):
     for path in (file, str(file)):
         same(read_entities(path, image), ids, [4, 9, 70])
     refused("nowhere", read_entities, tmp_path / "nowhere.png", image, error=FileNotFoundError)
-    with pytest.raises(TypeError, match="entities are a dict; give an EntityMap, an array, a file"):
+    with pytest.raises(TypeError, match="entities are a dict; give an EntityMap, an array or t"):
         read_entities({"masks": 1}, image)
+
+
+class Instances:
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+
+class Detections(Instances):
+    pass
+
+
+# What people hold of two masks, (2, H, W) bool.
+HELD = {
+    "a tensor": lambda m: torch.from_numpy(m),
+    "a tensor of floats": lambda m: torch.from_numpy(m).half(),
+    "a list of arrays": lambda m: [*m],
+    "a list of tensors": lambda m: [*torch.from_numpy(m)],
+    "SAM's dicts": lambda m: [{"segmentation": x, "bbox": [], "predicted_iou": 0.5} for x in m],
+    "SAM's dicts of run lengths": lambda m: [{"segmentation": encode_mask(x)} for x in m],
+    "run lengths": lambda m: [encode_mask(x) for x in m],
+    "supervision's": lambda m: Detections(xyxy=m, mask=m, confidence=np.full(2, 0.5)),
+    "Detectron2's": lambda m: Instances(
+        pred_masks=torch.from_numpy(m), scores=torch.full((2,), 0.5)
+    ),
+    "a picture of ids": lambda m: Image.fromarray((m[0] + 2 * m[1]).astype(np.uint8)),
+    "a coloured picture": lambda m: Image.fromarray(id_to_rgb(m[0] + 2 * m[1])),
+    "one with alpha": lambda m: Image.fromarray(id_to_rgb(m[0] + 2 * m[1])).convert("RGBA"),
+}
+
+
+@pytest.mark.parametrize("form", HELD)
+def test_entities_as_other_libraries_hold_them(image, ids, form):
+    masks = np.stack([ids == 9, ids == 4])
+    found = read_entities(HELD[form](masks), image)
+    same(found, masks[0] + 2 * masks[1], [1, 2])
+    assert set(found.scores) == {0.5 if "'s" in form and "run" not in form else 1.0}
+
+
+@pytest.mark.parametrize("held, message", [
+    (Detections(xyxy=0, mask=None), "Detections have boxes and no masks"),
+    (Instances(pred_boxes=3), "Instances have boxes and no masks"),
+    ([{"bbox": [1, 2, 3, 4]}], r"entry 0 of the masks has no 'segmentation', only \['bbox'\]"),
+    ([np.ones((3, 4), bool)], "4x3"),
+    (Image.new("CMYK", SIZE[::-1]), "picture of mode CMYK; give ids as L, I or RGB"),
+    (Image.fromarray(NOISE.integers(0, 255, (*SIZE, 4), np.uint8)), "mode RGBA; give ids"),
+])  # fmt: skip
+def test_what_other_libraries_hold_without_masks(image, held, message):
+    refused(message, read_entities, held, image)
+
+
+def test_pictures_in_memory(image):
+    turned = Image.fromarray(image)
+    turned.getexif()[0x0112] = 3
+    for held in (
+        Image.fromarray(image),
+        Image.fromarray(image[::-1, ::-1]).rotate(180),
+        torch.from_numpy(image),
+        torch.from_numpy(image).permute(2, 0, 1),
+        torch.from_numpy(image).permute(2, 0, 1) / 255,
+        image / 255.0,
+    ):
+        assert (picture_of(held) == image).all()
+    assert (picture_of(turned) == image[::-1, ::-1]).all()
+    refused(r"float64 .* from -1 to 1; give floats in 0..1", picture_of, image / 127.5 - 1)
+    refused(r"must be uint8 \(H, W, 3\) RGB, not uint8 \(30, 40\)", picture_of, image[..., 0])
 
 
 def test_names_of_segmenters_and_of_pictures():
@@ -326,7 +392,7 @@ def test_a_scene_is_a_copy_that_nobody_changes(cfg, scene):
         found.image = image
     assert found == found != predictor.encode(*scene, image_id=3) and {found: 1}[found] == 1
     assert found.image_id == 3 and found.colormap.shape == (64, 96, 3)
-    for wrong in (image[..., 0], image.astype(float), image[..., :2]):
+    for wrong in (image[..., 0], image[..., :2]):
         refused(r"image must be uint8 \(H, W, 3\) RGB", predictor.encode, wrong, scene[1])
 
 

@@ -28,7 +28,7 @@ from gella.segmenters.segmenter import MaskLimits, load_segmenter
 from gella.utils.io import file_hash, json_lines, read_json
 
 RESERVED = ("failures",)  # the demo's own JSON in the output folder, without the suffix
-_MASK_SUFFIXES = (".npz", ".png")
+_MASK_SUFFIXES = (".npz", ".png", ".npy")
 _LONGEST = 80  # bytes of an output name; file systems allow 255 for the whole
 # Control characters, halves of surrogate pairs (undecodable bytes), and what some system forbids.
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff<>:"/\\|?*]')

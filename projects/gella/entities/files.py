@@ -34,7 +34,7 @@ from gella.entities.entity_map import (
 from gella.entities.rle import OtherSize, check_size, encode_segmentation, is_finite
 from gella.utils.io import few, image_key, read_json, write_atomically
 
-PICTURE_FORMATS = ("panoptic_png", "gray_png", "npz")  # one file per image
+PICTURE_FORMATS = ("panoptic_png", "gray_png", "npz", "npy")  # one file per image
 JSON_FORMATS = ("coco_results", "coco_panoptic", "coco_instances")  # many images in one
 FORMATS = (*PICTURE_FORMATS, *JSON_FORMATS)
 _LISTS = dict(zip(JSON_FORMATS, ("results", "annotations", "annotations")))
@@ -78,7 +78,8 @@ def load_entities(
         height: of the image, pixels.
         width: of the image, pixels.
         format: "panoptic_png" (RGB ids), "gray_png" (8 or 16 bits, or palette indices), "npz"
-            (`masks` (E, H, W) or `ids` (H, W), optionally `scores`), "coco_results" (JSON list of
+            (`masks` (E, H, W) or `ids` (H, W), optionally `scores`), "npy" (one of the two),
+            "coco_results" (JSON list of
             all images), "coco_panoptic" (the JSON; its PNGs lie in the folder of the same name),
             "coco_instances" (the JSON; RLE or polygons), or "auto": by the suffix and content.
         segments_info: the segments of the image. Crowd segments are no entities: they are left out
@@ -132,20 +133,28 @@ def _load(
     where: str,
 ) -> EntityMap:
     kind, suffix = format, path.suffix.lower()
-    if kind == "auto" and suffix == ".npz":
-        kind = "npz"
+    if kind == "auto" and suffix in (".npz", ".npy"):
+        kind = suffix[1:]
     elif kind == "auto" and suffix == ".json":
         kind = entries_by_image(path)[0]
     elif kind == "auto" and suffix == ".png":
         kind = "gray_png" if _open_png(path, size)[1] in _GRAY_MODES else "panoptic_png"
     elif kind == "auto":
         raise ValueError(
-            f"the suffix {short(suffix)} names no known format; use .png, .npz or .json"
+            f"the suffix {short(suffix)} names no known format; use .png, .npz, .npy or .json"
         )
     if kind in ("panoptic_png", "gray_png"):
         return _from_png(path, size, segments_info, max_entities, kind)
     if kind == "npz":
         return _from_npz(path, size, max_entities, where)
+    if kind == "npy":
+        with damage_told():
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        name = "ids" if array.ndim == 2 else "masks"
+        _check_array(name, array.shape, array.dtype, size, max_entities)
+        if name == "masks":
+            return EntityMap.from_masks(array, where=where)
+        return EntityMap.from_id_image(array, max_entities=max_entities)
     if kind == "coco_panoptic":
         picture, segments = panoptic_annotation(path, _entries_of(path, format, image_id)[0])
         if not picture.is_file():
@@ -227,6 +236,10 @@ def _decoded(
             # reads bytes without a copy but wants memory that may be written to.
             stream = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             ids = rgb_to_id(decode_png(stream, ImageReadMode.RGB).permute(1, 2, 0).numpy())
+            if mode == "RGBA":
+                with Image.open(io.BytesIO(data)) as picture:
+                    low, high = picture.getchannel("A").getextrema()
+                mode = "RGB" if low == high else mode  # a constant says nothing
     ids.flags.writeable = False
     return ids, mode
 
@@ -333,6 +346,20 @@ def _array(
         raise ValueError(
             f"{name} holds Python objects (a pickle), which are not read; save numbers"
         )
+    count = _check_array(name, shape, kind, size, max_entities)
+    if count != room:
+        raise ValueError(
+            f"{name} {shape} needs {count} bytes but the archive holds {room}; it is truncated or "
+            "damaged"
+        )
+    with damage_told(), archive.open(member) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def _check_array(
+    name: str, shape: tuple[int, ...], kind: np.dtype, size: tuple[int, int], max_entities: int
+) -> int:
+    """Its bytes; ValueError if type and shape that it declares are not expected."""
     axes, kinds, expected = _ARRAYS[name]
     if len(shape) != axes or kind.kind not in kinds:
         raise ValueError(f"{name} must be {expected}, got {kind} {shape}")
@@ -343,13 +370,7 @@ def _array(
     count = math.prod(shape) * kind.itemsize
     if count > MAX_ARRAY_BYTES:
         raise ValueError(f"{name} {shape} has {count} bytes, more than {MAX_ARRAY_BYTES}")
-    if count != room:
-        raise ValueError(
-            f"{name} {shape} needs {count} bytes but the archive holds {room}; it is truncated or "
-            "damaged"
-        )
-    with damage_told(), archive.open(member) as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
+    return count
 
 
 # -- JSON files of many images ---------------------------------------------------------------------

@@ -29,7 +29,14 @@ from gella.entities.entity_map import EntityMap
 from gella.entities.view import read_image, read_with_entities
 from gella.pictures.grounding import Grounding, PanopticResult
 from gella.predictor.many import Request, Result, answer_requests
-from gella.predictor.scene import EntitiesLike, Scene, image_id_of, is_spec, read_entities
+from gella.predictor.scene import (
+    EntitiesLike,
+    Scene,
+    image_id_of,
+    is_spec,
+    picture_of,
+    read_entities,
+)
 from gella.segmenters.segmenter import Segmenter, load_segmenter
 from gella.text import prompts
 from gella.text.spans import locate_phrases
@@ -125,8 +132,8 @@ class GellaPredictor:
         """Compute once what every question about a picture needs.
 
         Args:
-            image: uint8 (H, W, 3) RGB, or a file, turned by the rule of
-                :func:`gella.entities.view.read_image`.
+            image: a picture in memory (:func:`gella.predictor.scene.picture_of`), or a file, turned
+                by the rule of :func:`gella.entities.view.read_image`.
             entities: the picture's entities (same frame): an EntityMap, ids (H, W), masks
                 (E, H, W), a mask file, a segmenter, or the spec of one (``sam:PATH``); see
                 :func:`gella.predictor.scene.read_entities`.
@@ -285,7 +292,8 @@ class GellaPredictor:
         """A scene that is not encoded yet; arguments and errors are those of :meth:`encode`."""
         maker = self._inputs()
         with self._vision:
-            if not isinstance(image, np.ndarray) and image_id is None:
+            of_file = isinstance(image, (str, Path))
+            if of_file and image_id is None:
                 image_id = image_id_of(image)
 
             def load(picture: np.ndarray) -> EntityMap:
@@ -295,16 +303,12 @@ class GellaPredictor:
                 if entities not in self._segmenters:
                     self._segmenters[entities] = load_segmenter(entities, self.cfg.MODEL.DEVICE)
                 entities = self._segmenters[entities]
-            if isinstance(image, np.ndarray):
-                picture, checked = image.copy(), None
+            if not of_file:
+                picture, checked = picture_of(image), None
             elif isinstance(entities, Segmenter):
                 picture, checked = read_image(image), None
             else:
                 picture, checked = read_with_entities(image, load)
-            if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-                raise ValueError(
-                    f"image must be uint8 (H, W, 3) RGB, not {picture.dtype} {tuple(picture.shape)}"
-                )
             checked = checked or load(picture)
             ordered = checked.canonical()  # answers name entities by their ids
             view = maker.picture(picture, ordered, image_id=image_id)
