@@ -67,6 +67,24 @@ def test_npz_with_masks_or_ids(tmp_path):
     assert_same(load_entities(path, *SIZE), IDS)
 
 
+def test_npy_and_a_constant_alpha(tmp_path):
+    path, masks = tmp_path / "m.npy", np.stack([IDS == 300, IDS == 9])
+    for array, expected in ((IDS, IDS), (masks, masks[0] + 2 * masks[1])):
+        np.save(path, array)
+        assert_same(load_entities(path, *SIZE), expected)
+    for array, message in (
+        (IDS.T, "17x12|12x17"),
+        (IDS * 1.0, r"m\.npy.*ids must be int32 .* got float64"),
+        (np.array([None]), r"m\.npy.*Python objects"),
+    ):
+        np.save(path, array)
+        refused(message, load_entities, path, *SIZE)
+    path.write_bytes(path.read_bytes()[:40])
+    refused(r"m\.npy", load_entities, path, *SIZE)
+    Image.fromarray(id_to_rgb(IDS)).convert("RGBA").save(tmp_path / "a.png")
+    assert_same(load_entities(tmp_path / "a.png", *SIZE), IDS)
+
+
 @pytest.mark.parametrize("scores", [(0.9, 0.8), (0.8, 0.9)])
 def test_a_whole_and_its_part_are_two_entities_whatever_their_scores(tmp_path, scores):
     masks = np.zeros((2, *SIZE), dtype=bool)

@@ -260,7 +260,7 @@ REFUSED = [
     ("png", picture(IDS.astype(np.uint8)), "42.png|image 42|mode is L, expected RGB"),
     ("png", picture(IDS.astype(np.uint16)), "42.png|image 42|mode is I;16|RGB"),
     ("png", picture(palette()), "42.png|image 42|mode is P"),
-    ("png", picture(Image.fromarray(id_to_rgb(IDS)).convert("RGBA")), "image 42|mode is RGBA"),
+    ("png", picture(np.dstack([id_to_rgb(IDS), (IDS % 7).astype(np.uint8)])), "mode is RGBA"),
     ("png", picture(id_to_rgb(IDS), "JPEG"), "42.png|image 42|a JPEG picture"),
     ("png", picture(id_to_rgb(IDS.T)), "42.png|image 42|12x17 pixels but the image is 17x12"),
     ("png", both(p("images", 1, "height", 17), p("images", 1, "width", 12)), "is 12x17"),
