@@ -163,7 +163,7 @@ def mask_files(tmp_path_factory):
         ("evil.json", "upload this picture's PNG"),
         ("evil.json grey.png", "no segments of a picture named grey.png"),
         ("r.json grey.png", "no COCO panoptic JSON"),
-        ("x.exe", "masks are .png, .npz, .json files, not .exe"),
+        ("x.exe", "masks are .png, .npz, .npy, .json files, not .exe"),
     ],
 )
 def test_masks_of_every_form_are_read_or_refused(mask_files, names, expected):
@@ -381,6 +381,14 @@ def test_a_segmenter_at_hand_is_offered_and_loaded_when_it_is_needed(tmp_path, m
     assert [desk.finder.segment(image).num_entities for _ in range(2)] == [2, 2]
     assert loaded.call_count == 1
     assert app.make_desk(app.parse_args(["--segmenter", ""]), tmp_path).finder is None
+
+
+def test_a_photograph_is_turned_as_its_masks_are(site, mask_files, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # upright it is 60 pixels wide, and its masks are 90
+    Image.new("RGB", (90, 60)).save(tmp_path / "turned.jpg", exif=exif)
+    given = files(tmp_path / "turned.jpg", mask_files / "grey.png")
+    assert "<svg" in ask(client_of(site), "ground", CAPTION, "", given=given)[0]
 
 
 def test_what_is_wrong_gives_a_message_and_the_page_lives_on(

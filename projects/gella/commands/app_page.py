@@ -37,7 +37,7 @@ from gella.commands.inputs import SUFFIXES, refuse_video
 from gella.entities.entity_map import EntityMap
 from gella.entities.files import entries_by_image, forget_files
 from gella.entities.sources import load_entities
-from gella.entities.view import read_image
+from gella.entities.view import read_image, read_with_entities
 from gella.pictures.grounding import Grounding, PanopticResult
 from gella.pictures.html import SCRIPT, STYLE, grounding_html, panoptic_html
 from gella.predictor.scene import image_id_of
@@ -45,7 +45,7 @@ from gella.segmenters.from_transformers import how_to_find
 from gella.utils.io import write_atomically
 from gella.weights.files import made_for
 
-MASK_SUFFIXES = (".png", ".npz", ".json")
+MASK_SUFFIXES = (".png", ".npz", ".npy", ".json")
 BYTES_PER_PIXEL = 32  # that an .npz may unpack to, for each pixel that a picture may have
 IDLE = 1800.0  # seconds after its last question that a visitor's encoded picture stays
 MAX_AGE = 6 * 3600  # seconds that an upload stays
@@ -316,13 +316,19 @@ class Desk:
         for path in map(Path, paths):
             if not path.is_file():
                 raise ValueError(f"{path.name} is no longer here; upload it again.")
-        image = self.read(picture)
-        image_id, size = image_id_of(picture), image.shape[:2]
+        image_id = image_id_of(picture)
         if masks:
-            entities = read_masks([Path(path) for path in masks], size, image_id, self.limits)
+            refuse_video(Path(picture))
+
+            def load(image: np.ndarray) -> EntityMap:
+                return read_masks(list(map(Path, masks)), image.shape[:2], image_id, self.limits)
+
+            image, entities = read_with_entities(picture, load, max_pixels=self.limits.max_pixels)
         elif self.finder is None:
-            entities = EntityMap(np.ones(size, np.int32))
+            image = self.read(picture)
+            entities = EntityMap(np.ones(image.shape[:2], np.int32))
         else:
+            image = self.read(picture)
             entities = self.finder.segment(image)
             if not 0 < entities.num_entities <= self.limits.max_entities:
                 raise ValueError(
