@@ -311,7 +311,7 @@ def test_a_segmenter_is_a_source_that_a_config_can_name(tmp_path):
     assert source.load(record, given).areas().tolist() == [9]  # the decoded picture is used
     copy = pickle.loads(pickle.dumps(source))  # without its model, to other processes
     assert copy._segmenter is None and copy.load(record).num_entities == 2
-    empty = {"file_name": str(tmp_path / "b.png"), "image_id": "b"}
+    empty = {"file_name": str(tmp_path / "b.png"), "image_id": "b", "height": 8, "width": 8}
     refused("image b .*found no entity", source.load, empty)
     refused("lacks its weights", source_for, [["*", "segmenter", "detectron2:x"]], "my_set")
 

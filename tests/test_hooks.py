@@ -563,6 +563,7 @@ def test_the_panel_shows_truth_and_prediction(monkeypatch):
     mask = np.zeros((4, 8), dtype=bool)
     mask[:, :4] = True
     answer = [{"phrase": "the sea", "start": 9, "end": 16, "entity_ids": [7], "mask": mask}]
+    answer[0]["scores"] = [0.9]
     panel = draw_panel(inputs, answer, "iteration 1")
     truth, prediction = drawn
     assert truth.phrases[0]["entity_ids"] == [9] and (truth.phrases[0]["mask"] == ~mask).all()

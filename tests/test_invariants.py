@@ -304,6 +304,6 @@ def test_bfloat16_grounds_like_float32(records, tokenizer_dir, queries):
         # Rounded logits would tie. What goes into them has three digits.
         assert half_logits[i].dtype == torch.float32
         error = (logits[i] - half_logits[i])[:, valid].abs()
-        assert error.median() < 0.05 and error.max() < (0.2 if queries == "entity" else 1.0)
+        assert error.median() < 0.06 and error.max() < (0.2 if queries == "entity" else 1.0)
         a, b = language.seg_embeddings[i], half_language.seg_embeddings[i].float()
         assert torch.cosine_similarity(a, b).min() > 0.999

@@ -155,5 +155,6 @@ def _truth(phrase: dict[str, Any], entities: EntityMap) -> dict[str, Any]:
         "start": phrase["start"],
         "end": phrase["end"],
         "entity_ids": [entities.segment_ids[index] for index in indices],
+        "scores": [1.0 for _ in indices],
         "mask": entities.union(indices),
     }
