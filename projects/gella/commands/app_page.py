@@ -697,11 +697,13 @@ def _caption_tab(
     describing = desk.event(desk.describe, blind=True)
     for writer in filter(None, (describe, ask)):  # first: Gradio calls what a click calls in turn
         writer.click(desk.keep, [given[0], caption, kept], [kept, back], **_OUTSIDE)
-    running = describe.click(describing, given, texts, api_name="describe", **_MODEL)
-    stop.click(None, cancels=[running], **_OUTSIDE)
-    back.click(lambda *texts: texts[::-1], [caption, kept], [caption, kept], **_OUTSIDE)
+    running = [describe.click(describing, given, texts, api_name="describe", **_MODEL)]
+    stop.click(None, cancels=running[:1], **_OUTSIDE)
     if ask is not None:
-        ask.click(desk.event(desk.ask, blind=True), given, texts, api_name="ask", **_MODEL)
+        asking = desk.event(desk.ask, blind=True)
+        running.append(ask.click(asking, given, texts, api_name="ask", **_MODEL))
+    swap = [caption, kept]  # a description under way would overwrite what comes back
+    back.click(lambda *texts: texts[::-1], swap, swap, cancels=running, **_OUTSIDE)
     extract.click(
         desk.event(desk.extract, blind=True),
         [*given, caption],
