@@ -697,7 +697,9 @@ def _caption_tab(
     describing = desk.event(desk.describe, blind=True)
     for writer in filter(None, (describe, ask)):  # first: Gradio calls what a click calls in turn
         writer.click(desk.keep, [given[0], caption, kept], [kept, back], **_OUTSIDE)
-    running = [describe.click(describing, given, texts, api_name="describe", **_MODEL)]
+    running: list[dict[str, Any]] = [
+        describe.click(describing, given, texts, api_name="describe", **_MODEL)
+    ]
     stop.click(None, cancels=running[:1], **_OUTSIDE)
     if ask is not None:
         asking = desk.event(desk.ask, blind=True)
