@@ -18,7 +18,8 @@ def hub_options(name: str) -> dict[str, bool]:
     """What transformers' ``from_pretrained`` has to be told besides a folder or a hub's name.
 
     Transformers asks a hub that does not answer six times for each file, with two lines each time.
-    Here it is asked once; where it does not answer, a model in its cache is taken from there.
+    Here it is asked once, and has the library's own time for it (``HF_HUB_ETAG_TIMEOUT`` of the
+    environment, 10 s); where it does not answer, a model in its cache is taken from there.
 
     Raises:
         OSError: the hub does not answer, and its cache lacks the model.
@@ -28,7 +29,7 @@ def hub_options(name: str) -> dict[str, bool]:
     if Path(name).expanduser().is_dir() or constants.HF_HUB_OFFLINE:
         return {}
     try:
-        get_session().head(constants.ENDPOINT, timeout=10)
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # of whatever library asks for the hub
         if name in cached_models():
             return {"local_files_only": True}
