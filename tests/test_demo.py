@@ -488,7 +488,7 @@ def test_masks_of_a_live_segmenter(run, three: Path, fake: type[Fake], monkeypat
 
     given: list[Any] = []
     made = lambda *a: given.append(a) or Halves()  # noqa: E731
-    monkeypatch.setattr("gella.commands.demo_inputs.load_segmenter", made)
+    monkeypatch.setattr("gella.commands.demo.load_segmenter", made)
     pixels = np.asarray(Image.open(three / "b.png")).copy()
     pixels[0, 0] = 1, 2, 3
     Image.fromarray(pixels).save(three / "b.png")

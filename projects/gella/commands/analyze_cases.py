@@ -221,7 +221,19 @@ def compare(
             for expression in record.get("expressions") or []:
                 key = image_key(record["image_id"]), expression["text"].strip()
                 expressions.setdefault(key, []).append(expression)
-        cases["segment_ids"] = [_expression_ids(case, expressions) for case in cases.itertuples()]
+        meant = []
+        for case in cases.itertuples():
+            same = expressions.get((image_key(case.image_id), case.text), [])
+            if not same:
+                raise ValueError(
+                    f"image {case.image_id}: the dataset has no expression {case.text!r}: name the "
+                    "one that was evaluated with --dataset"
+                )
+            ids = (case.ref_id, case.sent_id)
+            exact = [e for e in same if (e.get("ref_id"), e.get("sent_id")) == ids]
+            # One text for two objects of an image, in files without ids: the first stands for both.
+            meant.append([int(i) for i in (exact or same)[0]["segment_ids"]])
+        cases["segment_ids"] = meant
     facts = [
         case_facts(case.segment_ids, case.segmentation, scene)
         for case, scene in tqdm(scenes(cases, records, names), predictions.label, len(cases))
@@ -237,19 +249,6 @@ def compare(
                 "--dataset and DETECTRON2_DATASETS, or use --without-images"
             )
     return table
-
-
-def _expression_ids(case: Any, expressions: Mapping[tuple[str, str], list[Any]]) -> list[int]:
-    same = expressions.get((image_key(case.image_id), case.text), [])
-    if not same:
-        raise ValueError(
-            f"image {case.image_id}: the dataset has no expression {case.text!r}: name the one "
-            "that was evaluated with --dataset"
-        )
-    ids = (case.ref_id, case.sent_id)
-    exact = [e for e in same if (e.get("ref_id"), e.get("sent_id")) == ids]
-    # One text for two objects of an image, in files without ids: the first stands for both.
-    return [int(i) for i in (exact or same)[0]["segment_ids"]]
 
 
 def case_facts(segment_ids: Sequence[int], segmentation: Any, scene: Scene) -> dict[str, Any]:
@@ -270,8 +269,15 @@ def case_facts(segment_ids: Sequence[int], segmentation: Any, scene: Scene) -> d
     missed, wrong = {*meant} - {*taken}, {*taken} - {*meant}
     categories = {names[i] for i in meant}
     rivals = sum(name in categories for name in names) - len(meant)
+    if not meant:
+        error = "unneeded" if mask.any() else "right"
+    elif not taken:
+        error = "part" if mask.any() else "none"
+    else:
+        partly = "other" if len(wrong) == len(taken) else "mixed" if wrong else "fewer"
+        error = partly if missed else "more" if wrong else "right"
     return {
-        "error": _error(set(meant), set(taken), bool(mask.any())),
+        "error": error,
         "pixel_iou": inter / union if union else 1.0,
         "area_share": size / mask.size,
         "meant": [names[i] for i in meant],
@@ -279,17 +285,3 @@ def case_facts(segment_ids: Sequence[int], segmentation: Any, scene: Scene) -> d
         "rivals": rivals if meant else math.nan,
         "confused": sorted({(names[a], names[b]) for a in missed for b in wrong}),
     }
-
-
-def _error(meant: set[int], taken: set[int], any_pixel: bool) -> str:
-    if not meant:
-        return "unneeded" if any_pixel else "right"
-    if not taken:
-        return "part" if any_pixel else "none"
-    if taken == meant:
-        return "right"
-    if not taken & meant:
-        return "other"
-    if taken < meant:
-        return "fewer"
-    return "more" if taken > meant else "mixed"

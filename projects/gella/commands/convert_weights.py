@@ -81,27 +81,6 @@ OPTIONS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--config-file", required=True, metavar="YAML", help="config of the model")
-    for title, options in OPTIONS.items():
-        group = parser.add_argument_group(title)
-        for option, text in options.items():
-            name, *metavar = option.split()
-            how: Any = {"metavar": metavar[0]} if metavar else {"action": "store_true"}
-            how |= {"type": int} if name == "--seg-row" else {}
-            group.add_argument(name, help=text, **how)
-            if name[2:] in FORMATS:
-                names = [layout.name for layout in FORMATS[name[2:]]]
-                group.add_argument(f"{name}-format", choices=names, help="default: by its keys")
-    add("--max-shard-size", default="5GB", metavar="SIZE", help="of safetensors (default 5GB)")
-    add("--dtype", choices=DTYPES, help="of what is written; default: as in the sources")
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
-    return parser
-
-
 def check_arguments(args: argparse.Namespace) -> None:
     """ValueError for options that do not go together, before anything is read."""
     kinds = ("from-hub", *FORMATS)
@@ -535,7 +514,23 @@ def original_config(model: nn.Module, cfg: Any) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status, 2 for wrong arguments or files."""
-    args = build_parser().parse_args(arguments)
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="YAML", help="config of the model")
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for option, text in options.items():
+            name, *metavar = option.split()
+            how: Any = {"metavar": metavar[0]} if metavar else {"action": "store_true"}
+            how |= {"type": int} if name == "--seg-row" else {}
+            group.add_argument(name, help=text, **how)
+            if name[2:] in FORMATS:
+                names = [layout.name for layout in FORMATS[name[2:]]]
+                group.add_argument(f"{name}-format", choices=names, help="default: by its keys")
+    add("--max-shard-size", default="5GB", metavar="SIZE", help="of safetensors (default 5GB)")
+    add("--dtype", choices=DTYPES, help="of what is written; default: as in the sources")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config")
+    args = parser.parse_args(arguments)
 
     def work() -> None:
         check_arguments(args)

@@ -60,8 +60,6 @@ from gella.commands.demo_inputs import (
     dataset_jobs,
     masks_beside,
     masks_from,
-    masks_live,
-    masks_of_records,
     output_names,
     plain,
     read_captions,
@@ -69,14 +67,13 @@ from gella.commands.demo_inputs import (
     split_nouns,
 )
 from gella.commands.demo_records import to_correct, write_records
-from gella.commands.inputs import Source, list_pictures
-from gella.config import load_config
-from gella.data.register import import_modules
+from gella.commands.inputs import Source, config_of, list_pictures
+from gella.entities.sources import LiveSource
 from gella.entities.view import read_image, read_with_entities
 from gella.pictures.grounding import Grounding, PanopticResult
 from gella.pictures.html import grounding_html, page, panoptic_html
 from gella.predictor import TASKS, GellaPredictor, Request
-from gella.segmenters.segmenter import SPECS, MaskLimits
+from gella.segmenters.segmenter import SPECS, MaskLimits, load_segmenter
 from gella.text.spans import locate_phrases
 from gella.utils.io import file_hash, write_atomically
 from gella.utils.stopping import StopRequest
@@ -99,20 +96,7 @@ _EXACT_SIDE = 256  # pixels; up to this side they are PNG
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong one ends the process with code 2 and one line."""
     parser = Parser(__doc__)
-    _add_model(parser.add_argument_group("model and output").add_argument)
-    _add_input(parser.add_argument_group("pictures and masks"))
-    _add_text(parser.add_argument_group("questions"))
-    args = parser.parse_args(argv)
-    if args.config_file is None:
-        if not RELEASE.is_file():
-            parser.error("--config-file is missing")
-        args.config_file = os.path.relpath(RELEASE)
-    for problem in _problems(args):
-        parser.error(problem)
-    return args
-
-
-def _add_model(add: Any) -> None:
+    add = parser.add_argument_group("model and output").add_argument
     add("--config-file", metavar="YAML", help="default: that of weights/gella_tiny_shapes")
     add("--weights", metavar="PTH", help='default: MODEL.WEIGHTS of the config; "": untrained')
     add("--device", help="cpu, cuda; default: the config's")
@@ -122,11 +106,8 @@ def _add_model(add: Any) -> None:
     add("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default 8)")
     more = {"nargs": argparse.REMAINDER, "default": [], "metavar": "KEY VALUE"}
     add("--opts", help="config overrides; must come last", **more)
-
-
-def _add_input(group: Any) -> None:
-    add = group.add_argument
-    either = group.add_mutually_exclusive_group(required=True).add_argument
+    group = parser.add_argument_group("pictures and masks")
+    add, either = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument
     several = 'pictures, folders of them (searched through), patterns ("photos/*.jpg")'
     either("--input", nargs="+", metavar="PATH", help=several)
     either("--dataset", metavar="NAME", help="a registered dataset instead of --input")
@@ -141,9 +122,7 @@ def _add_input(group: Any) -> None:
     add("--segmenter-option", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
     add("--min-area", type=int, default=1, metavar="PIXELS", help="of the segmenter's masks")
     add("--max-entities", type=int, metavar="N", help="the segmenter's best N of a picture")
-
-
-def _add_text(group: Any) -> None:
+    group = parser.add_argument_group("questions")
     add, text = group.add_argument, group.add_mutually_exclusive_group().add_argument
     nouns = group.add_mutually_exclusive_group().add_argument
     caption = "the sentence or expression, for every picture; repeatable"
@@ -161,6 +140,14 @@ def _add_text(group: Any) -> None:
     nouns("--nouns", metavar="A,B,C", help="nouns of --caption in their order")
     nouns("--extract", action="store_true", help="the model finds the nouns, given ones or not")
     add("--categories", metavar="A,B,C", help='for panoptic: names, "coco", or a file of them')
+    args = parser.parse_args(argv)
+    if args.config_file is None:
+        if not RELEASE.is_file():
+            parser.error("--config-file is missing")
+        args.config_file = os.path.relpath(RELEASE)
+    for problem in _problems(args):
+        parser.error(problem)
+    return args
 
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
@@ -230,11 +217,14 @@ def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Source]]:
 def choose_masks(args: argparse.Namespace, pictures: Sequence[Source]) -> Masks:
     """The masks that the arguments name; wrong ones are ValueErrors."""
     if args.dataset is not None:
-        return masks_of_records()
+        return Masks(lambda job: (job.record or {}).get("entities") or {})
     if args.segmenter is not None:
         options = dict(option.split("=", 1) for option in args.segmenter_option)
         limits = MaskLimits(args.min_area, max_entities=args.max_entities)
-        return masks_live(args.segmenter, args.device, options, limits)
+        segmenter = load_segmenter(args.segmenter, args.device, options)
+        source = LiveSource(lambda image: segmenter.segment(image, limits))
+        made_by = [args.segmenter, sorted(options.items()), vars(limits)]
+        return Masks(lambda job: {"source": source}, made_by)
     if args.masks is not None:
         return masks_from(Path(args.masks), pictures, args.masks_format, args.panoptic_json)
     # What the language model says of a picture does not depend on masks.
@@ -275,8 +265,16 @@ class Run:
             self._origin["captioner"] = self.captioner.model
         self._sections: dict[str, str] = {}  # by job, in the order of the jobs
         self._next_page = time.monotonic() + _REFRESH
-        self._model = _model_key(self.predictor)
         self._last: tuple[Any, Any] = (None, None)  # picture and entities that were read last
+        # What the model's answers follow from: its config, and which weight files these are.
+        cfg = self.predictor.cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE, path = "", Path(cfg.MODEL.WEIGHTS)
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        status = {file: os.stat(file) for file in files if cfg.MODEL.WEIGHTS and file.is_file()}
+        # Size and time: hashing gigabytes would take longer than a demo.
+        stamps = [f"{file.name} {of.st_size} {of.st_mtime_ns}" for file, of in status.items()]
+        self._model = [cfg.dump(), *stamps]
 
     def do(self, jobs: Sequence[Job], stop: StopRequest) -> None:
         """Work on the jobs until all are done or a signal came, then write page and failures.
@@ -329,8 +327,7 @@ class Run:
                 return None
             key = (job.picture, job.masks)
             if self._last[0] != key:
-                load = partial(self.masks.load, job)
-                record = job.record
+                load, record = partial(self.masks.load, job), job.record
                 size = None if record is None else (record["height"], record["width"])
                 if size or self.masks.made_by is not None:
                     image = read_image(job.picture.path, size=size)
@@ -509,19 +506,6 @@ class Run:
         write_atomically(self.folder / name, lambda stream: stream.write(data))
 
 
-def _model_key(predictor: GellaPredictor) -> list[str]:
-    """What the model's answers follow from: its config, and which weight files these are."""
-    cfg = predictor.cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = ""
-    path = Path(cfg.MODEL.WEIGHTS)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    status = {file: os.stat(file) for file in files if cfg.MODEL.WEIGHTS and file.is_file()}
-    # Size and time: hashing gigabytes would take longer than a demo.
-    stamps = [f"{file.name} {of.st_size} {of.st_mtime_ns}" for file, of in status.items()]
-    return [cfg.dump(), *stamps]
-
-
 def _as_json(task: str, result: Any, job: Job) -> dict[str, Any]:
     """A result of any task as values that JSON can hold."""
     if isinstance(result, Grounding | PanopticResult):
@@ -578,15 +562,13 @@ def execute(args: argparse.Namespace) -> int:
     """Read the input, then build the model (the slow part), then do the jobs; the exit code."""
     if Path(args.output).exists() and not Path(args.output).is_dir():
         raise ValueError(f"--output {args.output} is a file; name a folder")
-    cfg = load_config(args.config_file, args.opts)
-    import_modules(cfg)
+    cfg = config_of(args.config_file, args.opts)
     if args.weights is not None:
         cfg.MODEL.WEIGHTS = args.weights
     if args.device is not None:
         cfg.MODEL.DEVICE = args.device
-    pictures: list[Source] = []
     if args.dataset is not None:
-        jobs = dataset_jobs(args.dataset, args.num, cfg, args.task)
+        jobs, pictures = dataset_jobs(args.dataset, args.num, cfg, args.task), []
     else:
         jobs, pictures = own_jobs(args)
     masks = choose_masks(args, pictures)

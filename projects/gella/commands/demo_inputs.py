@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -22,10 +22,9 @@ from gella.data.panoptic import read_categories as coco_categories
 from gella.data.records import Place
 from gella.data.register import choose_entities, coco_panoptic_categories, dataset_records
 from gella.entities.entity_map import EntityMap
-from gella.entities.sources import FileSource, LiveSource, load_from_record
+from gella.entities.sources import FileSource, load_from_record
 from gella.segmenters.from_transformers import how_to_find
-from gella.segmenters.segmenter import MaskLimits, load_segmenter
-from gella.utils.io import file_hash, json_lines, read_json
+from gella.utils.io import file_hash, json_lines, read_json, read_text
 
 RESERVED = ("failures",)  # the demo's own JSON in the output folder, without the suffix
 _MASK_SUFFIXES = (".npz", ".png", ".npy")
@@ -207,7 +206,7 @@ def read_captions(file_name: str | Path) -> list[Entry]:
         entries = [_json_entry(path, where, item) for where, item in _json_items(path)]
     else:
         # Not splitlines(): a caption may hold characters that it takes for line ends (U+2028).
-        lines = _text(path).split("\n")
+        lines = read_text(path).split("\n")
         given = {number: line for number, line in enumerate(lines, 1) if line.strip()}
         tabs = {"\t" in line: number for number, line in given.items()}
         if len(tabs) > 1:
@@ -223,13 +222,6 @@ def read_captions(file_name: str | Path) -> list[Entry]:
     if not entries:
         raise ValueError(f"captions {path} are empty; write a caption per line")
     return entries
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error.reason}); save it so") from error
 
 
 def _json_items(path: Path) -> Iterator[tuple[str, Any]]:
@@ -350,20 +342,6 @@ class Masks:
         picture = {"image_id": job.picture.image_id, "file_name": job.picture.name}
         record = job.record or {**picture, "height": size[0], "width": size[1]}
         return load_from_record({**record, "entities": place}, image)
-
-
-def masks_live(
-    spec: str, device: str | None, options: Mapping[str, str], limits: MaskLimits
-) -> Masks:
-    """Made on the spot; arguments as `load_segmenter`, ``limits`` say which masks are kept."""
-    segmenter = load_segmenter(spec, device, options)
-    source = LiveSource(lambda image: segmenter.segment(image, limits))
-    return Masks(lambda job: {"source": source}, [spec, sorted(options.items()), vars(limits)])
-
-
-def masks_of_records() -> Masks:
-    """Those that the records of a dataset lead to, in whatever way."""
-    return Masks(lambda job: (job.record or {}).get("entities") or {})
 
 
 def masks_beside(whole: bool = False) -> Masks:
@@ -517,7 +495,7 @@ def read_categories(text: str | None) -> list[dict[str, Any] | str] | None:
             if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
                 listed = coco_categories(path)
         elif path.is_file():
-            listed = [line.strip() for line in _text(path).splitlines() if line.strip()]
+            listed = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         else:
             raise FileNotFoundError(f"{where} does not exist; check --categories")
     names = [str(item["name"] if isinstance(item, dict) else item).strip() for item in listed]

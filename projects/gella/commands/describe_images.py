@@ -51,9 +51,41 @@ LISTED = 10  # failures that the screen shows; --json has all
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong one ends the process with code 2 and one line."""
     parser = Parser(__doc__)
-    _add_data(parser.add_argument_group("images and captions").add_argument)
-    _add_model(parser.add_argument_group("model").add_argument)
-    _add_patience(parser.add_argument_group("endpoint: patience and limits").add_argument)
+    add = parser.add_argument_group("images and captions").add_argument
+    add("--input", nargs="+", metavar="PATH", help="image files and folders (searched through)")
+    add("--dataset", metavar="NAME", help="a registered dataset's images")
+    add("--images-json", metavar="JSON", help='COCO-style file: the ids and names in "images"')
+    add("--image-root", metavar="DIR", help="with --images-json: where the images are")
+    add("--output", required=True, metavar="JSONL", help="captions to write or to go on with")
+    add("--limit", type=int, metavar="N", help="only the first N images")
+    add("--upright", action="store_true", help="turn photographs by their EXIF orientation")
+    add("--max-side", type=int, default=1024, metavar="PIXELS", help="default 1024")
+    add("--prompts", metavar="JSON", help='own prompts: {"id": "text", ...}')
+    add("--prompt", action="append", metavar="ID", help="use only this prompt; may be repeated")
+    add("--json", metavar="FILE", help="write counts, cost and failures here too")
+    add = parser.add_argument_group("model").add_argument
+    add("--url", help="endpoint, such as https://host/v1; default: GELLA_API_URL")
+    add("--model", help="its model; default: GELLA_API_MODEL")
+    add("--key", help="its key; default: GELLA_API_KEY (better: others cannot see it)")
+    add("--extra", default="{}", metavar="JSON", help='request fields, e.g. {"temperature": 0.2}')
+    add("--local", metavar="PATH", help="a model of transformers instead of an endpoint")
+    add("--device", default="cpu", help="of the local model: cpu (default), cuda")
+    add("--dtype", default="auto", help="of the local model: auto (default), bfloat16, ...")
+    add("--mode", choices=MODES, help="default: json for an endpoint, two-steps for --local")
+    add("--max-tokens", type=int, default=1024, metavar="N", help="longest answer; default 1024")
+    add("--answer-attempts", type=int, default=3, metavar="N", help="per caption; default 3")
+    add("--min-found", type=float, default=0.8, metavar="SHARE", help="of the nouns; default 0.8")
+    add = parser.add_argument_group("endpoint: patience and limits").add_argument
+    add("--concurrency", type=int, default=4, metavar="N", help="requests at once; default 4")
+    add("--timeout", type=float, default=120, metavar="S", help="a request; default 120")
+    add("--retries", type=int, default=6, metavar="N", help="per request; default 6")
+    add("--backoff", type=float, default=1, metavar="S", help="before the first retry; default 1")
+    add("--max-wait", type=float, default=300, metavar="S", help="longest Retry-After; default 300")
+    add("--max-answer-bytes", type=int, default=1_000_000, metavar="N", help="default 1000000")
+    add("--max-failures", type=int, default=20, metavar="N", help="in a row: stop; default 20")
+    add("--price-in", type=float, default=0, metavar="X", help="per million prompt tokens")
+    add("--price-out", type=float, default=0, metavar="X", help="per million answer tokens")
+    add("--verbose", action="store_true", help="say why each request is retried")
     args = parser.parse_args(argv)
     if sum(bool(given) for given in (args.input, args.dataset, args.images_json)) != 1:
         parser.error("give exactly one of --input, --dataset and --images-json")
@@ -71,47 +103,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not 0 <= args.min_found <= 1:
         parser.error(f"--min-found is {args.min_found}; a share between 0 and 1")
     return args
-
-
-def _add_data(add: Any) -> None:
-    add("--input", nargs="+", metavar="PATH", help="image files and folders (searched through)")
-    add("--dataset", metavar="NAME", help="a registered dataset's images")
-    add("--images-json", metavar="JSON", help='COCO-style file: the ids and names in "images"')
-    add("--image-root", metavar="DIR", help="with --images-json: where the images are")
-    add("--output", required=True, metavar="JSONL", help="captions to write or to go on with")
-    add("--limit", type=int, metavar="N", help="only the first N images")
-    add("--upright", action="store_true", help="turn photographs by their EXIF orientation")
-    add("--max-side", type=int, default=1024, metavar="PIXELS", help="default 1024")
-    add("--prompts", metavar="JSON", help='own prompts: {"id": "text", ...}')
-    add("--prompt", action="append", metavar="ID", help="use only this prompt; may be repeated")
-    add("--json", metavar="FILE", help="write counts, cost and failures here too")
-
-
-def _add_model(add: Any) -> None:
-    add("--url", help="endpoint, such as https://host/v1; default: GELLA_API_URL")
-    add("--model", help="its model; default: GELLA_API_MODEL")
-    add("--key", help="its key; default: GELLA_API_KEY (better: others cannot see it)")
-    add("--extra", default="{}", metavar="JSON", help='request fields, e.g. {"temperature": 0.2}')
-    add("--local", metavar="PATH", help="a model of transformers instead of an endpoint")
-    add("--device", default="cpu", help="of the local model: cpu (default), cuda")
-    add("--dtype", default="auto", help="of the local model: auto (default), bfloat16, ...")
-    add("--mode", choices=MODES, help="default: json for an endpoint, two-steps for --local")
-    add("--max-tokens", type=int, default=1024, metavar="N", help="longest answer; default 1024")
-    add("--answer-attempts", type=int, default=3, metavar="N", help="per caption; default 3")
-    add("--min-found", type=float, default=0.8, metavar="SHARE", help="of the nouns; default 0.8")
-
-
-def _add_patience(add: Any) -> None:
-    add("--concurrency", type=int, default=4, metavar="N", help="requests at once; default 4")
-    add("--timeout", type=float, default=120, metavar="S", help="a request; default 120")
-    add("--retries", type=int, default=6, metavar="N", help="per request; default 6")
-    add("--backoff", type=float, default=1, metavar="S", help="before the first retry; default 1")
-    add("--max-wait", type=float, default=300, metavar="S", help="longest Retry-After; default 300")
-    add("--max-answer-bytes", type=int, default=1_000_000, metavar="N", help="default 1000000")
-    add("--max-failures", type=int, default=20, metavar="N", help="in a row: stop; default 20")
-    add("--price-in", type=float, default=0, metavar="X", help="per million prompt tokens")
-    add("--price-out", type=float, default=0, metavar="X", help="per million answer tokens")
-    add("--verbose", action="store_true", help="say why each request is retried")
 
 
 def read_sources(args: argparse.Namespace) -> list[Source]:

@@ -118,8 +118,14 @@ def few(ids: Iterable[Any]) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """A text file in UTF-8, with a byte-order mark, as editors on Windows write it, or without."""
-    return Path(path).read_text(encoding="utf-8-sig")
+    """A text file in UTF-8, with a byte-order mark, as editors on Windows write it, or without.
+
+    ValueError for another encoding.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error}); save it so") from error
 
 
 def read_json(path: str | Path, what: str = "", advice: str = "check the path") -> Any:
@@ -158,12 +164,8 @@ def json_lines(path: str | Path, advice: str = "check the path") -> Iterator[tup
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; {advice}")
-    try:
-        content = read_text(path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from error
     # Not splitlines(): it also splits at line separators that may stand inside JSON text.
-    for number, line in enumerate(content.split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
