@@ -104,8 +104,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--records", metavar="DIR", help="new folder: records to correct and to train on")
     add("--overwrite", action="store_true", help="do finished pictures again")
     add("--batch-size", type=int, default=8, metavar="N", help="pictures at a time (default 8)")
-    more = {"nargs": argparse.REMAINDER, "default": [], "metavar": "KEY VALUE"}
-    add("--opts", help="config overrides; must come last", **more)
+    last = "config overrides; must come last"
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help=last)
     group = parser.add_argument_group("pictures and masks")
     add, either = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument
     several = 'pictures, folders of them (searched through), patterns ("photos/*.jpg")'
@@ -216,8 +216,6 @@ def own_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Source]]:
 
 def choose_masks(args: argparse.Namespace, pictures: Sequence[Source]) -> Masks:
     """The masks that the arguments name; wrong ones are ValueErrors."""
-    if args.dataset is not None:
-        return Masks(lambda job: (job.record or {}).get("entities") or {})
     if args.segmenter is not None:
         options = dict(option.split("=", 1) for option in args.segmenter_option)
         limits = MaskLimits(args.min_area, max_entities=args.max_entities)
@@ -568,10 +566,11 @@ def execute(args: argparse.Namespace) -> int:
     if args.device is not None:
         cfg.MODEL.DEVICE = args.device
     if args.dataset is not None:
-        jobs, pictures = dataset_jobs(args.dataset, args.num, cfg, args.task), []
+        jobs = dataset_jobs(args.dataset, args.num, cfg, args.task)
+        masks = Masks(lambda job: (job.record or {}).get("entities") or {})
     else:
         jobs, pictures = own_jobs(args)
-    masks = choose_masks(args, pictures)
+        masks = choose_masks(args, pictures)
     captioner: Any = None
     if args.captioner:
         device = args.device or "cpu"

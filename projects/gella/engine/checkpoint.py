@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 
 from gella.weights.checkpoint import FOLDER_NAME, FORMAT, LEFT_OVER, STATE_FILE, why_incomplete
 
-__all__ = ["FOLDER", "CheckpointStore", "FoundCheckpoint"]
-
 FOLDER = "checkpoints"
 """Below the output folder, for the checkpoints to resume from."""
 

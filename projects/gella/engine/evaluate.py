@@ -31,16 +31,6 @@ from gella.evaluation.results import (
 from gella.evaluation.tables import Run, changed, compared_markdown, plan_table, table_markdown
 from gella.utils.io import write_json, write_text
 
-__all__ = [
-    "Evaluation",
-    "calibrated",
-    "check_expected",
-    "evaluate_config",
-    "evaluate_table",
-    "read_test_sets",
-    "save_evaluation",
-]
-
 _logger = logging.getLogger(__name__)
 
 

@@ -35,17 +35,6 @@ from gella.data.sampling import start_worker
 from gella.engine.hooks import PhraseTally
 from gella.utils.io import write_json
 
-__all__ = [
-    "BestCheckpoint",
-    "EvaluationInTraining",
-    "EvenLoader",
-    "RealSamples",
-    "build_even_loader",
-    "evenly_spaced",
-    "undisturbed",
-    "with_keys",
-]
-
 BEST_NAME = "model_best"
 SUBSET_PREFIX = "subset/"
 """Before the names of scores of a subset, which do not compare with those of all images."""

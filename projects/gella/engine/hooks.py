@@ -24,18 +24,6 @@ from torch import Tensor, nn
 from gella.utils.io import write_json
 from gella.utils.stopping import WatchedStopRequest, say
 
-__all__ = [
-    "GradientClipper",
-    "NonFiniteError",
-    "NonFiniteGuard",
-    "PhraseTally",
-    "RunScalars",
-    "RunStopped",
-    "StopOnSignal",
-    "any_rank",
-    "peak_memory_mib",
-]
-
 PATIENCE_SECONDS = 900.0
 """The longest that a process works on after a signal without reaching the end of its step."""
 

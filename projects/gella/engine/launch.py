@@ -34,19 +34,6 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from gella.utils.io import versions
 from gella.utils.stopping import StopRequest
 
-__all__ = [
-    "LaunchError",
-    "UnequalRanks",
-    "check_agreement",
-    "config_facts",
-    "file_facts",
-    "forwarded_signals",
-    "launch_from_environment",
-    "leave_process_group",
-    "record_facts",
-    "resume_command",
-]
-
 TIMEOUT = datetime.timedelta(minutes=30)  # Detectron2's, for a rank that does not answer
 USER_ERROR = 2  # exit status of a process that has told the user what is wrong
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -13,8 +13,6 @@ from torch import nn
 
 from gella.engine.evaluation_hooks import with_keys
 
-__all__ = ["ROLES", "build_optimizer", "role_of", "split_off", "with_epochs"]
-
 # Parts without public pretrained weights start from nothing and may want a higher rate. Of the mask
 # decoder, ours and upstream's, the convolutions that read ResoBlend's channels are among them.
 HEADS = """

@@ -18,8 +18,6 @@ from gella.pictures.chips import PAPER, Piece, draw_row, load_font
 from gella.pictures.grounding import Grounding
 from gella.pictures.panels import draw_colormap
 
-__all__ = ["PicturePanel", "draw_panel", "panel_input"]
-
 _TITLE_HEIGHT = 40  # pixels
 _MARGIN = 16  # pixels, left of the titles
 

@@ -32,8 +32,6 @@ from gella.weights.checkpoint import (
 )
 from gella.weights.files import read_torch
 
-__all__ = ["RunCheckpoints", "fitted_optimizer_state"]
-
 PACKAGES = ("torch", "deepspeed", "transformers")
 """Whose versions ``state.json`` tells."""
 

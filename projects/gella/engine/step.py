@@ -14,8 +14,6 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-__all__ = ["StepTrainer"]
-
 
 class StepTrainer(SimpleTrainer):
     """Detectron2's simple trainer whose step may be made of several micro batches.

@@ -45,8 +45,6 @@ from gella.weights.checkpoint import load_weights
 # The child of the model that SOLVER.ZERO.CONFIG puts under DeepSpeed.
 LANGUAGE = "language_decoder"
 
-__all__ = ["GellaTrainer", "load_datasets", "load_records"]
-
 
 def load_datasets(names: Any, key: str, cfg: Any = None) -> list[Records]:
     """Records of each of several registered datasets.

@@ -23,8 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gella.utils.io import read_json
 
-__all__ = ["EngineBranch", "ZeroHook", "full_parameter", "hide_from_ddp", "read_config"]
-
 _logger = logging.getLogger(__name__)
 
 # Keys of DeepSpeed's file that a run's config decides, with the key that does.

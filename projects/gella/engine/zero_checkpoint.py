@@ -26,17 +26,6 @@ from gella.weights.checkpoint import (
     sample_digest,
 )
 
-__all__ = [
-    "check_readable",
-    "current_digests",
-    "layout_changes",
-    "load_engine",
-    "part_layout",
-    "sample_weights",
-    "save_engine",
-    "set_weights",
-]
-
 _SAMPLED = 3
 """Parameters whose value is noted with a checkpoint, to be compared after it was loaded."""
 

@@ -23,8 +23,6 @@ from gella.pictures.grounding import Grounding, Noun, PanopticResult, cut_captio
 from gella.pictures.overlays import Layer, layers_of, layers_of_ids, place_labels
 from gella.pictures.panels import UNTRAINED
 
-__all__ = ["SCRIPT", "STYLE", "grounding_html", "page", "panoptic_html"]
-
 _COLORS = 64  # classes of colours on a page; further nouns start again with the first
 # Corners of all masks of a figure; masks with more (noise) are drawn on every 2nd, 4th, ... pixel,
 # so that a page stays at some megabytes.

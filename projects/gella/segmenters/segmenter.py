@@ -25,8 +25,6 @@ from gella.entities.entity_map import EntityMap
 from gella.entities.sources import SOURCE_KINDS, LiveSource
 from gella.entities.view import read_image
 
-__all__ = ["KINDS", "SPECS", "MaskLimits", "Segmenter", "SegmenterSource", "load_segmenter"]
-
 SPECS = "sam:PATH, transformers:PATH or detectron2:CONFIG:WEIGHTS"
 
 KINDS: dict[str, type[Segmenter]] = {}

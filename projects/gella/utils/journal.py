@@ -13,8 +13,6 @@ from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Journal"]
-
 _logger = logging.getLogger(__name__)
 _FIRST = "image_id"  # field of every entry that stands first: half a line of ours is known by it
 _SETTINGS = "made_by"  # the only field of the first line, in a journal of settings

@@ -24,8 +24,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["SIGNALS", "StopRequest", "WatchedStopRequest", "say"]
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEAT_SECONDS = 1.0
 """Signals that follow the first so soon are the same request to a process of a run of several, come
