@@ -578,11 +578,6 @@ def test_the_panel_shows_truth_and_prediction(monkeypatch):
     assert not drawn[0].own_masks and drawn[1].own_masks
 
 
-def test_a_period_is_positive(tmp_path):
-    with pytest.raises(ValueError, match="VIS_PERIOD is 0"):
-        PicturePanel(0, str(tmp_path))
-
-
 class Stop(HookBase):
     """Ends the run after an iteration, in a way that a checkpoint is written."""
 

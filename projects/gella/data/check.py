@@ -6,8 +6,9 @@ then every picture and its masks are opened in worker processes.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from multiprocessing import Pool
 from pathlib import Path
@@ -231,10 +232,14 @@ def check_dataset(name: str, *, limit: int | None = None, workers: int = 1) -> R
             level = "error" if known.exact else "warning"
             report.note("count", Place(name, what), message, level)
     opened = jobs[:limit]
-    with tqdm(total=len(opened), desc="images and masks", unit="image", disable=None) as bar:
-        for findings in _opened(opened, workers):
+    # Decoding is all the work; findings are small to send back.
+    pool = Pool(workers) if workers > 1 and len(opened) > 1 else None
+    with pool or contextlib.nullcontext():
+        chunk = max(1, min(32, len(opened) // workers))
+        found = pool.imap(_check_image, opened, chunk) if pool else map(_check_image, opened)
+        named: dict[str, Any] = {"desc": "images and masks", "unit": "image", "disable": None}
+        for findings in tqdm(found, total=len(opened), **named):
             report.findings.extend(findings)
-            bar.update()
     report.count("images opened", len(opened))
     report.count("images to open", len(jobs))
     return report
@@ -300,15 +305,6 @@ def _record_jobs(report: Report) -> list[_ImageJob]:
                 report.attempt("phrase-without-mask", place, matchers[image].entity_indices, ids)
     report.count("records", len(records))
     return list(jobs.values())
-
-
-def _opened(jobs: list[_ImageJob], workers: int) -> Iterable[list[Finding]]:
-    if workers <= 1 or len(jobs) < 2:
-        yield from map(_check_image, jobs)
-        return
-    # Decoding is all the work; findings are small to send back.
-    with Pool(workers) as pool:
-        yield from pool.imap(_check_image, jobs, chunksize=max(1, min(32, len(jobs) // workers)))
 
 
 def _check_image(job: _ImageJob) -> list[Finding]:

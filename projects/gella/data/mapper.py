@@ -243,6 +243,14 @@ class GroundingMapper(InputMaker):
         """
         if dataset_names is None:
             dataset_names = cfg.DATASETS.TRAIN if is_train else cfg.DATASETS.TEST
+        listed = {name: MetadataCatalog.get(name).get("categories", None) for name in dataset_names}
+        listed = {name: list(categories) for name, categories in listed.items() if categories}
+        keys = [[(c["id"], c["name"]) for c in categories] for categories in listed.values()]
+        if any(key != keys[0] for key in keys):
+            raise ValueError(
+                f"datasets {', '.join(listed)} have different categories; name datasets of one set "
+                "of categories, or give the mapper dataset_names"
+            )
         return {
             **InputMaker.from_config(cfg),
             "is_train": is_train,
@@ -250,7 +258,7 @@ class GroundingMapper(InputMaker):
             "flip_text": cfg.INPUT.GELLA.FLIP_TEXT,
             "target_iou": cfg.INPUT.GELLA.TARGET_IOU,
             "panoptic_negatives": cfg.INPUT.GELLA.PANOPTIC_NEGATIVES,
-            "categories": _shared_categories(dataset_names),
+            "categories": next(iter(listed.values()), []),
         }
 
     def __call__(
@@ -291,7 +299,11 @@ class GroundingMapper(InputMaker):
         entities = load_from_record(record, image)
         if not self.is_train:
             entities = entities.canonical()
-        matcher = self._matcher(record, entities)
+        truth, annotated = annotation_of(record), None
+        if truth is not record["entities"]:  # the entities come from elsewhere
+            annotated = load_from_record({**record, "entities": truth})
+        segments = truth.get("segments_info")
+        matcher = EntityMatcher(entities, segments, annotated, self.target_iou)
         try:
             fitted, caption, phrases, mirrored = self._words(record, task, matcher, rng)
         except ValueError as error:
@@ -306,12 +318,6 @@ class GroundingMapper(InputMaker):
             # Scores are taken at the original size; the truth stays the annotation's.
             picture.update(record_fields(record), entities_full=entities)
         return mapped_input(picture, task, fitted, caption, phrases)
-
-    def _matcher(self, record: dict[str, Any], entities: EntityMap) -> EntityMatcher:
-        truth, annotated = annotation_of(record), None
-        if truth is not record["entities"]:  # the entities come from elsewhere
-            annotated = load_from_record({**record, "entities": truth})
-        return EntityMatcher(entities, truth.get("segments_info"), annotated, self.target_iou)
 
     def _words(
         self, record: dict[str, Any], task: str, matcher: EntityMatcher, rng: np.random.Generator
@@ -333,7 +339,16 @@ class GroundingMapper(InputMaker):
         answered = self.is_train or task not in ("describe", "extract")
         fitted = self.fit(task, caption, phrases, phrasing=phrasing, answered=answered)
         if len(fitted.caption) < len(caption):
-            self._log_cut(record, fitted, len(caption))
+            self._captions_cut += 1
+            self._nouns_cut += fitted.num_cut
+            if self._captions_cut & (self._captions_cut - 1) == 0:  # 1st, 2nd, 4th: a readable log
+                _logger.warning(
+                    "image %s (%s): caption cut to %d of %d characters, %d of its nouns left out; "
+                    "so far %d nouns of %d captions in this process: more than %d tokens",
+                    *(record["image_id"], record["file_name"], len(fitted.caption), len(caption)),
+                    *(fitted.num_cut, self._nouns_cut, self._captions_cut),
+                    self.limits["max_length"],
+                )
         if self.is_train:
             # At test the nouns that were cut stay: evaluators count them as not found.
             caption, phrases = fitted.caption, phrases[: fitted.num_nouns]
@@ -346,17 +361,6 @@ class GroundingMapper(InputMaker):
             unknown = self.is_train and phrase["segment_ids"] and not found
             phrase["entity_indices"] = None if unknown else found
         return fitted, caption, phrases, mirrored
-
-    def _log_cut(self, record: dict[str, Any], fitted: FittedPrompt, length: int) -> None:
-        self._captions_cut += 1
-        self._nouns_cut += fitted.num_cut
-        if self._captions_cut & (self._captions_cut - 1) == 0:  # 1st, 2nd, 4th: a readable log
-            _logger.warning(
-                "image %s (%s): caption cut to %d of %d characters, %d of its nouns left out; "
-                "so far %d nouns of %d captions in this process: more than %d tokens",
-                *(record["image_id"], record["file_name"], len(fitted.caption), length),
-                *(fitted.num_cut, self._nouns_cut, self._captions_cut, self.limits["max_length"]),
-            )
 
     def _caption_and_phrases(
         self,
@@ -401,19 +405,6 @@ def expression_phrase(expression: dict[str, Any]) -> dict[str, Any]:
     return {**expression, "text": text, **span, "is_plural": len(ids or ()) > 1, "is_thing": True}
 
 
-def _shared_categories(dataset_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Categories that all datasets with categories agree on; empty when none has any."""
-    listed = {name: MetadataCatalog.get(name).get("categories", None) for name in dataset_names}
-    listed = {name: list(categories) for name, categories in listed.items() if categories}
-    keys = [[(c["id"], c["name"]) for c in categories] for categories in listed.values()]
-    if any(key != keys[0] for key in keys):
-        raise ValueError(
-            f"datasets {', '.join(listed)} have different categories; name datasets of one set of "
-            "categories, or give the mapper dataset_names"
-        )
-    return next(iter(listed.values()), [])
-
-
 # "left", "Rightmost", "right-hand", "topleft"; not "bright", "leftover", "righteous".
 _SIDES = re.compile(
     r"\b(?P<before>top|bottom|upper|lower|far)?(?P<side>left|right)"
@@ -439,16 +430,12 @@ def mirrored_words(
     for phrase in phrases:
         changed = {**phrase, "text": _SIDES.sub(_other, phrase["text"])}
         if phrase.get("start", -1) >= 0:
-            for key in ("start", "end"):
-                changed[key] = phrase[key] + _growth(caption, phrase[key])
+            for key in ("start", "end"):  # what stands before a place may have another length
+                before = [m[0] for m in _SIDES.finditer(caption) if m.end() <= phrase[key]]
+                grown = sum(len(_SIDES.sub(_other, word)) - len(word) for word in before)
+                changed[key] = phrase[key] + grown
         swapped.append(changed)
     return _SIDES.sub(_other, caption), swapped
-
-
-def _growth(caption: str, place: int) -> int:
-    """Characters that the words ending at or before a place gain."""
-    ends = (match for match in _SIDES.finditer(caption) if match.end() <= place)
-    return sum(1 if match["side"].lower() == "left" else -1 for match in ends)
 
 
 def _other(match: re.Match[str]) -> str:

@@ -76,7 +76,6 @@ class Place:
     def __init__(
         self, path: str | Path, where: str = "the file", problems: Problems = STOP
     ) -> None:
-        """Arguments as the attributes."""
         self.path, self.where, self.problems = path, where, problems
 
     def at(self, where: str) -> Place:
@@ -227,7 +226,6 @@ class Records(Sequence[Record]):
         return self._make(index % len(self))
 
     def __iter__(self) -> Iterator[Record]:
-        """All dicts in order."""
         return (self._make(index) for index in range(len(self)))
 
     @abstractmethod

@@ -431,26 +431,26 @@ def import_modules(cfg: Any) -> list[ModuleType]:
         FileNotFoundError: there is no such file.
         ValueError: the module cannot be imported; the message says why and in which line.
     """
-    return [_import(str(name)) for name in cfg.DATASETS.MODULES]
-
-
-def _import(name: str) -> ModuleType:
-    is_file = name.endswith(".py") or "/" in name
-    if is_file and not Path(name).is_file():
-        raise FileNotFoundError(
-            f"DATASETS.MODULES names {name}, which does not exist; paths start at the current "
-            f"folder, {Path.cwd()}"
-        )
-    try:
-        return _import_file(Path(name).resolve()) if is_file else importlib.import_module(name)
-    # Whatever foreign code raises is the user's to see, in one line.
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [f.lineno for f in frames if Path(f.filename).name == Path(name).name]
-        if isinstance(error, SyntaxError):
-            lines = [error.lineno]
-        said = f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
-        raise ValueError(f"DATASETS.MODULES: importing {name} failed: {said}") from error
+    modules = []
+    for name in map(str, cfg.DATASETS.MODULES):
+        is_file = name.endswith(".py") or "/" in name
+        if is_file and not Path(name).is_file():
+            raise FileNotFoundError(
+                f"DATASETS.MODULES names {name}, which does not exist; paths start at the current "
+                f"folder, {Path.cwd()}"
+            )
+        try:
+            path = Path(name).resolve()
+            modules.append(_import_file(path) if is_file else importlib.import_module(name))
+        # Whatever foreign code raises is the user's to see, in one line.
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [f.lineno for f in frames if Path(f.filename).name == Path(name).name]
+            if isinstance(error, SyntaxError):
+                lines = [error.lineno]
+            said = f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
+            raise ValueError(f"DATASETS.MODULES: importing {name} failed: {said}") from error
+    return modules
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -515,14 +515,10 @@ _STUFF = """
 
 def coco_panoptic_categories() -> list[dict[str, Any]]:
     """Return COCO's form ``{id, name, isthing, color}``, things first; a fresh list every time."""
-    return _parsed(_THINGS, 1) + _parsed(_STUFF, 0)
-
-
-def _parsed(table: str, isthing: int) -> list[dict[str, Any]]:
-    entries = [entry.split() for entry in table.replace("\n", " ").split(";")]
     return [
         {"id": int(n), "name": " ".join(w), "isthing": isthing, "color": list(bytes.fromhex(rgb))}
-        for n, *w, rgb in entries
+        for isthing, table in ((1, _THINGS), (0, _STUFF))
+        for n, *w, rgb in map(str.split, table.split(";"))
     ]
 
 

@@ -186,11 +186,9 @@ class GroundingDataset(Dataset):
         self.records, self.mapper = as_records(records), mapper
 
     def __len__(self) -> int:
-        """Number of records."""
         return len(self.records)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
-        """Mapped dict of one key."""
         index, task, rng_seed = key
         return self.mapper(self.records[index], task=task, rng_seed=rng_seed)
 
@@ -229,7 +227,7 @@ class GroundingTrainLoader:
             self.dataset,
             batch_sampler=self.sampler,
             num_workers=self.num_workers,
-            collate_fn=_to_send if self.num_workers else _as_list,
+            collate_fn=_to_send if self.num_workers else list,
             worker_init_fn=start_worker,
             generator=generator,
         )
@@ -309,10 +307,6 @@ def _task_block(seed: int, block: int, ratios: tuple[float, ...]) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _dataset_block(seed: int, block: int) -> np.ndarray:
     return np.random.default_rng((seed, _DATASET_STREAM, block)).random(_BLOCK)
-
-
-def _as_list(batch: list[Any]) -> list[Any]:
-    return batch
 
 
 def _to_send(batch: list[Any]) -> list[Any]:

@@ -28,7 +28,7 @@ from gella.evaluation.results import (
     refuse_nothing,
     save_results,
 )
-from gella.evaluation.tables import Run, changed, compared_markdown, plan_table, table_markdown
+from gella.evaluation.tables import Run, compared_markdown, plan_table, table_markdown
 from gella.utils.io import write_json, write_text
 
 _logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Evaluation:
 
     Attributes:
         outcome: ``{dataset: {task: {metric: score}}}``, empty on other processes than the main one.
-        run: `run_info.describe_run`, likewise.
+        run: of `describe_run`, likewise.
     """
 
     outcome: Mapping[str, Any] = field(default_factory=dict)
@@ -156,7 +156,13 @@ def evaluate_table(cfg: Any, model: nn.Module, table: str, **record: Any) -> tup
     """
     folder = Path(cfg.OUTPUT_DIR) / f"table_{table}"
     runs = plan_table(cfg, table, root_from_environment())
-    configs = [changed(cfg, run, str(folder / run.name)) for run in runs]
+    configs = [
+        with_keys(
+            cfg,
+            {**r.changes, "DATASETS.TEST": r.datasets, "OUTPUT_DIR": str(folder / r.name)},
+        )
+        for r in runs
+    ]
     counts = [read_test_sets(run_cfg)[1] for run_cfg in configs]
     done = []
     for number, (run, run_cfg) in enumerate(zip(runs, configs, strict=True)):
@@ -171,30 +177,20 @@ def evaluate_table(cfg: Any, model: nn.Module, table: str, **record: Any) -> tup
         return "", folder
     written = {run.name: {"scores": e.outcome, "run": e.run} for run, e in zip(runs, done)}
     rows = [(run, e.outcome, e.run["settings"]) for run, e in zip(runs, done)]
-    text = table_markdown(table, *zip(*rows, *_earlier(cfg.OUTPUT_DIR, table)))
+    if table in ("6", "8", "9"):  # their rows are different weights, evaluated before
+        parent, pattern = Path(cfg.OUTPUT_DIR).parent, f"table{int(table):02d}*/results.json"
+        for path in sorted({*parent.glob(pattern), *(parent / "ablations").glob(pattern)}):
+            results, known = load_results(path)
+            names = tuple(known.get("datasets", ()))
+            earlier = Run("", f"ours, {path.parent.name}", names)
+            rows.append((earlier, by_dataset(results, names), known.get("settings", {})))
+    text = table_markdown(table, *zip(*rows))
     with attempted(f"results in {folder}"):
         write_json(folder / "results.json", written)
         write_text(folder / "results.md", text)
     for evaluation in done:
         refuse_nothing(evaluation.outcome)
     return text, folder
-
-
-def _earlier(output: str, table: str) -> list[tuple[Run, dict[str, Any], dict[str, Any]]]:
-    """Rows of ablations that were evaluated before: tables whose rows are different weights."""
-    if table not in ("6", "8", "9"):
-        return []
-    parent = Path(output).parent
-    pattern = f"table{int(table):02d}*/results.json"
-    paths = sorted({*parent.glob(pattern), *(parent / "ablations").glob(pattern)})
-    rows = []
-    for path in paths:
-        results, run = load_results(path)
-        datasets = tuple(run.get("datasets", ()))
-        label = f"ours, {path.parent.name}"
-        outcome = by_dataset(results, datasets)
-        rows.append((Run("", label, datasets), outcome, run.get("settings", {})))
-    return rows
 
 
 def check_expected(cfg: Any, results: Mapping[str, Mapping[str, float]]) -> None:

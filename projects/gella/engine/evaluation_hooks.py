@@ -77,7 +77,6 @@ class EvenLoader:
         self._loader, self.num_real, self._name = loader, num_real, name
 
     def __len__(self) -> int:
-        """Number of batches."""
         return len(self._loader)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
@@ -85,7 +84,6 @@ class EvenLoader:
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        """The loader's batches."""
         seen, phrases = 0, PhraseTally()
         for batch in self._loader:
             for sample in batch[max(self.num_real - seen, 0) :]:
@@ -130,7 +128,6 @@ class RealSamples(DatasetEvaluator):
     """Hides repeated samples from an evaluator, whichever it is."""
 
     def __init__(self, evaluator: DatasetEvaluator) -> None:
-        """``evaluator`` gets all other samples."""
         self._evaluator = evaluator
 
     def reset(self) -> None:
@@ -362,15 +359,14 @@ class EvaluationInTraining(HookBase):
     def after_step(self) -> None:
         """Evaluate where it is due."""
         done = self.trainer.iter + 1
+        due = self._period > 0 and done % self._period == 0
         if done == self.trainer.max_iter:
             # All images are evaluated when the run has ended well, which is not yet known; the best
             # is saved by a step, as checkpoints are.
-            if self._best is not None:
-                self._best.offer(self._run(self._subset), self.trainer.iter)
-        elif self._period > 0 and done % self._period == 0:
-            scores = self._run(self._subset)
-            if self._best is not None:
-                self._best.offer(scores, self.trainer.iter)
+            due = self._best is not None
+        scores = self._run(self._subset) if due else {}
+        if due and self._best is not None:
+            self._best.offer(scores, self.trainer.iter)
 
     def after_train(self) -> None:
         """Evaluate all images unless the run failed or that is done already."""

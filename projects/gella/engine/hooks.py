@@ -222,8 +222,15 @@ class NonFiniteGuard(HookBase):
         if not any_rank(not finite):
             return True
         stops = self._policy == "stop" or self.skipped >= self._limit
-        path = self._save(what, extra, "stop" if stops else "skip")
         iteration = self.trainer.iter
+        path = os.path.join(self._folder, f"nonfinite_{iteration:07d}.json")
+        ranks = comm.gather({"rank": comm.get_rank(), **extra, "batches": self._seen})
+        if comm.is_main_process():
+            content = {"iteration": int(iteration), "what": what, "ranks": ranks}
+            content |= {"action": "stop" if stops else "skip", "skipped_before": self.skipped}
+            write_json(path, content)
+        # A rank that raised early would take the others down before the file is written.
+        comm.synchronize()
         if not stops:
             self.skipped += 1
             _logger.warning(
@@ -243,23 +250,6 @@ class NonFiniteGuard(HookBase):
             " may help"
         )
 
-    def _save(self, what: str, extra: dict[str, Any], action: str) -> str:
-        """Write what every rank knows about the step; all ranks return the path."""
-        path = os.path.join(self._folder, f"nonfinite_{self.trainer.iter:07d}.json")
-        ranks = comm.gather({"rank": comm.get_rank(), **extra, "batches": self._seen})
-        if comm.is_main_process():
-            content = {
-                "iteration": int(self.trainer.iter),
-                "what": what,
-                "action": action,
-                "skipped_before": self.skipped,
-                "ranks": ranks,
-            }
-            write_json(path, content)
-        # A rank that raised early would take the others down before the file is written.
-        comm.synchronize()
-        return path
-
 
 def _written(numbers: Mapping[str, float]) -> dict[str, float | str]:
     """The numbers with NaN and infinity, which JSON lacks, as text."""
@@ -270,12 +260,10 @@ class RunStopped(SystemExit):
     """A run ended before its last iteration because it was asked to; status 0, and a line on it."""
 
     def __init__(self, text: str) -> None:
-        """``text``: for people."""
         super().__init__(0)
         self._text = text
 
     def __str__(self) -> str:
-        """The line."""
         return self._text
 
 
@@ -330,7 +318,6 @@ class PhraseTally:
     """
 
     def __init__(self) -> None:
-        """Nothing is counted yet."""
         self.grounded, self.unmatched, self.cut = 0, 0, 0
 
     def add(self, batch: Sequence[Mapping[str, Any]]) -> None:
@@ -370,7 +357,6 @@ class RunScalars(HookBase):
     """
 
     def __init__(self) -> None:
-        """Nothing to choose."""
         self.batches: Counter[str] = Counter()
         self.phrases = PhraseTally()
         self._started = 0.0

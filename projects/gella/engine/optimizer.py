@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -38,20 +37,6 @@ def role_of(name: str) -> str:
     return "heads" if any(fnmatchcase(name, pattern) for pattern in HEADS) else "vision"
 
 
-def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """Each trainable parameter once: its name, itself, and whether it takes weight decay."""
-    seen: set[int] = set()
-    for module_name, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            # Norms, biases and scales have one dimension or none.
-            embedding = isinstance(module, nn.Embedding) or "embed" in leaf
-            decays = parameter.ndim > 1 and not embedding
-            yield f"{module_name}.{leaf}" if module_name else leaf, parameter, decays
-
-
 def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW with up to six groups: heads, language or vision, with or without weight decay.
 
@@ -67,8 +52,14 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
     """
     solver = cfg.SOLVER
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter, decays in _named_parameters(model):
-        members.setdefault((role_of(name), decays), []).append(parameter)
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():  # each once
+        if parameter.requires_grad:
+            parent, _, leaf = name.rpartition(".")
+            # Norms, biases and scales have one dimension or none.
+            embedding = isinstance(modules[parent], nn.Embedding) or "embed" in leaf
+            decays = parameter.ndim > 1 and not embedding
+            members.setdefault((role_of(name), decays), []).append(parameter)
     if not members:
         raise ValueError("every parameter of the model is frozen: there is nothing to train")
     groups = [

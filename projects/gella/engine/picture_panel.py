@@ -38,11 +38,7 @@ class PicturePanel(HookBase):
         period: ``VIS_PERIOD``, iterations, above 0.
         output_dir: where TensorBoard's files go if the trainer's storage takes no images (the
             small stand-in for Detectron2), in a folder ``pictures``.
-
-        Raises ValueError for another period.
         """
-        if period < 1:
-            raise ValueError(f"VIS_PERIOD is {period}: give a positive number of iterations")
         self._period, self._folder = period, os.path.join(output_dir, "pictures")
         self._due = False
         self._writer: Any = None

@@ -141,7 +141,17 @@ class RunCheckpoints(HookBase):
         _logger.info("Loading checkpoint %s", path)
         self._facts, weights, states = read_parts(path)
         self._folder = Path(path)
-        self._check_position(self._facts.get("data", {}))
+        sampler, saved = getattr(self._loader, "sampler", None), self._facts.get("data", {})
+        if self._cfg.SEED < 0 and saved and sampler is not None:
+            sampler.seed = saved["seed"]  # it was drawn at random: this run's is of no meaning
+        now = self._position(self._facts["iteration"] + 1)
+        for key in ("seed", "batch", "ratios", "records", "datasets"):
+            if key in saved and key in now and saved[key] != now[key]:
+                _logger.warning(
+                    "the checkpoint was trained with %s %s, this run has %s: the images come in"
+                    " another order than in a run that was never interrupted",
+                    *(key, saved[key], now[key]),
+                )
         reason, without = self._read_part(weights)
         optimizer = self.trainer.optimizer  # type: ignore[attr-defined]
         inner = states["trainer"]["_trainer"]
@@ -193,20 +203,6 @@ class RunCheckpoints(HookBase):
         if zero is not None:
             self._whole = {k[len(start) :]: t for k, t in part.items()}
         return reason, ""
-
-    def _check_position(self, saved: dict[str, Any]) -> None:
-        """Say what of the data is not as it was; their order is then another one."""
-        sampler = getattr(self._loader, "sampler", None)
-        if self._cfg.SEED < 0 and saved and sampler is not None:
-            sampler.seed = saved["seed"]  # it was drawn at random: this run's is of no meaning
-        now = self._position(self._facts["iteration"] + 1)
-        for key in ("seed", "batch", "ratios", "records", "datasets"):
-            if key in saved and key in now and saved[key] != now[key]:
-                _logger.warning(
-                    "the checkpoint was trained with %s %s, this run has %s: the images come in"
-                    " another order than in a run that was never interrupted",
-                    *(key, saved[key], now[key]),
-                )
 
     def before_train(self) -> None:
         """Give the engine of ZeRO what the checkpoint holds of it; all ranks."""

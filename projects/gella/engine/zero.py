@@ -131,8 +131,17 @@ class ZeroHook(HookBase):
         self._model, self.part, self.config = model, name, config
         self.stage = int(config["zero_optimization"]["stage"])
         self._optimizer, self._sources = optimizer, sources
-        self._deepspeed = _import_deepspeed(next(model.parameters()).device)
         self._branch: EngineBranch | None = None
+        if next(model.parameters()).device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # even where there is a GPU
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise ImportError(
+                f"SOLVER.ZERO.CONFIG needs DeepSpeed: pip install 'gella[zero]' ({error})"
+            ) from error
+        self._deepspeed = deepspeed
+        deepspeed.utils.logger.setLevel(logging.WARNING)
 
     @property
     def module(self) -> nn.Module:
@@ -251,54 +260,28 @@ class ZeroHook(HookBase):
             optimizer.clear_hp_grads()
             optimizer.clear_lp_grads()
 
-    def _full_weights(self) -> dict[str, Tensor]:
-        """The child's parameters and buffers, whole, floats in float32, on the CPU; all ranks.
-
-        Ranks above 0 get an empty dict. One parameter at a time is whole on the device.
-        """
-        keep = dist.get_rank() == 0
-        weights: dict[str, Tensor] = {}
-        for name, parameter in self.engine.module.named_parameters(remove_duplicate=False):
-            full = full_parameter(parameter)
-            if keep:
-                weights[name] = full
-        if not keep:
-            return {}
-        state = self.engine.module.state_dict()
-        for name, buffer in self.engine.module.named_buffers():
-            if name in state:  # persistent
-                weights[name] = buffer.detach().cpu().clone()
-        return weights
-
     def save_whole(self, save: Callable[[], None]) -> None:
         """Call ``save`` on the main process while the model's ``state_dict()`` is complete.
 
-        All ranks must call it.
+        It then has the child's parameters and buffers, whole, floats in float32, on the CPU. All
+        ranks must call it; one parameter at a time is whole on their devices.
         """
+        saves, weights = comm.is_main_process(), dict[str, Tensor]()
         if self._branch is None:
-            if comm.is_main_process():
+            if saves:
                 save()
             return
-        weights = self._full_weights()
-        if comm.is_main_process():
+        part = self.engine.module
+        for name, parameter in part.named_parameters(remove_duplicate=False):
+            full = full_parameter(parameter)
+            weights |= {name: full} if saves else {}
+        if saves:
+            persistent = part.state_dict().keys()
+            buffers = {n: b for n, b in part.named_buffers() if n in persistent}
+            weights |= {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
             with self._branch.showing(weights):
                 save()
         comm.synchronize()
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # even where there is a GPU
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ImportError(
-            f"SOLVER.ZERO.CONFIG needs DeepSpeed: pip install 'gella[zero]' ({error})"
-        ) from error
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    return deepspeed
 
 
 def _join_process_group() -> None:

@@ -78,12 +78,9 @@ class SelectionSweep(GatheringEvaluator):
     """
 
     def __init__(self, options: Any, queries: str, referring: bool) -> None:
-        """What is picked for.
+        """``options``: the node MODEL.GELLA in use; the model itself answers under ``TAKE_ALL``.
 
-        Args:
-            options: the node MODEL.GELLA in use; the model itself answers under ``TAKE_ALL``.
-            queries: MODEL.MASK_DECODER.QUERIES.
-            referring: expressions, not narratives.
+        ``queries``: MODEL.MASK_DECODER.QUERIES; ``referring``: expressions, not narratives.
         """
         super().__init__()
         self._options, self._queries, self._referring = options, queries, referring
@@ -194,13 +191,10 @@ class PanopticSweep(GatheringEvaluator):
         categories: Sequence[dict[str, Any]],
         paint: Callable[..., tuple[Any, list[dict[str, Any]]]],
     ) -> None:
-        """See `SelectionSweep` for ``options`` and ``queries``.
+        """``options`` and ``queries`` as of `SelectionSweep`, ``categories`` with id and isthing.
 
-        Args:
-            options, queries: of the model.
-            categories: dicts ``id``, ``isthing``.
-            paint: (scores, masks, phrases, threshold) -> ids (H, W) and segments, the rule of
-                ``postprocessing.panoptic_from_scores`` on arrays.
+        ``paint``: (scores, masks, phrases, threshold) -> ids (H, W) and segments, the rule of
+        ``postprocessing.panoptic_from_scores`` on arrays.
         """
         super().__init__()
         self._options, self._queries = options, queries

@@ -210,15 +210,12 @@ def blind_choices(
     Returns:
         ``random`` (one entity), ``largest`` (one) and ``all``; all empty for E = 0.
     """
-    count = len(areas)
-    if count == 0:
-        return dict.fromkeys(("random", "largest", "all"), np.zeros(0, dtype=np.int64))
-    seed = (zlib.crc32(str(image_id).encode()), phrase_index)
-    return {
-        "random": np.array([int(np.random.default_rng(seed).integers(count))]),
-        "largest": np.array([int(np.argmax(areas))]),
-        "all": np.arange(count),
-    }
+    everything, seed = np.arange(len(areas)), (zlib.crc32(str(image_id).encode()), phrase_index)
+    chosen = dict.fromkeys(("random", "largest", "all"), everything)
+    if len(areas):
+        chosen["random"] = np.random.default_rng(seed).integers(len(areas), size=1)
+        chosen["largest"] = everything[[np.argmax(areas)]]
+    return chosen
 
 
 def normalize_noun(noun: str) -> str:

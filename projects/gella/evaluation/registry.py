@@ -128,7 +128,14 @@ def asked_categories(cfg: Any, dataset_name: str) -> list[dict[str, Any]] | None
     truth = MetadataCatalog.get(dataset_name).get("categories", None)
     if not source or not truth:
         return None
-    content = _categories(source)
+    if source in MetadataCatalog.list():
+        content: Any = {"categories": MetadataCatalog.get(source).get("categories", [])}
+    else:
+        advice = "name a registered dataset or a JSON file"
+        content = read_json(source, "TEST.CATEGORIES_FROM:", advice)
+    content = content.get("categories") if isinstance(content, dict) else content
+    if not isinstance(content, list):
+        raise ValueError(f"TEST.CATEGORIES_FROM: {source} holds no list of categories")
     if content and all(isinstance(item, str) for item in content):
         if len(content) != len(truth):
             raise ValueError(
@@ -155,15 +162,3 @@ def asked_categories(cfg: Any, dataset_name: str) -> list[dict[str, Any]] | None
         )
     named = [{"id": number, "name": name, "isthing": kinds[number]} for number, name in names]
     return read_categories(f"TEST.CATEGORIES_FROM: {source}", named)
-
-
-def _categories(source: str) -> list[Any]:
-    """What a registered dataset or a JSON file lists."""
-    if source in MetadataCatalog.list():
-        return list(MetadataCatalog.get(source).get("categories", []))
-    advice = "name a registered dataset or a JSON file"
-    content = read_json(source, "TEST.CATEGORIES_FROM:", advice)
-    content = content.get("categories") if isinstance(content, dict) else content
-    if not isinstance(content, list):
-        raise ValueError(f"TEST.CATEGORIES_FROM: {source} holds no list of categories")
-    return content

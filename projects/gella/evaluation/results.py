@@ -28,7 +28,7 @@ def save_results(
 ) -> None:
     """Write ``{task: {metric: score}}`` as results.json, atomically; undefined scores are null.
 
-    ``run``: how the scores came about (`run_info.describe_run`), under the key "run".
+    ``run``: how the scores came about (`describe_run`), under the key "run".
     """
     write_json(path, results if run is None else {**results, RUN: run})
 
@@ -247,7 +247,8 @@ def format_results(results: Mapping[str, Any]) -> str:
         for label, key in rows.items():
             values = [metrics[key + suffix] for suffix in suffixes if key + suffix in metrics]
             if values:
-                table.append([f"  {label}", *(_cell(v, key.split("_")[0] == "n") for v in values)])
+                digits = 0 if key.split("_")[0] == "n" else 1
+                table.append([f"  {label}", *(figure(value, digits) for value in values)])
     columns = zip_longest(*(row for row in table if len(row) > 1), fillvalue="")
     first, *widths = (max(map(len, column)) for column in columns)
     lines = []
@@ -257,7 +258,6 @@ def format_results(results: Mapping[str, Any]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _cell(value: float | None, count: bool) -> str:
-    if value is None or not math.isfinite(value):
-        return "-"
-    return f"{value:.0f}" if count else f"{value:.1f}"
+def figure(value: float | None, digits: int = 1) -> str:
+    """A score as tables print it, "-" where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from detectron2.data import MetadataCatalog
+
+from gella.evaluation.results import figure
 
 REFCOCO = {
     f"gella_{name}_{by}_{split}": f"{title} {split}"
@@ -272,17 +273,6 @@ def _all_modes(cfg: Any, root: str) -> list[Run]:
     return runs
 
 
-def changed(cfg: Any, run: Run, output: str) -> Any:
-    """A frozen copy of ``cfg`` for a run, whose files go to ``output``."""
-    copy = cfg.clone()
-    copy.defrost()
-    # yacs checks that each key exists and keeps its type.
-    copy.merge_from_list([part for change in run.changes.items() for part in change])
-    copy.DATASETS.TEST, copy.OUTPUT_DIR = tuple(run.datasets), output
-    copy.freeze()
-    return copy
-
-
 Outcome = Mapping[str, Mapping[str, Mapping[str, float]]]
 """{dataset: {task: {metric: score}}} of one run."""
 
@@ -340,7 +330,7 @@ def table_markdown(
     for name, figures in paper.rows.items():
         padding = [None] * (len(columns) - len(figures))  # the paper has no such datasets
         how = "masks of its own" if name in _OTHERS else paper.how
-        rows.append([f"{name} (paper)", paper.data, how, *map(_figure, [*figures, *padding])])
+        rows.append([f"{name} (paper)", paper.data, how, *map(figure, [*figures, *padding])])
     for run, outcome, mode in zip(runs, outcomes, modes, strict=True):
         how = conditions(mode, run.datasets)
         names = ", ".join(run.datasets)
@@ -376,7 +366,7 @@ def compared_markdown(outcome: Outcome, mode: Mapping[str, Any]) -> str:
             head = ["Noun extraction", "on", "how", "recall", "precision"]
             figures = (tasks["nouns"].get(key) for key in ("recall", "precision"))
             rows = [["GELLA-7B (paper, Table 9)", _VAL, _PREDICTED, "96.1", "-"]]
-            rows.append(["**ours**", name, conditions(mode, [name]), *map(_figure, figures)])
+            rows.append(["**ours**", name, conditions(mode, [name]), *map(figure, figures)])
             parts.append(f"Nouns in generated answers.\n\n{_markdown(head, rows)}\n")
     return "\n".join(parts)
 
@@ -390,12 +380,8 @@ def _scores(outcome: Outcome, columns: Sequence[Column]) -> list[str]:
             for dataset, tasks in outcome.items()
             if column.dataset in ("", dataset) and column.metric in tasks.get(column.task, {})
         ]
-        cells.append(_figure(values[0] if values else None))
+        cells.append(figure(values[0] if values else None))
     return cells
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.1f}"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
