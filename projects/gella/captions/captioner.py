@@ -9,6 +9,7 @@ repaired; everything else is counted, and asked for again.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import threading
@@ -140,7 +141,6 @@ class Tally:
         self.add(prompt_tokens=asked or 0, completion_tokens=answered or 0)
 
     def __getitem__(self, name: str) -> int:
-        """One count; 0 if nothing was added under this name."""
         with self._lock:
             return self._counts[name]
 
@@ -233,9 +233,8 @@ def _accepted(description: str, listed: list[str], min_found: float, tally: Tall
         tally.add(nouns_missing=len(lost))
         example = f", such as {lost[0][:60]!r}" if lost else ""
         raise AnswerError(f"{len(lost)} of {len(listed)} nouns are not in the description{example}")
-    repaired, merged = match.changed, len(match.merged)
-    tally.add(nouns=len(match.nouns), nouns_repaired=repaired, nouns_merged=merged)
-    tally.add(nouns_dropped=len(lost))
+    tally.add(nouns=len(match.nouns), nouns_repaired=match.changed)
+    tally.add(nouns_merged=len(match.merged), nouns_dropped=len(lost))
     return match.nouns
 
 
@@ -283,9 +282,8 @@ def clean_description(text: str) -> str:
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
     """JSON objects that start anywhere in the text, outer ones first."""
-    starts = [start for start, character in enumerate(text) if character == "{"][:_MAX_STARTS]
-    for start in starts:
-        value = _decode(text, start)
+    for hit in itertools.islice(re.finditer("{", text), _MAX_STARTS):
+        value = _decode(text, hit.start())
         if isinstance(value, dict):
             yield value
 

@@ -148,7 +148,7 @@ class CaptionRun:
         in_a_row, fatal = 0, None
         with (
             tqdm(total=len(jobs) + done, initial=done, unit="caption") as bar,
-            self._stop() as stop,
+            StopRequest(self._first, self._again) as stop,
         ):
             for job, result in in_threads(self._caption, jobs, self.workers):
                 if isinstance(result, dict):
@@ -183,14 +183,11 @@ class CaptionRun:
         named = {"image_id": job.image_id, "file_name": job.file_name, **vars(caption)}
         return {**named, "model": self.captioner.model, "prompt_id": job.prompt_id}
 
-    def _stop(self) -> StopRequest:
-        def first(number: int) -> None:
-            self._end()
-            message = "stopping: requests under way are finished (Ctrl-C again cuts them)"
-            tqdm.write(message, file=sys.stderr)
+    def _first(self, number: int) -> None:
+        self._end()
+        message = "stopping: requests under way are finished (Ctrl-C again cuts them)"
+        tqdm.write(message, file=sys.stderr)
 
-        def again(number: int) -> None:
-            self.captioner.abort()
-            raise KeyboardInterrupt
-
-        return StopRequest(first, again)
+    def _again(self, number: int) -> None:
+        self.captioner.abort()
+        raise KeyboardInterrupt

@@ -23,6 +23,7 @@ from gella.data.panoptic import load_instances
 from gella.data.records import Place, Problems, as_records, check_record, read_json
 from gella.data.register import read_dataset, record_place, refcoco_name
 from gella.data.targets import EntityMatcher
+from gella.entities.entity_map import Runs
 from gella.entities.files import read_id_png
 from gella.entities.rle import decode_segmentation
 from gella.entities.sources import load_from_record
@@ -364,7 +365,10 @@ def _check_png(job: _ImageJob, add: Callable[..., None]) -> None:
         return
     if ids.shape != job.size:
         add("mask-size", path, _sizes(ids.shape, job))
-    areas = _areas(ids)
+    runs = Runs.of(ids)
+    present, places = np.unique(runs.values, return_inverse=True)
+    counts = np.bincount(places, weights=runs.lengths).astype(int)
+    areas = dict(zip(present.tolist(), counts.tolist()))
     listed = {int(segment["id"]): segment for segment in job.segments or []}
     for segment_id, area in areas.items():
         if segment_id and segment_id not in listed:
@@ -376,15 +380,6 @@ def _check_png(job: _ImageJob, add: Callable[..., None]) -> None:
         elif segment.get("area") is not None and segment["area"] != area:
             said = f"segment {segment_id} has {area} pixels but area {segment['area']}"
             add("area", job.annotation, said, "warning")
-
-
-def _areas(ids: np.ndarray) -> dict[int, int]:
-    """Number of pixels of each id."""
-    # Every id starts somewhere in a row, so sorting the starts of runs is enough.
-    starts = ids[:, 1:][ids[:, 1:] != ids[:, :-1]]
-    present = np.unique(np.concatenate([ids[:, 0], starts]))
-    counts = np.bincount(np.searchsorted(present, ids.ravel()), minlength=len(present))
-    return dict(zip(present.tolist(), counts.tolist()))
 
 
 def _check_outlines(job: _ImageJob, add: Callable[..., None]) -> None:

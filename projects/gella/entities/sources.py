@@ -108,10 +108,7 @@ class FileSource(EntitySource):
             # By value too: pictures and masks may write one id with and without zeros.
             self._names = {f"{image_key(Path(n).stem)}{Path(n).suffix}": n for n in names}
             self._names.update((name, name) for name in names)
-        else:
-            self._read_entries()
-
-    def _read_entries(self) -> None:
+            return
         # As bytes per image: forked processes share them, and would copy what they only look at
         # of objects, whose counts of references they change.
         try:
@@ -124,7 +121,6 @@ class FileSource(EntitySource):
         forget_files()  # as objects the entries take 20 times their bytes
 
     def __str__(self) -> str:
-        """The path, and whose masks are there."""
         known = sorted({*self._names.values()}) if self._folder else self._numbers
         return f"{self.path} (it has {few(known)})"
 

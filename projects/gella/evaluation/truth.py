@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gella.entities.entity_map import EntityMap
+from gella.entities.entity_map import EntityMap, Runs
 from gella.entities.files import read_id_png
 from gella.entities.rle import decode_segmentation
 from gella.evaluation.panoptic_quality import VOID, check_segments
@@ -117,8 +117,7 @@ def _read(sample: dict[str, Any]) -> Truth:
         ids = read_id_png(path, (sample["height"], sample["width"]))
     except ValueError as error:
         raise ValueError(f"image {image_id}: annotation {path}: {error}") from error
-    # Every id starts somewhere in a row, so the starts of runs hold them all.
-    present = np.union1d(ids[:, 0], ids[:, 1:][ids[:, 1:] != ids[:, :-1]]).tolist()
+    present = np.unique(Runs.of(ids).values).tolist()
     segments = annotation["segments_info"]
     if segments is None:
         segments = [{"id": segment_id} for segment_id in present if segment_id != VOID]

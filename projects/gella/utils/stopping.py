@@ -58,7 +58,6 @@ class StopRequest:
         first: Callable[[int], object] = _ignore,
         again: Callable[[int], object] = _interrupt,
     ) -> None:
-        """Catch nothing yet."""
         self._first, self._again = first, again
         self.number = self.count = 0
         self._before: dict[signal.Signals, Any] = {}
@@ -70,13 +69,11 @@ class StopRequest:
         return 128 + self.number if self.number else 0
 
     def __enter__(self) -> Self:
-        """Take the signals over."""
         if threading.current_thread() is threading.main_thread():
             self._before = {kind: signal.signal(kind, self._handle) for kind in SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Give the signals back to who had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -104,7 +101,6 @@ class WatchedStopRequest(StopRequest):
     """
 
     def __init__(self, patience: float, first: Callable[[int], object] = _ignore) -> None:
-        """Catch nothing yet."""
         super().__init__(first)
         self._patience, self._since, self._deadline = patience, 0.0, float("inf")
         self._thread: threading.Thread | None = None
