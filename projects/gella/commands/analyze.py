@@ -143,9 +143,7 @@ def recall_curve(ious: Sequence[float] | pd.Series, steps: int = 100) -> list[fl
 def figures_of(predictions: Predictions, cases: pd.DataFrame) -> dict[str, Any]:
     """All numbers of the page, in values that JSON takes; shares are in [0, 1].
 
-    Args:
-        predictions: where they are from.
-        cases: with the columns of `case_facts`, or without where there is no dataset.
+    ``cases`` come with the columns of `case_facts`, or without where there is no dataset.
     """
     parts = {"all": cases}
     if cases.is_thing.notna().all():

@@ -55,10 +55,8 @@ class Predictions:
 
 
 def find_predictions(folder: str | Path) -> list[Predictions]:
-    """Read all predictions that can be analysed, below a folder such as ``OUTPUT_DIR/inference``.
-
-    Args:
-        folder: of one dataset, or a folder above it: of all datasets, or of all runs of a table.
+    """Read all predictions that can be analysed in a folder and below: of one dataset, of all in
+    ``OUTPUT_DIR/inference``, or of all runs of a table.
 
     Raises:
         FileNotFoundError: the folder is missing, or holds no predictions of phrases.
@@ -199,15 +197,11 @@ def scenes(
 def compare(
     predictions: Predictions, records: Sequence[dict[str, Any]], names: Mapping[Any, str]
 ) -> pd.DataFrame:
-    """The cases with what a dataset says of them; the ids of expressions are filled in from it.
+    """The cases with the columns of `case_facts`; the ids of expressions are filled in from them.
 
     Args:
         predictions: read by `find_predictions`.
-        records: dataset dicts.
-        names: of the categories, by id.
-
-    Returns:
-        the cases with the columns of `case_facts`.
+        records, names: dataset dicts, and the names of the categories by id.
 
     Raises:
         OSError, ValueError: an image, an expression or a file is missing, or narratives have other

@@ -205,7 +205,6 @@ def read_piece(
     Args:
         kind, path: a key of ``gella.weights.FORMATS``, and its file or folder.
         name: of the format; None finds it out.
-        cfg: of the model.
         seg_row: the embedding's row of <SEG>, see ``fit_words``; None takes what the folder's
             config.json says, if it says so.
 
@@ -348,9 +347,7 @@ def write_gella(
     """Write GELLA's weights to a .pth file, or with config and model card into a new folder.
 
     Args:
-        args: the command line: dtype, shard size, name of the config.
         path: an ``--export`` is always a folder.
-        state, cfg: tensors by GELLA's key; the config, written as ``config.yaml``.
         sources: (file, sha256) of what the weights were made from.
         fresh, notes: names of what no source has and is untrained, and more lines for the card.
     """
@@ -413,15 +410,9 @@ def write_llava(
 ) -> None:
     """Write the language decoder and CLIP as a LLaVA-1.5 of transformers, or of its repository.
 
-    Args:
-        args: the command line: dtype and shard size.
-        folder: must not exist, or be empty.
-        state: all of GELLA's tensors by key.
-        model, cfg: the same model on any device, for the language model's configuration.
-        original: the LLaVA repository's layout instead of transformers'.
-
-    Raises:
-        ValueError: what the layout has no place for: adapters, or one linear layer as projector.
+    ``state`` are all of GELLA's tensors by key, ``model`` the same on any device, for the language
+    model's configuration; ``original`` takes the repository's layout. ValueError for what a layout
+    has no place for: adapters, or one linear layer as projector.
     """
     adapters = [key for key in state if ".lora_" in key]
     if adapters:

@@ -48,11 +48,9 @@ def config_of(file: str, options: Sequence[Any]) -> Any:
 
 
 def distinct(sources: Iterable[Source], advice: str) -> list[Source]:
-    """The sources, each picture once; ValueError if two pictures have one id.
+    """The sources, each picture once (a dataset has several records of one).
 
-    Args:
-        sources: in any order; a dataset has several records of a picture.
-        advice: what to do about two pictures of one id; stands behind the semicolon of the error.
+    ValueError, with the ``advice`` behind its semicolon, if two pictures have one id.
     """
     kept: dict[str, Source] = {}
     for source in sources:

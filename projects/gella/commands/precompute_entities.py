@@ -261,10 +261,7 @@ def merge(
 ) -> int:
     """Write what all processes have done and the report; the exit code, 1 if an image is not done.
 
-    Args:
-        args, sources: the command line and all its pictures.
-        journals: of every process; removed if all is done.
-        report: what it begins with.
+    The journals of all processes are removed if all is done; ``report``: what it begins with.
     """
     output = Path(args.output)
     report_file = output.with_name(output.name + ".report.json")

@@ -20,21 +20,9 @@ def load_entityseg(
 ) -> RecordStore:
     """Read generated captions over COCO-style entity masks, one dataset dict per caption.
 
-    Args:
-        instances_json: ``images`` and ``annotations`` with RLE or polygons; the class labels are
-            not used.
-        captions_jsonl: lines ``{image_id, file_name, description, nouns, model, prompt_id}``.
-        image_root: folder of the images. EntitySeg's come in several folders, while the annotation
-            names files without them: files are looked for below this folder.
-        tasks: what the records can train and serve.
-        problems: what becomes of what is wrong.
-
-    Returns:
-        Dicts as `gella.data.panoptic.load_instances` with what `with_captions` adds.
-
-    Raises:
-        FileNotFoundError: one of the two annotation files is missing.
-        ValueError: as those two, or a file name occurs in several folders.
+    Arguments, dicts and errors are those of `load_instances` and `with_captions`. EntitySeg's
+    images come in several folders, while the annotation names files without them: files are looked
+    for below ``image_root``, and one that occurs in several folders is a ValueError.
     """
     images = load_instances(instances_json, image_root, tasks, problems=problems)
     folders, names = Place(image_root, "folders"), [record["file_name"] for record in images]
@@ -47,18 +35,10 @@ def load_entityseg(
 
 
 def locate_images(image_root: str | Path, file_names: Iterable[str]) -> dict[str, str]:
-    """Where images are that may lie in any folder below a root.
+    """For every path of an image the one at which there is a file.
 
-    Args:
-        image_root: the root.
-        file_names: paths of images, below the root as the annotation has them.
-
-    Returns:
-        For every path the one at which there is a file: itself, or the only one of this name below
-        the root; itself too when there is none, for the error comes when it is read.
-
-    Raises:
-        ValueError: two folders hold a file of that name.
+    That is itself, or the only one of this name below the root; itself too when there is none, for
+    the error comes when it is read. ValueError where two folders hold a file of that name.
     """
     paths: dict[str, str] = {}
     index: dict[str, list[str]] | None = None

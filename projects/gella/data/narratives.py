@@ -23,11 +23,7 @@ def load_png(
 ) -> RecordStore:
     """Read Panoptic Narrative Grounding, one dataset dict per narrative (docs/FORMATS.md 2).
 
-    Args:
-        png_json: the narratives.
-        panoptic_json, panoptic_root, image_root: as `load_coco_panoptic`.
-        tasks: what the records can train and serve.
-        problems: what becomes of what is wrong.
+    Arguments are those of `load_coco_panoptic`, and the file of the narratives.
 
     Returns:
         The image's panoptic dict and ``annotator_id``, ``caption``, ``phrases``. A phrase is every
@@ -187,19 +183,8 @@ def load_captions(
 ) -> RecordStore:
     """Read generated captions, one dataset dict per line (docs/FORMATS.md 4).
 
-    Args:
-        captions_jsonl: lines ``{image_id, file_name, description, nouns, model, prompt_id}``.
-        panoptic_json, panoptic_root, image_root: where the images and their entities are, as
-            `load_coco_panoptic`.
-        tasks: what the records can train and serve.
-        problems: what becomes of what is wrong.
-
-    Returns:
-        The image's panoptic dict with what `with_captions` adds.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: as `with_captions`.
+    The lines are ``{image_id, file_name, description, nouns, model, prompt_id}``, the other
+    arguments those of `load_coco_panoptic`, whose dicts get what `with_captions` adds.
     """
     images = load_coco_panoptic(panoptic_json, panoptic_root, image_root, tasks, problems)
     return with_captions(images, captions_jsonl, panoptic_json, problems)
@@ -217,7 +202,6 @@ def with_captions(
         images: dicts of the images.
         captions_jsonl: see `load_captions`.
         annotation: the file that ``images`` come from, for errors.
-        problems: what becomes of what is wrong.
 
     Returns:
         The image's dict and ``caption``, ``phrases`` with ``segment_ids`` None, for what the nouns

@@ -214,21 +214,14 @@ def load_instances(
 
     Args:
         path: ``images`` and ``annotations`` with a ``segmentation`` each: polygons, RLE or both.
-        image_root: folder of the images.
-        tasks: what the records can train and serve.
+        image_root, tasks, problems: as of `load_coco_panoptic`, whose errors there are.
         names_of_2017: images are named ``000000000009.jpg``, as in COCO 2017, and not
             ``COCO_train2014_000000000009.jpg``, as the file says; the pictures are the same.
-        problems: what becomes of what is wrong.
 
     Returns:
         Dicts with ``entities`` ``{"format": "coco_instances", "file_name": path,
         "segments_info"}``; images without annotations are among them. Crowd annotations stay in
         ``segments_info``, although they are no entities.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a field is missing or of another type, an image has an id twice, or an
-            annotation is of an unknown image; the message names the file and the record.
     """
     file, store = Place(path, problems=problems), RecordStore()
     content = file.read(read_json)

@@ -287,11 +287,7 @@ class RecordStore(Records):
 
     @classmethod
     def pack(cls, records: Iterable[Record]) -> RecordStore:
-        """Store dicts that exist already; an ``entities`` that several of them hold is kept once.
-
-        Args:
-            records: dataset dicts; they come out with `plain` values.
-        """
+        """Store dicts that exist already as `plain` values; shared ``entities`` are kept once."""
         store = cls()
         numbers: dict[tuple[int, str, str], int] = {}
         kept = []  # an id stays taken while its object lives
@@ -414,10 +410,8 @@ def selected(records: Sequence[Record], places: Sequence[int] | np.ndarray) -> R
 def mapped(records: Sequence[Record], change: Callable[[Record], Record]) -> Records:
     """Records that pass through a function at every access.
 
-    Args:
-        records: what to change.
-        change: takes a dict that it may alter and returns the one to give out; pure, and of the
-            same ``image_id`` and ``tasks``.
+    ``change`` takes a dict that it may alter and returns the one to give out; pure, and of the same
+    ``image_id`` and ``tasks``.
     """
     return _View([as_records(records)], change=change)
 

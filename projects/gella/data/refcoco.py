@@ -54,9 +54,7 @@ def load_refcoco(
         match: how objects are found among panoptic segments: "id", by id and box, as in the
             synthetic shapes; "overlap", by IoU when mapped, as in COCO, where the two annotations
             have ids of their own: the objects are ``entities["targets"]``, still the truth.
-        names_of_2017: see `load_instances`.
-        tasks: what the records can train and serve.
-        problems: what becomes of what is wrong.
+        names_of_2017, tasks, problems: see `load_instances`.
 
     Returns:
         Dicts of the image with ``expressions``: ``{"text", "segment_ids", "sent_id", "ref_id"}``;
@@ -206,13 +204,9 @@ def _joined(
 def held_out_images(root: str | Path) -> frozenset[str]:
     """Ids, by `image_key`, of all images of which a ref of another split than "train" speaks.
 
-    Args:
-        root: holds ``refcoco``, ``refcoco+``, ``refcocog`` with ``refs(*).p``, maybe ``grefcoco``.
-            Every file that is there counts, so the splits of unc, google and umd are joined.
-
-    Raises:
-        FileNotFoundError: none of them is there.
-        ValueError: a pickle is refused or holds something else.
+    ``root`` holds ``refcoco``, ``refcoco+``, ``refcocog`` with ``refs(*).p``, maybe ``grefcoco``.
+    Every file that is there counts, so the splits of unc, google and umd are joined; none is a
+    FileNotFoundError.
     """
     files = {
         name: sorted(
@@ -254,15 +248,8 @@ def without_held_out(
     """The records of a dataset without those of RefCOCO val and test images; logs how many.
 
     Only datasets whose metadata has ``coco_train2017`` set are looked at: ids of other images mean
-    nothing here, and RefCOCO's own training splits stay as they are published.
-
-    Args:
-        records: dataset dicts of ``dataset_name``.
-        dataset_name: in the catalogs.
-        root: see `held_out_images`.
-
-    Raises:
-        FileNotFoundError, ValueError: as `held_out_images`.
+    nothing here, and RefCOCO's own training splits stay as they are published. ``root`` and errors
+    are those of `held_out_images`.
     """
     if not MetadataCatalog.get(dataset_name).get("coco_train2017", False):
         return records

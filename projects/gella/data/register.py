@@ -88,9 +88,23 @@ def register_all(root: str | Path) -> None:
     for kind in ("panoptic", "png"):
         # The images that DATASETS.EXCLUDE_REFCOCO_VAL_TEST looks at.
         MetadataCatalog.get(f"gella_coco_{kind}_train2017").set(coco_train2017=True)
-    _register_shapes(base / "shapes")
+    shapes, entityseg = base / "shapes", base / "entityseg"
+    for split, per in (("train", "image"), ("val", "expression")):
+        images, pngs, panoptic_json = _places(shapes, split)
+        panoptic: dict[str, Any] = {"panoptic_json": panoptic_json, "panoptic_root": pngs}
+        name = f"gella_shapes_refcoco_{split}"
+        register_refcoco(name, shapes / "refcoco", "unc", split, images, per=per, **panoptic)
+    where = (*_places(shapes, "train"), shapes / "annotations" / "captions_train.jsonl")
+    register_captions("gella_shapes_captions_train", *where, SHAPES_CATEGORIES)
     _register_refcoco(base)
-    _register_entityseg(base / "entityseg")
+    whole = "entityv2_010203_entity_train.json"
+    names = (whole, whole.replace(".json", "_lr.json"))
+    places = (folder + name for name in names for folder in ("entity_segmentation/", ""))
+    instances = _first_that_exists(entityseg / "annotations", *places)
+    low = instances.stem.endswith("_lr")  # masks of the smaller copies of the images
+    images = entityseg / ("images_lr" if low else "images")
+    captions = entityseg / "annotations" / "captions_train.jsonl"
+    register_entityseg("gella_entityseg_captions_train", instances, captions, images)
 
 
 def _places(root: Path, split: str) -> tuple[Path, Path, Path]:
@@ -117,23 +131,6 @@ def _register_narrated(
             register_png(f"gella_{kind}_nouns_{split}", *where, narratives, categories, *asked)
 
 
-def _register_shapes(root: Path) -> None:
-    for split, per in (("train", "image"), ("val", "expression")):
-        images, pngs, panoptic_json = _places(root, split)
-        register_refcoco(
-            f"gella_shapes_refcoco_{split}",
-            root / "refcoco",
-            "unc",
-            split,
-            images,
-            per=per,
-            panoptic_json=panoptic_json,
-            panoptic_root=pngs,
-        )
-    where = (*_places(root, "train"), root / "annotations" / "captions_train.jsonl")
-    register_captions("gella_shapes_captions_train", *where, SHAPES_CATEGORIES)
-
-
 def _register_refcoco(root: Path) -> None:
     coco = root / "coco"
     # All of RefCOCO's pictures are in train2017 too, under other names: one copy is enough.
@@ -154,20 +151,6 @@ def _register_refcoco(root: Path) -> None:
                     names_of_2017=images.name == "train2017",
                     **more,
                 )
-
-
-def _register_entityseg(root: Path) -> None:
-    whole = "entityv2_010203_entity_train.json"
-    names = (whole, whole.replace(".json", "_lr.json"))
-    places = (folder + name for name in names for folder in ("entity_segmentation/", ""))
-    instances = _first_that_exists(root / "annotations", *places)
-    low = instances.stem.endswith("_lr")  # masks of the smaller copies of the images
-    register_entityseg(
-        "gella_entityseg_captions_train",
-        instances,
-        root / "annotations" / "captions_train.jsonl",
-        root / ("images_lr" if low else "images"),
-    )
 
 
 def register_panoptic(
@@ -223,9 +206,7 @@ def register_captions(
 ) -> None:
     """Register generated captions (JSON lines) that train describing and noun extraction.
 
-    Args:
-        name, image_root, panoptic_root, panoptic_json, categories: as `register_panoptic`.
-        captions_jsonl: the captions.
+    The other arguments are those of `register_panoptic`.
     """
     paths = (str(panoptic_json), str(panoptic_root), str(image_root))
     reader = partial(load_captions, str(captions_jsonl), *paths)
@@ -356,12 +337,8 @@ def choose_entities(
 ) -> Sequence[dict[str, Any]]:
     """Records of a dataset with the entities that ``INPUT.GELLA.ENTITY_SOURCES`` names for it.
 
-    Args:
-        records: dataset dicts; not changed.
-        dataset_name: in the catalogs.
-        cfg: the config.
-        is_train: images without masks may be left out (``INPUT.GELLA.LEAVE_OUT_MISSING``); at test
-            that would raise the score.
+    Training may leave out images without masks (``INPUT.GELLA.LEAVE_OUT_MISSING``); at test that
+    would raise the score.
 
     Raises:
         FileNotFoundError: the source's path does not exist.
@@ -417,15 +394,9 @@ def use_source(
 def import_modules(cfg: Any) -> list[ModuleType]:
     """Import what ``cfg.DATASETS.MODULES`` names, so that it can register itself.
 
-    A module is imported once per process, however often it is named. Its code runs with the rights
-    of the user: name only files that you would run.
-
-    Args:
-        cfg: ``DATASETS.MODULES`` holds paths of Python files, relative to the current folder, and
-            names of importable modules (``package.module``).
-
-    Returns:
-        The modules, in the order in which they are named.
+    These are paths of Python files, relative to the current folder, and names of importable modules
+    (``package.module``). Each is imported once per process, however often it is named. Its code
+    runs with the rights of the user: name only files that you would run.
 
     Raises:
         FileNotFoundError: there is no such file.

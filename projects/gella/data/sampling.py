@@ -40,15 +40,10 @@ _TASK_STREAM, _ORDER_STREAM, _DATASET_STREAM = 0x7A5C, 0x0D3E, 0xDA7A
 
 
 def task_at(seed: int, iteration: int, ratios: Sequence[float]) -> str:
-    """Task of one training iteration.
+    """Task of one training iteration; seed and iteration are not negative.
 
-    Args:
-        seed: not negative.
-        iteration: not negative.
-        ratios: shares of `prompts.TASKS` (describe, extract, ground), in any unit; Table 9 has
-            0.2, 0.2, 0.6.
-
-    Raises ValueError for another number of ratios, a negative one, or none above 0.
+    ``ratios`` are shares of `prompts.TASKS` (describe, extract, ground), in any unit; Table 9 has
+    0.2, 0.2, 0.6. ValueError for another number of them, a negative one, or none above 0.
     """
     block = _task_block(int(seed), int(iteration) // _BLOCK, _checked_ratios(ratios))
     return TASKS[block[int(iteration) % _BLOCK]]
@@ -252,7 +247,6 @@ def build_train_loader(
         datasets: dataset dicts per name of `DATASETS.TRAIN`; `tasks` says which tasks each can
             train.
         mapper: a `GroundingMapper` for training.
-        start_iteration: the first iteration; may be set later.
 
     Raises ValueError when a task with a ratio above 0 has no record, naming the datasets.
     """

@@ -85,17 +85,12 @@ def category_phrases(
     negatives: int,
     rng: np.random.Generator,
 ) -> list[dict[str, Any]]:
-    """One phrase per category name: those present in an image and some that are absent.
+    """One phrase per category present in an image, and `negatives` absent ones (-1: all).
 
-    Args:
-        segments_info: the image's segments; crowd segments do not make a category present.
-        categories: `id`, `name`, `isthing`, in the order in which phrases come out.
-        negatives: absent categories to draw; -1 lists all.
-        rng: draws them.
-
-    Returns phrases as of a dataset dict with `category_id` and `isthing` added; `segment_ids` is
-    empty for absent categories, `start` and `end` are -1. Raises ValueError for a segment of an
-    unknown category.
+    They come in the order of `categories` (`id`, `name`, `isthing`); crowd segments do not make a
+    category present. Returns phrases as of a dataset dict with `category_id` and `isthing` added;
+    `segment_ids` is empty for absent categories, `start` and `end` are -1. Raises ValueError for a
+    segment of an unknown category.
     """
     members: dict[int, list[int]] = {int(category["id"]): [] for category in categories}
     for segment in segments_info:

@@ -94,13 +94,10 @@ def evaluate_config(
     calibration: dict[str, Any] | None = None,
     counts: dict[str, dict[str, int]] | None = None,
 ) -> Evaluation:
-    """Evaluate a model on ``DATASETS.TEST``; every process must call this.
+    """Evaluate a model on ``DATASETS.TEST`` by ``MODEL.GELLA``; every process must call this.
 
-    Args:
-        cfg: a frozen config; its ``MODEL.GELLA`` is what the model goes by.
-        model: with its weights loaded.
-        config_file, weights, calibration: for the record.
-        counts: of `read_test_sets`, to spare reading the annotations once more.
+    ``config_file``, ``weights`` and ``calibration`` are for the record; ``counts``, of
+    `read_test_sets`, spare reading the annotations once more.
     """
     inner = model.module if hasattr(model, "module") else model
     inner.inference_options = cfg.MODEL.GELLA

@@ -47,9 +47,7 @@ _logger = logging.getLogger(__name__)
 def evenly_spaced(records: Sequence[dict[str, Any]], num_images: int) -> Records:
     """All records of some images, evenly spaced over the dataset and the same in every run.
 
-    Args:
-        records: dataset dicts; several of them may be of one image.
-        num_images: how many images (``TEST.SUBSET``); 0, or more than there are, takes all.
+    ``num_images`` 0 (``TEST.SUBSET``), or more than there are, takes all.
     """
     records = as_records(records)
     ids = records.image_ids().astype(object)
@@ -100,13 +98,7 @@ def build_even_loader(
     """Detectron2's test loader over this rank's share of the records, equally long on all ranks.
 
     A share is contiguous, as Detectron2's ``InferenceSampler`` cuts it; shorter ones repeat their
-    last record.
-
-    Args:
-        records: dataset dicts, equal on all ranks; ValueError if there is none.
-        mapper: turns one of them into a new mapped dict.
-        batch_size, num_workers: images at a time, and processes that map.
-        name: of the dataset, for the log.
+    last record. ``records`` are equal on all ranks; none is a ValueError.
     """
     if not len(records):
         raise ValueError("a test set without a record cannot be evaluated")

@@ -239,12 +239,8 @@ class UnequalRanks(ValueError):
 def check_agreement(facts: Mapping[str, str]) -> None:
     """Compare what each process says with what rank 0 says; every process must call this.
 
-    Args:
-        facts: what must be equal, by a name that tells the user what it is; short texts.
-
-    Raises:
-        UnequalRanks: names the first rank that differs, what differs, and both values; the same
-            on all processes.
+    ``facts`` are short texts by names that tell the user what they are. Raises UnequalRanks, the
+    same on all processes, with the first rank that differs, what differs, and both values.
     """
     first, *others = comm.all_gather(dict(facts))
     for rank, theirs in enumerate(others, start=1):
@@ -263,9 +259,8 @@ def check_agreement(facts: Mapping[str, str]) -> None:
 def config_facts(cfg: Any) -> dict[str, str]:
     """Every key of the config, the versions of the packages, and the code of this one.
 
-    Args:
-        cfg: a GELLA config. Files that ``DATASETS.MODULES`` names are taken as code; DeepSpeed's
-            file, the language model's and the tokenizer belong to the config.
+    Files that ``DATASETS.MODULES`` names are taken as code; DeepSpeed's file, the language model's
+    and the tokenizer belong to the config.
     """
     facts = {f"config key {name}": value for name, value in _flat(cfg, "")}
     facts |= {f"version of {name}": text for name, text in versions(PACKAGES).items()}
@@ -297,11 +292,7 @@ def file_facts(name: str, path: str | Path, pattern: str = "*") -> dict[str, str
     """Size and a digest of a file, of the files of a folder, or that there is none.
 
     A large file is read at 64 places only, which tells any two trainings apart in milliseconds.
-
-    Args:
-        name: what the user knows it as, such as "MODEL.WEIGHTS".
-        path: may not exist; "" is none.
-        pattern: of the names of a folder's files.
+    ``name`` is what the user knows it as; ``path`` may not exist, "" is none.
     """
     source = Path(path)
     if not path or not source.exists():

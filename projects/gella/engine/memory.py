@@ -407,9 +407,9 @@ def criterion_bytes(
 ) -> int:
     """Bytes that the losses of masks, entities and association save, with ``entities`` per image.
 
-    Their work depends on values: they run for real, on random logits of the same shapes.
-    ``outputs`` are shape and dtype of the entity logits of every layer, of the mask logits, and of
-    the association logits per image; ``valid`` is (B, Q).
+    Their work depends on values: they run for real, on random logits of the shapes and types
+    ``outputs``: entity and mask logits of every layer, then per image association logits.
+    ``valid`` is (B, Q).
     """
     side = cfg.INPUT.GELLA.COLORMAP_SIZE
     masks = torch.zeros(entities, side, side, dtype=torch.bool)

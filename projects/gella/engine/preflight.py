@@ -204,7 +204,16 @@ def _tokenizer(cfg: Any, weights: str, makes: str) -> Iterator[Missing]:
             f" {rows:,}",
             "take the tokenizer of the weights, or set the key to their number",
         )
-    known = _tokenizer_of(weights)
+    if not weights or not os.path.exists(weights) or "://" in weights:
+        return
+    # The tokenizer that lies beside the weights, or that the config beside them names, if any.
+    folder = Path(weights).parents[1] if is_checkpoint(weights) else main_file(weights).parent
+    config, named = folder / "config.yaml", ""
+    if config.is_file():
+        content = yaml.safe_load(read_text(config)) or {}
+        named = content.get("MODEL", {}).get("LANGUAGE", {}).get("TOKENIZER", "")
+    places = [folder / "tokenizer", *([folder / named, Path(named)] if named else ())]
+    known = next((place for place in places if place.is_dir()), None)
     if known is None or known.resolve() == Path(path).resolve():
         return
     theirs = load_tokenizer(str(known)).get_vocab()
@@ -215,19 +224,6 @@ def _tokenizer(cfg: Any, weights: str, makes: str) -> Iterator[Missing]:
             f" {len(other):,} words have other ids, first {other[0]!r}",
             f"MODEL.LANGUAGE.TOKENIZER {known}",
         )
-
-
-def _tokenizer_of(weights: str) -> Path | None:
-    """The tokenizer that lies beside weights, or that the config beside them names, if any."""
-    if not weights or not os.path.exists(weights) or "://" in weights:
-        return None
-    folder = Path(weights).parents[1] if is_checkpoint(weights) else main_file(weights).parent
-    config, named = folder / "config.yaml", ""
-    if config.is_file():
-        content = yaml.safe_load(read_text(config)) or {}
-        named = content.get("MODEL", {}).get("LANGUAGE", {}).get("TOKENIZER", "")
-    places = [folder / "tokenizer", *([folder / named, Path(named)] if named else ())]
-    return next((place for place in places if place.is_dir()), None)
 
 
 def _memory(cfg: Any, run: Run, model: nn.Module) -> Iterator[Missing]:

@@ -154,14 +154,14 @@ class GellaTrainer(DefaultTrainer):
             detectron2.get("PreciseBN"),
             self.checkpoints,  # before a long evaluation
             EvaluationInTraining(
-                test.EVAL_PERIOD, self._evaluate, subset=test.SUBSET, best=best or None
+                test.EVAL_PERIOD,
+                lambda images: self.test(with_keys(cfg, {"TEST.SUBSET": images}), self.model),
+                subset=test.SUBSET,
+                best=best or None,
             ),
             detectron2.get("PeriodicWriter"),  # of the main process; last, so that scores count
         ]
         return [hook for hook in hooks if hook]
-
-    def _evaluate(self, num_images: int) -> dict[str, dict[str, float]]:
-        return self.test(with_keys(self.cfg, {"TEST.SUBSET": num_images}), self.model)
 
     def _compute_epochs(self) -> None:
         """Set ``MAX_ITER`` and ``STEPS`` from ``SOLVER.EPOCHS``, now that the data are known."""

@@ -55,7 +55,6 @@ class GatheringEvaluator(DatasetEvaluator):
     file_name = "predictions.json"
 
     def __init__(self, output_folder: str | Path | None = None) -> None:
-        """``output_folder``: where predictions are written; None writes nothing."""
         self._folder = Path(output_folder) if output_folder else None
         self.reset()
 
@@ -233,7 +232,6 @@ class PanopticEvaluator(GatheringEvaluator):
     def __init__(
         self, categories: Sequence[dict[str, Any]], output_folder: str | Path | None = None
     ) -> None:
-        """``categories``: dicts ``id`` (the dataset's), ``name``, ``isthing``."""
         self._categories = list(categories)
         super().__init__(output_folder)
 
@@ -324,7 +322,6 @@ class PNGEvaluator(GatheringEvaluator):
     baselines = ("oracle", "random", "largest", "all")
 
     def __init__(self, output_folder: str | Path | None = None, protocol: str = "hard") -> None:
-        """``protocol``: "hard", "official" or "flmm" (docs/FORMATS.md 2)."""
         self._protocol = metrics.check_protocol(protocol)
         super().__init__(output_folder)
 

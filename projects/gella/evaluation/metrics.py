@@ -107,13 +107,9 @@ def png_summary(
 
 
 def check_splits(summary: dict[str, float], tolerance: float = 1e-9) -> None:
-    """Refuse a PNG row whose AR is not the n-weighted mean of thing/stuff and singular/plural.
+    """RuntimeError for a PNG row whose AR is not the n-weighted mean of both of its splits.
 
-    Args:
-        summary: keys of ``png_summary``; any scale, as long as ``tolerance`` fits it.
-
-    Raises:
-        RuntimeError: naming the split and both numbers.
+    ``summary`` has the keys of ``png_summary``, on any scale that ``tolerance`` fits.
     """
     if not summary["n"]:
         return
@@ -203,12 +199,8 @@ def blind_choices(
 ) -> dict[str, np.ndarray]:
     """Entity indices that three baselines name without looking at image or noun.
 
-    Args:
-        areas: int (E,), pixels of each entity.
-        image_id, phrase_index: fix the random draw, whatever process and order.
-
-    Returns:
-        ``random`` (one entity), ``largest`` (one) and ``all``; all empty for E = 0.
+    ``random`` (one entity), ``largest`` (one, by ``areas``, pixels (E,)) and ``all``; all empty for
+    E = 0. ``image_id`` and ``phrase_index`` fix the draw, whatever process and order.
     """
     everything, seed = np.arange(len(areas)), (zlib.crc32(str(image_id).encode()), phrase_index)
     chosen = dict.fromkeys(("random", "largest", "all"), everything)

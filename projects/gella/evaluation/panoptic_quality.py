@@ -17,16 +17,10 @@ VOID = 0
 
 
 def joint_counts(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count the pixels of every pair of ids that two id images of one size show.
+    """Pixels of every pair of ids that two id images, int (H, W) in 0..2^31 - 1, show.
 
-    Args:
-        first, second: int (H, W), ids in 0..2^31 - 1.
-
-    Returns:
-        pairs int64 (N, 2), each once, in ascending order, and counts int64 (N,).
-
-    Raises:
-        ValueError: the sizes differ.
+    Returns pairs int64 (N, 2), each once, in ascending order, and counts int64 (N,). Raises
+    ValueError where the sizes differ.
     """
     if first.shape != second.shape:
         raise ValueError(f"id images of sizes {first.shape} and {second.shape}: give equal sizes")
@@ -47,19 +41,10 @@ def joint_counts(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.
 def check_segments(
     present: Iterable[int], segments: Sequence[dict[str, Any]], image_id: Any, source: str
 ) -> dict[int, dict[str, Any]]:
-    """Check that an id image and its list of segments name the same ids.
+    """Segments by id, in the order of the list; ValueError if image and list name different ids.
 
-    Args:
-        present: ids that occur in the image; void may be among them.
-        segments: dicts with ``id``; void (0) and repeated ids are refused.
-        image_id: for the message.
-        source: "truth" or "prediction", for the message.
-
-    Returns:
-        id -> segment, in the order of the list.
-
-    Raises:
-        ValueError: naming the image and the ids.
+    ``present`` are the ids that occur in the image, void maybe among them; void (0) and repeated
+    ids of ``segments`` are refused. ``source`` is "truth" or "prediction", for the message.
     """
     by_id = {int(segment["id"]): segment for segment in segments}
     if len(by_id) != len(segments) or VOID in by_id:

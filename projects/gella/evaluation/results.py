@@ -34,12 +34,7 @@ def save_results(
 
 
 def load_results(path: str | Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """Scores and run of a results.json; an undefined score is NaN again.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no results.json.
-    """
+    """Scores and run of a results.json; an undefined score is NaN again. Errors as `read_json`."""
     content = read_json(path, advice="evaluate first (tools/train_net.py)")
     try:
         run = content.pop(RUN, {})
@@ -123,9 +118,7 @@ def describe_run(
     """Everything that results.json says beside the scores.
 
     Args:
-        cfg: the config that was evaluated.
-        config_file: its file.
-        weights: the checkpoint; its bytes are hashed.
+        cfg, config_file, weights: what was evaluated; the bytes of the weights are hashed.
         seconds: wall time of the evaluation, or of training with it.
         datasets: per dataset ``records``, ``images`` and, where known, ``seconds``.
         calibration: where the thresholds were picked (`calibration.read_calibration`).

@@ -54,19 +54,12 @@ h2 { font-size: 1.15em; margin: 28px 0 8px; }
 """
 
 
-def _color_style() -> str:
-    def code(color: tuple[int, int, int]) -> str:
-        return "#{:02x}{:02x}{:02x}".format(*color)
-
-    return "".join(
-        f".gella .c{place} {{ --c: {code(color)}; --ink: {code(ink_on(color))}; }}\n"
-        for place, color in enumerate(palette(_COLORS))
-    )
-
-
 _FILES = resources.files("gella.pictures")
 
-STYLE = _FILES.joinpath("page.css").read_text("utf-8") + _color_style()
+STYLE = _FILES.joinpath("page.css").read_text("utf-8") + "".join(
+    f".gella .c{place} {{ --c: #{bytes(color).hex()}; --ink: #{bytes(ink_on(color)).hex()}; }}\n"
+    for place, color in enumerate(palette(_COLORS))
+)
 """CSS of the figures; every rule is for ``.gella`` and what is in it."""
 
 SCRIPT = _FILES.joinpath("page.js").read_text("utf-8")
@@ -263,12 +256,9 @@ def _areas_svg(
 ) -> str:
     """The picture with its areas, large ones below small ones, as one ``<svg>``.
 
-    Args:
-        size: (H, W) of the frame in pixels.
-        areas: numbers are distinct.
-        nouns: give the areas their colours; an area of several is striped.
-        source: address of the picture, not escaped.
-        ident: start of the ids in it; unique on the page and safe.
+    ``size`` (H, W) is that of the frame; nouns give the areas, whose numbers are distinct, their
+    colours, and an area of several is striped. ``source`` is the address of the picture, not
+    escaped; ``ident`` begins the ids, unique on the page and safe.
     """
     height, width = size
     scale = _SIDE / max(size)  # pixels of the screen that one of the frame gets

@@ -191,12 +191,7 @@ class GellaPredictor:
     def ground_phrases(
         self, caption: str, phrases: Sequence[dict[str, Any]], *, scene: Scene | None = None
     ) -> Grounding:
-        """Ground nouns whose spans are known, such as those of a dataset's record.
-
-        Args:
-            caption: the sentence.
-            phrases: per noun ``text``, ``start`` and ``end``; other keys are not looked at.
-        """
+        """Ground nouns whose ``text``, ``start`` and ``end`` are known, such as a record's."""
         return self._find_one(_phrases_question(caption, phrases), scene)
 
     def refer(
@@ -243,9 +238,7 @@ class GellaPredictor:
     ) -> list[str]:
         """Return the noun phrases of a caption as the model generates them, in its order.
 
-        Args:
-            caption: the sentence.
-            on_text: gets the answer so far, with ``<SEG>`` behind each noun, while it is generated.
+        ``on_text`` gets the answer so far, with ``<SEG>`` behind each noun, while it is generated.
         """
         question = Question("extract", _told("caption", caption))
         return prompts.parse_nouns(self._write_one(question, scene, on_text))
@@ -257,19 +250,11 @@ class GellaPredictor:
         batch_size: int = 8,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Result | Exception]:
-        """Answer many requests, several at a time.
+        """Answer many requests, ``batch_size`` (at least 1) computed together.
 
-        Args:
-            requests: what to answer.
-            batch_size: how many are computed together.
-            progress: gets (requests done, requests in all) after each batch.
-
-        Returns:
-            per request what the single question returns, or the exception that it raises: one bad
-            request does not stop the others.
-
-        Raises:
-            ValueError: the batch size is below 1.
+        Returns per request what the single question returns, or the exception that it raises: one
+        bad request does not stop the others. ``progress`` gets (requests done, requests in all)
+        after each batch.
         """
         return answer_requests(self, requests, batch_size, progress)
 

@@ -46,12 +46,8 @@ _PACKAGES = ("gella", "torch", "transformers", "timm", "numpy", "pycocotools", "
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file so that readers, and a kill at any moment, see the old one or the whole new one.
 
-    Args:
-        path: local file to create or replace; its folder must exist.
-        write: called once with a binary stream; what it writes becomes the file.
-
-    Raises:
-        Whatever ``write`` raises; the temporary file is then removed and ``path`` is untouched.
+    ``write`` is called once with a binary stream. Raises whatever it raises; the temporary file is
+    then removed and ``path``, whose folder must exist, is untouched.
     """
     folder, name = os.path.split(os.path.abspath(path))
     descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
@@ -219,9 +215,7 @@ def read_pickle(
 def file_hash(path: str | Path, on_block: Callable[[int], object] = lambda size: None) -> str:
     """SHA-256 of a file's bytes, or of the names and hashes of a folder's files; "" for neither.
 
-    Args:
-        path: the file or folder.
-        on_block: called with the bytes that were read since the last call, for progress bars.
+    ``on_block`` is called with the bytes that were read since the last call, for progress bars.
     """
     if Path(path).is_dir():
         files = sorted(p for p in Path(path).rglob("*") if p.is_file())

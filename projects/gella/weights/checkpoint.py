@@ -51,10 +51,7 @@ def build_with_weights(
     The language decoder is built without memory and then filled straight from the mapped files, on
     its device and in its precision (``MODEL.LANGUAGE.DTYPE``): it is never there twice.
 
-    Args:
-        cfg: of the model.
-        path: see :func:`load_weights`; "" leaves the model as it was initialised.
-        build: makes the model of a config.
+    ``path`` as of :func:`load_weights`; "" leaves the model as it was initialised.
     """
     with built_empty(bool(path)):
         model = build(cfg)
@@ -105,15 +102,10 @@ def load_state(
     without: str = "",
     settle: Callable[[nn.Parameter], None] | None = None,
 ) -> None:
-    """Copy weights into a model after :func:`check_state_dict`.
+    """Copy weights into a model, also behind a distributed wrapper, after `check_state_dict`.
 
-    Args:
-        model: a distributed wrapper is looked into.
-        state: weights by key.
-        cfg: see :func:`load_weights`.
-        source: where they come from; for messages.
-        without: a child of the model whose weights may be missing: they are loaded elsewhere.
-        settle: see ``Fillable.fill``.
+    ``source`` is where they come from, for messages; ``without`` a child of the model whose weights
+    may be missing, as they are loaded elsewhere; ``cfg`` and ``settle`` as of :func:`load_weights`.
     """
     model = getattr(model, "module", model)
     check_state_dict(state, model, source=source, **allowed_keys(cfg, without))
@@ -331,12 +323,8 @@ def check_sample(digests: Mapping[str, str], saved: Mapping[str, str], folder: s
 def reading_deepspeed(path: Path) -> Iterator[None]:
     """Read DeepSpeed's files without running code of theirs, and with one error for all damages.
 
-    Args:
-        path: see :func:`deepspeed_folder`.
-
-    Raises:
-        ValueError: whatever was raised inside; names the damaged file.
-        ImportError: DeepSpeed is not installed.
+    Whatever is raised inside becomes a ValueError that names the damaged file, but ImportError:
+    DeepSpeed is not installed.
     """
     try:
         with _weights_only():

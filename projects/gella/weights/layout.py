@@ -317,12 +317,8 @@ def assemble(
 
 
 def cover(keys: Iterable[str], among: Iterable[str]) -> list[str]:
-    """Name keys by the largest modules that hold nothing else: ``["association.* (6)", ...]``.
-
-    Args:
-        keys: to be named; in the order of the result.
-        among: all keys of the model, these included.
-    """
+    """Name keys by the largest modules that hold nothing else ``among`` all keys of the model:
+    ``["association.* (6)", ...]``."""
     chosen = dict.fromkeys(keys)
     others = {start for key in among if key not in chosen for start in _starts(key)}
     counts: dict[str, int] = {}
