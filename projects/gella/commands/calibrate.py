@@ -44,11 +44,9 @@ class Questions:
         self._batches = min(len(loader), -(-num_images // size)) if num_images else len(loader)
 
     def __len__(self) -> int:
-        """Number of batches."""
         return self._batches
 
     def __iter__(self) -> Any:
-        """The loader's first batches."""
         for batch in itertools.islice(self._loader, self._batches):
             yield [{**sample, "task": "ground"} for sample in batch]
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gella.utils.io import to_disk
 from gella.weights.checkpoint import FOLDER_NAME, FORMAT, LEFT_OVER, STATE_FILE, why_incomplete
 
 FOLDER = "checkpoints"
@@ -128,11 +129,11 @@ class CheckpointStore:
         folders = [p for p in path.rglob("*") if p.is_dir()]
         # The name must not reach the disk before the content.
         for item in (*files, path / STATE_FILE, *folders, path):
-            _to_disk(item)
+            to_disk(item)
         if final.exists():  # of a run before this one, or damaged
             os.replace(final, self._being_deleted(final))
         os.replace(path, final)
-        _to_disk(self.folder)
+        to_disk(self.folder)
         self.prune()
         return final
 
@@ -146,11 +147,3 @@ class CheckpointStore:
 
     def _being_deleted(self, path: Path) -> Path:
         return path.with_name(f".{path.name}.old")
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

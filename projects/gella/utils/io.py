@@ -66,6 +66,15 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
         raise
 
 
+def to_disk(path: str | Path) -> None:
+    """Return when a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8 text as `write_atomically` does, making the folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -71,11 +71,9 @@ class Journal:
             raise
 
     def __enter__(self) -> Journal:
-        """The journal itself."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close the file and give up the lock."""
         os.close(self._handle)
 
     def append(self, entry: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gella.utils.io import NUMPY_PARTS, read_json, read_pickle
+from gella.utils.io import NUMPY_PARTS, read_json, read_pickle, to_disk
 from gella.weights.layout import some
 
 # The names of transformers, then what else is found in a folder of weights.
@@ -198,21 +198,15 @@ def write_shards(
     max_shard_size: str = "5GB",
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
 ) -> list[str]:
-    """Write safetensors shards and ``model.safetensors.index.json``.
+    """Write safetensors shards and ``model.safetensors.index.json``; return the shards' names.
 
     Only the shard that is being written is copied.
 
     Args:
         state: tensors by key.
         folder: an existing folder; see :func:`new_folder`.
-        max_shard_size: such as "5GB"; a larger tensor gets a shard of its own.
+        max_shard_size: such as "5GB", else ValueError; a larger tensor gets a shard of its own.
         dtype: in the files, see :func:`stored_dtypes`.
-
-    Returns:
-        Names of the shards.
-
-    Raises:
-        ValueError: a size that is none.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -229,12 +223,12 @@ def write_shards(
             k: state[k].to(kinds[k], copy=True, memory_format=torch.contiguous_format) for k in keys
         }
         save_file(shard, folder / name, metadata={"format": "pt"})
-        _to_disk(folder / name)
+        to_disk(folder / name)
     size = sum(t.numel() * kinds[k].itemsize for k, t in state.items())
     weight_map = dict(sorted(plan.tensor_to_filename.items()))
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / _INDEX_NAMES[0]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _to_disk(folder / _INDEX_NAMES[0])
+    to_disk(folder / _INDEX_NAMES[0])
     return list(plan.filename_to_tensors)
 
 
@@ -261,11 +255,6 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _to_disk(path: Path) -> None:
-    with open(path, "rb+") as stream:
-        os.fsync(stream.fileno())
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

@@ -55,13 +55,7 @@ class Layout:
     fused_here: tuple[str, Sequence[str]] | None = None
 
     def to_gella(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rename a foreign state dict to GELLA's keys.
-
-        Args:
-            state: tensors by foreign key, of one format, all of them.
-
-        Returns:
-            Tensors by GELLA's key, without the ``dropped`` ones.
+        """Rename a foreign state dict, whole, to GELLA's keys; the ``dropped`` ones are left out.
 
         Raises:
             ValueError: keys that no rule knows (all are named), two that meet in one key, or fused
@@ -79,12 +73,8 @@ class Layout:
     def from_gella(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename GELLA's tensors to the foreign keys; the inverse of ``to_gella``.
 
-        Args:
-            state: tensors by GELLA's key; those outside ``prefix`` and the ``fresh`` ones are left
-                out.
-
-        Raises:
-            ValueError: keys under ``prefix`` that no rule knows, or two that meet in one key.
+        Those outside ``prefix`` and the ``fresh`` ones are left out. ValueError for keys under
+        ``prefix`` that no rule knows, or two that meet in one key.
         """
         mine = {
             k: v
