@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from multiprocessing import Pool
 from pathlib import Path
@@ -236,8 +236,9 @@ def check_dataset(name: str, *, limit: int | None = None, workers: int = 1) -> R
     # Decoding is all the work; findings are small to send back.
     pool = Pool(workers) if workers > 1 and len(opened) > 1 else None
     with pool or contextlib.nullcontext():
-        chunk = max(1, min(32, len(opened) // workers))
-        found = pool.imap(_check_image, opened, chunk) if pool else map(_check_image, opened)
+        found: Iterable[list[Finding]] = map(_check_image, opened)
+        if pool:
+            found = pool.imap(_check_image, opened, max(1, min(32, len(opened) // workers)))
         named: dict[str, Any] = {"desc": "images and masks", "unit": "image", "disable": None}
         for findings in tqdm(found, total=len(opened), **named):
             report.findings.extend(findings)
