@@ -7,7 +7,9 @@ Noun extraction copies its answer from the caption. A draft proposes what follow
 the prompt, and one call checks the whole proposal. Calls are counted at the language model; the one
 that reads the prompt counts too, and so does the token that ends an answer. Answers are generated
 one at a time. Untrained weights copy nothing and say nothing. The third row is transformers' own
-prompt lookup, which drafts what followed the first repetition of the last one or two words.
+prompt lookup, which drafts what followed the first repetition of the last one or two words. Its
+answers are free, so they differ from ours where MODEL.LANGUAGE.COPY_NOUNS keeps a noun from being
+invented.
 """
 
 from __future__ import annotations
@@ -103,8 +105,9 @@ def count_calls(model: Any, inputs: list[dict[str, Any]], lookup: int) -> dict[s
                 if way == "transformers":
                     answer = library_lookup(decoder, grid, ids, **options)
                 else:
-                    snippets = model.noun_snippets if way == "drafts" else None
-                    answer = decoder.generate(grid, [ids], snippets=snippets, **options)[0].tolist()
+                    ours = {"snippets": model.noun_snippets if way == "drafts" else None}
+                    ours["choices"] = [model.copied_nouns(item)]
+                    answer = decoder.generate(grid, [ids], **ours, **options)[0].tolist()
                 now["seconds"] += time.perf_counter() - start  # the lists waited for the device
                 now["tokens"] += len(answer) + (len(answer) < limit)
                 now["answers"].append(answer)

@@ -64,6 +64,7 @@ def tiny_model() -> Any:
         encode=lambda inputs: (None, torch.zeros(1, IMAGE_DIM, 2, 2)),
         tokenizer=SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD),
         noun_snippets=[[36, 37]],
+        copied_nouns=lambda inputs: None,
         max_new_tokens=25,
     )
 

@@ -29,7 +29,9 @@ from gella.commands.inputs import Source, list_pictures
 from gella.entities.entity_map import id_to_rgb
 from gella.pictures.grounding import Grounding
 from gella.predictor import GellaPredictor
+from gella.predictor.many import Nouns
 from gella.segmenters.segmenter import Segmenter
+from gella.text.spans import located
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs" / "gella_tiny_shapes.yaml")
@@ -60,8 +62,10 @@ class Fake:
         self.asked.append((request.task, request.text, request.image.shape[:2]))
         if request.text == "raise":
             return ValueError("this caption is not liked")
-        if request.task in ("describe", "extract"):
-            return CAPTION if request.task == "describe" else ["A red circle", "the sand"]
+        if request.task == "describe":
+            return CAPTION
+        if request.task == "extract":
+            return Nouns(located(request.text, ["A red circle", "the sand"]))
         ids, mask = request.entities.segment_ids[:1], request.entities.ids == 1
         found = {"scores": [0.9], "entity_ids": ids, "mask": mask}
         spans = [(p["text"], p["start"], p["end"]) for p in request.phrases or ()]

@@ -23,12 +23,15 @@ from gella.predictor.predictor import prefix_ids
 from gella.predictor.scene import is_spec, picture_of, read_entities
 from gella.segmenters.segmenter import Segmenter
 from gella.text import prompts
+from gella.text.spans import located
 
 CAPTION = "A red circle and two squares on the sand."
 
 
 def as_evaluated(result):
     """A result in the form of the model's own."""
+    if isinstance(result, list):
+        return {"text": [result, result.phrases]}
     if hasattr(result, "phrases"):
         return {"grounding": result.phrases}
     if hasattr(result, "segments_info"):
@@ -220,7 +223,8 @@ class StubModel(torch.nn.Module):
 
     def write_answers(self, batch, *rest):
         self.inputs += batch
-        return [{"text": self.text}] * len(batch)
+        nouns = prompts.parse_nouns(self.text)
+        return [{"text": self.text, "phrases": located(x["caption"], nouns)} for x in batch]
 
     def find_entities(self, batch, encoded):
         assert not self.training and not torch.is_grad_enabled()
@@ -451,6 +455,9 @@ def test_every_answer_is_that_of_evaluation(records, tokenizer_dir, queries, sna
                 assert found == texts[-1]
             elif task == "extract":
                 assert found == prompts.parse_nouns(evaluated["text"])
+                assert [p["start"] for p in found.phrases] == [
+                    p["start"] for p in evaluated["grounding"]
+                ]
             else:
                 assert evaluated.get("grounding") or evaluated["panoptic_seg"][1]
                 same_answers({k: evaluated[k] for k in as_evaluated(found)}, found)
@@ -748,7 +755,7 @@ def test_a_bad_request_stops_no_other(batcher, pictures, tmp_path):
         (Request("panoptic", *picture), "no category"),
         (Request("paint", *picture), "unknown task 'paint'; known: ground, refer"),
         (Request("extract", *picture), "caption is empty"),
-        (replace(good, nouns=None), "caption without nouns"),  # an untrained model extracts nothing
+        (replace(good, nouns=None), "caption without nouns"),  # the answer is cut off
         (Request("refer", *picture, text="<SEG>"), "<SEG>"),
         (good, None),
     ]
@@ -785,7 +792,8 @@ def test_a_pass_that_fails_is_tried_one_by_one(batcher, pictures, monkeypatch):
 def test_extracted_and_given_nouns_are_grounded_in_one_pass(batcher, pictures, monkeypatch):
     caption, nouns = tiny.make_caption(tiny.NOUNS[:3])[0], list(tiny.NOUNS[:3])
     text = prompts.noun_answer([*nouns[:2], "a unicorn", nouns[2]])
-    write = lambda inputs, *args: [{"text": text}] * len(inputs)  # noqa: E731
+    said = {"text": text, "phrases": located(caption, prompts.parse_nouns(text))}
+    write = lambda inputs, *args: [said] * len(inputs)  # noqa: E731
     monkeypatch.setattr(batcher.model, "write_answers", write)
     passes = Passes(batcher.model, monkeypatch)
     requests = [Request("ground", *pictures[i], text=caption, image_id=i) for i in (0, 1)]

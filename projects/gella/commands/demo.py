@@ -74,7 +74,6 @@ from gella.pictures.grounding import Grounding, PanopticResult
 from gella.pictures.html import grounding_html, page, panoptic_html
 from gella.predictor import TASKS, GellaPredictor, Request
 from gella.segmenters.segmenter import SPECS, MaskLimits, load_segmenter
-from gella.text.spans import locate_phrases
 from gella.utils.io import file_hash, write_atomically
 from gella.utils.stopping import StopRequest
 from gella.weights.files import made_for
@@ -510,13 +509,8 @@ def _as_json(task: str, result: Any, job: Job) -> dict[str, Any]:
         return result.to_json()
     if task == "describe":
         return {"task": task, "text": result}
-    caption = job.text or ""
-    spans = locate_phrases(caption, list(result))
-    nouns = [
-        {"noun": noun, **dict(zip(("start", "end"), span or (-1, -1)))}
-        for noun, span in zip(result, spans, strict=True)
-    ]
-    return {"task": task, "caption": caption, "nouns": nouns}
+    nouns = [{"noun": p["text"], "start": p["start"], "end": p["end"]} for p in result.phrases]
+    return {"task": task, "caption": job.text or "", "nouns": nouns}
 
 
 def _small(image: np.ndarray, *, enlarge: bool) -> tuple[str, bytes]:

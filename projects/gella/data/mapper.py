@@ -156,6 +156,7 @@ def mapped_input(
         **picture,
         "task": task,
         "caption": caption,
+        "num_read": len(fitted.caption),
         "phrases": list(phrases),
         "input_ids": fitted.prompt.input_ids,
         "labels": fitted.prompt.labels,

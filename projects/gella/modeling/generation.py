@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +86,33 @@ def joined_cache(prefixes: Sequence[Prefix]) -> Any:
     return cache
 
 
+class Choices(Protocol):
+    """What may be said next in one answer; it goes through the answer once, token by token."""
+
+    def allowed(self) -> list[int]:
+        """Token ids, ascending, at least one."""
+
+    def append(self, token: int) -> None:
+        """Take note of the token that was chosen."""
+
+
+def best_token(logits: Tensor, choices: Choices | None) -> int:
+    """The most probable token of (V,) logits; with choices of those that are allowed, noted."""
+    if choices is None:
+        return int(logits.argmax())
+    allowed = choices.allowed()
+    best = allowed[int(logits[allowed].argmax())]
+    choices.append(best)
+    return best
+
+
 def greedy(
-    model: Any, embeds: Tensor, attention_mask: Tensor, cache: Any = None, **options: Any
+    model: Any,
+    embeds: Tensor,
+    attention_mask: Tensor,
+    cache: Any = None,
+    choices: Sequence[Choices | None] = (),
+    **options: Any,
 ) -> list[Tensor]:
     """Decode a batch greedily.
 
@@ -95,6 +121,7 @@ def greedy(
         embeds: (B, L, D) embeddings of the prompts, padded on the left.
         attention_mask: (B, N + L) int64, 0 at the padding.
         cache: the N tokens that were read before the prompts; it is used up. None: none were.
+        choices: per sample what may be said; None, or none at all: anything.
         options: of transformers' ``generate``: ``max_new_tokens``, ``eos_token_id``,
             ``pad_token_id`` and, of a single prompt, ``streamer``.
 
@@ -105,6 +132,8 @@ def greedy(
         # The library wants embeddings of all tokens and cuts off those that the cache holds.
         embeds = nn.functional.pad(embeds, (0, 0, cache.get_seq_length(), 0))
         options["past_key_values"] = cache
+    if any(choice is not None for choice in choices):
+        options["logits_processor"] = [partial(_choose, choices)]
     answers = model.generate(
         inputs_embeds=embeds, attention_mask=attention_mask, do_sample=False, **options
     )
@@ -113,6 +142,15 @@ def greedy(
         ends = (answer == options["eos_token_id"]).nonzero()
         trimmed.append(answer[: int(ends[0]) + 1] if len(ends) else answer)
     return trimmed
+
+
+def _choose(choices: Sequence[Choices | None], input_ids: Tensor, scores: Tensor) -> Tensor:
+    """A logits processor of transformers, called once per token of a batch: scores are (B, V)."""
+    for row, choice in zip(scores, choices):
+        if choice is not None:
+            best = best_token(row, choice)
+            row.fill_(-torch.inf)[best] = 0.0
+    return scores
 
 
 class Drafts:
@@ -166,6 +204,7 @@ def with_drafts(
     embeds: Tensor,
     drafts: Drafts,
     cache: Any = None,
+    choices: Choices | None = None,
     *,
     num_drafted: int,
     max_new_tokens: int,
@@ -183,6 +222,7 @@ def with_drafts(
         num_drafted: the longest proposal of `drafts`.
         streamer: an object of transformers (``put``, ``end``) that gets the tokens as they come.
             Its first ``put`` is the prompt's, so make it with ``skip_prompt=True``.
+        choices: what may be said; None: anything.
         model, cache, max_new_tokens, eos_token_id: see :func:`greedy`. No pass reaches beyond
             ``L + max_new_tokens`` positions behind what the cache holds.
 
@@ -194,7 +234,7 @@ def with_drafts(
     cache = DynamicCache() if cache is None else cache
     head = model.get_output_embeddings()
     hidden = model.base_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-    answer = [int(head(hidden.last_hidden_state[0, -1]).argmax())]
+    answer = [best_token(head(hidden.last_hidden_state[0, -1]), choices)]
     if streamer is not None:
         streamer.put(torch.empty(1, 0, dtype=torch.int64))
         streamer.put(torch.tensor(answer))
@@ -203,14 +243,12 @@ def with_drafts(
         proposed = drafts.propose(answer[-1], min(num_drafted, max_new_tokens - len(answer) - 1))
         ids = torch.tensor([[answer[-1], *proposed]], device=embeds.device)
         hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-        best = head(hidden.last_hidden_state[0]).argmax(-1).tolist()
-        right = 0
-        while right < len(proposed) and proposed[right] == best[right]:
-            right += 1
-        drafts.accept(right)
-        new = best[: right + 1]
-        if eos_token_id in new:
-            new = new[: new.index(eos_token_id) + 1]
+        new: list[int] = []
+        for logits, drafted in zip(head(hidden.last_hidden_state[0]), [*proposed, None]):
+            new.append(best_token(logits, choices))
+            if new[-1] != drafted or new[-1] == eos_token_id:
+                break
+        drafts.accept(len(new) - 1)
         answer += new
         wrong = 1 + len(proposed) - len(new)
         if wrong:  # all that was read is in the cache; the answer's last token was not read yet

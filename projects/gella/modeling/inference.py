@@ -25,7 +25,8 @@ from gella.modeling.postprocessing import (
     snap_to_entities,
 )
 from gella.text import prompts
-from gella.text.spans import located
+from gella.text.copying import CopiedNouns
+from gella.text.spans import Span, located
 from gella.text.words import names_several
 
 
@@ -39,6 +40,7 @@ class Model(Protocol):
     read_answers: Callable[..., Any]
     tokenizer: Any  # of the language decoder, with <SEG>
     noun_snippets: list[list[int]]  # for drafts, as token ids
+    copied_nouns: Callable[[dict[str, Any]], CopiedNouns | None]
     max_new_tokens: int
     inference_options: Any  # the node MODEL.GELLA
     device: torch.device
@@ -133,6 +135,7 @@ def write_answers(
         the mapped dicts with their answers, see :func:`with_answer`.
     """
     grids, prefixes = _joined(encoded)
+    copies = [model.copied_nouns(x) for x in batched_inputs]
     answers = model.language_decoder.generate(
         grids,
         [x["input_ids"].to(model.device) for x in batched_inputs],
@@ -145,27 +148,38 @@ def write_answers(
         else None,
         streamer=None if on_text is None else _TextStreamer(model.tokenizer, on_text),
         prefixes=prefixes,
+        choices=copies,
     )
-    return [with_answer(model.tokenizer, x, a) for x, a in zip(batched_inputs, answers)]
+    return [
+        with_answer(model.tokenizer, x, answer, None if copied is None else copied.nouns)
+        for x, answer, copied in zip(batched_inputs, answers, copies)
+    ]
 
 
-def with_answer(tokenizer: Any, inputs: dict[str, Any], answer: Tensor) -> dict[str, Any]:
+def with_answer(
+    tokenizer: Any, inputs: dict[str, Any], answer: Tensor, nouns: Sequence[Span] | None = None
+) -> dict[str, Any]:
     """A prompt with its generated answer behind it, which makes it an input like any other.
 
     Args:
         tokenizer: with <SEG>.
         inputs: a mapped dict without an answer.
         answer: (T,) int64 token ids.
+        nouns: where in the caption the noun before each <SEG> stands; None: it is sought there.
 
     Returns:
         the dict with ``text``, the answer in words; ``input_ids``, ``labels`` and ``seg_positions``
-        of prompt and answer; ``phrases``, the nouns before each <SEG>, sought in the caption.
+        of prompt and answer; ``phrases``, the nouns before each <SEG>.
     """
     input_ids = torch.cat([inputs["input_ids"], answer.to(inputs["input_ids"])])
     seg_id = tokenizer.convert_tokens_to_ids(prompts.SEG_TOKEN)
     seg_positions = (input_ids == seg_id).nonzero().flatten()
     text = prompts.decode_answer(tokenizer, answer.tolist())
-    phrases = located(inputs["caption"], prompts.parse_nouns(text))
+    caption = inputs["caption"]
+    if nouns is None:
+        phrases = located(caption, prompts.parse_nouns(text))
+    else:
+        phrases = [{"text": caption[s:e], "start": s, "end": e} for s, e in nouns]
     return {
         **inputs,
         "text": text,

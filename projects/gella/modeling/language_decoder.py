@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from gella.modeling.adapters import QUANTIZATIONS, add_lora, merge_lora, quantize
 from gella.modeling.filling import Fillable
 from gella.modeling.generation import (
+    Choices,
     Drafts,
     Prefix,
     greedy,
@@ -312,6 +313,7 @@ class LanguageDecoder(Fillable):
         snippets: Sequence[Sequence[int]] | None = None,
         streamer: Any = None,
         prefixes: Sequence[Prefix] | None = None,
+        choices: Sequence[Choices | None] | None = None,
     ) -> list[Tensor]:
         """Answer prompts greedily, with a key-value cache; in evaluation mode.
 
@@ -323,12 +325,10 @@ class LanguageDecoder(Fillable):
             input_ids: per sample (L_i,) int64 prompts without an answer.
             max_new_tokens, eos_token_id, pad_token_id: the longest answer, what ends one, and what
                 fills those of a batch that end early.
-            snippets: pieces that answers are made of, as token ids, for answers that repeat words
-                of their prompts, as noun extraction does. A single prompt is then decoded with
-                drafts of up to ``prompt_lookup_tokens``: the same tokens in fewer passes. None, or
-                several prompts, which share each pass instead: no drafts.
+            snippets: pieces of answers that repeat words of their prompts, as token ids. A single
+                prompt is decoded with drafts then, the same tokens in fewer passes. None: it isn't.
             streamer: gets the tokens of a single prompt, see ``generation.with_drafts``.
-            prefixes: as in :meth:`forward`.
+            prefixes: as in :meth:`forward`. choices: per sample what may be said; None: anything.
 
         Returns:
             per sample (T_i,) int64: the new tokens before the end token.
@@ -353,6 +353,7 @@ class LanguageDecoder(Fillable):
                 image_grid[members],
                 [input_ids[i] for i in members],
                 None if prefixes is None else [prefixes[i] for i in members],
+                [None if choices is None else choices[i] for i in members],
                 pad_token_id,
                 snippets,
                 max_new_tokens=limit,
@@ -367,6 +368,7 @@ class LanguageDecoder(Fillable):
         image_grid: Tensor,
         input_ids: list[Tensor],
         prefixes: Sequence[Prefix] | None,
+        choices: Sequence[Choices | None],
         pad_token_id: int,
         snippets: Sequence[Sequence[int]] | None,
         **options: Any,
@@ -375,12 +377,13 @@ class LanguageDecoder(Fillable):
         embeds, mask = self._embed(image_grid, input_ids, "left", prefixes)
         cache = None if prefixes is None else joined_cache(prefixes)
         if snippets is None or not self.prompt_lookup_tokens or len(input_ids) > 1:
-            answers = greedy(self.llama, embeds, mask, cache, pad_token_id=pad_token_id, **options)
+            options["pad_token_id"] = pad_token_id
+            answers = greedy(self.llama, embeds, mask, cache, choices, **options)
         else:
             words = input_ids[0][input_ids[0] != IMAGE_TOKEN_ID].tolist()
             options["num_drafted"] = self.prompt_lookup_tokens
             drafts = Drafts(words, snippets)
-            answers = [with_drafts(self.llama, embeds, drafts, cache, **options)]
+            answers = [with_drafts(self.llama, embeds, drafts, cache, choices[0], **options)]
         for i, answer in enumerate(answers):
             if len(answer) and int(answer[-1]) == options["eos_token_id"]:
                 answers[i] = answer[:-1]

@@ -22,6 +22,7 @@ from gella.modeling.mask_decoder import MaskDecoderOutput
 from gella.modeling.resoblend import ResoBlend
 from gella.modeling.upstream_mask_decoder import build_mask_decoder
 from gella.text import prompts
+from gella.text.copying import CopiedNouns, Vocabulary
 
 _logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class GELLA(nn.Module):
         answer_weight: float,
         tokenizer_path: str,
         max_new_tokens: int,
+        copy_nouns: bool,
         inference_options: Any,
     ) -> None:
         """Compose the model from its parts.
@@ -72,6 +74,7 @@ class GELLA(nn.Module):
             answer_weight: of L_ans in eq. 10.
             tokenizer_path: read at the first question only.
             max_new_tokens: the longest generated answer.
+            copy_nouns: whether extracted nouns are spans of the caption.
             inference_options: the node ``MODEL.GELLA``.
         """
         super().__init__()
@@ -85,6 +88,7 @@ class GELLA(nn.Module):
         self.answer_weight = answer_weight
         self.tokenizer_path = tokenizer_path
         self.max_new_tokens = max_new_tokens
+        self.copy_nouns = copy_nouns
         self.inference_options = inference_options
         self._most_entities = 0  # that a warning has told of
         for name, values in statistics.items():
@@ -118,6 +122,7 @@ class GELLA(nn.Module):
             answer_weight=cfg.MODEL.LANGUAGE.ANSWER_WEIGHT,
             tokenizer_path=cfg.MODEL.LANGUAGE.TOKENIZER,
             max_new_tokens=cfg.MODEL.LANGUAGE.MAX_NEW_TOKENS,
+            copy_nouns=cfg.MODEL.LANGUAGE.COPY_NOUNS,
             inference_options=cfg.MODEL.GELLA,
         )
 
@@ -134,9 +139,19 @@ class GELLA(nn.Module):
     @cached_property
     def noun_snippets(self) -> list[list[int]]:
         """Token ids of pieces of extracted nouns, for drafts, each with the likeliest article."""
-        answers = [prompts.noun_answer(["the"] * n).split(prompts.SEG_TOKEN) for n in range(2, 31)]
-        texts = [" " + parts[0] for parts in answers] + [prompts.SEG_TOKEN + answers[1][1]]
-        return [self.tokenizer(t.rstrip(), add_special_tokens=False)["input_ids"] for t in texts]
+        texts = [f" {prompts.noun_answer_head(n)}the" for n in range(2, 31)]
+        texts.append(f"{prompts.SEG_TOKEN}, the")
+        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer)
+
+    def copied_nouns(self, inputs: dict[str, Any]) -> CopiedNouns | None:
+        """What may be said about the caption of a mapped dict; None: anything."""
+        if not self.copy_nouns or inputs["task"] != "extract":
+            return None
+        return CopiedNouns(self._vocabulary, inputs["caption"][: inputs["num_read"]])
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Train on, or ground, a batch of mapped dicts (``data/mapper.py``).

@@ -15,9 +15,22 @@ import numpy as np
 
 from gella.pictures.grounding import Grounding, PanopticResult
 from gella.predictor.scene import EntitiesLike, Scene
-from gella.text import prompts
 
-Result = Grounding | PanopticResult | str | list[str]
+
+class Nouns(list[str]):
+    """The nouns that a model extracted from a caption, in its order.
+
+    Attributes:
+        phrases: ``text``, ``start`` and ``end`` of each; -1 where it is not in the caption.
+    """
+
+    def __init__(self, phrases: Sequence[dict[str, Any]]) -> None:
+        """Take the phrases of an answer."""
+        super().__init__(phrase["text"] for phrase in phrases)
+        self.phrases = phrases
+
+
+Result = Grounding | PanopticResult | str | Nouns
 """Of "ground" and "refer", "panoptic", "describe", "extract"."""
 
 
@@ -99,7 +112,7 @@ def _answer_batch(
     outcomes: dict[int, Any] = {}
     asked: dict[int, Any] = {}
 
-    def ask(place: int, nouns: Sequence[str] | None = None) -> None:
+    def ask(place: int, nouns: Nouns | None = None) -> None:
         scene = scenes[place]
         try:
             if isinstance(scene, Exception):
@@ -113,14 +126,16 @@ def _answer_batch(
     # Texts first: nouns that the model extracts are grounded in one pass with the given ones.
     for task in ("describe", "extract"):
         places = [place for place, one in asked.items() if one.question.task == task]
-        texts = _together(predictor._write, [asked.pop(place) for place in places])
-        for place, text in zip(places, texts):
-            if isinstance(text, Exception) or batch[place].task == "describe":
-                outcomes[place] = text
+        answers = _together(predictor._write, [asked.pop(place) for place in places])
+        for place, answer in zip(places, answers):
+            if isinstance(answer, Exception):
+                outcomes[place] = answer
+            elif batch[place].task == "describe":
+                outcomes[place] = answer["text"]
             elif batch[place].task == "extract":
-                outcomes[place] = prompts.parse_nouns(text)
+                outcomes[place] = Nouns(answer["phrases"])
             else:
-                ask(place, prompts.parse_nouns(text))
+                ask(place, Nouns(answer["phrases"]))
     outcomes.update(zip(asked, _together(predictor._find, list(asked.values()))))
     return [outcomes[place] for place in range(len(batch))]
 

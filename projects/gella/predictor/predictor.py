@@ -28,7 +28,7 @@ from gella.data.mapper import InputMaker, mapped_input
 from gella.entities.entity_map import EntityMap
 from gella.entities.view import read_image, read_with_entities
 from gella.pictures.grounding import Grounding, PanopticResult
-from gella.predictor.many import Request, Result, answer_requests
+from gella.predictor.many import Nouns, Request, Result, answer_requests
 from gella.predictor.scene import (
     EntitiesLike,
     Scene,
@@ -39,7 +39,7 @@ from gella.predictor.scene import (
 )
 from gella.segmenters.segmenter import Segmenter, load_segmenter
 from gella.text import prompts
-from gella.text.spans import locate_phrases
+from gella.text.spans import located
 from gella.weights.checkpoint import build_with_weights
 
 TASKS = ("ground", "refer", "panoptic", "describe", "extract")
@@ -184,9 +184,10 @@ class GellaPredictor:
             RuntimeError: no image was set.
         """
         if nouns is None:
-            # An answer may name what the caption does not: such nouns would be invented.
-            nouns = _named_in(caption, self.extract_nouns(caption, scene=scene))
-        return self._find_one(_caption_question(caption, nouns), scene, threshold)
+            phrases = _named_in_caption(self.extract_nouns(caption, scene=scene).phrases)
+        else:
+            phrases = located(caption, nouns)
+        return self._find_one(_phrases_question(caption, phrases), scene, threshold)
 
     def ground_phrases(
         self, caption: str, phrases: Sequence[dict[str, Any]], *, scene: Scene | None = None
@@ -227,7 +228,7 @@ class GellaPredictor:
 
         ``on_text`` gets the text so far, again and again while it is generated.
         """
-        return self._write_one(Question("describe"), scene, on_text)
+        return self._write_one(Question("describe"), scene, on_text)["text"]
 
     def extract_nouns(
         self,
@@ -235,13 +236,16 @@ class GellaPredictor:
         *,
         scene: Scene | None = None,
         on_text: Callable[[str], None] | None = None,
-    ) -> list[str]:
-        """Return the noun phrases of a caption as the model generates them, in its order.
+    ) -> Nouns:
+        """Return the noun phrases of a caption as the model copies them, in its order.
+
+        With ``MODEL.LANGUAGE.COPY_NOUNS`` False they are what the model says, in its own order, and
+        the caption may lack some.
 
         ``on_text`` gets the answer so far, with ``<SEG>`` behind each noun, while it is generated.
         """
         question = Question("extract", _told("caption", caption))
-        return prompts.parse_nouns(self._write_one(question, scene, on_text))
+        return Nouns(self._write_one(question, scene, on_text)["phrases"])
 
     def predict_many(
         self,
@@ -326,14 +330,14 @@ class GellaPredictor:
         phrases = phrases[: fitted.num_nouns]
         return Asked(question, scene, mapped_input(scene.view, task, fitted, caption, phrases))
 
-    def _ask_for(self, request: Request, scene: Scene, nouns: Sequence[str] | None = None) -> Asked:
+    def _ask_for(self, request: Request, scene: Scene, nouns: Nouns | None = None) -> Asked:
         """The first question of a request; with extracted ``nouns`` the one that follows."""
         text = request.text
-        nouns = request.nouns if nouns is None else _named_in(text, nouns)
-        if request.task == "ground" and request.phrases is not None:
-            question = _phrases_question(text, request.phrases)
-        elif request.task == "ground" and nouns is not None:
-            question = _caption_question(text, nouns)
+        phrases = request.phrases if nouns is None else _named_in_caption(nouns.phrases)
+        if phrases is None and request.nouns is not None:
+            phrases = located(text, request.nouns)
+        if request.task == "ground" and phrases is not None:
+            question = _phrases_question(text, phrases)
         elif request.task in ("ground", "extract"):
             question = Question("extract", _told("caption", text))
         elif request.task == "refer":
@@ -348,12 +352,12 @@ class GellaPredictor:
 
     def _write(
         self, asked: Sequence[Asked], on_text: Callable[[str], None] | None = None
-    ) -> list[str]:
-        """The texts of questions of one task, "describe" or "extract"; some may share a scene."""
+    ) -> list[dict[str, Any]]:
+        """The ``text`` and ``phrases`` that answer questions of one task, "describe" or "extract";
+        some may share a scene."""
         encoded = [one.scene.encoded for one in asked]
         with self._computing():
-            written = self.model.write_answers([one.inputs for one in asked], encoded, on_text)
-        return [answer["text"] for answer in written]
+            return self.model.write_answers([one.inputs for one in asked], encoded, on_text)
 
     def _find(self, asked: Sequence[Asked]) -> list[Grounding | PanopticResult]:
         """The answers to questions of the other tasks, which may be mixed."""
@@ -404,7 +408,7 @@ class GellaPredictor:
 
     def _write_one(
         self, question: Question, scene: Scene | None, on_text: Callable[[str], None] | None
-    ) -> str:
+    ) -> dict[str, Any]:
         return self._write([self._ask(question, self._scene(scene))], on_text)[0]
 
     def _find_one(
@@ -440,13 +444,6 @@ class Asked(NamedTuple):
     inputs: dict[str, Any]
 
 
-def _caption_question(caption: str, nouns: Sequence[str]) -> Question:
-    """Where the given nouns of a caption are; one that is not in it has the span -1."""
-    spans = _spans(caption, nouns)
-    phrases = [{"text": noun, "start": s, "end": e} for noun, (s, e) in zip(nouns, spans)]
-    return _phrases_question(caption, phrases)
-
-
 def _phrases_question(caption: str, phrases: Sequence[dict[str, Any]]) -> Question:
     """Where nouns of known spans are."""
     _told("caption", caption)
@@ -455,14 +452,14 @@ def _phrases_question(caption: str, phrases: Sequence[dict[str, Any]]) -> Questi
             f'caption without nouns: "{shorten(caption, 80, placeholder=" ...")}"; write one that '
             "names something, or give nouns"
         )
-    plain = [_phrase(phrase["text"], phrase["start"], phrase["end"]) for phrase in phrases]
-    return Question("ground", caption, plain)
+    return Question("ground", caption, [_plain(phrase) for phrase in phrases])
 
 
 def _referring_question(expression: str) -> Question:
     """What an expression names; it is its own only phrase."""
     _told("expression", expression)
-    return Question("refer", expression, [_phrase(expression, 0, len(expression))])
+    phrase = {"text": expression, "start": 0, "end": len(expression)}
+    return Question("refer", expression, [_plain(phrase)])
 
 
 def _panoptic_question(categories: Sequence[dict[str, Any] | str]) -> Question:
@@ -476,33 +473,25 @@ def _panoptic_question(categories: Sequence[dict[str, Any] | str]) -> Question:
     names = [prompts.spoken_name(category["name"]) for category in full]
     sentence = prompts.panoptic_sentence(names)
     phrases = [
-        {**_phrase(name, *span), "category_id": item["id"], "isthing": item["isthing"]}
-        for name, span, item in zip(names, _spans(sentence, names), full, strict=True)
+        {**_plain(phrase), "category_id": item["id"], "isthing": item["isthing"]}
+        for phrase, item in zip(located(sentence, names), full, strict=True)
     ]
     return Question("panoptic", sentence, phrases, full)
 
 
-def _named_in(caption: str, extracted: Sequence[str]) -> list[str]:
-    """Those of the extracted nouns that the caption holds, in order; the others are invented."""
-    nouns = [noun for noun in extracted if noun]
-    starts = [start for start, _ in _spans(caption, nouns)]
-    invented = [noun for noun, start in zip(nouns, starts) if start < 0]
+def _named_in_caption(phrases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the extracted nouns that the caption holds; where answers are free some are not."""
+    named = [phrase for phrase in phrases if phrase["text"]]
+    invented = [phrase["text"] for phrase in named if phrase["start"] < 0]
     if invented:
         _logger.warning("extracted nouns that are not in the caption: %s", invented)
-    return [noun for noun, start in zip(nouns, starts) if start >= 0]
+    return [phrase for phrase in named if phrase["start"] >= 0]
 
 
-def _phrase(text: str, start: int, end: int) -> dict[str, Any]:
-    known = {"text": text, "start": start, "end": end, "is_plural": False, "is_thing": True}
-    return {**known, "segment_ids": None, "entity_indices": None}
-
-
-def _spans(caption: str, nouns: Sequence[str]) -> list[tuple[int, int]]:
-    """Spans of nouns in order; a noun out of order is sought everywhere; (-1, -1) if absent."""
-    return [
-        span or locate_phrases(caption, [noun])[0] or (-1, -1)
-        for noun, span in zip(nouns, locate_phrases(caption, nouns), strict=True)
-    ]
+def _plain(phrase: dict[str, Any]) -> dict[str, Any]:
+    known = {key: phrase[key] for key in ("text", "start", "end")}
+    unknown = {"segment_ids": None, "entity_indices": None}
+    return {**known, "is_plural": False, "is_thing": True, **unknown}
 
 
 def _told(what: str, text: str) -> str:

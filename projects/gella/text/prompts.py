@@ -138,10 +138,14 @@ def noun_answer(nouns: Sequence[str]) -> str:
     if not nouns:
         raise ValueError("there is no noun to answer with; the caption must name at least one")
     marked = [f"{_clean(noun)} {SEG_TOKEN}" for noun in nouns]
-    if len(marked) == 1:
-        return f"There is one semantic noun, including {marked[0]}."
-    count = number_in_words(len(marked))
-    return f"There are {count} semantic nouns, including {in_a_row(marked)}."
+    return f"{noun_answer_head(len(marked))}{in_a_row(marked)}."
+
+
+def noun_answer_head(count: int) -> str:
+    """What stands before the first noun of `noun_answer`, with a blank at its end."""
+    if count == 1:
+        return "There is one semantic noun, including "
+    return f"There are {number_in_words(count)} semantic nouns, including "
 
 
 def panoptic_answer(names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from itertools import accumulate
@@ -11,8 +12,37 @@ from typing import Any
 # Tokenizers of annotation tools rewrite quotes and dashes; one character stands for each family.
 _SAME = str.maketrans({"\u2018": "'", "\u2019": "'", "`": "'", "\u201c": '"', "\u201d": '"'})
 
+# First words of the names of letters that are written without blanks between the words, or with
+# particles at the end of words: each counts as a word.
+_UNSPACED = frozenset("CJK HIRAGANA KATAKANA HANGUL THAI LAO KHMER MYANMAR".split())
+_JOINER = "\u200d"
+
 Span = tuple[int, int]
 """Start and end of characters, as slices have them."""
+
+
+def word_spans(text: str) -> list[Span]:
+    """Spans of the words of a text in any script; pictures such as emoji are words of their own.
+
+    No word ends before a mark, a joiner or a colour of skin, which belong to what stands before.
+    """
+    spans: list[Span] = []
+    kind = ""  # of the character before
+    for i, character in enumerate(text):
+        category = unicodedata.category(character)
+        if category[0] == "M" or category == "Cf" or "\U0001f3fb" <= character <= "\U0001f3ff":
+            joined = bool(kind)
+        else:
+            before, kind = kind, "picture" if category == "So" else ""
+            if character.isalnum() or character == "_":
+                script = unicodedata.name(character, "").split(" ")[0]
+                kind = script if script in _UNSPACED else "letter"
+            joined = kind == before == "letter" or bool(kind and before and text[i - 1] == _JOINER)
+        if joined:
+            spans[-1] = (spans[-1][0], i + 1)
+        elif kind:
+            spans.append((i, i + 1))
+    return spans
 
 
 def locate_phrases(caption: str, phrases: Sequence[str]) -> list[Span | None]:
@@ -36,8 +66,14 @@ def locate_phrases(caption: str, phrases: Sequence[str]) -> list[Span | None]:
 
 
 def located(caption: str, nouns: Sequence[str]) -> list[dict[str, Any]]:
-    """Phrases (``text``, ``start``, ``end``) of nouns; -1 and -1 where one is not in `caption`."""
-    spans = [span or (-1, -1) for span in locate_phrases(caption, nouns)]
+    """Phrases (``text``, ``start``, ``end``) of nouns; -1 and -1 where one is not in `caption`.
+
+    A noun that does not come in the order of the caption is sought everywhere.
+    """
+    spans = [
+        span or locate_phrases(caption, [noun])[0] or (-1, -1)
+        for noun, span in zip(nouns, locate_phrases(caption, nouns), strict=True)
+    ]
     return [{"text": noun, "start": s, "end": e} for noun, (s, e) in zip(nouns, spans)]
 
 

@@ -1,0 +1,204 @@
+"""Answers to noun extraction that cannot invent a noun: every one is copied from the caption.
+
+The answer is :func:`gella.text.prompts.noun_answer`'s. What stands between its own words is a span
+of the caption that begins and ends with a word, behind the span before it. Token by token only what
+may still become such an answer is allowed; all is decided on the bytes that tokens write, so it
+holds for any tokenizer, however a noun in the answer is cut into tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import Any
+
+from gella.text import prompts
+from gella.text.spans import Span, word_spans
+
+_WALL = b"\xff"  # in no text and in no token
+# The printable characters by which byte-level tokenizers write the 256 bytes (GPT-2's rule).
+_PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = sorted(set(range(256)) - set(_PLAIN))
+_BYTES = {chr(b): b for b in _PLAIN} | {chr(256 + k): b for k, b in enumerate(_OTHERS)}
+
+
+class Vocabulary:
+    """The tokens of a tokenizer as the bytes that they write, and the template in its form.
+
+    Attributes:
+        texts: bytes of every token behind another one, by id; special tokens have none.
+        ids: ids of the tokens that write these bytes; an empty list for the beginning of a token.
+        longest: bytes of the longest token.
+        seg, eos: ids of <SEG> and of the end of sentence.
+        opening, comma, last, end: what stands before the template's first word, between two nouns,
+            before the last noun and behind it. Some tokenizers put a blank behind <SEG>.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Read a tokenizer of ``prompts.load_tokenizer``.
+
+        Raises:
+            ValueError: its tokens cannot write the template character by character.
+        """
+        self.seg = tokenizer.convert_tokens_to_ids(prompts.SEG_TOKEN)
+        self.eos = tokenizer.eos_token_id
+        self.texts = token_bytes(tokenizer)
+        self.ids: dict[bytes, list[int]] = {b"": []}
+        for i, text in self.texts.items():
+            for size in range(1, len(text)):
+                self.ids.setdefault(text[:size], [])
+            self.ids.setdefault(text, []).append(i)
+        self.longest = max(map(len, self.texts.values()))
+        head, *others = self._template(tokenizer)
+        said = f"{prompts.noun_answer_head(3)}the".encode()
+        whole = head.endswith(said) and [t.endswith(b"the") for t in others] == [True, True, False]
+        heads = "".join(map(prompts.noun_answer_head, range(1, 99)))
+        if not whole or not self.writes(f"{heads},."):
+            raise ValueError(
+                f"the tokenizer turns {said.decode()!r} into tokens that say {head!r}: nouns "
+                "cannot be copied with it; set MODEL.LANGUAGE.COPY_NOUNS to False"
+            )
+        self.opening = head[: -len(said)]
+        self.comma, self.last = (text[:-3] for text in others[:2])
+        self.end = others[2]
+
+    def _template(self, tokenizer: Any) -> list[bytes]:
+        """What an answer with three times "the" says before each <SEG> and behind the last."""
+        answer = prompts.noun_answer(["the"] * 3)
+        prompt = prompts.build_prompt(
+            tokenizer, "", answer, num_image_tokens=0, system="", max_length=2**20
+        )
+        parts = [b""]
+        for i in prompt.input_ids[prompt.labels != prompts.IGNORE_INDEX].tolist():
+            if i == self.seg:
+                parts.append(b"")
+            else:
+                parts[-1] += self.texts.get(i, b"")
+        return parts
+
+    def writes(self, text: str) -> bool:
+        """Whether every character of a text, or each of its bytes, is a token."""
+        return all(
+            self.ids.get(c.encode()) or all(self.ids.get(bytes([b])) for b in c.encode())
+            for c in set(text)
+        )
+
+    def beginnings(self, text: bytes) -> Iterator[int]:
+        """Ids of all tokens that a text begins with."""
+        for size in range(1, len(text) + 1):
+            ids = self.ids.get(text[:size])
+            if ids is None:
+                return
+            yield from ids
+
+
+class CopiedNouns:
+    """Says which tokens may come next in an answer about one caption.
+
+    The number that the answer begins with may be any for which the caption has words. It need not
+    be that of the nouns: the list ends where the model ends it, or the caption does. A noun that
+    the caption has several times is the first behind the nouns before it.
+
+    Attributes:
+        nouns: spans of the caption's characters, one per <SEG> that was written, ascending.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, caption: str) -> None:
+        """Begin an answer. A caption without a word that tokens can write gets an empty one."""
+        self._vocabulary = vocabulary
+        self.nouns: list[Span] = []
+        self._text, self._starts, self._ends = _copyable(vocabulary, caption)
+        self._places = sorted(self._starts)
+        heads = [prompts.noun_answer_head(n) for n in range(1, len(self._starts) + 1)]
+        # What was said behind the last <SEG>, and what may stand there before a noun.
+        self._said, self._leads = b"", [vocabulary.opening + head.encode() for head in heads]
+        self._ones = (vocabulary.last, *self._leads[:1])  # one noun follows them
+        self._cursor = 0  # in the text, behind the last noun
+
+    def allowed(self) -> list[int]:
+        """Ids of the tokens that may come next, ascending; never none."""
+        vocabulary, said = self._vocabulary, self._said
+        found: set[int] = set()
+        texts: set[bytes] = set()  # what may follow
+        if self.nouns and vocabulary.end.startswith(said):
+            texts.add(vocabulary.end[len(said) :])
+        for lead in self._leads:
+            if lead.startswith(said):
+                rest = lead[len(said) :]
+                reaches = rest in vocabulary.ids  # a token may reach into the noun
+                places = self._places[bisect_left(self._places, self._cursor) :]
+                texts.update([rest + self._from(p) for p in places] if reaches else [rest])
+            elif said.startswith(lead):
+                for end in self._copies(said[len(lead) :]):
+                    texts.add(self._from(end))
+                    if end in self._ends:
+                        found.add(vocabulary.seg)
+        for text in texts:
+            found.update(vocabulary.beginnings(text))
+        return sorted(found) or [vocabulary.eos]
+
+    def append(self, token: int) -> None:
+        """Go on with one of the allowed tokens."""
+        vocabulary = self._vocabulary
+        if token != vocabulary.seg:
+            self._said += vocabulary.texts.get(token, b"")
+            return
+        lead = next(lead for lead in self._leads if self._said.startswith(lead))
+        noun = self._said[len(lead) :]
+        end = next(end for end in self._copies(noun) if end in self._ends)
+        self.nouns.append((self._starts[end - len(noun)], self._ends[end]))
+        self._said, self._cursor = b"", end
+        more = lead not in self._ones and self._places[-1] > end
+        self._leads = [vocabulary.comma, vocabulary.last] if more else []
+
+    def _from(self, place: int) -> bytes:
+        return self._text[place : place + self._vocabulary.longest]
+
+    def _copies(self, noun: bytes) -> Iterator[int]:
+        """Ends of what can be copied from behind the last noun and begins so."""
+        start = self._text.find(noun, self._cursor)
+        while start >= 0:
+            if start in self._starts:
+                yield start + len(noun)
+            start = self._text.find(noun, start + 1)
+
+
+def token_bytes(tokenizer: Any) -> dict[int, bytes]:
+    """What every token writes behind another one, by id; the special tokens are left out."""
+    ids = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    # Only the first token of a text loses its leading blank.
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+    head, *decoded = tokenizer.batch_decode(
+        [before, *([*before, i] for i in ids)], clean_up_tokenization_spaces=False
+    )
+    texts = {}
+    for i, name, text in zip(ids, tokenizer.convert_ids_to_tokens(ids), decoded):
+        written = text[len(head) :].encode()
+        if "\ufffd" in text:  # a part of a character, whose bytes the token's name has
+            if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", name):
+                written = bytes.fromhex(byte[1])
+            elif _BYTES.keys() >= set(name):
+                written = bytes(map(_BYTES.__getitem__, name))
+        if written and _WALL not in written:
+            texts[i] = written
+    return texts
+
+
+def _copyable(vocabulary: Vocabulary, caption: str) -> tuple[bytes, dict[int, int], dict[int, int]]:
+    """A caption as nouns may copy it: white space is one blank, and a wall stands for what no noun
+    may hold, so that whatever is copied can go on to the end of a word.
+
+    Returns:
+        its bytes; where words start in them and where they end, each with the caption's character.
+    """
+    text, starts, ends, behind = _WALL, {}, {}, 0
+    for start, end in word_spans(caption):
+        word = caption[start:end]
+        if vocabulary.writes(word):
+            gap = re.sub(r"\s+", " ", caption[behind:start])
+            text += gap.encode() if behind and vocabulary.writes(gap) else _WALL
+            starts[len(text)] = start
+            text += word.encode()
+            ends[len(text)] = behind = end
+    return text, starts, ends
