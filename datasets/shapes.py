@@ -20,7 +20,7 @@ from shapes_scene import (
     predicted_masks,
     to_segmentation,
 )
-from shapes_text import write_expressions, write_narrative
+from shapes_text import write_expressions, write_narrative, write_plain
 
 from gella.data.register import SHAPES_CATEGORIES as CATEGORIES
 
@@ -34,7 +34,7 @@ __all__ = [
     "make_sample",
 ]
 
-VERSION = 2  # of the drawing and the grammar; a prepared dataset of another version is redone
+VERSION = 3  # of the drawing and the grammar; a prepared dataset of another version is redone
 SPLITS = ("train", "val")
 MAX_SCENES = 500_000  # of one split, so that segment ids stay within the 24 bits of a PNG
 
@@ -82,7 +82,8 @@ def make_sample(seed: int, split: str, index: int, size: int = 96) -> ShapesSamp
 
     Args:
         seed: of the dataset.
-        split: "train" (two narratives, never a pair of `HELD_OUT_PAIRS`) or "val" (one narrative).
+        split: "train" (two narratives and a caption as people type it, never a pair of
+            `HELD_OUT_PAIRS`) or "val" (one narrative).
         index: 0-based, below 500,000.
         size: side of the image in pixels, at least 64.
 
@@ -101,10 +102,9 @@ def make_sample(seed: int, split: str, index: int, size: int = 96) -> ShapesSamp
     segment_ids = [_segment_id(image_id, n) for n in range(1, int(scene.ids.max()) + 1)]
     id_map = np.array([0, *segment_ids], dtype=np.int32)[scene.ids]
     segments = _segments_info(scene, segment_ids)
-    narratives = [
-        _png_record(write_narrative(scene, rng, held_out).__dict__, image_id, author, segment_ids)
-        for author in range(1 if held_out else 2)
-    ]
+    narratives = [write_narrative(scene, rng, held_out)]
+    if not held_out:
+        narratives += [write_narrative(scene, rng), write_plain(scene, rng)]
     descriptions = [
         _caption_record(write_narrative(scene, rng, held_out), image, prompt) for prompt in range(2)
     ]
@@ -120,7 +120,10 @@ def make_sample(seed: int, split: str, index: int, size: int = 96) -> ShapesSamp
             "file_name": f"{image_id:012d}.png",
             "segments_info": segments,
         },
-        narratives=narratives,
+        narratives=[
+            _png_record(narrative.__dict__, image_id, author, segment_ids)
+            for author, narrative in enumerate(narratives)
+        ],
         refs=refs,
         instances=_instances(scene, segments, image_id),
         descriptions=descriptions,

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -221,6 +221,44 @@ def write_narrative(scene: Scene, rng: np.random.Generator, held_out: bool = Fal
     ]
     lower, apart = rng.random() < 0.7, rng.random() < 0.6
     return _to_narrative(caption, pieces, split, lower, apart)
+
+
+def write_plain(scene: Scene, rng: np.random.Generator) -> Narrative:
+    """Write what people type: one to three noun phrases in a list or a short sentence.
+
+    Articles, capitals and the full stop come and go: "There are three purple rings.", "Red Square",
+    "white star on the grass". Every phrase still names exactly the things that fit its words.
+    """
+    units = [_with_determiner(unit, rng) for unit in _choose_units(scene, rng)]
+    first = units[0]
+    one = not first.plural and first.members[0] < len(scene.things)
+    under = scene.region_under(first.members[0]) if one else None
+    if under and rng.random() < 0.35:
+        region = stuff_unit(scene, rng, scene.stuff.index(under))
+        ground = _with_determiner(region, rng)
+        on = str(rng.choice(["is on", "on", "on", "lies on"]))
+        pieces: list[Piece] = [(first.text, first), (on, None), (ground.text, ground)]
+    else:
+        some = units[: int(rng.integers(1, 4))]
+        pieces = _listed(some)
+        there = "There are" if some[0].plural else "There is"
+        start = str(rng.choice(["", "", there, "I see", "This is"]))
+        pieces = [(start, None), *pieces] if start else pieces
+    spelling = rng.random()
+    if spelling < 0.15:
+        pieces = [(text.title(), unit) for text, unit in pieces]
+    elif spelling < 0.6:
+        pieces[0] = (pieces[0][0][0].upper() + pieces[0][0][1:], pieces[0][1])
+    if rng.random() < 0.5:
+        pieces.append((".", None))
+    caption = _join([text for text, _ in pieces])
+    return _to_narrative(caption, pieces, [False] * len(pieces), lower=False, apart=True)
+
+
+def _with_determiner(unit: Unit, rng: np.random.Generator) -> Unit:
+    # Half of what people type has no article.
+    bare = rng.random() < 0.5 and unit.determiner in (*_ARTICLES, "")
+    return replace(unit, determiner="") if bare else unit
 
 
 def _choose_units(scene: Scene, rng: np.random.Generator) -> list[Unit]:

@@ -196,3 +196,54 @@ def phrases_of(sample: shapes.ShapesSample) -> list[dict]:
         for s in segments
         if s["segment_ids"]
     ]
+
+
+# What people type who see an example, and the entities (numbers of NAME_masks.png) of every noun.
+# Written before the weights were trained.
+TYPED = (
+    (16, "There are three purple rings.", {"purple rings": [2, 3, 4]}),
+    (16, "red triangle", {"red triangle": [1]}),
+    (16, "sand, water and floor", {"sand": [7], "water": [6], "floor": [5]}),
+    (16, "A striped red triangle and purple rings", {"triangle": [1], "purple rings": [2, 3, 4]}),
+    (17, "Two green diamonds on the sand.", {"green diamonds": [1, 5], "sand": [10]}),
+    (17, "a large yellow star and a large yellow cross", {"yellow star": [6], "yellow cross": [4]}),
+    (17, "the white cross is on the floor", {"white cross": [7], "floor": [9]}),
+    (17, "Green star", {"Green star": [2]}),
+    (116, "I see a blue star and two green diamonds.", {"star": [3], "green diamonds": [1, 6]}),
+    (116, "The sky and the water", {"sky": [7], "water": [8]}),
+    (116, "There are three stars.", {"stars": [2, 3, 4]}),
+    (116, "A dotted green circle!", {"green circle": [5]}),
+    (31, "three red rings and a red square", {"red rings": [1, 2, 3], "red square": [6]}),
+    (31, "Red Square", {"Red Square": [6]}),
+    (31, "There is a white ring in the water.", {"white ring": [5], "water": [7]}),
+    (31, "Purple star on a wall", {"Purple star": [4], "wall": [8]}),
+    (2, "white stars", {"white stars": [4, 7]}),
+    (
+        2,
+        "There are two red stars, two white stars and one orange star.",
+        {"red stars": [3, 6], "white stars": [4, 7], "orange star": [8]},
+    ),
+    (2, "An orange cross on the grass.", {"orange cross": [1], "grass": [10]}),
+    (
+        24,
+        "A blue cross, a green cross and two red crosses",
+        {"blue cross": [4], "green cross": [5], "red crosses": [1, 2]},
+    ),
+)
+
+
+def test_captions_that_people_type_are_understood(predictor: GellaPredictor) -> None:
+    right = []
+    for number, caption, nouns in TYPED:
+        picture = EXAMPLES / f"{500_000 + number:012d}.png"
+        predictor.set_image(picture, picture.with_name(f"{picture.stem}_masks.png"))
+        found = predictor.ground(caption).phrases
+        # A noun may have its article and number before it.
+        right.append(
+            len(found) == len(nouns)
+            and all(
+                phrase["phrase"].endswith(noun) and sorted(phrase["entity_ids"]) == wanted
+                for phrase, (noun, wanted) in zip(found, nouns.items())
+            )
+        )
+    assert sum(right) >= 18, [typed[1] for typed, good in zip(TYPED, right) if not good]

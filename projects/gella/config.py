@@ -100,6 +100,9 @@ def _add_mask_decoder(cfg: Any, node: type) -> None:
     # "entity" only: the query also sees its mask, cropped to the entity and sampled at this many
     # cells per side; 0 leaves it out.
     decoder.ENTITY_SHAPE_SIZE = 16
+    # "entity" only: the query also sees the image's own grid under its mask, which ResoBlend gives
+    # beside the levels. In these, what an entity looks like is hidden by the colours of the masks.
+    decoder.ENTITY_IMAGE = True
     decoder.HIDDEN_DIM = 256  # channels of E_vc; a multiple of 32
     decoder.MASK_DIM = 256  # channels of the mask features
     decoder.NUM_HEADS = 8  # of every attention

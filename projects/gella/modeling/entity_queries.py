@@ -1,6 +1,7 @@
 """Queries from the input entities, instead of learned ones (MODEL.MASK_DECODER.QUERIES: entity).
 
-Content says what lies under an entity's mask and how its outline looks; position says where.
+Content says what lies under an entity's mask, blended and in the image alone, and how its outline
+looks; position says where.
 """
 
 from __future__ import annotations
@@ -15,32 +16,43 @@ from torch.nn import functional as F
 class EntityQueries(nn.Module):
     """Queries from the input entities themselves: content and position, (B, E, D) each."""
 
-    def __init__(self, in_channels: int, dim: int, shape_size: int) -> None:
-        """Build the projections; ``shape_size`` 0 leaves the mask crop out."""
+    def __init__(
+        self, in_channels: int, dim: int, shape_size: int, image_channels: int = 0
+    ) -> None:
+        """Build the projections; 0 leaves the mask crop, and the image's own grid, out."""
         super().__init__()
         self.dim, self.shape_size = dim, shape_size
         self.content = nn.Linear(in_channels, dim)
         self.embedding = nn.Parameter(torch.randn(dim))
+        self.image = nn.Linear(image_channels, dim) if image_channels else None
         self.shape = nn.Linear(shape_size**2, dim) if shape_size else None
         self.position = nn.Sequential(nn.Linear(dim + 5, dim), nn.ReLU(), nn.Linear(dim, dim))
 
-    def forward(self, features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool features (B, C, h, w) under masks (B, E, H, W).
+    def forward(
+        self, features: Tensor, masks: Tensor, image: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Pool features (B, C, h, w), and the image's grid (B, C', g, g), under masks (B, E, H, W).
 
         An entity without a pixel has zeros for its pooled features, its geometry and its crop.
         """
         masks = masks.to(torch.float32)
-        # Area averaging keeps what is thinner than a cell.
-        weights = F.adaptive_avg_pool2d(masks, (features.shape[2], features.shape[3]))  # B E h w
-        area = weights.sum(dim=(2, 3))  # B E, in cells
-        pooled = torch.einsum("behw,bchw->bec", weights, features.float())
-        pooled = pooled / area.clamp(min=1e-6)[..., None]
+        weights, pooled = _pool(features, masks)
         geometry = mask_geometry(weights)  # B E 5
         content = self.content(pooled) + self.embedding
+        if self.image is not None:
+            content = content + self.image(_pool(image, masks)[1])
         if self.shape is not None:
             content = content + self.shape(crop_masks(masks, geometry, self.shape_size).flatten(2))
         where = torch.cat([_sine(geometry[..., :2], self.dim), geometry], dim=-1)
         return content, self.position(where)
+
+
+def _pool(features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    # Masks at the features' size (B, E, h, w), and the features' means under them (B, E, C). Area
+    # averaging keeps what is thinner than a cell.
+    weights = F.adaptive_avg_pool2d(masks, (features.shape[2], features.shape[3]))
+    area = weights.sum(dim=(2, 3)).clamp(min=1e-6)  # in cells
+    return weights, torch.einsum("behw,bchw->bec", weights, features.float()) / area[..., None]
 
 
 def mask_geometry(weights: Tensor) -> Tensor:

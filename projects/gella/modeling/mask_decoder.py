@@ -46,8 +46,9 @@ class Mask2FormerHead(nn.Module):
 
     ``learned``: Mask2Former's own, a fixed number, matched to entities by the criterion.
     ``entity``: one per input entity. Content: the fused stride-4 features averaged under the
-    entity's mask, through a linear layer, plus the mask's own outline in a crop around it (see
-    ``shape_size``), plus a learned embedding. Position: centroid, spread and area of the mask.
+    entity's mask, through a linear layer, the same of the image's own grid where there is one, the
+    mask's own outline in a crop around it (see ``shape_size``), and a learned embedding, summed.
+    Position: centroid, spread and area of the mask.
     Query i belongs to entity i by construction. Images with fewer entities are padded with queries
     that no valid query can see, so a batch gives what each image gives alone.
     """
@@ -60,6 +61,7 @@ class Mask2FormerHead(nn.Module):
         queries: str = "learned",
         num_queries: int = 100,
         shape_size: int = 16,
+        image_channels: int = 0,
         hidden_dim: int = 256,
         mask_dim: int = 256,
         num_heads: int = 8,
@@ -73,6 +75,7 @@ class Mask2FormerHead(nn.Module):
         Args:
             input_shape: four levels with the strides 4, 8, 16, 32, in this order.
             shape_size: cells per side of the mask crop in entity queries; 0 leaves it out.
+            image_channels: of ``features["image"]``, which entity queries see; 0: they do not.
 
         Raises:
             ValueError: unknown ``queries``, other strides, or sizes that do not divide.
@@ -103,7 +106,7 @@ class Mask2FormerHead(nn.Module):
             # Parameters without a gradient are refused by DistributedDataParallel.
             del self.transformer.queries_features, self.transformer.queries_embedder
             channels = input_shape[self.in_features[0]].channels
-            self.entity_queries = EntityQueries(channels, hidden_dim, shape_size)
+            self.entity_queries = EntityQueries(channels, hidden_dim, shape_size, image_channels)
 
     @classmethod
     def from_config(cls, cfg: Any, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -113,7 +116,10 @@ class Mask2FormerHead(nn.Module):
         names = "queries num_queries hidden_dim mask_dim num_heads encoder_layers encoder_ffn_dim"
         names += " decoder_layers decoder_ffn_dim"
         sizes = {name: node[name.upper()] for name in names.split()}
-        return dict(input_shape=shapes, shape_size=node.ENTITY_SHAPE_SIZE, **sizes)
+        sizes["shape_size"] = node.ENTITY_SHAPE_SIZE
+        if node.ENTITY_IMAGE and "image" in input_shape:
+            sizes["image_channels"] = input_shape["image"].channels
+        return dict(input_shape=shapes, **sizes)
 
     def forward(
         self,
@@ -144,7 +150,7 @@ class Mask2FormerHead(nn.Module):
             valid = torch.ones(content.shape[:2], dtype=torch.bool, device=content.device)
         else:
             masks, valid = _check_masks(entity_masks, entity_valid, len(maps[0]))
-            content, position = self.entity_queries(maps[0], masks)
+            content, position = self.entity_queries(maps[0], masks, features.get("image"))
             bias = torch.where(valid, 0.0, _PADDING_BIAS)[:, None, None]  # B 1 1 Q
             bias = bias.expand(-1, self.num_heads, valid.shape[1], -1)
             self._self_attention_bias = bias.flatten(0, 1)  # B*h Q Q

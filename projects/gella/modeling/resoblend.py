@@ -174,8 +174,10 @@ class ResoBlend(nn.Module):
         return dict(image_channels=image_shape.channels, pyramid_shapes=pyramid_shapes, **node)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Every level keeps its stride and has ``dim`` channels."""
-        return {n: ShapeSpec(channels=self.dim, stride=s) for n, s in self.strides.items()}
+        """Every level keeps its stride and has ``dim`` channels; so has ``image``, where there is
+        cross-attention."""
+        strides = {**self.strides, **({"image": None} if self.cross_attention else {})}
+        return {n: ShapeSpec(channels=self.dim, stride=s) for n, s in strides.items()}
 
     def forward(self, image_grid: Tensor, pyramid: dict[str, Tensor]) -> dict[str, Tensor]:
         """Blend.
@@ -185,7 +187,9 @@ class ResoBlend(nn.Module):
             pyramid: ``{name: z^s (B, c_s, H/s, W/s)}``.
 
         Returns:
-            ``{name: z^s_w (B, dim, H/s, W/s)}`` with the same keys.
+            ``{name: z^s_w (B, dim, H/s, W/s)}`` with the same keys, and as ``image`` what was blended
+            in: ``Z_v`` in ``dim`` channels, (B, dim, g, g). Entity queries read it, for what an
+            entity looks like drowns in the colours of the masks where the two are summed.
         """
         if not self.cross_attention:
             # An image encoder that is trained still has to take part in the step, with weight 0:
@@ -203,10 +207,11 @@ class ResoBlend(nn.Module):
             located = normed + position
             attended = image + self.image_attention(located, located, normed)
         blend = self._ask_image if self.fusion == "mask_query" else self._ask_masks
-        return {
+        blended = {
             name: blend(level, pyramid[name], image, attended, position, size)
             for name, level in self.levels.items()
         }
+        return {**blended, "image": _to_map(image, size)}
 
     def _mask_only(self, level: nn.Module, mask_features: Tensor) -> Tensor:
         x = level.lateral(mask_features)  # B D h w
