@@ -300,6 +300,9 @@ def _add_data(cfg: Any, node: type) -> None:
     # that fits counts, of the iterations of every task that the dataset has records of; datasets
     # without one have a share of 1. []: the shares are the numbers of these records.
     cfg.DATALOADER.DATASET_RATIOS = []
+    # Captions of one image, or expressions about it, that a grounding iteration asks together: the
+    # vision side, most of a small model's step and 1 % of the paper's, runs once for all of them.
+    cfg.DATALOADER.PROMPTS_PER_IMAGE = 1
 
 
 def _add_training(cfg: Any, node: type) -> None:

@@ -34,6 +34,8 @@ from gella.text.spans import locate_phrases
 FLIP_TEXT = ("swap", "skip")  # values of INPUT.GELLA.FLIP_TEXT
 _logger = logging.getLogger(__name__)
 
+Words = tuple[str, FittedPrompt, str, list[dict[str, Any]]]  # task, prompt, caption, phrases
+
 
 class InputMaker:
     """Pictures and prompts as a config wants them, for :func:`mapped_input`."""
@@ -208,6 +210,7 @@ class GroundingMapper(InputMaker):
         flip_text: str = "skip",
         target_iou: float = 0.5,
         panoptic_negatives: int = -1,
+        prompts_per_image: int = 1,
         categories: Sequence[dict[str, Any]] = (),
         task: str | None = None,
         **options: Any,
@@ -220,6 +223,7 @@ class GroundingMapper(InputMaker):
             "skip" leaves its image as it is.
         target_iou: least IoU at which an entity from elsewhere stands for an annotated segment.
         panoptic_negatives: absent categories listed when a panoptic image trains; -1 for all.
+        prompts_per_image: most expressions that training asks of an image in one pass.
         categories: `id`, `name`, `isthing` of each category, for the task panoptic.
         task: the task of every call that gives none; None takes the record's first.
         options: of `InputMaker`.
@@ -230,6 +234,7 @@ class GroundingMapper(InputMaker):
         self.is_train, self.task = is_train, task
         self.flip, self.flip_text = flip and is_train, flip_text
         self.target_iou, self.panoptic_negatives = target_iou, panoptic_negatives
+        self.prompts_per_image = prompts_per_image
         self.categories = list(categories)
         self._captions_cut, self._nouns_cut = 0, 0  # so far, in this process
 
@@ -259,6 +264,7 @@ class GroundingMapper(InputMaker):
             "flip_text": cfg.INPUT.GELLA.FLIP_TEXT,
             "target_iou": cfg.INPUT.GELLA.TARGET_IOU,
             "panoptic_negatives": cfg.INPUT.GELLA.PANOPTIC_NEGATIVES,
+            "prompts_per_image": cfg.DATALOADER.PROMPTS_PER_IMAGE,
             "categories": next(iter(listed.values()), []),
         }
 
@@ -267,6 +273,7 @@ class GroundingMapper(InputMaker):
         record: dict[str, Any],
         task: str | None = None,
         rng_seed: Sequence[int] | None = None,
+        others: Sequence[dict[str, Any]] = (),
     ) -> dict[str, Any]:
         """Map one record; the record is not changed.
 
@@ -275,6 +282,8 @@ class GroundingMapper(InputMaker):
             task: "describe", "extract", "ground", "panoptic" or "refer". "ground" of a record
                 without caption means its expressions, or else its panoptic categories.
             rng_seed: integers that fix every random choice; None: from the image id.
+            others: further records of the same image, in training: their prompts, phrases and
+                counts are the dicts of the result's ``more``.
 
         Raises:
             FileNotFoundError: the image or the entity file is missing.
@@ -282,11 +291,6 @@ class GroundingMapper(InputMaker):
                 empty caption, a caption without nouns, unknown segment ids, a prompt too long.
         """
         task = task or self.task or record["tasks"][0]
-        if task == "ground" and "caption" not in record:  # datasets can train it in their own way
-            if record.get("expressions"):
-                task = "refer"
-            elif "panoptic" in record.get("tasks", ()):
-                task = "panoptic"
         seed = zlib.crc32(str(record["image_id"]).encode()) if rng_seed is None else rng_seed
         rng = np.random.default_rng(seed)
         size = (record["height"], record["width"])
@@ -300,13 +304,8 @@ class GroundingMapper(InputMaker):
         entities = load_from_record(record, image)
         if not self.is_train:
             entities = entities.canonical()
-        truth, annotated = annotation_of(record), None
-        if truth is not record["entities"]:  # the entities come from elsewhere
-            annotated = load_from_record({**record, "entities": truth})
-        segments = truth.get("segments_info")
-        matcher = EntityMatcher(entities, segments, annotated, self.target_iou)
         try:
-            fitted, caption, phrases, mirrored = self._words(record, task, matcher, rng)
+            asked, mirrored = self._words([record, *others], task, entities, rng)
         except ValueError as error:
             raise ValueError(
                 f"image {record['image_id']} ({record['file_name']}), task {task}: {error}"
@@ -318,24 +317,53 @@ class GroundingMapper(InputMaker):
         if not self.is_train:
             # Scores are taken at the original size; the truth stays the annotation's.
             picture.update(record_fields(record), entities_full=entities)
-        return mapped_input(picture, task, fitted, caption, phrases)
+        mapped = mapped_input(picture, *asked[0])
+        if len(asked) > 1:
+            mapped["more"] = [mapped_input({}, *words) for words in asked[1:]]
+        return mapped
 
     def _words(
-        self, record: dict[str, Any], task: str, matcher: EntityMatcher, rng: np.random.Generator
-    ) -> tuple[FittedPrompt, str, list[dict[str, Any]], bool]:
-        """Prompt, caption and phrases with their entities, and whether to mirror the pixels."""
+        self,
+        records: Sequence[dict[str, Any]],
+        task: str,
+        entities: EntityMap,
+        rng: np.random.Generator,
+    ) -> tuple[list[Words], bool]:
+        """What is asked about an image, and whether to mirror its pixels."""
         # The order of these draws is part of what a seed means: names, phrasing, mirror, colours.
-        caption, phrases = self._caption_and_phrases(record, task, matcher, rng)
+        said, sources = [], []
+        for record in records:
+            own, truth, annotated = _own_task(record, task), annotation_of(record), None
+            if truth is not record["entities"]:  # the entities come from elsewhere
+                annotated = load_from_record({**record, "entities": truth})
+            segments = truth.get("segments_info")
+            matcher = EntityMatcher(entities, segments, annotated, self.target_iou)
+            words = self._said(record, own, matcher, rng)
+            said += words
+            sources += [(record, own, matcher)] * len(words)
         choices = DESCRIBE_INSTRUCTIONS if task == "describe" else EXTRACT_INSTRUCTIONS
-        phrasing = int(rng.integers(len(choices))) if self.is_train else 0
+        phrasings = [int(rng.integers(len(choices))) if self.is_train else 0 for _ in said]
         mirrored = self.flip and rng.random() < 0.5
         if mirrored:
-            texts = (caption, *(phrase["text"] for phrase in phrases))
+            texts = [t for words, phrases in said for t in (words, *(p["text"] for p in phrases))]
             # With "swap" only those words are in the way that no rule turns over.
             wrong = _SIDES if self.flip_text == "skip" else _UNSURE
             mirrored = not any(_UNSURE.search(text) or wrong.search(text) for text in texts)
         if mirrored and self.flip_text == "swap":
-            caption, phrases = mirrored_words(caption, phrases)
+            said = [mirrored_words(*words) for words in said]
+        asked = zip(sources, said, phrasings)
+        return [self._asked(*source, *words, n) for source, words, n in asked], mirrored
+
+    def _asked(
+        self,
+        record: dict[str, Any],
+        task: str,
+        matcher: EntityMatcher,
+        caption: str,
+        phrases: list[dict[str, Any]],
+        phrasing: int,
+    ) -> Words:
+        """Prompt, caption and phrases with their entities."""
         # Outside training, descriptions and extracted nouns are the model's to say.
         answered = self.is_train or task not in ("describe", "extract")
         fitted = self.fit(task, caption, phrases, phrasing=phrasing, answered=answered)
@@ -361,15 +389,16 @@ class GroundingMapper(InputMaker):
             # Entities that no input mask covers are unknown, not absent: the noun has no target.
             unknown = self.is_train and phrase["segment_ids"] and not found
             phrase["entity_indices"] = None if unknown else found
-        return fitted, caption, phrases, mirrored
+        return task, fitted, caption, phrases
 
-    def _caption_and_phrases(
+    def _said(
         self,
         record: dict[str, Any],
         task: str,
         matcher: EntityMatcher,
         rng: np.random.Generator,
-    ) -> tuple[str, list[dict[str, Any]]]:
+    ) -> list[tuple[str, list[dict[str, Any]]]]:
+        """Captions of a record with their phrases: one, or in training several expressions."""
         if task == "panoptic":
             if not self.categories:
                 raise ValueError("no category names; register the dataset with `categories`")
@@ -380,7 +409,7 @@ class GroundingMapper(InputMaker):
             spans = locate_phrases(sentence, names)
             for phrase, span in zip(phrases, spans):
                 phrase["start"], phrase["end"] = span or (-1, -1)
-            return sentence, phrases
+            return [(sentence, phrases)]
         if task == "refer":
             expressions = record.get("expressions") or []
             if not expressions or (len(expressions) > 1 and not self.is_train):
@@ -388,15 +417,26 @@ class GroundingMapper(InputMaker):
                     f"the record has {len(expressions)} expressions; evaluation takes one record "
                     "per expression and training at least one"
                 )
-            phrase = expression_phrase(expressions[int(rng.integers(len(expressions)))])
-            return phrase["text"], [phrase]
+            drawn = rng.permutation(len(expressions))[: self.prompts_per_image]
+            chosen = [expression_phrase(expressions[number]) for number in drawn]
+            return [(phrase["text"], [phrase]) for phrase in chosen]
         caption = record.get("caption") or ""
         if not caption.strip():
             raise ValueError("the caption is empty; give a sentence")
         phrases = list(record.get("phrases") or [])
         if task != "describe" and not phrases:
             raise ValueError(f"the caption has no noun: {caption[:80]!r}; at least one is needed")
-        return caption, phrases
+        return [(caption, phrases)]
+
+
+def _own_task(record: dict[str, Any], task: str) -> str:
+    # Datasets without captions train grounding in their own way.
+    if task == "ground" and "caption" not in record:
+        if record.get("expressions"):
+            return "refer"
+        if "panoptic" in record.get("tasks", ()):
+            return "panoptic"
+    return task
 
 
 def expression_phrase(expression: dict[str, Any]) -> dict[str, Any]:

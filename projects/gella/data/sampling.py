@@ -36,7 +36,7 @@ SampleKey = tuple[int, str, tuple[int, int, int]]
 _PR_SET_PDEATHSIG = 1  # of prctl(2): the signal a process gets when its parent ends
 _BLOCK = 4096  # iterations whose tasks are drawn at once
 # Keep the streams of chance apart: SeedSequence pads with zeros, so lengths alone do not.
-_TASK_STREAM, _ORDER_STREAM, _DATASET_STREAM = 0x7A5C, 0x0D3E, 0xDA7A
+_TASK_STREAM, _ORDER_STREAM, _DATASET_STREAM, _OTHERS_STREAM = 0x7A5C, 0x0D3E, 0xDA7A, 0x07E5
 
 
 def task_at(seed: int, iteration: int, ratios: Sequence[float]) -> str:
@@ -175,17 +175,41 @@ class GroundingBatchSampler(Sampler[list[SampleKey]]):
 class GroundingDataset(Dataset):
     """Records behind a mapper, addressed by the sampler's keys."""
 
-    def __init__(self, records: Sequence[dict[str, Any]], mapper: Any) -> None:
-        """``mapper`` is called as `mapper(record, task=..., rng_seed=...)`."""
+    def __init__(
+        self,
+        records: Sequence[dict[str, Any]],
+        mapper: Any,
+        prompts_per_image: int = 1,
+        images: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    ) -> None:
+        """Args:
+        records: of all datasets.
+        mapper: called as `mapper(record, task=..., rng_seed=..., others=...)`.
+        prompts_per_image: records of an image that are asked together, ``others`` but for one.
+        images: of each task that asks so, places of its records in the order of their images, and
+            the numbers of these images: int64 (K,) each.
+        """
         # Bytes, which worker processes share; a list of dicts would be copied into each.
         self.records, self.mapper = as_records(records), mapper
+        self.prompts_per_image, self.images = prompts_per_image, images or {}
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, key: SampleKey) -> dict[str, Any]:
         index, task, rng_seed = key
-        return self.mapper(self.records[index], task=task, rng_seed=rng_seed)
+        record, more = self.records[index], {}
+        if task in self.images:
+            places, numbers = self.images[task]
+            image = numbers[places == index]
+            others = places[(numbers == image) & (places != index)]
+            drawn = np.random.default_rng((*rng_seed, _OTHERS_STREAM)).permutation(others)
+            # Ids of two datasets may be equal, and their masks other ones.
+            same = [
+                x for x in map(self.records.__getitem__, drawn) if _picture(x) == _picture(record)
+            ]
+            more["others"] = same[: self.prompts_per_image - 1]
+        return self.mapper(record, task=task, rng_seed=rng_seed, **more)
 
 
 class GroundingTrainLoader:
@@ -277,8 +301,20 @@ def build_train_loader(
     for task, own in pools.items():
         sizes = " + ".join(f"{len(pool):,}" for pool in own)
         logging.getLogger(__name__).info("Training records of the datasets: %s %s", task, sizes)
-    dataset = GroundingDataset(concatenated(parts), mapper)
+    together, images = int(cfg.DATALOADER.PROMPTS_PER_IMAGE), None
+    if together < 1:
+        raise ValueError(f"DATALOADER.PROMPTS_PER_IMAGE is {together}; give at least 1")
+    if together > 1:
+        ids = np.concatenate([part.image_ids() for part in parts])
+        numbers = np.unique(ids, return_inverse=True)[1]
+        places = {task: np.concatenate(pools[task]) for task in ("extract", "ground")}
+        images = {task: (own, numbers[own]) for task, own in places.items()}
+    dataset = GroundingDataset(concatenated(parts), mapper, together, images)
     return GroundingTrainLoader(dataset, sampler, int(cfg.DATALOADER.NUM_WORKERS))
+
+
+def _picture(record: Mapping[str, Any]) -> tuple[Any, Any]:
+    return record["file_name"], record["entities"].get("file_name")
 
 
 def _checked_ratios(ratios: Sequence[float]) -> tuple[float, ...]:

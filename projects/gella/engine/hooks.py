@@ -323,9 +323,10 @@ class PhraseTally:
     def add(self, batch: Sequence[Mapping[str, Any]]) -> None:
         """Count a batch of mapped dicts, without samples that only fill up a rank's share."""
         batch = [sample for sample in batch if not sample.get("is_padding")]
-        self.grounded += sum(int(sample.get("num_grounded", 0)) for sample in batch)
-        self.unmatched += sum(int(sample.get("num_unmatched", 0)) for sample in batch)
-        self.cut += sum(int(sample.get("num_cut", 0)) for sample in batch)
+        asked = [x for sample in batch for x in (sample, *sample.get("more", ()))]
+        self.grounded += sum(int(x.get("num_grounded", 0)) for x in asked)
+        self.unmatched += sum(int(x.get("num_unmatched", 0)) for x in asked)
+        self.cut += sum(int(x.get("num_cut", 0)) for x in asked)
 
     def report(self, what: str) -> None:
         """Log one line, a warning if phrases are unmatched, and one if nouns were cut."""

@@ -214,11 +214,12 @@ def to_send(mapped: dict[str, Any]) -> dict[str, Any]:
     tensors become arrays, because each tensor would take a file handle and pages of its own.
     """
     dropped = {"colormap"} if "colors" in mapped else set()
-    return {
+    sent = {
         key: value.numpy() if isinstance(value, torch.Tensor) else value
         for key, value in mapped.items()
         if key not in dropped
     }
+    return {**sent, "more": [to_send(x) for x in sent["more"]]} if "more" in sent else sent
 
 
 def received(sent: dict[str, Any]) -> dict[str, Any]:
@@ -227,6 +228,8 @@ def received(sent: dict[str, Any]) -> dict[str, Any]:
         key: torch.from_numpy(value) if isinstance(value, np.ndarray) and key != "colors" else value
         for key, value in sent.items()
     }
+    if "more" in sent:
+        mapped["more"] = [received(x) for x in sent["more"]]
     if "colors" in sent:
         mapped["colormap"] = _to_tensor(paint_colormap(sent["entities"], sent["colors"]))
     return mapped

@@ -39,7 +39,7 @@ class EntityQueries(nn.Module):
         weights, pooled = _pool(features, masks)
         geometry = mask_geometry(weights)  # B E 5
         content = self.content(pooled) + self.embedding
-        if self.image is not None:
+        if self.image is not None and image is not None:
             content = content + self.image(_pool(image, masks)[1])
         if self.shape is not None:
             content = content + self.shape(crop_masks(masks, geometry, self.shape_size).flatten(2))

@@ -181,16 +181,21 @@ class GELLA(nn.Module):
             language = self.read_answers(batched_inputs, grid)
         else:
             output, grid = self.encode(batched_inputs)
-            language = self.read_answers(batched_inputs, grid)
-            targets, known = zip(*(self._association_targets(x) for x in batched_inputs))
+            counts = [1 + len(x.get("more", ())) for x in batched_inputs]
+            asked = [
+                y for x in batched_inputs for y in (x, *({**x, **z} for z in x.get("more", ())))
+            ]
+            language = self.read_answers(
+                asked, grid.repeat_interleave(torch.tensor(counts, device=self.device), dim=0)
+            )
+            targets, known = zip(*(self._association_targets(x) for x in asked))
+            nouns = _joined(language.seg_embeddings, counts)
             losses = self.criterion(
                 output,
                 target_masks=self._entity_masks(batched_inputs),
-                association_logits=self.association(
-                    language.seg_embeddings, output.query_embeddings
-                ),
-                association_targets=targets,
-                association_valid=known,
+                association_logits=self.association(nouns, output.query_embeddings),
+                association_targets=_joined(targets, counts),
+                association_valid=_joined(known, counts),
             )
         losses["loss_answer"] = language.loss_answer * self.answer_weight
         return losses
@@ -264,3 +269,9 @@ class GELLA(nn.Module):
             valid[row] = indices is not None
             targets[row, indices or []] = 1.0
         return targets, valid
+
+
+def _joined(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    # Of each image one tensor, from those of its prompts.
+    rest = iter(tensors)
+    return [torch.cat([next(rest) for _ in range(count)]) for count in counts]

@@ -187,9 +187,9 @@ class ResoBlend(nn.Module):
             pyramid: ``{name: z^s (B, c_s, H/s, W/s)}``.
 
         Returns:
-            ``{name: z^s_w (B, dim, H/s, W/s)}`` with the same keys, and as ``image`` what was blended
-            in: ``Z_v`` in ``dim`` channels, (B, dim, g, g). Entity queries read it, for what an
-            entity looks like drowns in the colours of the masks where the two are summed.
+            ``{name: z^s_w (B, dim, H/s, W/s)}`` with the same keys, and as ``image`` what is
+            blended in: ``Z_v`` in ``dim`` channels, (B, dim, g, g). Entity queries read it, for
+            what an entity looks like drowns in the colours of the masks where the two are summed.
         """
         if not self.cross_attention:
             # An image encoder that is trained still has to take part in the step, with weight 0:
