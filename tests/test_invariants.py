@@ -137,6 +137,30 @@ def test_losses_of_a_batch_are_means_over_its_images(
         assert values.std() > 0.001  # the images differ
 
 
+@torch.no_grad()
+def test_prompts_of_one_image_weigh_as_if_each_came_with_it(records, tokenizer_dir):
+    """The answer loss is the mean over prompts; all nouns of an image meet its entities at once."""
+    cfg = make_cfg(tokenizer_dir, "entity")
+    model, (first, second) = make_model(cfg).train(), batch_of(cfg, records[:2], "ground", True)
+    model.colormap_encoder.eval()
+    keys = ("input_ids", "labels", "seg_positions", "phrases", "task")
+    fewer = batch_of(cfg, [{**records[0], "phrases": records[0]["phrases"][:1]}], "ground", True)[0]
+    other = {key: fewer[key] for key in keys}
+    joint = model([{**first, "more": [other]}, second])
+    first_alone, other_alone, second_alone = (
+        model([x]) for x in (first, {**first, **other}, second)
+    )
+    nouns = [len(x["phrases"]) for x in (first, other)]
+    assert nouns == [2, 1]
+    name = "loss_association"
+    both = (nouns[0] * first_alone[name] + nouns[1] * other_alone[name]) / sum(nouns)
+    assert farthest(joint[name], (both + second_alone[name]) / 2, relative=True) < TOLERANCE
+    name = "loss_answer"
+    mean = (first_alone[name] + other_alone[name] + second_alone[name]) / 3
+    assert farthest(joint[name], mean, relative=True) < TOLERANCE
+    assert farthest(first_alone[name], other_alone[name]) > 0.001
+
+
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize("arch", ["lcnet_050", "convnext_atto"])
 def test_training_and_inference_see_the_same(records, tokenizer_dir, queries, arch, monkeypatch):

@@ -23,6 +23,7 @@ from gella.data.sampling import build_train_loader
 from gella.data.targets import EntityMatcher, category_phrases, segment_iou
 from gella.entities.entity_map import EntityMap, id_to_rgb
 from gella.entities.sources import LiveSource, load_from_record
+from gella.entities.view import received, to_send
 from gella.text.prompts import (
     IGNORE_INDEX,
     IMAGE_TOKEN_ID,
@@ -329,6 +330,63 @@ def test_a_mirrored_expression_says_the_other_side(record: dict, make: Any) -> N
     views = [make(flip=True)(record, task="refer", rng_seed=(i,)) for i in range(20)]
     assert {view["caption"] for view in views} == {"left circle"}
     assert len({view["entities"].ids.tobytes() for view in views}) == 1
+
+
+def test_prompts_of_one_image_share_its_view(record: dict, make: Any, tokenizer: Any) -> None:
+    """What other records ask of the image stands in ``more``, mirrored with it, masks and all."""
+    second = "A circle on the left"
+    other = {**record, "caption": second, "phrases": [phrase("A circle", [600], second)]}
+    said = [{"text": f"circle {n}", "segment_ids": [70], "sent_id": n} for n in range(5)]
+    refer = {k: v for k, v in record.items() if k not in ("caption", "phrases")}
+    refer = {**refer, "expressions": said, "tasks": ("ground", "refer")}
+    mapper = make(flip=True, flip_text="swap", prompts_per_image=2)
+    plain = make()(record, task="ground", rng_seed=(0,))["entities"].ids[:80]
+    seen = set()
+    for i in range(12):
+        view = mapper(record, task="ground", rng_seed=(0, i), others=[other, refer])
+        asked = [view, *view["more"]]
+        assert [x["task"] for x in asked] == ["ground", "ground", "refer", "refer"]
+        assert not {"image", "colormap", "entities"} & set().union(*view["more"])
+        ids = view["entities"].ids[:80]  # 80 x 120: the picture, twice as large
+        mirrored = not np.array_equal(ids, plain)
+        assert np.array_equal(ids, plain[:, ::-1] if mirrored else plain)
+        seen.add(mirrored)
+        assert asked[1]["caption"] == second.replace("left", "right" if mirrored else "left")
+        assert [p["entity_indices"] for x in asked[1:] for p in x["phrases"]] == [[2], [0], [0]]
+        assert answer_of(asked[1], tokenizer) == noun_answer(["A circle"])
+        texts = [x["caption"] for x in asked[2:]]
+        assert len(set(texts)) == 2 and set(texts) <= {x["text"] for x in said}
+        for x, y in zip(view["more"], received(to_send(view))["more"]):
+            assert all(torch.equal(x[k], y[k]) for k in ("input_ids", "labels", "seg_positions"))
+    assert seen == {True, False}
+    still = [
+        make(flip=True)(record, task="ground", rng_seed=(i,), others=[other]) for i in range(9)
+    ]
+    assert len({view["entities"].ids.tobytes() for view in still}) == 1  # one says left: none moves
+
+
+def test_records_of_one_picture_are_asked_together(record: dict, make: Any) -> None:
+    cfg = get_cfg()
+    add_gella_config(cfg)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, cfg.DATALOADER.NUM_WORKERS = 4, 3, 0
+    cfg.DATALOADER.PROMPTS_PER_IMAGE, cfg.DATALOADER.TASK_RATIOS = 3, [0.3, 0.0, 0.7]
+    # Four narratives of a picture in two datasets, and one of a picture of the same id elsewhere.
+    named = [{**record, "caption": f"{record['caption']} {i}"} for i in range(4)]
+    Image.open(record["file_name"]).save(elsewhere := record["file_name"].replace("scene", "other"))
+    alone = {**record, "file_name": elsewhere, "caption": "stars alone", "phrases": []}
+    alone["phrases"] = [phrase("stars", [70], alone["caption"])]
+    loader = build_train_loader(cfg, datasets=[named[:3], [named[3], alone]], mapper=make())
+    views = [view for batch in itertools.islice(iter(loader), 20) for view in batch]
+    assert {view["task"] for view in views} == {"describe", "ground"}
+    for view in views:
+        captions = [x["caption"] for x in (view, *view.get("more", ()))]
+        assert len(set(captions)) == len(captions)
+        several = view["task"] == "ground" and view["file_name"] != elsewhere
+        assert len(captions) == (3 if several else 1)
+        assert several or "more" not in view
+    cfg.DATALOADER.PROMPTS_PER_IMAGE = 0
+    with pytest.raises(ValueError, match="PROMPTS_PER_IMAGE is 0"):
+        build_train_loader(cfg, datasets=[named], mapper=make())
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

@@ -190,6 +190,19 @@ def test_content_is_the_mean_under_the_mask():
         torch.testing.assert_close(content[0, k], module.content(value) + module.embedding)
 
 
+def test_content_sees_the_image_alone_under_the_mask():
+    torch.manual_seed(0)
+    module = EntityQueries(in_channels=3, dim=32, shape_size=0, image_channels=5)
+    maps, image = torch.zeros(1, 3, 16, 16), torch.randn(1, 5, 2, 2)  # a coarser grid
+    masks = torch.zeros(1, 3, 64, 64)
+    masks[:, 0, :32, :32] = 1  # the first cell
+    masks[:, 1, :, 32:] = 1  # the right half
+    content, _ = module(maps, masks, image)
+    base = module.content(torch.zeros(3)) + module.embedding
+    for k, mean in enumerate((image[0, :, 0, 0], image[0, :, :, 1].mean(1), torch.zeros(5))):
+        torch.testing.assert_close(content[0, k], base + module.image(mean))
+
+
 def test_position_sees_the_place_at_several_wave_lengths():
     module = EntityQueries(in_channels=3, dim=32, shape_size=0)
     seen = []

@@ -36,8 +36,12 @@ def test_every_level_keeps_its_size(fusion, height, width):
     image, pyramid = inputs(height=height, width=width)
     with torch.no_grad():
         out = model(image, pyramid)
-    assert list(out) == list(pyramid)
-    for name, shape in model.output_shape().items():
+    assert list(out) == [*pyramid, "image"] == list(shapes := model.output_shape())
+    # Beside the levels, the image alone: what is blended in, which no mask has touched.
+    assert out["image"].shape == (2, shapes.pop("image").channels, 3, 3)
+    other = model(image, {name: torch.zeros_like(level) for name, level in pyramid.items()})
+    assert torch.equal(out["image"], other["image"])
+    for name, shape in shapes.items():
         assert shape.stride == STRIDES[name]
         assert out[name].shape == (2, shape.channels, height // shape.stride, width // shape.stride)
 

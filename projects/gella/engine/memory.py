@@ -277,9 +277,11 @@ def run_model(
     with around("mask decoder"):
         output = model.mask_decoder(fused, entity_masks=masks)
     grid, length = grids["penultimate"], load.length(count_image_tokens(cfg))
-    logits, nouns = run_language(model, grid, length, load.answer, load.nouns, around)
+    prompts = cfg.DATALOADER.PROMPTS_PER_IMAGE if model.training else 1
+    asked = grid.repeat_interleave(prompts, dim=0)
+    logits, nouns = run_language(model, asked, length, load.answer, load.nouns, around)
     with around("association"):
-        scores = model.association(nouns, output.query_embeddings)
+        scores = model.association(nouns[::prompts], output.query_embeddings)
     return output, logits, scores, grid
 
 
@@ -395,7 +397,7 @@ def saved_bytes(
         outputs = (*output.entity_logits, *output.mask_logits, *scores)
         shapes = [(x.shape, x.dtype) for x in outputs]
     saved.parts["losses"] += criterion_bytes(cfg, load.entities, shapes, output.query_valid.shape)
-    tokens = batch * load.length(count_image_tokens(cfg))
+    tokens = batch * cfg.DATALOADER.PROMPTS_PER_IMAGE * load.length(count_image_tokens(cfg))
     inputs = len(blocks) * tokens * model.language_decoder.hidden_size * dtype.itemsize
     plain = sum(saved.parts.values())
     spared = max(0, sum(blocks[:-1]) - inputs)
