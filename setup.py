@@ -106,6 +106,14 @@ setup(
         "gella.pictures": ["page.css", "page.js"],
         "gella.commands": ["analyze.css"],
     },
+    entry_points={
+        "console_scripts": [
+            "gella-train = gella.commands.train:main",
+            "gella-eval = gella.commands.train:evaluate_only",
+            "gella-demo = gella.commands.demo:main",
+            "gella-app = gella.commands.app:main",
+        ]
+    },
     python_requires=">=3.10,<3.13",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -12,6 +12,7 @@ import tiny_weights as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from gella import GellaPredictor, load_config
 from gella.commands import convert_weights
 from gella.engine.preflight import untrained_parts
 from gella.weights import LlavaHf, LlavaOriginal
@@ -157,13 +158,17 @@ def test_what_no_file_has_is_initialised_the_same_each_time(gella, sources, tmp_
     assert same(again, {k: state[k] for k in again})
 
 
-def test_gellas_own_weights_go_out_and_load(gella, tmp_path):
+def test_gellas_own_weights_go_out_and_load(gella, tokenizer_dir, tmp_path):
     out = tmp_path / "out"
-    assert run("--weights", gella, "--export", out, "--max-shard-size", "30KB") == 0
+    opts = [*tiny.OPTS, "MODEL.LANGUAGE.TOKENIZER", str(tokenizer_dir)]
+    assert run("--weights", gella, "--export", out, "--max-shard-size", "30KB", opts=opts) == 0
     state = read_weights(gella)
     assert same(read_weights(out), state)
     assert len(list(out.glob("*.safetensors"))) > 3
     assert "MODEL:" in (out / "config.yaml").read_text()
+    alone = shutil.copytree(out, tmp_path / "moved" / "alone")  # nothing beside it is needed
+    assert load_config(alone).MODEL.LANGUAGE.TOKENIZER == str(alone / "tokenizer")
+    assert same(GellaPredictor.from_pretrained(alone).model.state_dict(), state)
     assert f"{len(state)} tensors" in (out / "README.md").read_text()
     for path in (out, out / "model.safetensors.index.json"):
         assert same(tiny.load_gella(str(path), allow=[]).state_dict(), state)

@@ -24,6 +24,7 @@ from gella.predictor.scene import is_spec, picture_of, read_entities
 from gella.segmenters.segmenter import Segmenter
 from gella.text import prompts
 from gella.text.spans import located
+from gella.utils.hub import model_folder
 
 CAPTION = "A red circle and two squares on the sand."
 
@@ -804,3 +805,19 @@ def test_extracted_and_given_nouns_are_grounded_in_one_pass(batcher, pictures, m
     same_answers(found[0], found[2])
     assert found[3] == prompts.parse_nouns(text) and batcher.predict_many([]) == []
     refused("batch_size is 0; give at least 1", batcher.predict_many, [], batch_size=0)
+
+
+def test_a_name_is_a_folder_or_a_model_in_the_hubs_cache(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit, cached = "a" * 40, tmp_path / "models--me--shapes"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    assert model_folder("me/shapes") == cached / "snapshots" / commit
+    assert model_folder(tmp_path) == tmp_path
+    for name in ("me/others", "no/such/folder", "two words"):
+        with pytest.raises(OSError):
+            GellaPredictor.from_pretrained(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,34 @@ def test_the_folder_works_from_anywhere_and_overrides_start_where_one_is(
     drawn = ROOT / "datasets" / "shapes" / "tokenizer"
     assert tokenizer == (str(drawn) if drawn.exists() else "datasets/shapes/tokenizer")
     assert load_config(released_base()).MODEL.WEIGHTS == ""
+
+
+def test_an_installed_wheel_grounds_an_example_from_another_folder(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "-q", "--no-input", "--disable-pip-version-check"]
+    source = shutil.copytree(
+        ROOT / "projects", tmp_path / "source" / "projects", ignore=shutil.ignore_patterns("*.egg*")
+    ).parent
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    installed = tmp_path / "installed"
+    offline = ["--no-deps", "--no-build-isolation", "--target", str(installed), str(source)]
+    subprocess.run([*pip, "install", *offline], check=True, cwd=tmp_path)
+    assert {path.name for path in (installed / "bin").iterdir()} >= {"gella-demo", "gella-eval"}
+    line = examples()[0]
+    code = f"""
+import gella
+predictor = gella.GellaPredictor.from_pretrained({str(RELEASE)!r})
+predictor.set_image({str(EXAMPLES / line["image"])!r}, {str(EXAMPLES / line["masks"])!r})
+print(gella.__file__)
+print(len(predictor.ground({line["caption"]!r}).phrases))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    where, nouns = done.stdout.split()[-2:]
+    assert where.startswith(str(installed)) and int(nouns) >= 2
 
 
 def test_the_tokenizer_is_the_one_of_the_training_scenes(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from gella import __version__
+
 # What a wrong file, name or value raises. Other exceptions are bugs and keep their traceback.
 USER_ERRORS = (KeyError, ValueError, OSError, ImportError)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -23,6 +25,7 @@ class Parser(argparse.ArgumentParser):
         """``description``: usually the docstring of the command."""
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=form)
+        self.add_argument("--version", action="version", version=f"gella {__version__}")
 
     def error(self, message: str) -> NoReturn:
         """End the process."""

@@ -145,8 +145,7 @@ def from_hub(args: argparse.Namespace, cfg: Any) -> None:
             continue
         tokenizer.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(tokenizer) as new:
-            for file in (f for pattern in TOKENIZER_FILES for f in folder.glob(pattern)):
-                shutil.copyfile(file, new / file.name)
+            copy_tokenizer(folder, new)
         print(f"wrote {tokenizer}")
     if done:
         print(f"{args.output} is there already; remove it to make it anew")
@@ -347,7 +346,7 @@ def write_gella(
     """Write GELLA's weights to a .pth file, or with config and model card into a new folder.
 
     Args:
-        path: an ``--export`` is always a folder.
+        path: an ``--export`` is always a folder; it has the tokenizer too, and works alone.
         sources: (file, sha256) of what the weights were made from.
         fresh, notes: names of what no source has and is untrained, and more lines for the card.
     """
@@ -362,13 +361,25 @@ def write_gella(
         with new_folder(path) as folder:
             size = args.max_shard_size
             shards = write_shards(state, folder, max_shard_size=size, dtype=dtype)
-            (folder / "config.yaml").write_text(cfg.dump(), encoding="utf-8")
+            own = cfg.clone()
+            own.MODEL.WEIGHTS = ""  # the folder's
+            if Path(cfg.MODEL.LANGUAGE.TOKENIZER).is_dir():
+                copy_tokenizer(Path(cfg.MODEL.LANGUAGE.TOKENIZER), folder / "tokenizer")
+                own.MODEL.LANGUAGE.TOKENIZER = "tokenizer"
+            (folder / "config.yaml").write_text(own.dump(), encoding="utf-8")
             dtypes = sorted({str(kind).removeprefix("torch.") for kind in kinds.values()})
             facts = f"{', '.join(dtypes)}, {len(shards)} file(s)"
             name = Path(args.config_file).name
             card = model_card(state, name, facts, sources, fresh, notes)
             (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"\nwrote {path}: {len(state)} tensors")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer into a folder, which is made if it is missing."""
+    target.mkdir(exist_ok=True)
+    for file in (f for pattern in TOKENIZER_FILES for f in source.glob(pattern)):
+        shutil.copyfile(file, target / file.name)
 
 
 def model_card(

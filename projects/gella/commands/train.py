@@ -43,7 +43,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from gella import load_config
+from gella import __version__, load_config
 from gella.commands.console import USER_ERRORS, tell_error, tools
 from gella.commands.inputs import config_of
 from gella.config import find_config
@@ -255,9 +255,16 @@ def preflight(args: Any, processes: int, local: int) -> None:
         raise SystemExit(0)
 
 
+def evaluate_only() -> None:
+    """The command line with --eval-only, installed as ``gella-eval``."""
+    sys.argv.insert(1, "--eval-only")
+    main()
+
+
 def main() -> None:
     """Run the command line, in as many processes as it or the environment asks for."""
     parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument("--version", action="version", version=f"gella {__version__}")
     parser.add_argument(
         "--table", default="", choices=TABLES, help="evaluate all that a table of the paper needs"
     )

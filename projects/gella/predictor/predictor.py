@@ -40,6 +40,7 @@ from gella.predictor.scene import (
 from gella.segmenters.segmenter import Segmenter, load_segmenter
 from gella.text import prompts
 from gella.text.spans import located
+from gella.utils.hub import model_folder
 from gella.weights.checkpoint import build_with_weights
 
 TASKS = ("ground", "refer", "panoptic", "describe", "extract")
@@ -119,6 +120,24 @@ class GellaPredictor:
         if device is not None:
             cfg.MODEL.DEVICE = device
         return cls(cfg, config_file=str(config_file), autocast=dtype == "bfloat16")
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *, revision: str | None = None, **options: Any
+    ) -> GellaPredictor:
+        """Build a predictor from a folder of weights, or from such a folder on the hub.
+
+        Args:
+            name: a folder with ``config.yaml``, weights and tokenizer, such as
+                ``tools/convert_weights.py --export`` writes, or a name ``owner/model``.
+            revision: commit, branch or tag on the hub.
+            options: of :meth:`from_config`.
+
+        Raises:
+            OSError: there is no such folder, and the hub does not have it or does not answer.
+            ValueError: see :meth:`from_config`.
+        """
+        return cls.from_config(model_folder(name, revision), **options)
 
     def encode(
         self,

@@ -14,6 +14,25 @@ def cached_models() -> dict[str, Path]:
     return {f.parents[1].name.removeprefix("models--").replace("--", "/"): f for f in newest}
 
 
+def model_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of that name, or a model of the hub, downloaded into its cache unless it is there.
+
+    Raises:
+        OSError: there is no such folder, and the hub does not have the model or does not answer.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        cached = bool(hub_options(str(name)))  # it does not answer
+        return Path(snapshot_download(str(name), revision=revision, local_files_only=cached))
+    except HFValidationError as error:  # a ValueError about the form of names
+        raise FileNotFoundError(f"{name} is no folder and no name on the hub: {error}") from error
+
+
 def hub_options(name: str) -> dict[str, bool]:
     """What transformers' ``from_pretrained`` has to be told besides a folder or a hub's name.
 
