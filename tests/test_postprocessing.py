@@ -116,6 +116,24 @@ def test_which_entities_a_noun_takes(options, taken):
     assert [u["entity_ids"] for u in post.ground_phrases(phrases, nothing, 0.5)] == [[], [], []]
 
 
+@pytest.mark.parametrize("scores, taken", [
+    ([[0.9, 0.9, 0.1], [0.9, 0.1, 0.1]], [[8], [7]]),  # "two stars", "the red star"
+    ([[0.9, 0.8, 0.1], [0.1, 0.1, 0.2]], [[7, 8], [9]]),  # what is in no picture takes nothing away
+    ([[0.9, 0.9, 0.8], [0.1, 0.1, 0.2]], [[7, 8, 9], []]),
+    ([[0.6, 0.1, 0.1], [0.9, 0.1, 0.1], [0.7, 0.2, 0.1]], [[9], [7], [8]]),
+])  # fmt: skip
+def test_no_entity_belongs_to_two_nouns(scores, taken):
+    phrases = [{"text": "stars", "start": -1, "end": -1}] * len(scores)
+    candidates = post.Candidates(strips(3), [7, 8, 9], torch.tensor(scores))
+    found = post.ground_phrases(phrases, candidates, 0.5, exclusive=True)
+    assert [unit["entity_ids"] for unit in found] == taken
+    every = [[unit["probabilities"][i] for i in (7, 8, 9)] for unit in found]
+    assert every == pytest.approx(np.array(scores))  # of all, also of what is another's
+    nothing = post.Candidates(strips(3)[:0], [], torch.tensor(scores)[:, :0])
+    units = post.ground_phrases(phrases, nothing, 0.5, exclusive=True)
+    assert all(unit["entity_ids"] == [] for unit in units)
+
+
 def test_panoptic_merges_stuff_keeps_things_apart_and_leaves_weak_entities_void():
     categories = [{"category_id": 5, "isthing": True}, {"category_id": 9, "isthing": False}]
     scores = torch.tensor([[0.9, 0.8, 0.1, 0.2, 0.05], [0.1, 0.2, 0.7, 0.6, 0.01]])

@@ -243,6 +243,7 @@ class StubModel(torch.nn.Module):
             item = {"phrase": phrase["text"], "start": phrase["start"], "end": phrase["end"]}
             item["entity_ids"] = [entities.segment_ids[k] for k in chosen]
             item.update(scores=[0.75] * len(chosen), mask=entities.union(chosen))
+            item["probabilities"] = dict.fromkeys(item["entity_ids"], 0.75)
             grounding.append(item)
         return {"grounding": grounding}
 
@@ -281,6 +282,9 @@ def test_a_grounding_as_json_and_as_masks(cfg, scene):
         assert (np.isin(ids, noun["entity_numbers"]) == phrase["mask"]).all()
         assert CAPTION[noun["start"] : noun["end"]] == noun["noun"]
     assert noun["entity_ids"] == [300, 11] and noun["entity_numbers"] == [3, 1]
+    # By the entities' numbers, with None for those that the model has no mask of.
+    assert noun["probabilities"] == [0.75, None, 0.75, None] and loaded["unnamed_entities"] == [4]
+    assert result.probabilities.shape == (2, 4) and np.isnan(result.probabilities[1, 1])
 
 
 def test_extracted_nouns_that_the_caption_lacks_are_dropped(cfg, scene):

@@ -199,7 +199,7 @@ def find_entities(
     Args:
         model: in evaluation mode.
         batched_inputs: mapped dicts with their answers; the tasks may differ. ``threshold``, if
-            there, replaces the config's for the scores.
+            there, replaces the config's for the scores; ``exclusive`` is of :func:`ground_phrases`.
         encoded: the image of each; the same one may come several times.
 
     Returns:
@@ -243,6 +243,7 @@ def find_entities(
                 x.get("threshold", options.ASSOCIATION_THRESHOLD),
                 best_only=argmax,
                 none_threshold=options.NONE_THRESHOLD,
+                exclusive=x.get("exclusive", False),
             )
             results.append({"grounding": grounding})
     return results

@@ -150,10 +150,12 @@ def ground_phrases(
     *,
     best_only: Sequence[bool] = (),
     none_threshold: float = 0.0,
+    exclusive: bool = False,
 ) -> list[dict[str, Any]]:
     """Give every phrase the entities it names and the union of their masks.
 
-    A phrase takes all entities above the threshold, and always the best one.
+    A phrase takes all entities above the threshold, and always the best one. All phrases are
+    decided together, so that with ``exclusive`` no entity belongs to two of them.
 
     Args:
         phrases: P dicts with ``text``, ``start`` and ``end``.
@@ -161,19 +163,25 @@ def ground_phrases(
         threshold: association probability above which an entity is taken.
         best_only: per phrase whether it takes its best entity only; (): no phrase does.
         none_threshold: a phrase whose best entity scores lower takes none.
+        exclusive: an entity belongs to one phrase alone, see :func:`owners`; the others choose
+            among theirs, and may be left with none.
 
     Returns:
-        per phrase ``phrase``, ``start``, ``end``, ``entity_ids`` and ``scores`` (best first), and
-        ``mask``, bool ndarray (H, W).
+        per phrase ``phrase``, ``start``, ``end``, ``entity_ids`` and ``scores`` (best first),
+        ``mask``, bool ndarray (H, W), and ``probabilities``, of every candidate by its id.
     """
     grounding = []
-    for number, (phrase, scores) in enumerate(zip(phrases, candidates.scores)):
+    owner = owners(candidates.scores, threshold) if exclusive else None
+    for number, (phrase, every) in enumerate(zip(phrases, candidates.scores)):
+        scores = every if owner is None else every.where(owner == number, 0.0)
         order = scores.argsort(descending=True, stable=True).tolist()
         chosen = [k for k in order if scores[k] > threshold] or order[:1]
         if best_only and best_only[number]:
             chosen = order[:1]
         if order and scores[order[0]] < none_threshold:
             chosen = []
+        if owner is not None:
+            chosen = [k for k in chosen if owner[k] == number]
         grounding.append(
             {
                 "phrase": phrase["text"],
@@ -182,9 +190,35 @@ def ground_phrases(
                 "entity_ids": [candidates.entity_ids[k] for k in chosen],
                 "scores": [float(scores[k]) for k in chosen],
                 "mask": _union(candidates.masks, chosen),
+                "probabilities": dict(zip(candidates.entity_ids, every.tolist())),
             }
         )
     return grounding
+
+
+def owners(scores: Tensor, threshold: float) -> Tensor:
+    """The one phrase that each entity belongs to.
+
+    It is the phrase with the highest score, but first each phrase that has an entity above the
+    threshold gets one of its own, so that their sum is the largest: of "two stars" and "the red
+    star" the second is not left without the only entity that it can name.
+
+    Args:
+        scores: (P, K) association probabilities.
+        threshold: 0..1.
+
+    Returns:
+        (K,) int64 indices of phrases.
+    """
+    if not scores.numel():
+        return torch.zeros(scores.shape[1], dtype=torch.int64)
+    from scipy.optimize import linear_sum_assignment
+
+    owner = scores.argmax(dim=0)
+    sure = (scores > threshold).any(dim=1).nonzero().flatten()
+    phrase, entity = linear_sum_assignment(scores[sure].cpu().numpy(), maximize=True)
+    owner[torch.from_numpy(entity)] = sure[torch.from_numpy(phrase)]
+    return owner
 
 
 def _union(masks: Masks | Tensor, chosen: Sequence[int]) -> np.ndarray:

@@ -79,7 +79,8 @@ class Grounding:
         phrases: one dict per noun in order: ``phrase``, ``start`` and ``end`` (characters of
             ``caption``; -1 where the noun is not in it), ``entity_ids`` (best first; ids as
             ``entities.segment_ids``, see ``own_masks``), ``scores`` (association probability of
-            each, 0..1) and ``mask``, the union, bool (H, W).
+            each, 0..1), ``mask``, the union, bool (H, W), and ``probabilities``, of every entity
+            by its id, named or not.
         colormap: uint8 (h, w, 3), what the colormap encoder saw, without padding.
         task: "ground" or "refer".
         own_masks: True when ``entity_ids`` number masks that the model decoded itself (learned
@@ -108,13 +109,30 @@ class Grounding:
         """Whether the weights are random, so that the answer means nothing."""
         return not self.weights
 
+    @property
+    def probabilities(self) -> np.ndarray:
+        """What the nouns were chosen by: float64 (P, E), the probability that a noun names an input
+        entity, in their order; NaN where no mask of the model stands for the entity."""
+        ids = list(self._numbers())
+        rows = [[p.get("probabilities", {}).get(i, np.nan) for i in ids] for p in self.phrases]
+        return np.array(rows, dtype=np.float64).reshape(len(self.phrases), len(ids))
+
+    @property
+    def unnamed(self) -> list[int]:
+        """Numbers of the input entities that no noun names, counted from 1."""
+        named = {entity for phrase in self.phrases for entity in phrase["entity_ids"]}
+        return [number for entity, number in self._numbers().items() if entity not in named]
+
     def to_json(self) -> dict[str, Any]:
         """Return the result in values that ``json`` can write; masks as COCO's compressed RLE.
 
         ``entity_numbers`` counts the input entities from 1 in their order, as the picture does;
-        it is None for a mask that the model decoded itself.
+        it is None for a mask that the model decoded itself. ``probabilities`` of a noun are of all
+        input entities in this order, None where no mask stands for one.
         """
         numbers = self._numbers()
+        rows = self.probabilities.tolist()
+        every = [[None if np.isnan(number) else number for number in row] for row in rows]
         return {
             "task": self.task,
             "caption": self.caption,
@@ -131,10 +149,12 @@ class Grounding:
                     "entity_ids": [int(entity) for entity in phrase["entity_ids"]],
                     "entity_numbers": [numbers.get(entity) for entity in phrase["entity_ids"]],
                     "scores": [float(score) for score in phrase["scores"]],
+                    "probabilities": row,
                     "mask": encode_mask(phrase["mask"]),
                 }
-                for phrase in self.phrases
+                for phrase, row in zip(self.phrases, every, strict=True)
             ],
+            "unnamed_entities": self.unnamed,
             "cut_nouns": list(self.cut_nouns),
         }
 

@@ -184,8 +184,9 @@ class GellaPredictor:
         *,
         scene: Scene | None = None,
         threshold: float | None = None,
+        exclusive: bool = False,
     ) -> Grounding:
-        """Find the entities that each noun of a caption names.
+        """Find the entities that each noun of a caption names, all nouns together in one pass.
 
         Args:
             caption: the sentence.
@@ -194,6 +195,7 @@ class GellaPredictor:
             scene: what it is about.
             threshold: a noun takes the entities that score higher, 0..1, and always the best one;
                 None: ``MODEL.GELLA.ASSOCIATION_THRESHOLD``.
+            exclusive: no entity belongs to two nouns (``modeling.postprocessing.owners``).
 
         A caption that is too long is an error, or cut (``INPUT.GELLA.OVERLONG_CAPTION``): the
         result then lists the nouns that were left out.
@@ -206,7 +208,8 @@ class GellaPredictor:
             phrases = _named_in_caption(self.extract_nouns(caption, scene=scene).phrases)
         else:
             phrases = located(caption, nouns)
-        return self._find_one(_phrases_question(caption, phrases), scene, threshold)
+        question = _phrases_question(caption, phrases)
+        return self._find_one(question, scene, threshold, exclusive=exclusive)
 
     def ground_phrases(
         self, caption: str, phrases: Sequence[dict[str, Any]], *, scene: Scene | None = None
@@ -431,9 +434,14 @@ class GellaPredictor:
         return self._write([self._ask(question, self._scene(scene))], on_text)[0]
 
     def _find_one(
-        self, question: Question, scene: Scene | None, threshold: float | None = None
+        self,
+        question: Question,
+        scene: Scene | None,
+        threshold: float | None = None,
+        **options: Any,
     ) -> Any:
         asked = self._ask(question, self._scene(scene))
+        asked.inputs.update(options)
         if threshold is not None:
             asked.inputs["threshold"] = threshold
         return self._find([asked])[0]
