@@ -13,6 +13,7 @@ import shapes
 import shapes_text
 from pycocotools import mask as coco_mask
 from refusals import refused
+from score_descriptions import score_text
 from shapes_scene import COLOURS, HELD_OUT_PAIRS, KINDS, STUFF, TEXTURES, draw_scene
 
 from gella.text.prompts import load_tokenizer
@@ -288,3 +289,26 @@ def test_tokenizer(samples, tmp_path):
 
     many = [f" {a}{b}{c}" for a in "bcdfghjk" for b in "aeiou" for c in "lmnprstvwz"]
     refused("VOCAB", shapes_text.train_tokenizer, ["".join(many)], str(tmp_path / "full"))
+
+
+def test_descriptions_are_scored_by_what_the_scene_holds() -> None:
+    scene = shapes.make_sample(0, "val", 15).scene  # a striped red triangle and three purple rings
+    assert sorted(f"{thing.size} {thing.colour} {thing.kind}" for thing in scene.things) == [
+        *["large purple ring"] * 2,
+        *["large red triangle", "small purple ring"],
+    ]
+    text = (
+        "In this picture there are three purple rings, two blue stars and the striped red triangle. "
+        "Behind them we can see the sandy ground and the sky. There isn't a purple cross. There is "
+        "a large ring and two rings."
+    )
+    counts = score_text(text, scene)
+    told = {name: (counts[name], counts[f"{name} of"]) for name in counts if f"{name} of" in counts}
+    assert told == {
+        "things": (4, 5),  # all but the blue stars; "a large ring" is there, so are "two rings"
+        "named": (2, 3),
+        "counts": (1, 3),
+        "invented": (1, 5),
+        "grounds": (1, 2),
+        "covered": (5, 7),
+    }
