@@ -298,7 +298,7 @@ def test_descriptions_are_scored_by_what_the_scene_holds() -> None:
         *["large red triangle", "small purple ring"],
     ]
     text = (
-        "In this picture there are three purple rings, two blue stars and the striped red triangle. "
+        "In this picture there are three purple rings, two blue stars and a striped red triangle. "
         "Behind them we can see the sandy ground and the sky. There isn't a purple cross. There is "
         "a large ring and two rings."
     )
