@@ -230,14 +230,14 @@ def write_plain(scene: Scene, rng: np.random.Generator) -> Narrative:
     "white star on the grass". Every phrase still names exactly the things that fit its words.
     """
     units = [_with_determiner(unit, rng) for unit in _choose_units(scene, rng)]
-    first = units[0]
-    one = not first.plural and first.members[0] < len(scene.things)
-    under = scene.region_under(first.members[0]) if one else None
-    if under and rng.random() < 0.35:
+    single = [u for u in units if not u.plural and u.members[0] < len(scene.things)]
+    placed = [(u, under) for u in single if (under := scene.region_under(u.members[0]))]
+    if placed and rng.random() < 0.35:
+        thing, under = placed[0]
         region = stuff_unit(scene, rng, scene.stuff.index(under))
         ground = _with_determiner(region, rng)
         on = str(rng.choice(["is on", "on", "on", "lies on"]))
-        pieces: list[Piece] = [(first.text, first), (on, None), (ground.text, ground)]
+        pieces: list[Piece] = [(thing.text, thing), (on, None), (ground.text, ground)]
     else:
         some = units[: int(rng.integers(1, 4))]
         pieces = _listed(some)

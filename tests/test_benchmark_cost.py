@@ -409,7 +409,7 @@ def test_the_report_and_its_json(tmp_path, capsys, monkeypatch):
     assert figures["workload"]["image_tokens"] == IMAGE_TOKENS
     language = sum(p.numel() for p in model.language_decoder.parameters())
     assert figures["zero"][1]["optimizer"] == 8 * -(-language // 4)
-    assert figures["training"]["iterations"] == 1800 and figures["training"]["days"] > 0
+    assert figures["training"]["iterations"] == 2600 and figures["training"]["days"] > 0
     assert set(figures["training"]["longest"]) == set(load_config(TINY).DATASETS.TRAIN)
     ratio = counted["language"]["one_noun"]["flops"] / counted["language"]["given"]["flops"]
     assert f"{ratio:.2f}" in out and ratio > 1

@@ -129,8 +129,7 @@ def test_phrases_name_exactly_what_fits(everything):
         for record in sample.narratives:
             assert isinstance(record["image_id"], str)
             nouns = [s for s in record["segments"] if s["noun"]]
-            least, most = (1, 3) if record["annotator_id"] == 2 else (4, 8)  # typed, narrated
-            assert least <= len(nouns) <= most and len(record["caption"].split()) <= 60
+            assert 4 <= len(nouns) <= 8 and len(record["caption"].split()) <= 60
             for segment in record["segments"]:
                 members = {number[int(i)] for i in segment["segment_ids"]}
                 if not members:
@@ -145,6 +144,27 @@ def test_phrases_name_exactly_what_fits(everything):
                 stuff += min(members) >= len(sample.scene.things)
     assert 0.22 < plural / grounded < 0.40 and 0.20 < stuff / grounded < 0.35
     assert ungrounded > 20
+
+
+def test_captions_as_people_type_them_come_beside_all_else():
+    habits = Counter()
+    for index in range(60):
+        plain, typed = (shapes.make_sample(3, "train", index, typed=t) for t in (False, True))
+        record = typed.narratives.pop()
+        assert typed.narratives == plain.narratives and typed.refs == plain.refs
+        assert typed.descriptions == plain.descriptions
+        assert 1 <= sum(segment["noun"] for segment in record["segments"]) <= 3
+        for segment in (segment for segment in record["segments"] if segment["noun"]):
+            members = {typed.segment_ids.index(int(i)) for i in segment["segment_ids"]}
+            assert members == named_by(segment["utterance"].lower(), typed.scene), segment
+            assert segment["utterance"] in record["caption"]
+        words = record["caption"].split()
+        habits["stop"] += record["caption"].endswith(".")
+        habits["title"] += all(word[0].isupper() for word in words)
+        habits["bare"] += words[0].lower() not in ("a", "an", "the", "there", "this", "i")
+        habits["on"] += " on " in record["caption"].lower()
+    assert min(habits.values()) > 5 and max(habits.values()) < 50, habits
+    assert len(shapes.make_sample(3, "val", 0, typed=True).narratives) == 1
 
 
 def test_utterances_partition_the_caption(everything):
