@@ -8,7 +8,7 @@ the prompt, and one call checks the whole proposal. Calls are counted at the lan
 that reads the prompt counts too, and so does the token that ends an answer. Answers are generated
 one at a time. Untrained weights copy nothing and say nothing. The third row is transformers' own
 prompt lookup, which drafts what followed the first repetition of the last one or two words. Its
-answers are free, so they differ from ours where MODEL.LANGUAGE.COPY_NOUNS keeps a noun from being
+answers are free, so they differ from ours where MODEL.GELLA.COPY_NOUNS keeps a noun from being
 invented.
 """
 

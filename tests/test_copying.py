@@ -154,12 +154,14 @@ def nouns_said(text):
     return [" ".join(n.split()) for n in (noun, *(joint[2] for joint in joints))]
 
 
-def assert_spans(caption, spans):
-    """Spans begin and end with words, in order, none twice."""
-    words = word_spans(caption)
+def spans_of(caption, phrases):
+    """Spans of extracted nouns, which begin and end with words, in order, none twice."""
+    words, spans = word_spans(caption), [(phrase["start"], phrase["end"]) for phrase in phrases]
+    assert [caption[s:e] for s, e in spans] == [phrase["text"] for phrase in phrases]
     assert {s for s, _ in spans} <= {s for s, _ in words}
     assert {e for _, e in spans} <= {e for _, e in words}
     assert all(s < e for s, e in spans) and all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+    return spans
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,15 +173,15 @@ def test_every_noun_is_a_span_of_the_caption(kind, tokenizers, vocabularies):
     for seed, caption in enumerate(captions):
         copied = CopiedNouns(vocabulary, caption)
         text = decode_answer(tokenizer, walk(copied, vocabulary, random.Random(seed)))
-        if not copied.nouns:
+        if not copied.phrases:
             assert text == "" and not any(
                 vocabulary.writes(caption[s:e]) for s, e in word_spans(caption)
             )
             silent += 1
             continue
-        assert_spans(caption, copied.nouns)
-        assert nouns_said(text) == [" ".join(caption[s:e].split()) for s, e in copied.nouns]
-        several += len(copied.nouns) > 1
+        spans = spans_of(caption, copied.phrases)
+        assert nouns_said(text) == [" ".join(caption[s:e].split()) for s, e in spans]
+        several += len(spans) > 1
     assert several > 80 and silent < (30 if kind == "without bytes" else 10)
 
 
@@ -203,7 +205,7 @@ def test_what_the_template_says_is_allowed_and_has_the_first_places(kind, tokeni
         for token in prompt.input_ids[prompt.labels != IGNORE_INDEX].tolist():
             assert token in copied.allowed()
             copied.append(token)
-        assert copied.nouns == expected and token == vocabulary.eos
+        assert spans_of(caption, copied.phrases) == expected and token == vocabulary.eos
 
 
 def answers_about(words, joints, vocabulary):
@@ -282,8 +284,8 @@ def test_alone_batched_streamed_and_drafted_are_one(kind, tokenizers, vocabulari
         given = grid[places], [ids[i] for i in places]
         said = decoder.generate(*given, max_new_tokens=40, choices=copies, **ends, **more)
         for i, tokens, copied in zip(places, said, copies):
-            assert len(copied.nouns) == tokens.tolist().count(vocabulary.seg)
-            assert_spans(captions[i], copied.nouns)
+            assert len(copied.phrases) == tokens.tolist().count(vocabulary.seg)
+            spans_of(captions[i], copied.phrases)
         return [tokens.tolist() for tokens in said]
 
     joint = answer([0, 1, 2])
@@ -314,13 +316,12 @@ def test_the_released_weights_copy_and_say_what_they_said_where_it_was_valid():
     for caption in [*held_out, *map(any_caption, range(3))]:
         texts = []
         for copies in (True, False):
-            predictor.model.copy_nouns = copies
+            predictor.model.inference_options = SimpleNamespace(COPY_NOUNS=copies)
             nouns = predictor.extract_nouns(caption, on_text=texts.append)
             texts = [*texts[: 1 - copies], texts[-1]]
             if copies:
-                spans = [(phrase["start"], phrase["end"]) for phrase in nouns.phrases]
+                spans = spans_of(caption, nouns.phrases)
                 assert nouns == [caption[start:end] for start, end in spans] != []
-                assert_spans(caption, spans)
         copied = CopiedNouns(predictor.model._vocabulary, caption)
         ids = predictor.tokenizer(f" {texts[1]}", add_special_tokens=False)["input_ids"]
         if all(i in copied.allowed() and copied.append(i) is None for i in ids):
@@ -357,4 +358,4 @@ def test_a_tokenizer_that_cannot_write_the_template_is_named(tmp_path):
     signs = pre_tokenizers.ByteLevel.alphabet()
     bpe(tmp_path / "lower", splits, decoders.ByteLevel(), normalizers.Lowercase(), signs)
     tokenizer = load_tokenizer(str(tmp_path / "lower"))
-    refused("tokens that say .*there are.*MODEL.LANGUAGE.COPY_NOUNS", Vocabulary, tokenizer)
+    refused("tokens that say .*there are.*MODEL.GELLA.COPY_NOUNS", Vocabulary, tokenizer)

@@ -167,9 +167,6 @@ def _add_language(cfg: Any, node: type) -> None:
     # Prompt lookup: noun extraction of a single caption drafts up to this many tokens at a time by
     # copying from the prompt, and checks them in one pass: the same answer in fewer passes. 0: off.
     language.PROMPT_LOOKUP_TOKENS = 10
-    # Noun extraction copies spans of the caption: no other noun can be generated, and its place is
-    # known. False: answers are free, and their nouns are sought in the caption.
-    language.COPY_NOUNS = True
     # "8bit" or "4bit" rounds the weights of the linear layers (bitsandbytes) when the model is
     # first used, after loading; for inference, or for training LoRA in one process.
     language.QUANTIZATION = ""
@@ -224,6 +221,9 @@ def _add_inference(cfg: Any, node: type) -> None:
     gella.NONE_THRESHOLD = 0.0
     # Panoptic: entities whose best category scores lower are left void.
     gella.PANOPTIC_THRESHOLD = 0.0
+    # Noun extraction copies spans of the caption: no other noun can be generated, and its place is
+    # known. False: answers are free, and their nouns are sought in the caption.
+    gella.COPY_NOUNS = True
     _add_test(cfg.TEST)
     # Train without MODEL.WEIGHTS, from random ones: right for the synthetic shapes. A model of the
     # paper's size that starts so learns nothing, and CLIP would stay random for ever.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -89,11 +89,8 @@ def joined_cache(prefixes: Sequence[Prefix]) -> Any:
 class Choices(Protocol):
     """What may be said next in one answer; it goes through the answer once, token by token."""
 
-    def allowed(self) -> list[int]:
-        """Token ids, ascending, at least one."""
-
-    def append(self, token: int) -> None:
-        """Take note of the token that was chosen."""
+    allowed: Callable[[], list[int]]  # token ids, ascending, at least one
+    append: Callable[[int], None]  # takes note of the token that was chosen
 
 
 def best_token(logits: Tensor, choices: Choices | None) -> int:

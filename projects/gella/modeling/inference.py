@@ -26,7 +26,7 @@ from gella.modeling.postprocessing import (
 )
 from gella.text import prompts
 from gella.text.copying import CopiedNouns
-from gella.text.spans import Span, located
+from gella.text.spans import located
 from gella.text.words import names_several
 
 
@@ -150,14 +150,11 @@ def write_answers(
         prefixes=prefixes,
         choices=copies,
     )
-    return [
-        with_answer(model.tokenizer, x, answer, None if copied is None else copied.nouns)
-        for x, answer, copied in zip(batched_inputs, answers, copies)
-    ]
+    return [with_answer(model.tokenizer, *x) for x in zip(batched_inputs, answers, copies)]
 
 
 def with_answer(
-    tokenizer: Any, inputs: dict[str, Any], answer: Tensor, nouns: Sequence[Span] | None = None
+    tokenizer: Any, inputs: dict[str, Any], answer: Tensor, copied: CopiedNouns | None = None
 ) -> dict[str, Any]:
     """A prompt with its generated answer behind it, which makes it an input like any other.
 
@@ -165,7 +162,7 @@ def with_answer(
         tokenizer: with <SEG>.
         inputs: a mapped dict without an answer.
         answer: (T,) int64 token ids.
-        nouns: where in the caption the noun before each <SEG> stands; None: it is sought there.
+        copied: knows the answer's nouns; None: they are sought in the caption.
 
     Returns:
         the dict with ``text``, the answer in words; ``input_ids``, ``labels`` and ``seg_positions``
@@ -175,11 +172,10 @@ def with_answer(
     seg_id = tokenizer.convert_tokens_to_ids(prompts.SEG_TOKEN)
     seg_positions = (input_ids == seg_id).nonzero().flatten()
     text = prompts.decode_answer(tokenizer, answer.tolist())
-    caption = inputs["caption"]
-    if nouns is None:
-        phrases = located(caption, prompts.parse_nouns(text))
+    if copied is None:
+        phrases = located(inputs["caption"], prompts.parse_nouns(text))
     else:
-        phrases = [{"text": caption[s:e], "start": s, "end": e} for s, e in nouns]
+        phrases = copied.phrases
     return {
         **inputs,
         "text": text,

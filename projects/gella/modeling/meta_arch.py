@@ -60,7 +60,6 @@ class GELLA(nn.Module):
         answer_weight: float,
         tokenizer_path: str,
         max_new_tokens: int,
-        copy_nouns: bool,
         inference_options: Any,
     ) -> None:
         """Compose the model from its parts.
@@ -74,7 +73,6 @@ class GELLA(nn.Module):
             answer_weight: of L_ans in eq. 10.
             tokenizer_path: read at the first question only.
             max_new_tokens: the longest generated answer.
-            copy_nouns: whether extracted nouns are spans of the caption.
             inference_options: the node ``MODEL.GELLA``.
         """
         super().__init__()
@@ -88,7 +86,6 @@ class GELLA(nn.Module):
         self.answer_weight = answer_weight
         self.tokenizer_path = tokenizer_path
         self.max_new_tokens = max_new_tokens
-        self.copy_nouns = copy_nouns
         self.inference_options = inference_options
         self._most_entities = 0  # that a warning has told of
         for name, values in statistics.items():
@@ -122,7 +119,6 @@ class GELLA(nn.Module):
             answer_weight=cfg.MODEL.LANGUAGE.ANSWER_WEIGHT,
             tokenizer_path=cfg.MODEL.LANGUAGE.TOKENIZER,
             max_new_tokens=cfg.MODEL.LANGUAGE.MAX_NEW_TOKENS,
-            copy_nouns=cfg.MODEL.LANGUAGE.COPY_NOUNS,
             inference_options=cfg.MODEL.GELLA,
         )
 
@@ -149,7 +145,7 @@ class GELLA(nn.Module):
 
     def copied_nouns(self, inputs: dict[str, Any]) -> CopiedNouns | None:
         """What may be said about the caption of a mapped dict; None: anything."""
-        if not self.copy_nouns or inputs["task"] != "extract":
+        if not self.inference_options.COPY_NOUNS or inputs["task"] != "extract":
             return None
         return CopiedNouns(self._vocabulary, inputs["caption"][: inputs["num_read"]])
 

@@ -261,7 +261,7 @@ class GellaPredictor:
     ) -> Nouns:
         """Return the noun phrases of a caption as the model copies them, in its order.
 
-        With ``MODEL.LANGUAGE.COPY_NOUNS`` False they are what the model says, in its own order, and
+        With ``MODEL.GELLA.COPY_NOUNS`` False they are what the model says, in its own order, and
         the caption may lack some.
 
         ``on_text`` gets the answer so far, with ``<SEG>`` behind each noun, while it is generated.

@@ -1,22 +1,20 @@
 """Answers to noun extraction that cannot invent a noun: every one is copied from the caption.
 
-The answer is :func:`gella.text.prompts.noun_answer`'s. What stands between its own words is a span
-of the caption that begins and ends with a word, behind the span before it. Token by token only what
-may still become such an answer is allowed; all is decided on the bytes that tokens write, so it
-holds for any tokenizer, however a noun in the answer is cut into tokens.
+What stands between the words of :func:`gella.text.prompts.noun_answer` is a span of the caption
+that begins and ends with a word, behind the span before it. Token by token only what may still
+become such an answer is allowed, judged by the bytes that tokens write: any tokenizer will do.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
 
 from gella.text import prompts
-from gella.text.spans import Span, word_spans
+from gella.text.spans import word_spans
 
-_WALL = b"\xff"  # in no text and in no token
+_WALL = b"\xff"  # a byte of no text; tokens that have it are left out
 # The printable characters by which byte-level tokenizers write the 256 bytes (GPT-2's rule).
 _PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = sorted(set(range(256)) - set(_PLAIN))
@@ -27,7 +25,7 @@ class Vocabulary:
     """The tokens of a tokenizer as the bytes that they write, and the template in its form.
 
     Attributes:
-        texts: bytes of every token behind another one, by id; special tokens have none.
+        texts: what :func:`token_bytes` gives.
         ids: ids of the tokens that write these bytes; an empty list for the beginning of a token.
         longest: bytes of the longest token.
         seg, eos: ids of <SEG> and of the end of sentence.
@@ -50,32 +48,24 @@ class Vocabulary:
                 self.ids.setdefault(text[:size], [])
             self.ids.setdefault(text, []).append(i)
         self.longest = max(map(len, self.texts.values()))
-        head, *others = self._template(tokenizer)
-        said = f"{prompts.noun_answer_head(3)}the".encode()
-        whole = head.endswith(said) and [t.endswith(b"the") for t in others] == [True, True, False]
+        said, self.comma, self.last, self.end = self._template(tokenizer)
+        head = prompts.noun_answer_head(3)
         heads = "".join(map(prompts.noun_answer_head, range(1, 99)))
-        if not whole or not self.writes(f"{heads},."):
+        if not said.endswith(head.encode()) or not self.writes(f"{heads},."):
             raise ValueError(
-                f"the tokenizer turns {said.decode()!r} into tokens that say {head!r}: nouns "
-                "cannot be copied with it; set MODEL.LANGUAGE.COPY_NOUNS to False"
+                f"the tokenizer turns {head!r} into tokens that say {said!r}: nouns cannot be "
+                "copied with it; set MODEL.GELLA.COPY_NOUNS to False"
             )
-        self.opening = head[: -len(said)]
-        self.comma, self.last = (text[:-3] for text in others[:2])
-        self.end = others[2]
+        self.opening = said[: -len(head)]
 
     def _template(self, tokenizer: Any) -> list[bytes]:
-        """What an answer with three times "the" says before each <SEG> and behind the last."""
+        """What an answer says before each of three nouns and behind the last."""
         answer = prompts.noun_answer(["the"] * 3)
-        prompt = prompts.build_prompt(
-            tokenizer, "", answer, num_image_tokens=0, system="", max_length=2**20
-        )
-        parts = [b""]
-        for i in prompt.input_ids[prompt.labels != prompts.IGNORE_INDEX].tolist():
-            if i == self.seg:
-                parts.append(b"")
-            else:
-                parts[-1] += self.texts.get(i, b"")
-        return parts
+        limits: Any = {"num_image_tokens": 0, "system": "", "max_length": 2**20}
+        prompt = prompts.build_prompt(tokenizer, "", answer, **limits)
+        ids = prompt.input_ids[prompt.labels != prompts.IGNORE_INDEX].tolist()
+        said = b"".join(_WALL if i == self.seg else self.texts.get(i, b"") for i in ids)
+        return [part.removesuffix(b"the") for part in said.split(_WALL)]
 
     def writes(self, text: str) -> bool:
         """Whether every character of a text, or each of its bytes, is a token."""
@@ -101,15 +91,14 @@ class CopiedNouns:
     the caption has several times is the first behind the nouns before it.
 
     Attributes:
-        nouns: spans of the caption's characters, one per <SEG> that was written, ascending.
+        phrases: ``text``, ``start`` and ``end`` of the noun before each <SEG> so far.
     """
 
     def __init__(self, vocabulary: Vocabulary, caption: str) -> None:
         """Begin an answer. A caption without a word that tokens can write gets an empty one."""
-        self._vocabulary = vocabulary
-        self.nouns: list[Span] = []
+        self._vocabulary, self._caption = vocabulary, caption
+        self.phrases: list[dict[str, Any]] = []
         self._text, self._starts, self._ends = _copyable(vocabulary, caption)
-        self._places = sorted(self._starts)
         heads = [prompts.noun_answer_head(n) for n in range(1, len(self._starts) + 1)]
         # What was said behind the last <SEG>, and what may stand there before a noun.
         self._said, self._leads = b"", [vocabulary.opening + head.encode() for head in heads]
@@ -121,14 +110,14 @@ class CopiedNouns:
         vocabulary, said = self._vocabulary, self._said
         found: set[int] = set()
         texts: set[bytes] = set()  # what may follow
-        if self.nouns and vocabulary.end.startswith(said):
+        if self.phrases and vocabulary.end.startswith(said):
             texts.add(vocabulary.end[len(said) :])
         for lead in self._leads:
             if lead.startswith(said):
                 rest = lead[len(said) :]
                 reaches = rest in vocabulary.ids  # a token may reach into the noun
-                places = self._places[bisect_left(self._places, self._cursor) :]
-                texts.update([rest + self._from(p) for p in places] if reaches else [rest])
+                places = [p for p in self._starts if p >= self._cursor] if reaches else []
+                texts.update([rest + self._from(p) for p in places] or [rest])
             elif said.startswith(lead):
                 for end in self._copies(said[len(lead) :]):
                     texts.add(self._from(end))
@@ -147,9 +136,11 @@ class CopiedNouns:
         lead = next(lead for lead in self._leads if self._said.startswith(lead))
         noun = self._said[len(lead) :]
         end = next(end for end in self._copies(noun) if end in self._ends)
-        self.nouns.append((self._starts[end - len(noun)], self._ends[end]))
+        first, behind = self._starts[end - len(noun)], self._ends[end]
+        text = self._caption[first:behind]
+        self.phrases.append({"text": text, "start": first, "end": behind})
         self._said, self._cursor = b"", end
-        more = lead not in self._ones and self._places[-1] > end
+        more = lead not in self._ones and max(self._starts) > end
         self._leads = [vocabulary.comma, vocabulary.last] if more else []
 
     def _from(self, place: int) -> bytes:

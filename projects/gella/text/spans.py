@@ -33,10 +33,10 @@ def word_spans(text: str) -> list[Span]:
         if category[0] == "M" or category == "Cf" or "\U0001f3fb" <= character <= "\U0001f3ff":
             joined = bool(kind)
         else:
-            before, kind = kind, "picture" if category == "So" else ""
+            before, kind = kind, "sign" if category == "So" else ""
             if character.isalnum() or character == "_":
                 script = unicodedata.name(character, "").split(" ")[0]
-                kind = script if script in _UNSPACED else "letter"
+                kind = "sign" if script in _UNSPACED else "letter"
             joined = kind == before == "letter" or bool(kind and before and text[i - 1] == _JOINER)
         if joined:
             spans[-1] = (spans[-1][0], i + 1)
