@@ -186,8 +186,8 @@ class GroundingDataset(Dataset):
         records: of all datasets.
         mapper: called as `mapper(record, task=..., rng_seed=..., others=...)`.
         prompts_per_image: records of an image that are asked together, ``others`` but for one.
-        images: of each task that asks so, places of its records in the order of their images, and
-            the numbers of these images: int64 (K,) each.
+        images: of each task that asks so, the places of its records and a number for the image of
+            each: int64 (K,) both.
         """
         # Bytes, which worker processes share; a list of dicts would be copied into each.
         self.records, self.mapper = as_records(records), mapper
@@ -205,10 +205,9 @@ class GroundingDataset(Dataset):
             others = places[(numbers == image) & (places != index)]
             drawn = np.random.default_rng((*rng_seed, _OTHERS_STREAM)).permutation(others)
             # Ids of two datasets may be equal, and their masks other ones.
-            same = [
-                x for x in map(self.records.__getitem__, drawn) if _picture(x) == _picture(record)
-            ]
-            more["others"] = same[: self.prompts_per_image - 1]
+            rest = map(self.records.__getitem__, drawn)
+            same = (x for x in rest if _picture(x) == _picture(record))
+            more["others"] = list(itertools.islice(same, self.prompts_per_image - 1))
         return self.mapper(record, task=task, rng_seed=rng_seed, **more)
 
 
