@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 from caption_server import chat_server
 from detectron2.config import get_cfg
 from docs_sandbox import CHANGES, ROOT, build_sandbox, changed, copy_sandbox
@@ -30,7 +31,7 @@ INLINE = re.compile(r"(?:(?:\.venv/bin/)?python )?((?:tools|datasets)/\w+\.py)((
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"^\s*(?:\$ )?(?:\.venv/bin/)?(?:python3?|make|pytest|torchrun|srun|bash) \S")
 RUN = ("bash", "python")
-SHOWN = ("", "json", "yaml", "text", "sbatch")  # files, trees, output
+SHOWN = ("", "json", "yaml", "text", "sbatch", "bibtex")  # files, trees, output
 SECONDS = 900  # for one block, on a very busy machine
 
 
@@ -245,6 +246,15 @@ def test_the_readme_starts_with_make_and_six_lines_of_python():
     paths = r"\b(?:datasets|tools|configs|weights)/[\w./]+\.(?:py|yaml)"
     for path in re.findall(paths, read("Makefile")):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_citation_is_the_one_of_the_citation_file():
+    (entry,) = [block.text for block in blocks("README.md") if block.language == "bibtex"]
+    fields = {k: " ".join(v.split()) for k, v in re.findall(r"(\w+) += {([^}]*)}", entry)}
+    cited = yaml.safe_load(read("CITATION.cff"))["preferred-citation"]
+    names = [f"{author['family-names']}, {author['given-names']}" for author in cited["authors"]]
+    assert fields.pop("author") == " and ".join(names)
+    assert fields == {key: str(cited[key]) for key in ("title", "journal", "year")}
 
 
 MAP = read("docs/CODE_MAP.md")
