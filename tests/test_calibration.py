@@ -134,7 +134,7 @@ def test_candidates_come_back_from_an_answer_that_takes_all(tmp_path, queries, s
         drawn[1] = ~drawn[1]  # meets no entity
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     known = {"entity_masks": own if snap else None, "snapped": snap_to_entities(drawn, ids, 0.5)}
-    made = gather_candidates(logits, drawn, ids.segment_ids, queries=queries, **known)
+    made = gather_candidates(logits[:, None], drawn, ids.segment_ids, queries=queries, **known)
     answer = {**all_taken(sample, made), "instances": SimpleNamespace(pred_masks=drawn)}
     masks, scores = candidates_of(sample, answer, queries, snap)
     order = np.argsort(made.entity_ids)

@@ -605,7 +605,7 @@ def test_the_image_has_no_way_into_the_masks_of_table_6(shapes):
         inputs = next(iter(GellaTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])))
         other = [{**x, "image": 255 - x["image"]} for x in inputs]
         with torch.no_grad():
-            masks = [model.encode(x)[0].mask_logits[-1] for x in (inputs, other)]
+            masks = [model.encode(x)[0][0].mask_logits[-1] for x in (inputs, other)]
         assert torch.equal(*masks) != seen
 
 

@@ -50,7 +50,7 @@ def of_image(output, i, valid):
 @torch.no_grad()
 def parts(model, batch):
     """(output of the mask decoder, of the language decoder, association logits) of a batch."""
-    output, grid = model.encode(batch)
+    (output,), grid = model.encode(batch)
     language = model.read_answers(batch, grid)
     return output, language, model.association(language.seg_embeddings, output.query_embeddings)
 
@@ -170,9 +170,9 @@ def test_training_and_inference_see_the_same(records, tokenizer_dir, queries, ar
     encode, association = type(model).encode, model.association.forward
 
     def seen(self, inputs):
-        output, grid = encode(self, inputs)
-        seen_by.append((output, model.read_answers(inputs, grid)))
-        return output, grid
+        outputs, grid = encode(self, inputs)
+        seen_by.append((*outputs, model.read_answers(inputs, grid)))
+        return outputs, grid
 
     def associated(nouns, entities):
         seen_by[-1] += (association(nouns, entities),)

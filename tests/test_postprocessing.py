@@ -32,7 +32,7 @@ def snapped(masks, entities, threshold):
 def gathered(logits, masks, entities, ids, queries, snap, met=None):
     met = snapped(masks, entities, 0.5) if met is None else met
     known = {"entity_masks": entities if snap else None, "snapped": met}
-    return post.gather_candidates(logits, masks, ids, queries=queries, **known)
+    return post.gather_candidates(logits[:, None], masks, ids, queries=queries, **known)
 
 
 def test_snapping_takes_the_best_entity_above_the_threshold():

@@ -245,6 +245,10 @@ def _add_test(test: Any) -> None:
     # Nouns of narratives at test: "given" (all in one pass of the language model) or "extracted"
     # (the model generates them; they are matched to the reference by their text).
     test.NOUNS = "given"
+    # Draws of the entities' colours in evaluation and predictor: a noun's probability is the mean
+    # over them, each a pass of colormap encoder, ResoBlend and mask decoder. Above 1: for entity
+    # queries only.
+    test.COLOR_DRAWS = 1
     # Other names for the categories of a panoptic dataset: a registered dataset, or a JSON file
     # (docs/EVALUATION.md). "": the dataset's own names.
     test.CATEGORIES_FROM = ""

@@ -48,6 +48,7 @@ class InputMaker:
         image_size: int,
         colormap_size: int,
         colors: str = "random",
+        color_draws: int = 1,
         num_image_tokens: int,
         system: str = "",
         max_length: int = 4096,
@@ -58,6 +59,7 @@ class InputMaker:
         image_size: side of CLIP's input, pixels.
         colormap_size: side of the colormap, pixels.
         colors: assignment, see `colormap.entity_colors`.
+        color_draws: draws of colours of one picture at test; in training there is one.
         num_image_tokens: image tokens of the prompt.
         system: the prompt's system line.
         max_length: most tokens of a prompt.
@@ -65,6 +67,7 @@ class InputMaker:
         """
         self.tokenizer = tokenizer
         self.image_size, self.colormap_size, self.colors = image_size, colormap_size, colors
+        self.color_draws = color_draws
         self.limits: dict[str, Any] = {
             "num_image_tokens": num_image_tokens,
             "system": system,
@@ -91,6 +94,7 @@ class InputMaker:
             "image_size": clip.IMAGE_SIZE,
             "colormap_size": own.COLORMAP_SIZE,
             "colors": own.COLORS,
+            "color_draws": cfg.TEST.COLOR_DRAWS,
             "num_image_tokens": side**2,
             "system": language.SYSTEM,
             "max_length": language.MAX_POSITIONS,
@@ -115,9 +119,10 @@ class InputMaker:
             rng: draws the colours; None, at test: from the pixels of ``entities``. Those in
                 canonical order then give one picture, whatever their names and order were.
         """
+        options = {"image_size": self.image_size, "colormap_size": self.colormap_size}
         if rng is None:
             rng = np.random.default_rng(entities.digest())
-        options = {"image_size": self.image_size, "colormap_size": self.colormap_size}
+            options["draws"] = self.color_draws
         view = make_view(image, entities, assignment=self.colors, rng=rng, **options)
         view.update(height=image.shape[0], width=image.shape[1])
         return {**view, "image_id": image_id, "file_name": file_name}

@@ -166,6 +166,7 @@ def make_view(
     colormap_size: int,
     assignment: str,
     rng: np.random.Generator,
+    draws: int = 1,
 ) -> dict[str, Any]:
     """Bring one scene into the model's frame (paper, section 3.1 and "augmentation").
 
@@ -179,11 +180,13 @@ def make_view(
         colormap_size: side C of the colormap, pixels.
         assignment: how colours are chosen, see :func:`gella.entities.colormap.entity_colors`.
         rng: source of the colours; the same state gives the same colormap.
+        draws: how often colours are drawn, one draw after the other.
 
     Returns:
         ``image`` uint8 tensor (3, S, S), ``colormap`` uint8 tensor (3, C, C), ``entities``
         EntityMap of size (C, C) with the same E and order, ``colors`` uint8 (E, 3): those of the
-        colormap, ``valid_size`` (h, w): the part of the colormap that is no padding.
+        colormap, ``redrawn``: those of the further draws, ``valid_size`` (h, w): the part of the
+        colormap that is no padding.
 
     Raises:
         ValueError: the image is not uint8 (H, W, 3), or its size is not that of the entities.
@@ -196,13 +199,14 @@ def make_view(
     height, width = fitted_size(image.shape[0], image.shape[1], colormap_size)
     # Colours are drawn on the unpadded map: the place of a centroid must not depend on padding.
     resized = entities.resize(height, width)
-    colors = entity_colors(resized, assignment, rng)
+    colors, *redrawn = (entity_colors(resized, assignment, rng) for _ in range(draws))
     padded = resized.pad(colormap_size, colormap_size)
     return {
         "image": _to_tensor(fit_image(image, image_size)),
-        "colormap": _to_tensor(paint_colormap(padded, colors)),
+        "colormap": painted(padded, colors),
         "entities": padded,
         "colors": colors,
+        "redrawn": redrawn,
         "valid_size": (height, width),
     }
 
@@ -231,8 +235,13 @@ def received(sent: dict[str, Any]) -> dict[str, Any]:
     if "more" in sent:
         mapped["more"] = [received(x) for x in sent["more"]]
     if "colors" in sent:
-        mapped["colormap"] = _to_tensor(paint_colormap(sent["entities"], sent["colors"]))
+        mapped["colormap"] = painted(sent["entities"], sent["colors"])
     return mapped
+
+
+def painted(entities: EntityMap, colors: np.ndarray) -> torch.Tensor:
+    """The colormap of entities in uint8 colours (E, 3), as a view has it: uint8 (3, H, W)."""
+    return _to_tensor(paint_colormap(entities, colors))
 
 
 def _to_tensor(picture: np.ndarray) -> torch.Tensor:

@@ -96,6 +96,7 @@ def settings(cfg: Any) -> dict[str, Any]:
         "snap": bool(gella.SNAP),
         "snap_iou": float(gella.SNAP_IOU),
         "copy_nouns": bool(gella.COPY_NOUNS),
+        "color_draws": int(test.COLOR_DRAWS),
         "precision": str(amp_dtype(cfg) or cfg.MODEL.LANGUAGE.DTYPE).removeprefix("torch."),
         "thresholds": {
             "entity_score": float(gella.ENTITY_SCORE_THRESHOLD),

@@ -6,7 +6,7 @@ asks it often. ``meta_arch.GELLA`` has the three steps as methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ class Model(Protocol):
     mask_decoder: Any  # of which it reads `queries`
     language_decoder: Any
     association: Any
-    encode: Callable[[list[dict[str, Any]]], tuple[MaskDecoderOutput, Tensor]]
+    encode: Callable[[list[dict[str, Any]]], tuple[list[MaskDecoderOutput], Tensor]]
     read_answers: Callable[..., Any]
     tokenizer: Any  # of the language decoder, with <SEG>
     noun_snippets: list[list[int]]  # for drafts, as token ids
@@ -51,9 +51,11 @@ class EncodedImage:
     """What every question about one image needs, computed once; nothing in it changes.
 
     Attributes:
-        query_embeddings: (K, D), ``E_vc`` of the K queries that are entities.
-        scores: (K,) probability of each that it is one.
-        masks: the decoder's K bool masks (height, width), in the original frame.
+        query_embeddings: (k, K, D), ``E_vc`` of the K queries that are entities, for k draws of
+            colours.
+        scores: (K,) probability of each that it is one, the mean over the draws.
+        masks: the decoder's K bool masks (height, width), in the original frame, of the draws'
+            mean logits.
         snapped: int64 (K,), the input entity that each query reproduces, -1 for none; None where
             that is not looked for.
         image_grid: (1, C, g, g), CLIP's penultimate grid.
@@ -85,17 +87,17 @@ def encode_images(
             prompts are read as wholes.
     """
     options, queries = model.inference_options, model.mask_decoder.queries
-    output, grid = model.encode(views)
+    outputs, grid = model.encode(views)
     prefixes: Sequence[Prefix | None] | None = None
     if prefix_ids is not None:
         prefixes = model.language_decoder.remember(grid, prefix_ids.to(model.device))
     encoded = []
     for i, view in enumerate(views):
-        score = output.entity_logits[-1][i].float().softmax(-1)[:, 0]  # Q
-        keep = output.query_valid[i]
+        score = _mean(o.entity_logits[-1][i].float().softmax(-1)[:, 0] for o in outputs)  # Q
+        keep = outputs[0].query_valid[i]
         if queries == "learned":
             keep = keep & (score > options.ENTITY_SCORE_THRESHOLD)
-        logits = output.mask_logits[-1][i][keep]
+        logits = _mean(o.mask_logits[-1][i][keep] for o in outputs)
         size = view["height"], view["width"]
         frame = tuple(view["colormap"].shape[-2:])
         masks = masks_in_original_frame(logits, frame, view["valid_size"], *size)
@@ -105,7 +107,7 @@ def encode_images(
             snapped = snapped.to(model.device)
         encoded.append(
             EncodedImage(
-                query_embeddings=output.query_embeddings[i][keep],
+                query_embeddings=torch.stack([o.query_embeddings[i][keep] for o in outputs]),
                 scores=score[keep],
                 masks=masks,
                 snapped=snapped,
@@ -202,20 +204,22 @@ def find_entities(
         of each ``panoptic_seg`` if its task is "panoptic", else ``grounding``.
     """
     grids, prefixes = _joined(encoded)
-    queries = nn.utils.rnn.pad_sequence([e.query_embeddings for e in encoded], batch_first=True)
+    queries = nn.utils.rnn.pad_sequence(
+        [e.query_embeddings.flatten(0, 1) for e in encoded], batch_first=True
+    )
     # Nothing is to be learned here: no position has a label, and no logits are computed.
     inputs = [
         {**x, "labels": torch.full_like(x["input_ids"], prompts.IGNORE_INDEX)}
         for x in batched_inputs
     ]
     language = model.read_answers(inputs, grids, prefixes)
-    logits = model.association(language.seg_embeddings, queries)  # P_i Q each
+    logits = model.association(language.seg_embeddings, queries)  # P_i k*Q each
     options = model.inference_options
     results: list[dict[str, Any]] = []
     for x, image, scores in zip(inputs, encoded, logits):
-        entities = x["entities_full"]
+        entities, drawn = x["entities_full"], image.query_embeddings.shape[:2]
         candidates = gather_candidates(
-            scores[:, : len(image.query_embeddings)],
+            scores[:, : drawn.numel()].unflatten(1, drawn),
             image.masks,
             entities.segment_ids,
             queries=model.mask_decoder.queries,
@@ -292,6 +296,10 @@ def own_masks(entities: Any, flat: bool) -> Masks:
         return torch.from_numpy(entities.ids == index + 1 if flat else entities.union([index]))
 
     return Masks(mask_of, (entities.num_entities, *entities.size))
+
+
+def _mean(of_draws: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(of_draws)).mean(dim=0)
 
 
 def _joined(encoded: Sequence[EncodedImage]) -> tuple[Tensor, list[Prefix] | None]:

@@ -13,6 +13,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_bac
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from gella.entities.view import painted
 from gella.modeling import inference
 from gella.modeling.association import Association
 from gella.modeling.criterion import GellaCriterion
@@ -94,6 +95,12 @@ class GELLA(nn.Module):
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
         """Build every part from the config; the encoders and the head by their registered names."""
+        draws, queries = cfg.TEST.COLOR_DRAWS, cfg.MODEL.MASK_DECODER.QUERIES
+        if draws < 1 or (draws > 1 and queries == "learned"):
+            raise ValueError(
+                f"TEST.COLOR_DRAWS is {draws} and MODEL.MASK_DECODER.QUERIES is {queries!r}: draw "
+                "once, or oftener with entity queries; a learned query is another entity each time"
+            )
         colormap_encoder = build_backbone(cfg)
         image_encoder = BACKBONE_REGISTRY.get(cfg.MODEL.IMAGE_ENCODER.NAME)(cfg, None)
         image_shape = image_encoder.output_shape()["last"]
@@ -176,7 +183,7 @@ class GELLA(nn.Module):
             grid = self.image_encoder(self._pixels(batched_inputs, "image"))["penultimate"]
             language = self.read_answers(batched_inputs, grid)
         else:
-            output, grid = self.encode(batched_inputs)
+            (output,), grid = self.encode(batched_inputs)
             counts = [1 + len(x.get("more", ())) for x in batched_inputs]
             asked = [
                 y for x in batched_inputs for y in (x, *({**x, **z} for z in x.get("more", ())))
@@ -196,19 +203,33 @@ class GELLA(nn.Module):
         losses["loss_answer"] = language.loss_answer * self.answer_weight
         return losses
 
-    def encode(self, batched_inputs: list[dict[str, Any]]) -> tuple[MaskDecoderOutput, Tensor]:
+    def encode(
+        self, batched_inputs: list[dict[str, Any]]
+    ) -> tuple[list[MaskDecoderOutput], Tensor]:
         """Run the vision side.
 
         Returns:
-            the mask decoder's output, and CLIP's penultimate grid (B, C, g, g) for the language
-            decoder.
+            the mask decoder's output for each draw of colours (one but for ``TEST.COLOR_DRAWS``),
+            and CLIP's penultimate grid (B, C, g, g) for the language decoder.
         """
         grids = self.image_encoder(self._pixels(batched_inputs, "image"))
-        pyramid = self.colormap_encoder(self._pixels(batched_inputs, "colormap"))
-        fused = self.resoblend(grids["last"], pyramid)  # Z_vc
+        known: dict[str, Tensor] = {}
+        if self.mask_decoder.queries == "entity":
+            masks = self._entity_masks(batched_inputs)
+            valid = pad_sequence([m.new_ones(len(m)) for m in masks], batch_first=True)  # B E
+            padded = pad_sequence(masks, batch_first=True)  # B E H W
+            known = {"entity_masks": padded, "entity_valid": valid.bool()}
+        views = [batched_inputs] + [
+            [{"colormap": painted(x["entities"], c)} for x, c in zip(batched_inputs, colors)]
+            for colors in zip(*(x.get("redrawn", ()) for x in batched_inputs))
+        ]
+        outputs = []
+        for view in views:
+            pyramid = self.colormap_encoder(self._pixels(view, "colormap"))
+            fused = self.resoblend(grids["last"], pyramid)  # Z_vc
+            outputs.append(self.mask_decoder(fused, **known))
         if self.mask_decoder.queries == "learned":
-            output = self.mask_decoder(fused)
-            num_queries = output.query_embeddings.shape[1]
+            num_queries = outputs[0].query_embeddings.shape[1]
             most = max(x["entities"].num_entities for x in batched_inputs)
             if most > max(num_queries, self._most_entities):
                 self._most_entities = most
@@ -218,12 +239,7 @@ class GELLA(nn.Module):
                     "entity",
                     *(most, num_queries),
                 )
-        else:
-            masks = self._entity_masks(batched_inputs)
-            valid = pad_sequence([m.new_ones(len(m)) for m in masks], batch_first=True)  # B E
-            padded = pad_sequence(masks, batch_first=True)  # B E H W
-            output = self.mask_decoder(fused, entity_masks=padded, entity_valid=valid.bool())
-        return output, grids["penultimate"]
+        return outputs, grids["penultimate"]
 
     def read_answers(
         self,

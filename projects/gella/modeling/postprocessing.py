@@ -111,7 +111,8 @@ def gather_candidates(
     """Decide which masks the nouns choose from: predicted ones, or the input's own.
 
     Args:
-        logits: (P, K) association logits of the K kept queries.
+        logits: (P, k, K) association logits of the K kept queries for k draws of colours, whose
+            probabilities are averaged; of learned queries there is one.
         masks: K bool predicted masks (H, W).
         segment_ids: E ids of the input entities.
         queries: ``entity`` or ``learned`` (``MODEL.MASK_DECODER.QUERIES``).
@@ -122,7 +123,8 @@ def gather_candidates(
     if queries == "entity":
         # Query i belongs to entity i, even where the decoder reproduced its mask badly.
         chosen = masks if entity_masks is None else entity_masks
-        return Candidates(chosen, list(segment_ids), logits.sigmoid())
+        return Candidates(chosen, list(segment_ids), logits.sigmoid().mean(dim=1))
+    logits = logits[:, 0]
     if entity_masks is None or snapped is None:
         return Candidates(masks, list(range(1, len(masks) + 1)), logits.sigmoid())
     # Queries of one entity become one, with the highest logit per noun; -(k + 1) stands for query
