@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+_NEARLY = 3.0  # difference of logits: a twentieth of the probability
+
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
@@ -89,17 +91,27 @@ def joined_cache(prefixes: Sequence[Prefix]) -> Any:
 class Choices(Protocol):
     """What may be said next in one answer; it goes through the answer once, token by token."""
 
-    allowed: Callable[[], list[int]]  # token ids, ascending, at least one
+    allowed: Callable[[], list[list[int]]]  # token ids, ascending; the earlier lists come first
     append: Callable[[int], None]  # takes note of the token that was chosen
 
 
 def best_token(logits: Tensor, choices: Choices | None) -> int:
-    """The most probable token of (V,) logits; with choices of those that are allowed, noted."""
-    if choices is None:
-        return int(logits.argmax())
-    allowed = choices.allowed()
-    best = allowed[int(logits[allowed].argmax())]
-    choices.append(best)
+    """The most probable token of (V,) logits; with choices the one that comes next.
+
+    That is the same one where it is allowed. Where not, the most probable of the others may skip a
+    part of the text, which cannot come any more: the first list counts that has a token nearly as
+    probable.
+    """
+    best = int(logits.argmax())
+    if choices is not None:
+        lists = choices.allowed()
+        allowed = sorted(set().union(*lists))
+        if best not in allowed:
+            scores = dict(zip(allowed, logits[allowed].tolist()))
+            least = max(scores.values()) - _NEARLY
+            near = [[token for token in tokens if scores[token] >= least] for tokens in lists]
+            best = max(next(filter(None, near)), key=scores.__getitem__)
+        choices.append(best)
     return best
 
 

@@ -7,6 +7,7 @@ become such an answer is allowed, judged by the bytes that tokens write: any tok
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +28,7 @@ class Vocabulary:
     Attributes:
         texts: what :func:`token_bytes` gives.
         ids: ids of the tokens that write these bytes; an empty list for the beginning of a token.
-        longest: bytes of the longest token.
+        longest: bytes of the longest token. joins_words: whether a token may hold several words.
         seg, eos: ids of <SEG> and of the end of sentence.
         opening, comma, last, end: what stands before the template's first word, between two nouns,
             before the last noun and behind it. Some tokenizers put a blank behind <SEG>.
@@ -48,6 +49,9 @@ class Vocabulary:
                 self.ids.setdefault(text[:size], [])
             self.ids.setdefault(text, []).append(i)
         self.longest = max(map(len, self.texts.values()))
+        self.joins_words = any(
+            map(re.compile(rb"[\w\x80-\xff] [\w\x80-\xff]").search, self.texts.values())
+        )
         said, self.comma, self.last, self.end = self._template(tokenizer)
         head = prompts.noun_answer_head(3)
         heads = "".join(map(prompts.noun_answer_head, range(1, 99)))
@@ -74,14 +78,6 @@ class Vocabulary:
             for c in set(text)
         )
 
-    def beginnings(self, text: bytes) -> Iterator[int]:
-        """Ids of all tokens that a text begins with."""
-        for size in range(1, len(text) + 1):
-            ids = self.ids.get(text[:size])
-            if ids is None:
-                return
-            yield from ids
-
 
 class CopiedNouns:
     """Says which tokens may come next in an answer about one caption.
@@ -104,28 +100,29 @@ class CopiedNouns:
         self._said, self._leads = b"", [vocabulary.opening + head.encode() for head in heads]
         self._ones = (vocabulary.last, *self._leads[:1])  # one noun follows them
         self._cursor = 0  # in the text, behind the last noun
+        self._tokens = functools.cache(self._tokens_from)  # every noun may begin anywhere
 
-    def allowed(self) -> list[int]:
-        """Ids of the tokens that may come next, ascending; never none."""
-        vocabulary, said = self._vocabulary, self._said
-        found: set[int] = set()
-        texts: set[bytes] = set()  # what may follow
-        if self.phrases and vocabulary.end.startswith(said):
-            texts.add(vocabulary.end[len(said) :])
-        for lead in self._leads:
-            if lead.startswith(said):
-                rest = lead[len(said) :]
-                reaches = rest in vocabulary.ids  # a token may reach into the noun
-                places = [p for p in self._starts if p >= self._cursor] if reaches else []
-                texts.update([rest + self._from(p) for p in places] or [rest])
-            elif said.startswith(lead):
-                for end in self._copies(said[len(lead) :]):
-                    texts.add(self._from(end))
-                    if end in self._ends:
-                        found.add(vocabulary.seg)
-        for text in texts:
-            found.update(vocabulary.beginnings(text))
-        return sorted(found) or [vocabulary.eos]
+    def allowed(self) -> list[list[int]]:
+        """Ids of the tokens that may come next, ascending.
+
+        Inside a noun a list for each place of the caption that it may be copied from, in order, and
+        then one for its end; elsewhere one list. Never none.
+        """
+        said, noun, end = self._said, self._noun(), self._vocabulary.end
+        if noun:
+            copies = list(self._copies(noun))
+            lists = [self._tokens(place) for place in copies]
+            lists.append([self._vocabulary.seg] if self._ends.keys() & copies else [])
+        else:
+            rests = {lead[len(said) :] for lead in self._leads if lead.startswith(said)}
+            begun = rests & self._vocabulary.ids.keys()  # a token may reach into the noun
+            places = [place for place in self._starts if place >= self._cursor]
+            found = [self._tokens(place, rest) for rest in begun for place in places]
+            if self.phrases and end.startswith(said):
+                rests.add(end[len(said) :])
+            found += [self._tokens(0, rest) for rest in rests]  # 0: the wall, where it ends
+            lists = [sorted(set().union(*found))]
+        return [tokens for tokens in lists if tokens] or [[self._vocabulary.eos]]
 
     def append(self, token: int) -> None:
         """Go on with one of the allowed tokens."""
@@ -133,18 +130,41 @@ class CopiedNouns:
         if token != vocabulary.seg:
             self._said += vocabulary.texts.get(token, b"")
             return
-        lead = next(lead for lead in self._leads if self._said.startswith(lead))
-        noun = self._said[len(lead) :]
+        noun = self._noun()
         end = next(end for end in self._copies(noun) if end in self._ends)
         first, behind = self._starts[end - len(noun)], self._ends[end]
         text = self._caption[first:behind]
         self.phrases.append({"text": text, "start": first, "end": behind})
+        last = self._said.startswith(self._ones) or max(self._starts) < end
         self._said, self._cursor = b"", end
-        more = lead not in self._ones and max(self._starts) > end
-        self._leads = [vocabulary.comma, vocabulary.last] if more else []
+        self._leads = [] if last else [vocabulary.comma, vocabulary.last]
 
-    def _from(self, place: int) -> bytes:
-        return self._text[place : place + self._vocabulary.longest]
+    def _noun(self) -> bytes:
+        """What was said of the noun that is being written."""
+        leads = [lead for lead in self._leads if self._said.startswith(lead)]
+        return self._said[len(leads[0]) :] if leads else b""
+
+    def _tokens_from(self, place: int, before: bytes = b"") -> list[int]:
+        """Tokens that say a text, or begin it: something `before` and then the caption's text.
+
+        Where a token reaches the end of a word, those that stop inside are left out, as a tokenizer
+        leaves them out that joins no words: "a" is no beginning of "and".
+        """
+        vocabulary = self._vocabulary
+        text = before + self._text[place : place + vocabulary.longest]
+        found: list[int] = []
+        words = 0  # tokens that reach the end of a word, the first of those found
+        for size in range(1, len(text) + 1):
+            tokens = vocabulary.ids.get(text[:size])
+            if tokens is None:
+                break
+            if size > len(before) and place + size - len(before) in self._ends:
+                kept = words if tokens and not vocabulary.joins_words else None
+                found = found[:kept] + tokens
+                words = len(found)
+            else:
+                found += tokens
+        return sorted(found)
 
     def _copies(self, noun: bytes) -> Iterator[int]:
         """Ends of what can be copied from behind the last noun and begins so."""
