@@ -10,10 +10,11 @@ their narratives, and evaluates them with tools/train_net.py. The numbers mean n
 stage runs, how long it takes and in how much memory is the point. Memory is anonymous: pages of
 mapped files, which the system may drop, do not count. On a CPU the decoder is in bf16 as well.
 
---gpu then trains 20 iterations on one card: ZeRO stage 2 with LoRA, the same in float32 (5), and
-stage 3 with optimizer and weights on the host. Utilisation: 3 forward passes' FLOPs an iteration (2
-of a branch whose weights are frozen), as `tools/benchmark.py cost` counts them, over the card's
-dense bf16 peak; beside the measured memory stands what that table says.
+--gpu does the same on a card and then trains 20 iterations there: ZeRO stage 2 with LoRA, the same
+in float32 (5), and stage 3 with optimizer and weights on the host, which takes 136 GB of it.
+Utilisation: the FLOPs of prompts as long as those that were trained, as `tools/benchmark.py cost`
+counts them (3 forward passes, 2 of the decoder under LoRA, 1 of what is frozen; blocks computed
+again do not count), over the card's dense bf16 peak; table_gib is what that table says.
 
 Needs 45 GB of disk, of which nothing stays without --keep.
 """
@@ -26,6 +27,9 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +38,13 @@ import torch
 from loading import anonymous_peak
 from tabulate import tabulate
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gella import load_config
 from gella.commands import convert_weights, train
 from gella.data.register import coco_panoptic_categories, register_png
 from gella.engine.evaluation_hooks import EvaluationInTraining
-from gella.engine.memory import PLANS
+from gella.engine.memory import PLANS, Workload, count_image_tokens
 from gella.engine.preflight import Run, missing_for, missing_text
 from gella.engine.resume import RunCheckpoints
 from gella.engine.trainer import GellaTrainer, load_records
@@ -91,14 +96,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if folder.exists():
         raise ValueError(f"{folder} exists already: name a new folder, or remove it first")
     torch.set_num_threads(args.threads)
-    opts = ["MODEL.WEIGHTS", str(folder / "gella"), "MODEL.LANGUAGE.TOKENIZER", str(folder / "bpe")]
-    opts += ["OUTPUT_DIR", str(folder / "run"), "DATASETS.TRAIN", (DATASET,), "MODEL.DEVICE", "cpu"]
-    opts += ["DATASETS.TEST", (DATASET,), "DATALOADER.NUM_WORKERS", 0, "MODEL.LANGUAGE.DTYPE"]
-    opts += ["bfloat16", *(TINY if args.scale == "tiny" else ())]
+    opts = overrides(args)
     cfg = load_config(args.config_file, opts)
-    notes = sample / "annotations"
-    where = (notes / name for name in ("panoptic_val2017", "panoptic_val2017.json", NARRATIVES))
-    register_png(DATASET, sample / "val2017", *where, coco_panoptic_categories())
+    register(sample)
     figures: dict[str, Any] = {"stages": {}}
     try:
         (folder / "public").mkdir(parents=True)
@@ -125,6 +125,23 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         rows = [{"training": name, **row} for name, row in figures["trainings"].items()]
         tables.append(tabulate(rows, headers="keys"))
     return figures, "\n\n".join(tables)
+
+
+def overrides(args: argparse.Namespace) -> list[Any]:
+    """Keys and values of the config in every stage."""
+    folder = Path(args.output)
+    opts = ["MODEL.WEIGHTS", str(folder / "gella"), "MODEL.LANGUAGE.TOKENIZER", str(folder / "bpe")]
+    opts += ["OUTPUT_DIR", str(folder / "run"), "DATASETS.TRAIN", (DATASET,)]
+    opts += ["MODEL.DEVICE", "cuda" if args.gpu else "cpu"]
+    opts += ["DATASETS.TEST", (DATASET,), "DATALOADER.NUM_WORKERS", 0, "MODEL.LANGUAGE.DTYPE"]
+    return [*opts, "bfloat16", *(TINY if args.scale == "tiny" else ())]
+
+
+def register(sample: Path) -> None:
+    """Register the narratives of the photographs as ``DATASET``."""
+    notes = sample / "annotations"
+    where = (notes / name for name in ("panoptic_val2017", "panoptic_val2017.json", NARRATIVES))
+    register_png(DATASET, sample / "val2017", *where, coco_panoptic_categories())
 
 
 def write_public(folder: Path, cfg: Any, sample: Path) -> None:
@@ -222,34 +239,48 @@ class _Trainer(GellaTrainer):
         return [hook for hook in super().build_hooks() if not isinstance(hook, left_out)]
 
 
-def trainings(args: argparse.Namespace, opts: list[Any], device: str = "cuda") -> dict[str, Any]:
-    """Train under every entry of ``TRAININGS``; by title ``images_per_s``, ``utilisation``,
-    ``peak_gib`` of the card, ``table_gib`` that the cost table gives, first and last ``losses``."""
-    rows = {}
+def trainings(args: argparse.Namespace, opts: list[Any]) -> dict[str, Any]:
+    """Train under every entry of ``TRAININGS``, each in a process of its own, as DeepSpeed does not
+    let go of what it trained.
+
+    By title ``images_per_s``, mean ``tokens`` of an image's prompt and answer, ``utilisation``,
+    ``peak_gib`` of the card, ``table_gib`` that the cost table gives, ``host_gib`` of the process,
+    first and last ``losses``; or ``ended``, if the process was.
+    """
+    rows: dict[str, Any] = {}
+    gc.collect()
+    if args.gpu:
+        torch.cuda.empty_cache()  # the card is the trainings' now
     for title, (changes, zero) in TRAININGS.items():
-        half, count = "float32" not in title, args.iterations
-        changed = ["MODEL.DEVICE", device, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.EPOCHS", 0]
+        half, count = args.gpu and "float32" not in title, args.iterations
+        changed = ["SOLVER.IMS_PER_BATCH", 2, "SOLVER.EPOCHS", 0, "SOLVER.WARMUP_ITERS", 0]
         changed += ["DATALOADER.TASK_RATIOS", [0.0, 0.0, 1.0], "SOLVER.AMP.ENABLED", half]
         changed += ["SOLVER.ZERO.CONFIG", str(ROOT / "configs" / "zero" / f"{zero}.json"), *changes]
-        changed += ["SOLVER.MAX_ITER", count if half else min(5, count)]
+        changed += ["SOLVER.MAX_ITER", min(5, count) if "float32" in title else count]
         changed += ["MODEL.LANGUAGE.DTYPE", "bfloat16" if half else "float32"]
-        known = {name.replace("-", "_"): value for name, (value, *_) in cost.NUMBERS.items()}
-        known |= {"config_file": args.config_file, "opts": [*opts, *changed], "zero_gpus": 1}
-        known |= {"precision": "bf16" if half else "fp32", "batch": 2}
-        told = cost.run(argparse.Namespace(**known))[0]
-        parts = {part: x for part, x in told["parts"].items() if part != "all"}
-        plan = told["zero"][[name for *_, name in PLANS].index(zero)]
-        losses, seconds = train_once(load_config(args.config_file, known["opts"]))
-        frozen = {part for part, x in parts.items() if not x["trained"]}
-        frozen |= {"language decoder"} if changes else set()
-        flops = sum((3 - (part in frozen)) * x["flops"] for part, x in parts.items())
-        name = torch.cuda.get_device_name() if device == "cuda" else ""
+        cfg = load_config(args.config_file, [*opts, *changed])
+        try:
+            with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                losses, figures = alone.submit(train_once, cfg, Path(args.sample)).result()
+        except BrokenProcessPool:
+            rows[title] = {"ended": "killed: more host memory is needed than is here"}
+            continue
+        shape = {name.replace("-", "_"): value for name, (value, *_) in cost.NUMBERS.items()}
+        load = Workload(*(shape[name] for name in Workload._fields))
+        others = load.length(count_image_tokens(cfg)) - load.caption_tokens
+        shape |= {"config_file": args.config_file, "opts": [*opts, *changed], "zero_gpus": 1}
+        shape |= {"precision": "bf16" if half else "fp32", "batch": 2}
+        shape |= {"caption_tokens": max(0, figures["tokens"] - others)}
+        told = cost.run(argparse.Namespace(**shape))[0]
+        passes = {part: 3 if x["trained"] else 1 for part, x in told["parts"].items()}
+        passes |= {"language decoder": 2 if changes else 3, "all": 0}
+        flops = sum(passes[part] * x["flops"] for part, x in told["parts"].items())
+        name = torch.cuda.get_device_name() if args.gpu else ""
         peak = next((value for card, value in PEAKS.items() if card in name), math.nan)
-        most = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+        plan = told["zero"][[name for *_, name in PLANS].index(zero)]
         rows[title] = {
-            "images_per_s": round(2 / seconds, 2),
-            "utilisation": round(2 * flops / seconds / peak, 3),
-            "peak_gib": round(most / cost.GIB, 1),
+            **figures,
+            "utilisation": round(figures["images_per_s"] * flops / peak, 3),
             "table_gib": round(plan["total"]["checkpointed"] / cost.GIB, 1),
             "losses": [round(loss, 3) for loss in (*losses[:5], losses[-1])],
         }
@@ -257,14 +288,22 @@ def trainings(args: argparse.Namespace, opts: list[Any], device: str = "cuda") -
     return rows
 
 
-def train_once(cfg: Any) -> tuple[list[float], float]:
-    """The loss of every iteration, and the median seconds of one."""
-    gc.collect()  # what the training before left
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    trainer = _Trainer(cfg)
-    trainer.resume_or_load(resume=False)
-    trainer.train()
+def train_once(cfg: Any, sample: Path) -> tuple[list[float], dict[str, Any]]:
+    """The loss of every iteration, and figures of :func:`trainings`."""
+    register(sample)
+    with anonymous_peak() as memory:
+        trainer = _Trainer(cfg)
+        trainer.resume_or_load(resume=False)
+        lengths: list[int] = []
+        layers = trainer.model.language_decoder.modules()
+        block = next(m for m in layers if isinstance(m, GradientCheckpointingLayer))
+        block.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+        trainer.train()
     losses, times = (trainer.storage.history(name) for name in ("total_loss", "time"))
-    return [loss for loss, _ in losses.values()], times.median(len(losses.values()))
+    most = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return [loss for loss, _ in losses.values()], {
+        "images_per_s": round(2 / float(times.median(len(times.values()))), 2),
+        "tokens": round(sum(lengths) / len(lengths)),
+        "peak_gib": round(most / cost.GIB, 1),
+        "host_gib": memory["peak_gib"],
+    }

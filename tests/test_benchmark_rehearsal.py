@@ -20,7 +20,7 @@ def arguments(output, sample, **changes):
     return argparse.Namespace(**{**options, **changes})
 
 
-def test_every_stage_runs_on_real_photographs(coco_sample, tmp_path, capsys):
+def test_every_stage_runs_on_real_photographs(coco_sample, tmp_path, capsys, monkeypatch):
     figures, text = rehearsal.run(arguments(tmp_path / "new", coco_sample))
     assert list(figures["stages"]) == ["write", "convert", "check", "ground", "evaluate"]
     assert all(0 < stage["peak_gib"] < 8 for stage in figures["stages"].values())
@@ -33,6 +33,11 @@ def test_every_stage_runs_on_real_photographs(coco_sample, tmp_path, capsys):
     assert "language_model.model.layers.1.self_attn.q_proj.weight" in llava  # its public names
     with pytest.raises(ValueError, match="exists already"):
         rehearsal.run(arguments(tmp_path / "new", coco_sample))
+    args = arguments(tmp_path / "new", coco_sample, iterations=4)
+    monkeypatch.setattr(rehearsal, "TRAININGS", {"LoRA": rehearsal.TRAININGS["stage 2, LoRA"]})
+    row = rehearsal.trainings(args, rehearsal.overrides(args))["LoRA"]
+    assert len(row["losses"]) == 5 and row["losses"][4] < row["losses"][0]
+    assert row["images_per_s"] > 0 and row["tokens"] > 36 + 60 and 0 < row["host_gib"] < 8
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no CUDA device"):
             rehearsal.run(arguments(tmp_path / "other", coco_sample, gpu=True))

@@ -339,7 +339,7 @@ def test_prompts_of_one_image_share_its_view(record: dict, make: Any, tokenizer:
     said = [{"text": f"circle {n}", "segment_ids": [70], "sent_id": n} for n in range(5)]
     refer = {k: v for k, v in record.items() if k not in ("caption", "phrases")}
     refer = {**refer, "expressions": said, "tasks": ("ground", "refer")}
-    mapper = make(flip=True, flip_text="swap", prompts_per_image=2)
+    mapper = make(flip=True, flip_text="swap", prompts_per_image=4)
     plain = make()(record, task="ground", rng_seed=(0,))["entities"].ids[:80]
     seen = set()
     for i in range(12):
@@ -359,6 +359,8 @@ def test_prompts_of_one_image_share_its_view(record: dict, make: Any, tokenizer:
         for x, y in zip(view["more"], received(to_send(view))["more"]):
             assert all(torch.equal(x[k], y[k]) for k in ("input_ids", "labels", "seg_positions"))
     assert seen == {True, False}
+    view = mapper(refer, task="ground", rng_seed=(0,), others=[other])
+    assert [x["task"] for x in (view, *view["more"])] == ["refer"] * 3 + ["ground"]
     still = [
         make(flip=True)(record, task="ground", rng_seed=(i,), others=[other]) for i in range(9)
     ]

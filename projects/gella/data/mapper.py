@@ -337,13 +337,15 @@ class GroundingMapper(InputMaker):
         """What is asked about an image, and whether to mirror its pixels."""
         # The order of these draws is part of what a seed means: names, phrasing, mirror, colours.
         said, sources = [], []
-        for record in records:
+        for behind, record in zip(range(len(records) - 1, -1, -1), records):
             own, truth, annotated = _own_task(record, task), annotation_of(record), None
             if truth is not record["entities"]:  # the entities come from elsewhere
                 annotated = load_from_record({**record, "entities": truth})
             segments = truth.get("segments_info")
             matcher = EntityMatcher(entities, segments, annotated, self.target_iou)
-            words = self._said(record, own, matcher, rng)
+            # Several expressions take the room that the records behind leave.
+            room = max(1, self.prompts_per_image - len(said) - behind)
+            words = self._said(record, own, matcher, rng)[:room]
             said += words
             sources += [(record, own, matcher)] * len(words)
         choices = DESCRIBE_INSTRUCTIONS if task == "describe" else EXTRACT_INSTRUCTIONS

@@ -116,7 +116,8 @@ class GradientClipper(HookBase):
             nn.utils.clip_grads_with_norm_(sides["language"], limit, limited["language"])
             if self._zero is not None:
                 # PyTorch's own rule for the factor
-                self._zero.clip(min(1.0, limit / (float(limited["language"]) + 1e-6)))
+                factor = min(1.0, limit / (float(limited["language"]) + 1e-6))
+                self._zero.clip(factor, float(norms["language"]))
         elif self._type == "norm":
             for parameter in parameters:
                 nn.utils.clip_grad_norm_(parameter, self._value, self._norm)

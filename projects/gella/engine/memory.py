@@ -150,8 +150,8 @@ def zero_states(
     Stage 1 divides the optimizer by the GPUs, stage 2 the gradients too, stage 3 the weights too,
     and then holds one layer's whole weights while it runs (the largest one is counted, as
     ``gathered``). Frozen parameters have weights only. Optimizer offload moves optimizer and
-    gradients to the host, as ZeRO-Offload does, where they take 12 + 4 bytes; parameter offload the
-    weights too.
+    gradients to the host, as ZeRO-Offload does, where they take 12 + 4 bytes, and at stage 3
+    DeepSpeed keeps the gradient as it came beside the float32 one; parameter offload the weights.
     """
     weight, gradient, optimizer = BYTES[precision]
     weights, gradients, moments = (
@@ -166,7 +166,8 @@ def zero_states(
         "host": 0,
     }
     if "optimizer" in offload:
-        states.update(gradients=0, optimizer=0, host=HOST_BYTES * branch.trained)
+        host = HOST_BYTES + (gradient if stage == 3 else 0)
+        states.update(gradients=0, optimizer=0, host=host * branch.trained)
     if "parameters" in offload:
         states.update(weights=0, host=states["host"] + weight * branch.parameters)
     return states

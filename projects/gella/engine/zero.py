@@ -8,6 +8,7 @@ and the trainer's own optimiser. One joint loss and one backward pass serve both
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import logging
 import os
@@ -24,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from gella.utils.io import read_json
 
 _logger = logging.getLogger(__name__)
+
+_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 # Keys of DeepSpeed's file that a run's config decides, with the key that does.
 _OURS = {
@@ -165,6 +168,8 @@ class ZeroHook(HookBase):
         if self.stage < 3:
             return None
         _join_process_group()
+        # glibc keeps freed blocks of up to 32 MiB, such as whole weights; now from 1 MiB on none.
+        getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(_MMAP_THRESHOLD, 2**20)
         dividing = self._deepspeed.zero.Init(config_dict_or_path=self.config)
         return lambda parameter: dividing._convert_to_zero_parameters([parameter])
 
@@ -222,8 +227,9 @@ class ZeroHook(HookBase):
         norm = torch.where(torch.isfinite(norm) & (norm >= 0), norm, float("inf"))
         return torch.linalg.vector_norm(norm)
 
-    def clip(self, factor: float) -> None:
-        """Let :meth:`step` multiply the gradient by a factor of 0 to 1."""
+    def clip(self, factor: float, norm: float) -> None:
+        """Let :meth:`step` multiply the gradient, of :meth:`gradient_norm` ``norm``, by a factor of
+        0 to 1."""
         optimizer = self.engine.optimizer
         if not hasattr(optimizer, "clip_grad"):  # stage 0 in float32: a plain optimiser
             if factor < 1.0:
@@ -232,7 +238,6 @@ class ZeroHook(HookBase):
                         parameter.grad.mul_(factor)
             return
         # DeepSpeed multiplies by clip_grad / (norm + 1e-6) if that is below 1.
-        norm = float(self.gradient_norm())
         optimizer.clip_grad = (norm + 1e-6) * factor if factor < 1.0 else 0.0
 
     def step(self) -> None:

@@ -532,6 +532,9 @@ def build_causal_lm(
             f"MODEL.LANGUAGE.ATTENTION is {attention!r}, which is not available here ({reason}); "
             "'sdpa' always is"
         ) from error
+    # cuDNN's attention took 1.4 ms of the host a call on an H100 (docs/RESULTS.md), where training
+    # with two images waits for the host; flash attention, which is next in line, has no plans.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if gradient_checkpointing:
         # Its name in the older versions is deprecated in the newer ones.
         old = "gradient_checkpointing_enable"
