@@ -336,7 +336,8 @@ class GroundingMapper(InputMaker):
     ) -> tuple[list[Words], bool]:
         """What is asked about an image, and whether to mirror its pixels."""
         # The order of these draws is part of what a seed means: names, phrasing, mirror, colours.
-        said, sources = [], []
+        said: list[tuple[str, list[dict[str, Any]]]] = []
+        sources = []
         for behind, record in zip(range(len(records) - 1, -1, -1), records):
             own, truth, annotated = _own_task(record, task), annotation_of(record), None
             if truth is not record["entities"]:  # the entities come from elsewhere
