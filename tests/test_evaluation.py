@@ -27,7 +27,7 @@ from refusals import refused
 import gella.entities.files
 import gella.evaluation.evaluators
 from gella import evaluation
-from gella.commands.score import SavedPredictions
+from gella.commands.score_predictions import Predictions
 from gella.data.narratives import load_png
 from gella.entities.entity_map import EntityMap, rgb_to_id
 from gella.entities.sources import load_from_record
@@ -376,27 +376,33 @@ def test_saved_predictions_give_every_score_again(samples, tmp_path):
     outputs[1] = answer(samples[1], shift=1)
     outputs[1]["grounding"].pop()
     outputs[0]["grounding"] = outputs[0]["grounding"][::-1]
+    kinds = ("png", *["coco_panoptic_seg"] * 2, "noun_extraction")
     for index, evaluator in enumerate(all_evaluators(tmp_path)):
         expected = run(evaluator, samples, outputs)
-        saved = SavedPredictions(tmp_path)
-        again = run(all_evaluators()[index], samples, [saved(s) for s in samples])
-        assert again == expected
+        (tmp_path / "entity_predictions.json").touch()  # of the third
+        if index == 1:
+            (tmp_path / "entity_predictions.json").write_text("[]")
+        assert run(all_evaluators()[index], *predicted(tmp_path, kinds[index], samples)) == expected
+    folder = tmp_path / "refer"
     inputs, outputs = referring(samples, shift=2)
-    expected = run(evaluation.ReferringEvaluator(tmp_path / "refer"), inputs, outputs)
-    saved = SavedPredictions(tmp_path / "refer")
-    backwards = [saved(s) for s in inputs[::-1]]
-    assert run(evaluation.ReferringEvaluator(), inputs[::-1], backwards) == expected
-    refused("no prediction of image 3", saved, inputs[0], error=KeyError)  # each was answered once
-    for turn in (str, "{:012d}".format):  # files of others write ids as they like
-        saved = SavedPredictions(tmp_path / "refer")
-        again = [saved({**s, "image_id": turn(s["image_id"])}) for s in inputs]
+    inputs = [{**one, "expressions": one["phrases"]} for one in inputs]
+    expected = run(evaluation.ReferringEvaluator(folder), inputs, outputs)
+    for turn in (int, str, "{:012d}".format):  # files of others write ids as they like
+        turned = [{**one, "image_id": turn(one["image_id"])} for one in inputs[::-1]]
+        again = predicted(folder, "refcoco", turned)[1][::-1]
         assert run(evaluation.ReferringEvaluator(), inputs, again) == expected
-    saved, told = SavedPredictions(tmp_path / "refer"), r"ids there: 11, 2, 27, \.\.\.\)"
-    refused(told, saved, {**inputs[0], "image_id": 8}, error=KeyError)
-    refused("holds no predictions", SavedPredictions, tmp_path / "none", error=FileNotFoundError)
-    (tmp_path / "refer" / "referring_predictions.json").write_text("[1]")
-    with pytest.raises(ValueError, match="referring_predictions.json is no file of predictions"):
-        SavedPredictions(tmp_path / "refer")
+    more = [*inputs, {**inputs[0], "image_id": 8}]
+    told = "nothing of 1 of 5 records, the first of image 8"
+    refused(told, Predictions, folder, "refcoco", more)
+    told = "does not exist; evaluate first"
+    refused(told, Predictions, folder / "none", "png", [], error=FileNotFoundError)
+    refused("predictions are of png, ", Predictions, folder, "own", [])
+
+
+def predicted(path, kind, samples):
+    """Samples, and what a file says of them."""
+    predictions = Predictions(path, kind, samples)
+    return samples, [predictions.answer(k, sample) for k, sample in enumerate(samples)]
 
 
 def test_errors_name_the_image(samples, tmp_path):

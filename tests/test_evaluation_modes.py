@@ -290,7 +290,7 @@ def test_format_results_shows_every_score_with_its_count(tmp_path):
     assert "protocol hard" in table
     counts = [line.split()[2:] for line in table.splitlines() if "nouns (n)" in line]
     assert counts == [["12", "9", "3", "6", "6"], ["15"]], "of narratives and of extraction"
-    assert lines["GELLA AR"][-5:] == ["100.0"] * 5
+    assert lines["AR"][-5:] == ["100.0"] * 5
     assert lines["PQ"][1:] == ["100.0"] * 3 and lines["cIoU"][1] in ("61.2", "61.3")
     assert lines["gIoU"][1] == "-", "an undefined score is no number"
     for words in ("blind: a random entity", "blind: the largest", "blind: all", "oracle"):

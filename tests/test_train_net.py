@@ -15,7 +15,7 @@ from dataset_scripts import places, registered
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from test_stopping import stopped
-from toy_run import CONFIG, KILL, SCRIPT, SMALL, finish, start_script
+from toy_run import CONFIG, KILL, ROOT, SCRIPT, SMALL, finish, start_script
 
 from gella.commands import calibrate, score
 from gella.commands import train as train_command
@@ -110,9 +110,9 @@ def here(scenes, capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the other process, for equal scores
 
-    def run_here(output, *arguments, table=""):
+    def run_here(output, *arguments, table="", config=CONFIG, small=SMALL):
         keys = ["MODEL.LANGUAGE.TOKENIZER", scenes / "shapes" / "tokenizer", "OUTPUT_DIR", output]
-        command = ["--config-file", CONFIG, *arguments[:1], *SMALL, *keys, *arguments[1:]]
+        command = ["--config-file", config, *arguments[:1], *small, *keys, *arguments[1:]]
         args = default_argument_parser().parse_args([str(part) for part in command])
         args.table = table
         train_command.run(args)
@@ -160,6 +160,34 @@ def test_saved_predictions_score_the_same_and_changed_ones_do_not(here, trained,
     file.write_text(json.dumps(content))
     assert score.main([str(copy)]) == 1
     assert "png/AR: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_its_predictions_score_the_same_as_anybodys(
+    scenes, here, trained, tmp_path, capsys, released
+):
+    names = [f"gella_shapes_{kind}_val" for kind in ("png", "panoptic", "refcoco")]
+    weights, options = trained[1] / "model_final.pth", {}
+    if released:
+        folder = ROOT / "weights" / "gella_tiny_shapes"
+        weights = folder / "model.safetensors"
+        options = {"config": folder / "config.yaml", "small": ["MODEL.DEVICE", "cpu"]}
+    tokenizer = ["MODEL.LANGUAGE.TOKENIZER", folder / "tokenizer"] if released else []
+    keys = ["MODEL.WEIGHTS", weights, "DATASETS.TEST", tuple(names), *tokenizer]
+    here(tmp_path, "--eval-only", *keys, **options)
+    expected, found = scores(tmp_path), {}
+    for name, kind in zip(names, ("png", "panoptic", "referring"), strict=True):
+        file = tmp_path / "inference" / name / f"{kind}_predictions.json"
+        command = ["--predictions", file, "--dataset", name, "--output", tmp_path / "one.json"]
+        if kind == "png" and not released:  # the annotation's entities by another way
+            command += ["--entities", places(scenes / "shapes", "val")["panoptic_json"]]
+        assert score.main([str(part) for part in command]) == 0, capsys.readouterr().err
+        assert "Missing:  0 of " in capsys.readouterr().out
+        found |= json.loads((tmp_path / "one.json").read_text())
+    others = {name: found.pop(name) for name in ("png@official", "png@flmm")}
+    assert found == {task: expected[task] for task in ("png", "panoptic_seg", "refer")}
+    assert all(others[f"png@{rule}"][f"protocol_{rule}"] == 1 for rule in ("official", "flmm"))
+    assert score.main([str(tmp_path)]) == 0, capsys.readouterr()
 
 
 def test_expected_results_fail_after_the_table_was_printed(here, trained, tmp_path, capsys):

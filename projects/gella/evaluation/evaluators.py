@@ -311,7 +311,8 @@ class PNGEvaluator(GatheringEvaluator):
     A unit is a phrase with at least one segment id; its truth is the union of its segments at the
     original size, crowd segments included. ``protocol`` is one of ``metrics.PROTOCOLS`` and is
     reported as ``protocol_<name>``: 1. Under "official" the oracle's union is chosen by pixel
-    counts and then scored by the soft IoU, like the rest.
+    counts and then scored by the soft IoU, like the rest. An output that says itself which entry
+    answers which phrase (``matched``, as of `match_grounding`) is believed.
 
     Writes ``png_predictions.json``, from which everything can be scored again: per narrative the
     scored ``nouns`` with IoUs and predicted masks, and as ``others`` what else the model grounded;
@@ -340,7 +341,8 @@ class PNGEvaluator(GatheringEvaluator):
         overlap[pairs[:, 0], pairs[:, 1]] = pixels
         phrases, answers = sample["phrases"], output["grounding"]
         nouns, others = [], dict(enumerate(answers))
-        for k, number in enumerate(match_grounding(phrases, answers)):
+        matched = output.get("matched") or match_grounding(phrases, answers)
+        for k, number in enumerate(matched):
             phrase = phrases[k]
             if not phrase["segment_ids"]:
                 continue  # an ungrounded noun is not scored

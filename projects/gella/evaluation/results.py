@@ -177,7 +177,7 @@ _SECTIONS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
     "png": (
         "Panoptic narrative grounding, average recall, protocol {protocol}",
         {
-            "GELLA AR": "AR",
+            "AR": "AR",
             "oracle: best union of the given entities": "oracle_AR",
             "blind: a random entity per noun": "random_AR",
             "blind: the largest entity": "largest_AR",
@@ -238,7 +238,8 @@ def format_results(results: Mapping[str, Any]) -> str:
         task, _, dataset = name.partition("@")
         title, rows, suffixes = _SECTIONS.get(task, (task, dict(zip(metrics, metrics)), ("",)))
         protocol = next((rule for rule in PROTOCOLS if metrics.get(f"protocol_{rule}")), "unknown")
-        table.append([title.format(protocol=protocol) + (f" on {dataset}" if dataset else "")])
+        where = f" on {dataset}" if dataset not in ("", protocol) else ""
+        table.append([title.format(protocol=protocol) + where])
         for label, key in rows.items():
             values = [metrics[key + suffix] for suffix in suffixes if key + suffix in metrics]
             if values:
