@@ -51,6 +51,8 @@ EXTRAS = {
         "accelerate>=1.15",
     ],
     "app": ["gradio>=6.31"],  # tools/app.py: the web page
+    # Nouns of captions for configs/clip_zero_shot.yaml, where none are given; GELLA finds its own.
+    "chunker": ["spacy>=3.8"],
     "captions": ["openai>=3.57"],  # tools/describe_images.py, --captioner URL: chat endpoints
     "dev": [
         "pytest>=9",  # make test

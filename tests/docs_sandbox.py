@@ -21,6 +21,7 @@ import timm
 import torch
 from caption_server import save_tiny_llava
 from detectron2.modeling import build_model
+from tiny_clip import save_clip
 from tiny_segmenters import save_mask2former, save_sam, save_toy
 from tiny_weights import fill_hub, llava
 
@@ -112,6 +113,7 @@ CHANGES: dict[str, dict[str, str]] = {
     },
     "docs/DEMO.md": {
         "--min-area 100": "--min-area 1 --segmenter-option " + SURE.format("--segmenter-option"),
+        "output/zero_shot": "output/zero_shot --opts MODEL.CLIP.NAME models/clip",
     },
     "docs/ENTITY_MASKS.md": {  # a Detectron2 model that finds red and blue
         "setup=mask2former:add_maskformer2_config"
@@ -303,7 +305,8 @@ def _write_weights() -> None:
 
 
 def _write_models(folder: Path) -> None:
-    """Segmenters and a LLaVA for captions."""
+    """Segmenters, a CLIP, and a LLaVA for captions."""
+    save_clip(folder / "clip")
     save_sam(folder / "sam")
     save_mask2former(folder / "mask2former")
     save_toy(folder / "toy")

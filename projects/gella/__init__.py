@@ -1,8 +1,9 @@
 """GELLA: ground every entity that a caption names, on entity masks from any source.
 
-Importing this package fills Detectron2's registries (``META_ARCH_REGISTRY``: ``GELLA``;
-``BACKBONE_REGISTRY``; ``SEM_SEG_HEADS_REGISTRY``) and its dataset catalogs (names that start with
-``gella_``) and does nothing else: no file is read and no heavy third party is imported.
+Importing this package fills Detectron2's registries (``META_ARCH_REGISTRY``: ``GELLA`` and
+``ClipGrounder``; ``BACKBONE_REGISTRY``; ``SEM_SEG_HEADS_REGISTRY``) and its dataset catalogs (names
+that start with ``gella_``) and does nothing else: no file is read and no heavy third party is
+imported.
 """
 
 from __future__ import annotations

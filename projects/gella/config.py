@@ -15,6 +15,7 @@ PATHS = (
     "MODEL.WEIGHTS",
     "MODEL.LANGUAGE.TOKENIZER",
     "MODEL.LANGUAGE.CONFIG",
+    "MODEL.CLIP.NAME",
     "SOLVER.ZERO.CONFIG",
     "TEST.CALIBRATION",
     "TEST.CATEGORIES_FROM",
@@ -33,11 +34,12 @@ def add_gella_config(cfg: Any) -> None:
     the colours, ``DATALOADER.TASK_RATIOS`` Table 9, ``SOLVER.*_MULTIPLIER`` the learning rates.
     """
     node = type(cfg)
-    cfg.MODEL.META_ARCHITECTURE = "GELLA"  # a name in META_ARCH_REGISTRY
+    cfg.MODEL.META_ARCHITECTURE = "GELLA"  # a name in META_ARCH_REGISTRY, or "ClipGrounder"
     _add_encoders(cfg, node)
     _add_mask_decoder(cfg, node)
     _add_language(cfg, node)
     _add_association(cfg, node)
+    _add_clip(cfg, node)
     _add_inference(cfg, node)
     _add_data(cfg, node)
     _add_training(cfg, node)
@@ -202,6 +204,29 @@ def _add_lora(language: Any, node: type) -> None:
         "down_proj",
     ]
     lora.TRAIN_EMBEDDINGS = True  # input embedding and output layer too, where <SEG> is new
+
+
+def _add_clip(cfg: Any, node: type) -> None:
+    # Of "ClipGrounder", which scores without training. None of these defaults was chosen by a
+    # measurement of ours: each is the usual value or the simplest.
+    clip = cfg.MODEL.CLIP = node()
+    # A folder as transformers saves a CLIP, or its name on the hub: where MODEL.WEIGHTS and
+    # MODEL.LANGUAGE.TOKENIZER are empty, they become that folder.
+    clip.NAME = ""
+    # Pixels; the longest side at which the picture's own grid is computed. 448 is usual for dense
+    # features: with patches of 16, four times the cells of CLIP's own 224.
+    clip.DENSE_SIZE = 448
+    # Share of an entity's longest side that its crop shows around it, on each side: CLIP knows
+    # photographs, in which things have surroundings.
+    clip.CROP_PADDING = 0.1
+    # A score is CROP_WEIGHT x cosine of the crop + (1 - CROP_WEIGHT) x cosine of what is pooled
+    # under the mask. A crop is what CLIP was trained on; the grid sees the whole scene.
+    clip.CROP_WEIGHT = 0.5
+    # What cosines are multiplied by before the softmax; 0: CLIP's own, which it learned (100).
+    clip.LOGIT_SCALE = 0.0
+    clip.TEMPLATE = "a photo of {}."  # what CLIP reads; the noun stands for {}
+    # The spaCy pipeline that finds the nouns of a caption where none are given.
+    clip.CHUNKER = "en_core_web_sm"
 
 
 def _add_inference(cfg: Any, node: type) -> None:

@@ -31,7 +31,7 @@ from gella.engine.trainer import GellaTrainer
 from gella.evaluation.calibration import TAKE_ALL, PanopticSweep, SelectionSweep
 from gella.modeling.postprocessing import panoptic_from_scores
 from gella.utils.io import config_hash, file_hash, versions, write_json
-from gella.weights.checkpoint import build_with_weights
+from gella.weights.checkpoint import build_with_weights, find_clip
 
 
 class Questions:
@@ -82,8 +82,10 @@ def run(args: argparse.Namespace) -> None:
     setup_logger()
     logging.getLogger("gella").setLevel(logging.INFO)
     cfg = config_of(args.config_file, [*(args.opts or []), "TEST.NOUNS", "given"])
-    cfg.MODEL.WEIGHTS = weights = args.weights or cfg.MODEL.WEIGHTS
+    cfg.MODEL.WEIGHTS = args.weights or cfg.MODEL.WEIGHTS
+    find_clip(cfg)
     cfg.freeze()
+    weights = cfg.MODEL.WEIGHTS
     if not weights:
         raise ValueError("no weights: give --weights FILE or MODEL.WEIGHTS in the config")
     names = args.dataset or cfg.DATASETS.TEST

@@ -576,9 +576,10 @@ def execute(args: argparse.Namespace) -> int:
     if single:
         masks.find(jobs[0])  # a picture that has none is told before a large model is loaded
     predictor = GellaPredictor(cfg, config_file=args.config_file)
-    if not cfg.MODEL.WEIGHTS:
+    weights = predictor.cfg.MODEL.WEIGHTS
+    if not weights:
         print("no weights: the model is untrained, and the output is labelled so")
-    elif purpose := made_for(cfg.MODEL.WEIGHTS):
+    elif purpose := made_for(weights):
         print(f"weights: {shown(purpose)}")
     run = Run(args, predictor, masks, categories, captioner, single)
 

@@ -76,7 +76,7 @@ from gella.engine.trainer import GellaTrainer
 from gella.evaluation import format_results
 from gella.evaluation.results import by_dataset, describe_run, refuse_nothing
 from gella.evaluation.tables import TABLES
-from gella.weights.checkpoint import build_with_weights
+from gella.weights.checkpoint import build_with_weights, find_clip
 
 LOGGER = logging.getLogger("detectron2")
 
@@ -109,6 +109,7 @@ def setup(args: Any) -> CfgNode:
     not fit there.
     """
     cfg = config_of(args.config_file, args.opts or [])
+    find_clip(cfg)
     cfg.freeze()
     args.config_file = str(find_config(args.config_file))  # which it notes as it stands
     default_setup(cfg, args)
@@ -245,6 +246,7 @@ def preflight(args: Any, processes: int, local: int) -> None:
     with user_errors():
         cfg = load_config(args.config_file, args.opts or [])
         import_modules(cfg)
+        find_clip(cfg)
         run = Run(args.config_file, processes, local, not args.eval_only, args.resume)
         found = missing_for(cfg, run._replace(data=not args.table, tools=tools()))
     if found:

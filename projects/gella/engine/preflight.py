@@ -87,9 +87,9 @@ def missing_for(cfg: Any, run: Run) -> list[Missing]:
         return [*found, Missing(" ".join(str(error).split()))]
     makes = f"python {run.tools}/convert_weights.py --config-file {run.config_file} --from-hub"
     found += _weights(cfg, run, weights, model, makes)
-    found += _tokenizer(cfg, weights, makes)
-    if isinstance(model, GELLA) and not problems:
-        found += _memory(cfg, run, model)
+    if isinstance(model, GELLA):
+        found += _tokenizer(cfg, weights, makes)
+        found += () if problems else _memory(cfg, run, model)
     return found
 
 

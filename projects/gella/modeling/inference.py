@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gella.modeling.generation import Prefix
 from gella.modeling.mask_decoder import MaskDecoderOutput
 from gella.modeling.postprocessing import (
+    Candidates,
     Masks,
     gather_candidates,
     ground_phrases,
@@ -28,6 +29,17 @@ from gella.text import prompts
 from gella.text.copying import CopiedNouns
 from gella.text.spans import located
 from gella.text.words import names_several
+
+
+class Grounder(Protocol):
+    """What predictor and evaluators ask of any meta-architecture: the three steps as methods.
+
+    What ``encode_images`` returns of an image has ``masks`` and ``scores`` of its entities.
+    """
+
+    encode_images: Callable[..., list[Any]]
+    write_answers: Callable[..., list[dict[str, Any]]]
+    find_entities: Callable[..., list[dict[str, Any]]]
 
 
 class Model(Protocol):
@@ -215,7 +227,7 @@ def find_entities(
     language = model.read_answers(inputs, grids, prefixes)
     logits = model.association(language.seg_embeddings, queries)  # P_i k*Q each
     options = model.inference_options
-    results: list[dict[str, Any]] = []
+    results = []
     for x, image, scores in zip(inputs, encoded, logits):
         entities, drawn = x["entities_full"], image.query_embeddings.shape[:2]
         candidates = gather_candidates(
@@ -226,44 +238,49 @@ def find_entities(
             entity_masks=own_masks(entities, x["task"] == "panoptic") if options.SNAP else None,
             snapped=image.snapped,
         )
-        if x["task"] == "panoptic":
-            threshold = x.get("threshold", options.PANOPTIC_THRESHOLD)
-            painted = panoptic_from_scores(
-                candidates.scores, candidates.masks, x["phrases"], threshold
-            )
-            results.append({"panoptic_seg": painted})
-        else:
-            # MODEL.GELLA.SINGULAR_ARGMAX: a noun in the singular takes one entity.
-            argmax = [
-                options.SINGULAR_ARGMAX and not names_several(p["text"]) for p in x["phrases"]
-            ]
-            grounding = ground_phrases(
-                x["phrases"],
-                candidates,
-                x.get("threshold", options.ASSOCIATION_THRESHOLD),
-                best_only=argmax,
-                none_threshold=options.NONE_THRESHOLD,
-                exclusive=x.get("exclusive", False),
-            )
-            results.append({"grounding": grounding})
+        results.append(answer_from(x, candidates, options))
     return results
 
 
-def answer_batch(model: Model, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def answer_from(x: dict[str, Any], candidates: Candidates, options: Any) -> dict[str, Any]:
+    """What the scores of one image's nouns say: ``panoptic_seg`` or ``grounding``, by its task.
+
+    Args:
+        x: the mapped dict, see :func:`find_entities`.
+        candidates: the entities with the scores of its phrases.
+        options: the node ``MODEL.GELLA``.
+    """
+    phrases = x["phrases"]
+    if x["task"] == "panoptic":
+        threshold = x.get("threshold", options.PANOPTIC_THRESHOLD)
+        masks, scores = candidates.masks, candidates.scores
+        return {"panoptic_seg": panoptic_from_scores(scores, masks, phrases, threshold)}
+    # MODEL.GELLA.SINGULAR_ARGMAX: a noun in the singular takes one entity.
+    argmax = [options.SINGULAR_ARGMAX and not names_several(p["text"]) for p in phrases]
+    grounding = ground_phrases(
+        phrases,
+        candidates,
+        x.get("threshold", options.ASSOCIATION_THRESHOLD),
+        best_only=argmax,
+        none_threshold=options.NONE_THRESHOLD,
+        exclusive=x.get("exclusive", False),
+    )
+    return {"grounding": grounding}
+
+
+def answer_batch(model: Grounder, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Answer mapped dicts, whose tasks may differ; see ``GELLA.forward`` for what comes back."""
-    encoded = encode_images(model, batched_inputs)
+    encoded = model.encode_images(batched_inputs)
     inputs = list(batched_inputs)
     to_write = [i for i, x in enumerate(inputs) if x["task"] in ("describe", "extract")]
     if to_write:
-        written = write_answers(
-            model, [inputs[i] for i in to_write], [encoded[i] for i in to_write]
-        )
+        written = model.write_answers([inputs[i] for i in to_write], [encoded[i] for i in to_write])
         for i, answered in zip(to_write, written):
             inputs[i] = answered
     results = [{"text": inputs[i]["text"]} if i in to_write else {} for i in range(len(inputs))]
     to_find = [i for i, x in enumerate(inputs) if x["task"] != "describe"]
     if to_find:
-        found = find_entities(model, [inputs[i] for i in to_find], [encoded[i] for i in to_find])
+        found = model.find_entities([inputs[i] for i in to_find], [encoded[i] for i in to_find])
         for i, result in zip(to_find, found):
             instances = Instances((inputs[i]["height"], inputs[i]["width"]))
             masks = encoded[i].masks

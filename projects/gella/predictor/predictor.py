@@ -41,7 +41,7 @@ from gella.segmenters.segmenter import Segmenter, load_segmenter
 from gella.text import prompts
 from gella.text.spans import located
 from gella.utils.hub import model_folder
-from gella.weights.checkpoint import build_with_weights
+from gella.weights.checkpoint import build_with_weights, find_clip
 
 TASKS = ("ground", "refer", "panoptic", "describe", "extract")
 DTYPES = ("float32", "bfloat16")
@@ -73,6 +73,7 @@ class GellaPredictor:
         cfg.defrost()
         if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"
+        find_clip(cfg)
         cfg.freeze()
         if model is None:
             model = build_with_weights(cfg, cfg.MODEL.WEIGHTS)

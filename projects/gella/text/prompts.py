@@ -375,7 +375,8 @@ def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    # verbose: a warning about the tokenizer's own longest text, which is not the limit here.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _refuse(text: str, what: str, marks: Sequence[str]) -> None:

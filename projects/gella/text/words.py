@@ -6,8 +6,10 @@ makes "bu" the singular of "bus" and "len" that of "lens".
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Sequence
+from typing import Any
 
 _SMALL = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
@@ -128,3 +130,38 @@ def names_several(noun: str) -> bool:
     head = words[end - 1]
     ending = head.endswith("s") and not head.endswith(("ss", "us", "is", "'s"))
     return head in _SEVERAL or (ending and len(head) > 2 and head not in _ONE_IN_S)
+
+
+def noun_chunks(text: str, pipeline: str) -> list[dict[str, Any]]:
+    """Noun phrases of a text in its order, each with ``text``, ``start`` and ``end``, by spaCy.
+
+    Pronouns are left out: by themselves they name nothing.
+
+    Args:
+        text: any.
+        pipeline: a pipeline of spaCy with tagger and parser, such as "en_core_web_sm".
+
+    Raises:
+        ImportError: spaCy or the pipeline is not installed.
+    """
+    chunks = [chunk for chunk in _spacy(pipeline)(text).noun_chunks if chunk.root.pos_ != "PRON"]
+    return [{"text": c.text, "start": c.start_char, "end": c.end_char} for c in chunks]
+
+
+@functools.lru_cache
+def _spacy(pipeline: str) -> Any:
+    given = "or give the nouns, which need no spaCy"
+    try:
+        import spacy
+    except ImportError as error:
+        raise ImportError(
+            "finding the nouns of a caption needs spaCy: pip install 'gella[chunker]' && python -m"
+            f" spacy download {pipeline}; {given}"
+        ) from error
+    try:
+        return spacy.load(pipeline)
+    except OSError as error:
+        raise ImportError(
+            f"spaCy has no pipeline {pipeline} (MODEL.CLIP.CHUNKER): python -m spacy download"
+            f" {pipeline}; {given}"
+        ) from error

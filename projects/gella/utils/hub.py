@@ -28,7 +28,12 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
         return folder
     try:
         cached = bool(hub_options(str(name)))  # it does not answer
-        return Path(snapshot_download(str(name), revision=revision, local_files_only=cached))
+        others = ["*.h5", "*.msgpack"]  # the same weights for other frameworks
+        return Path(
+            snapshot_download(
+                str(name), revision=revision, local_files_only=cached, ignore_patterns=others
+            )
+        )
     except HFValidationError as error:  # a ValueError about the form of names
         raise FileNotFoundError(f"{name} is no folder and no name on the hub: {error}") from error
 

@@ -34,7 +34,7 @@ NUMPY_PARTS = frozenset(
 # Keys that cannot change a score: where files go, and how the work is shared out.
 _NO_MATTER = (
     *("OUTPUT_DIR", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK"),
-    *("MODEL.WEIGHTS", "MODEL.HUB"),  # weights have a hash of their own
+    *("MODEL.WEIGHTS", "MODEL.HUB", "MODEL.CLIP.NAME"),  # weights have a hash of their own
     *("MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "TEST.IMS_PER_BATCH"),
     *("TEST.EXPECTED_RESULTS", "TEST.EVAL_PERIOD"),
     "TEST.CALIBRATION",  # the thresholds that it set count

@@ -31,6 +31,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from gella.modeling.filling import built_empty, empty_modules
+from gella.utils.hub import model_folder
 from gella.weights.files import read_torch, read_weights
 from gella.weights.layout import matches_any, some
 
@@ -41,6 +42,16 @@ PART_FOLDER, DEEPSPEED_TAG = "language", "zero"
 FOLDER_NAME = re.compile(r"iter_(\d{7,})")
 LEFT_OVER = re.compile(r"\.iter_\d{7,}\.(tmp|old)")
 _logger = logging.getLogger(__name__)
+
+
+def find_clip(cfg: Any) -> None:
+    """Take weights and tokenizer that ``cfg`` does not name from ``MODEL.CLIP.NAME``, if it does.
+
+    Changes ``cfg`` in place. Raises OSError as :func:`gella.utils.hub.model_folder`.
+    """
+    if cfg.MODEL.CLIP.NAME:
+        cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS or str(model_folder(cfg.MODEL.CLIP.NAME))
+        cfg.MODEL.LANGUAGE.TOKENIZER = cfg.MODEL.LANGUAGE.TOKENIZER or cfg.MODEL.WEIGHTS
 
 
 def build_with_weights(
