@@ -584,6 +584,17 @@ def wait_for_note(page: Any, words: str) -> None:
     )
 
 
+def wait_for_caption(page: Any, words: str) -> None:
+    page.wait_for_function(
+        "words => document.querySelector('#caption textarea').value.includes(words)", arg=words
+    )
+
+
+def wait_until_written(page: Any) -> None:
+    """Wait for the end of a description; a click before it asks for no other one."""
+    page.wait_for_selector("#caption [data-testid=status-tracker].hide", state="attached")
+
+
 def ground(page: Any, caption: str, nouns: str = "") -> None:
     page.fill("#caption textarea", caption)
     page.fill("#nouns textarea, #nouns input", nouns)
@@ -661,7 +672,7 @@ def test_the_examples_answer_all_tasks(page, site):
     page.wait_for_function(
         f"document.querySelector('#caption textarea').value !== {json.dumps(first['caption'])}"
     )
-    page.wait_for_function("document.querySelector('#caption textarea').value.endsWith('.')")
+    wait_until_written(page)
     page.click("#extract")
     page.wait_for_function("document.querySelector('#nouns textarea, #nouns input').value !== ''")
     page.click("button[role=tab] >> text=Referring")
@@ -703,7 +714,7 @@ def test_answers_are_stopped_and_clicks_meanwhile_count(page, site, monkeypatch)
 
     def endless(*, on_text, **_):
         try:
-            for k in range(2000):
+            for k in range(100_000):
                 on_text(f"word {k}")
                 time.sleep(0.02)
         finally:
@@ -725,6 +736,7 @@ def test_answers_are_stopped_and_clicks_meanwhile_count(page, site, monkeypatch)
     assert not ended.is_set()  # it is shown while it is written
     page.click("#stop")
     assert ended.wait(60)
+    wait_until_written(page)
     page.fill("#caption textarea", CAPTION)
     page.click("#ground")
     assert going.wait(60)
@@ -779,16 +791,35 @@ def test_no_result_stays_under_an_error_or_another_task(page):
     page.wait_for_function(gone)
 
 
-def test_a_description_keeps_the_caption_one_click_away(page):
+def test_a_description_keeps_the_caption_one_click_away(page, site, monkeypatch):
+    lengths = iter((5, 100_000, 100_000))
+
+    def slowly(*, on_text, **_):
+        for k in range(next(lengths)):
+            on_text(f"A sentence. Word {k}")
+            time.sleep(0.02)
+        return "The end."
+
+    monkeypatch.setattr(site.desk.predictor, "describe", slowly)
     give(page)
     page.fill("#caption textarea", "My own words.")
-    value = "document.querySelector('#caption textarea').value"
-    for _ in range(2):  # the second description takes the first one's place
-        page.click("#describe")
-        page.wait_for_function(f"{value} !== 'My own words.' && {value}.endsWith('.')")
-        page.wait_for_selector("#back:not([disabled])")
+    page.click("#describe")
+    wait_for_caption(page, "The end.")
+    wait_until_written(page)
+    page.click("#describe")  # the second description takes the first one's place
+    wait_for_caption(page, "Word")
+    page.click("#describe")  # while it is written
     page.click("#back")
-    page.wait_for_function(f"{value} === 'My own words.'")
+    wait_for_caption(page, "My own words.")
+    page.wait_for_timeout(500)  # no late word of what was ended
+    assert page.input_value("#caption textarea") == "My own words."
+    wait_until_written(page)
+    page.click("#describe")
+    wait_for_caption(page, "Word")
+    page.click("#examples button >> nth=0")
+    wait_for_caption(page, "Here there is the sand")
+    page.wait_for_timeout(500)
+    assert "Word" not in page.input_value("#caption textarea")
 
 
 def test_a_broken_picture_is_refused_when_it_is_uploaded(page, tmp_path):

@@ -20,9 +20,10 @@ import secrets
 import shutil
 import threading
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,8 @@ class Visitor:
     scene: Any = None  # the predictor's `Scene`
     shown: bool = False  # whether the page has shown it
     extracted: tuple[str, str] = ("", "")  # a caption and the list of its nouns that a model made
-    described: str = ""  # the last caption that a model wrote
+    # What models wrote as a caption, word by word: the page may show any part of a description.
+    written: deque[str] = field(default_factory=lambda: deque(maxlen=1000))
     again: Any = None  # asks the last question, of a threshold
     folder: Path = Path()  # of the last result's files
 
@@ -417,9 +419,13 @@ class Desk:
         return *(visitor.bare() if visitor.shown else nothing), defaults[name]
 
     def keep(self, visitor: Visitor, caption: str, kept: str) -> tuple[str, Any]:
-        """The caption before a model's takes its place, and whether there is one to go back to."""
-        kept = kept if caption == visitor.described else caption
+        """The caption to go back to, the newest that no model wrote, and whether there is one."""
+        kept = caption if caption.strip() and caption not in visitor.written else kept
         return kept, gr.update(interactive=bool(kept))
+
+    def restore(self, visitor: Visitor, caption: str, kept: str) -> tuple[str, str]:
+        """The caption to go back to, and the next one: what stands there, if no model wrote it."""
+        return kept or caption, self.keep(visitor, caption, kept)[0]
 
     def ground(
         self, visitor: Visitor, caption: str, nouns: str, threshold: float | None = None
@@ -466,7 +472,7 @@ class Desk:
         """The model's description, while it is written; nouns of a former caption go."""
         describe = functools.partial(self.predictor.describe, scene=visitor.scene)
         for text in streamed(lambda on_text: describe(on_text=on_text)):
-            visitor.described = text
+            visitor.written.append(text)
             yield visitor, text, ""
 
     def ask(self, visitor: Visitor) -> Iterator[tuple[Visitor, str, str]]:
@@ -482,7 +488,8 @@ class Desk:
             if isinstance(error, AnswerError):
                 failure = "gave no answer that can be used; again?"
             raise ValueError(f"The caption model {failure}") from None
-        caption = visitor.described = answer.description[: self.limits.max_caption]
+        caption = answer.description[: self.limits.max_caption]
+        visitor.written.append(caption)
         yield visitor, caption, visitor.keep_nouns(caption, answer.nouns)
 
     def extract(self, visitor: Visitor, caption: str) -> Iterator[tuple[Visitor, str]]:
@@ -555,7 +562,7 @@ def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
             with gr.Column(scale=3, min_width=300):
                 given = [visitor, picture, masks]
                 with gr.Tab("Caption") as captions:
-                    _caption_tab(desk, given, caption, shown, threshold)
+                    writing = _caption_tab(desk, given, caption, shown, threshold)
                 with gr.Tab("Referring") as referring:
                     _line_tab(desk, given, shown, expression, threshold, desk.refer)
                 with gr.Tab("Panoptic") as panoptic:
@@ -574,7 +581,8 @@ def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
         threshold.input(again, [*given, threshold], shown, api_name="again", **quiet, **_LAST)
         if examples:
             with places[0]:
-                _gallery(examples, [picture, masks, caption, expression, categories])
+                filled = [picture, masks, caption, expression, categories]
+                _gallery(examples, filled, writing)
 
         def forget(request: gr.Request) -> None:
             # Gradio itself keeps the state of a closed tab for an hour.
@@ -661,7 +669,16 @@ def _inputs(desk: Desk, shown: list[Any]) -> tuple[Any, Any, Any]:
     return picture, masks, line
 
 
-def _gallery(examples: Sequence[Entry], filled: list[Any]) -> None:
+def _instead(running: list[dict[str, Any]], click: Any, *filling: Any) -> None:
+    """On a ``click``, put a caption in the place of one that is still being written (``running``).
+
+    The writing ends first, and the caption comes through the queue: behind the last text in it.
+    """
+    click(None, cancels=running, **_OUTSIDE)
+    click(*filling, show_progress="hidden", api_visibility="private")
+
+
+def _gallery(examples: Sequence[Entry], filled: list[Any], running: list[dict[str, Any]]) -> None:
     images, parts = [[example.image] for example in examples], [gr.Image(render=False)]
     rows = [
         (e.image, [str(e.masks)], e.text, e.expression, ", ".join(e.categories)) for e in examples
@@ -675,13 +692,16 @@ def _gallery(examples: Sequence[Entry], filled: list[Any]) -> None:
         samples_per_page=24,
         elem_id="examples",
     )
-    gallery.click(rows.__getitem__, gallery, filled, show_progress="hidden", **_OUTSIDE)
+    _instead(running, gallery.click, rows.__getitem__, gallery, filled)
 
 
 def _caption_tab(
     desk: Desk, given: list[Any], caption: Any, shown: list[Any], threshold: Any
-) -> None:
-    """The three tasks of the paper's Figure 3: describe, extract nouns, ground."""
+) -> list[dict[str, Any]]:
+    """The three tasks of the paper's Figure 3: describe, extract nouns, ground.
+
+    Returns the events that write a caption.
+    """
     caption.render()
     ask, kept = None, gr.State("")
     with gr.Row():
@@ -704,8 +724,7 @@ def _caption_tab(
     if ask is not None:
         asking = desk.event(desk.ask, blind=True)
         running.append(ask.click(asking, given, texts, api_name="ask", **_MODEL))
-    swap = [caption, kept]  # a description under way would overwrite what comes back
-    back.click(lambda *texts: texts[::-1], swap, swap, cancels=running, **_OUTSIDE)
+    _instead(running, back.click, desk.restore, [given[0], caption, kept], [caption, kept])
     extract.click(
         desk.event(desk.extract, blind=True),
         [*given, caption],
@@ -721,6 +740,7 @@ def _caption_tab(
         show_progress_on=shown[1],
         **_LAST,
     )
+    return running
 
 
 def _line_tab(
