@@ -22,7 +22,7 @@ import threading
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from gella.weights.files import made_for
 MASK_SUFFIXES = (".png", ".npz", ".npy", ".json")
 BYTES_PER_PIXEL = 32  # that an .npz may unpack to, for each pixel that a picture may have
 IDLE = 1800.0  # seconds after its last question that a visitor's encoded picture stays
+PACE = 0.1  # seconds between two texts of a description: a slow browser falls behind otherwise
 MAX_AGE = 6 * 3600  # seconds that an upload stays
 TITLE = "GELLA: ground a caption in a picture"
 _PHOTOGRAPH = (
@@ -509,8 +510,8 @@ def note(text: str, classes: str = "gella-note") -> str:
 def streamed(generate: Callable[[Callable[[str], None]], str]) -> Iterator[str]:
     """Run ``generate(on_text)`` in a thread; yield what ``on_text`` gets, and its result last.
 
-    Text that comes faster than it is taken is skipped: only the newest counts. A consumer that
-    stops early ends the generation at its next text. Raises what ``generate`` raises.
+    Text that comes faster than it is taken, or than `PACE`, is skipped: only the newest counts. A
+    consumer that stops early ends the generation at its next text. Raises what ``generate`` raises.
     """
     texts: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     stop, last = threading.Event(), None
@@ -528,6 +529,7 @@ def streamed(generate: Callable[[Callable[[str], None]], str]) -> Iterator[str]:
                 if texts.empty() and text != last:
                     yield text
                     last = text
+                    wait([answer], PACE)
             if answer.result() != last:
                 yield answer.result()
         finally:
