@@ -58,11 +58,6 @@ def install_upstream() -> bool:
     )
 
 
-def install_core() -> bool:
-    """Install this project's core, which follows the files of the checkout."""
-    return pip_install("--no-deps", "--no-build-isolation", "-e", str(CORE))
-
-
 def main() -> int:
     """Choose, install, and print what was chosen and why; the exit status."""
     forced = os.environ.get("GELLA_DETECTRON2", "")
@@ -85,7 +80,8 @@ def main() -> int:
             return 1
         else:
             reason = "the original could not be installed (see above)"
-    if not install_core():
+    # It follows the files of the checkout.
+    if not pip_install("--no-deps", "--no-build-isolation", "-e", str(CORE)):
         print(f"error: {CORE} could not be installed (see above)", file=sys.stderr)
         return 1
     print(f"Detectron2 {installed_version()}: projects/detectron2_core, because {reason}.")

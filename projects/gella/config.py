@@ -249,24 +249,7 @@ def _add_inference(cfg: Any, node: type) -> None:
     # Noun extraction copies spans of the caption: no other noun can be generated, and its place is
     # known. False: answers are free, and their nouns are sought in the caption.
     gella.COPY_NOUNS = True
-    _add_test(cfg.TEST)
-    # Train without MODEL.WEIGHTS, from random ones: right for the synthetic shapes. A model of the
-    # paper's size that starts so learns nothing, and CLIP would stay random for ever.
-    cfg.MODEL.FROM_SCRATCH = False
-    # Models on the Hugging Face hub, as owner/name@commit (without a commit: what main is then, ""
-    # for none), that `tools/convert_weights.py --from-hub` makes the first weights of.
-    hub = cfg.MODEL.HUB = node()
-    hub.LLAVA = ""  # LLaVA-1.5 in transformers' layout, which holds its CLIP
-    hub.CLIP = ""  # instead of LLaVA's
-    hub.MASK2FORMER = ""  # mask decoder, and colormap encoder
-    hub.COLORMAP_ENCODER = ""  # instead of Mask2Former's backbone
-    hub.TOKENIZER = ""  # of the original LLaVA-1.5: transformers' copy has two more words
-    # Checkpoint keys (shell patterns) that may be absent from the file or be left over in it.
-    cfg.MODEL.WEIGHTS_ALLOW_MISSING = []
-    cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED = []
-
-
-def _add_test(test: Any) -> None:
+    test = cfg.TEST
     # Nouns of narratives at test: "given" (all in one pass of the language model) or "extracted"
     # (the model generates them; they are matched to the reference by their text).
     test.NOUNS = "given"
@@ -282,6 +265,20 @@ def _add_test(test: Any) -> None:
     test.CALIBRATION = ""
     # Also run Detectron2's COCOPanopticEvaluator; needs the full Detectron2 and panopticapi.
     test.DETECTRON2_PANOPTIC = False
+    # Train without MODEL.WEIGHTS, from random ones: right for the synthetic shapes. A model of the
+    # paper's size that starts so learns nothing, and CLIP would stay random for ever.
+    cfg.MODEL.FROM_SCRATCH = False
+    # Models on the Hugging Face hub, as owner/name@commit (without a commit: what main is then, ""
+    # for none), that `tools/convert_weights.py --from-hub` makes the first weights of.
+    hub = cfg.MODEL.HUB = node()
+    hub.LLAVA = ""  # LLaVA-1.5 in transformers' layout, which holds its CLIP
+    hub.CLIP = ""  # instead of LLaVA's
+    hub.MASK2FORMER = ""  # mask decoder, and colormap encoder
+    hub.COLORMAP_ENCODER = ""  # instead of Mask2Former's backbone
+    hub.TOKENIZER = ""  # of the original LLaVA-1.5: transformers' copy has two more words
+    # Checkpoint keys (shell patterns) that may be absent from the file or be left over in it.
+    cfg.MODEL.WEIGHTS_ALLOW_MISSING = []
+    cfg.MODEL.WEIGHTS_ALLOW_UNEXPECTED = []
 
 
 def _add_data(cfg: Any, node: type) -> None:

@@ -37,10 +37,11 @@ from tqdm import tqdm
 from gella import __version__, load_config
 from gella.commands.console import Parser, exit_status, tools
 from gella.data.register import import_modules
+from gella.engine.evaluation_hooks import with_keys
 from gella.engine.memory import build_on_meta
 from gella.modeling.filling import built_empty
 from gella.utils.io import file_hash, read_json, write_atomically
-from gella.weights import FORMATS, LlavaHf, LlavaOriginal, detect, format_named
+from gella.weights import FORMATS, LlavaHf, LlavaOriginal, detect
 from gella.weights.checkpoint import allowed_keys, check_state_dict, consolidate
 from gella.weights.files import (
     TOKENIZER_FILES,
@@ -157,7 +158,6 @@ def from_hub(args: argparse.Namespace, cfg: Any) -> None:
 def convert(args: argparse.Namespace, cfg: Any, notes: Iterable[str] = ()) -> None:
     """Make GELLA's weights from public ones and report what they are made of, after ``notes``."""
     plain = plain_config(cfg)
-    plain.MODEL.DEVICE = "cpu"
     # The language decoder stays empty: what no file has is outside of it. SEED makes that repeat.
     with built_empty(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(max(cfg.SEED, 0))
@@ -184,16 +184,14 @@ def convert(args: argparse.Namespace, cfg: Any, notes: Iterable[str] = ()) -> No
 
 
 def plain_config(cfg: Any) -> Any:
-    """A copy of a config whose language decoder has neither adapters nor rounded weights.
+    """A copy of a config on the CPU, with neither adapters nor rounded weights.
 
     Public weights are those of the plain model; both are laid over it when it is loaded.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.LANGUAGE.LORA.ENABLED = False
-    cfg.MODEL.LANGUAGE.QUANTIZATION = ""
-    cfg.MODEL.LANGUAGE.ATTENTION = "sdpa"  # others may not be installed; the keys are the same
-    return cfg
+    # Another kind of attention may not be installed; its keys are the same.
+    keys = {"LORA.ENABLED": False, "QUANTIZATION": "", "ATTENTION": "sdpa"}
+    language = {f"MODEL.LANGUAGE.{key}": value for key, value in keys.items()}
+    return with_keys(cfg, {"MODEL.DEVICE": "cpu", **language})
 
 
 def read_piece(
@@ -211,7 +209,8 @@ def read_piece(
         OSError, ValueError: what reading and renaming refuse; a config.json that differs.
     """
     state = read_weights(path)
-    layout = (format_named(kind, name) if name else detect(kind, state, path)).from_config(cfg)
+    named = next((layout for layout in FORMATS[kind] if layout.name == name), None)
+    layout = (named or detect(kind, state, path)).from_config(cfg)
     file = main_file(path).parent / "config.json"
     beside = read_json(file) if file.is_file() else {}
     beside = beside if isinstance(beside, dict) else {}

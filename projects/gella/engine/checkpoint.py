@@ -134,16 +134,13 @@ class CheckpointStore:
             os.replace(final, self._being_deleted(final))
         os.replace(path, final)
         to_disk(self.folder)
-        self.prune()
-        return final
-
-    def prune(self) -> None:
-        """Delete the checkpoints that need not be kept; incomplete ones are left to the user."""
-        for item in self.found()[0][self._keep :] if self._keep else []:
-            if not (self._keep_every and (item.iteration + 1) % self._keep_every == 0):
-                os.replace(item.path, self._being_deleted(item.path))
+        # Incomplete ones are left to the user.
+        for old in self.found()[0][self._keep :] if self._keep else []:
+            if not (self._keep_every and (old.iteration + 1) % self._keep_every == 0):
+                os.replace(old.path, self._being_deleted(old.path))
         for path in self.folder.glob(".iter_*.old"):
             shutil.rmtree(path)
+        return final
 
     def _being_deleted(self, path: Path) -> Path:
         return path.with_name(f".{path.name}.old")

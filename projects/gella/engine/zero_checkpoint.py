@@ -90,11 +90,10 @@ def check_readable(folder: str | Path) -> None:
 
     So that a damaged one ends a run while it is set up; errors as of :func:`load_engine`.
     """
-    damaged = first_unreadable(deepspeed_folder(folder))
-    if damaged:
-        file, error = damaged
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"checkpoint {file} cannot be read ({reason})") from error
+    path = deepspeed_folder(folder)
+    with reading_deepspeed(path):
+        if damaged := first_unreadable(path):
+            raise damaged[1]
 
 
 def load_engine(engine: Any, folder: str | Path) -> None:

@@ -60,7 +60,9 @@ class TimmColormapEncoder(Backbone):
         # a norm; Mask2Former puts one LayerNorm on each, and so do we.
         self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
         # Sides that are multiples of this have whole windows at every level.
-        self.window_stride = _DIVISOR * _window_size(self.body, arch)
+        parts = self.body.modules() if arch.startswith("swin_") else ()
+        windows = (m.window_size[0] for m in parts if hasattr(m, "window_size"))
+        self.window_stride = _DIVISOR * math.lcm(*windows)
         self._warned = False
         self.norms = nn.ModuleDict()
         if self.channels_last:
@@ -84,8 +86,15 @@ class TimmColormapEncoder(Backbone):
             ``{"res2": (B, c2, H/4, W/4), ..., "res5": (B, c5, H/32, W/32)}``, sizes rounded up.
         """
         height, width = x.shape[-2:]
-        if not self._warned and (height % self.window_stride or width % self.window_stride):
-            self._warn_of_cut_windows(height, width)
+        whole = not (height % self.window_stride or width % self.window_stride)
+        if self.window_stride > _DIVISOR and not whole and not self._warned:
+            self._warned = True
+            _logger.warning(
+                "Colormaps of %d x %d pixels cut the windows of this Swin: it is not the function "
+                "that public weights were trained in. Set INPUT.GELLA.COLORMAP_SIZE to a multiple "
+                "of %d.",
+                *(width, height, self.window_stride),
+            )
         # MobileNets round odd sizes up and ConvNeXt down; on multiples of 32 all agree.
         pad = (-width % _DIVISOR, -height % _DIVISOR)
         if any(pad):
@@ -100,30 +109,10 @@ class TimmColormapEncoder(Backbone):
             outputs[name] = feature[..., : -(-height // stride), : -(-width // stride)].contiguous()
         return outputs
 
-    def _warn_of_cut_windows(self, height: int, width: int) -> None:
-        self._warned = True
-        if self.window_stride > _DIVISOR:
-            _logger.warning(
-                "Colormaps of %d x %d pixels cut the windows of this Swin: it is not the function "
-                "that public weights were trained in. Set INPUT.GELLA.COLORMAP_SIZE to a multiple "
-                "of %d.",
-                width,
-                height,
-                self.window_stride,
-            )
-
-
-def _window_size(body: nn.Module, arch: str) -> int:
-    if not arch.startswith("swin_"):
-        return 1
-    return math.lcm(*(m.window_size[0] for m in body.modules() if hasattr(m, "window_size")))
-
 
 def _create(arch: str, in_channels: int) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError("TimmColormapEncoder needs timm: pip install timm") from error
+    import timm
+
     if not timm.is_model(arch):
         raise ValueError(
             f"MODEL.COLORMAP_ENCODER.ARCH {arch!r} is not a timm model; see timm.list_models()"

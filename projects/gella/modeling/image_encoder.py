@@ -52,7 +52,13 @@ class CLIPImageEncoder(Backbone):
         self.image_size, self.patch_size = image_size, patch_size
         self.width, self.num_layers, self.freeze = width, layers, freeze
         self.visual = _build_tower(
-            image_size, patch_size, width, layers, width // head_width, mlp_ratio, quick_gelu
+            quick_gelu,
+            image_size=image_size,
+            patch_size=patch_size,
+            width=width,
+            layers=layers,
+            heads=width // head_width,
+            mlp_ratio=mlp_ratio,
         )
         if stem == "conv":
             self.visual.conv1 = _convolutional_stem(patch_size, width)
@@ -119,28 +125,11 @@ def _check_sizes(image_size: int, patch_size: int, width: int, layers: int, head
             raise ValueError(f"MODEL.IMAGE_ENCODER.{message}")
 
 
-def _build_tower(
-    image_size: int,
-    patch_size: int,
-    width: int,
-    layers: int,
-    heads: int,
-    mlp_ratio: float,
-    quick_gelu: bool,
-) -> nn.Module:
-    try:
-        from open_clip.transformer import QuickGELU, VisionTransformer
-    except ImportError as error:
-        raise ImportError(
-            "CLIPImageEncoder needs open_clip: pip install open_clip_torch"
-        ) from error
+def _build_tower(quick_gelu: bool, **sizes: Any) -> nn.Module:
+    from open_clip.transformer import QuickGELU, VisionTransformer
+
     visual = VisionTransformer(
-        image_size=image_size,
-        patch_size=patch_size,
-        width=width,
-        layers=layers,
-        heads=heads,
-        mlp_ratio=mlp_ratio,
+        **sizes,
         output_dim=1,  # of the projection, which goes at once
         act_layer=QuickGELU if quick_gelu else nn.GELU,
     )

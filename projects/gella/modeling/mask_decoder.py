@@ -247,11 +247,9 @@ def _check_masks(masks: Tensor | None, valid: Tensor | None, batch: int) -> tupl
 
 
 def _build_decoders(channels: list[int], **sizes: Any) -> tuple[nn.Module, nn.Module]:
-    try:
-        from transformers import Mask2FormerConfig
-        from transformers.models.mask2former import modeling_mask2former as mask2former
-    except ImportError as error:
-        raise ImportError("Mask2FormerHead needs transformers: pip install transformers") from error
+    from transformers import Mask2FormerConfig
+    from transformers.models.mask2former import modeling_mask2former as mask2former
+
     config = Mask2FormerConfig(num_labels=1, feature_strides=_STRIDES, common_stride=4, **sizes)
     pixel_decoder = mask2former.Mask2FormerPixelDecoder(config, feature_channels=channels)
     transformer = mask2former.Mask2FormerTransformerModule(sizes["feature_size"], config)

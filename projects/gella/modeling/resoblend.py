@@ -199,19 +199,21 @@ class ResoBlend(nn.Module):
                 n: self._mask_only(level, pyramid[n]) + idle for n, level in self.levels.items()
             }
         size = image_grid.shape[-2:]
-        image = self.image_projection(image_grid.flatten(2).transpose(1, 2))  # B g*g D
-        position = self._positions(size[0], size[1], image)
-        attended = image  # Z_v'
+        tokens = self.image_projection(image_grid.flatten(2).transpose(1, 2))  # B g*g D
+        image = _to_map(tokens, size)
+        position = self._positions(size[0], size[1], tokens)
+        attended = tokens  # Z_v'
         if self.self_attention:
-            normed = self.image_norm(image)
+            normed = self.image_norm(tokens)
             located = normed + position
-            attended = image + self.image_attention(located, located, normed)
+            attended = tokens + self.image_attention(located, located, normed)
         blend = self._ask_image if self.fusion == "mask_query" else self._ask_masks
+        located = attended + position
         blended = {
-            name: blend(level, pyramid[name], image, attended, position, size)
+            name: blend(level, pyramid[name], image, attended, located)
             for name, level in self.levels.items()
         }
-        return {**blended, "image": _to_map(image, size)}
+        return {**blended, "image": image}
 
     def _mask_only(self, level: nn.Module, mask_features: Tensor) -> Tensor:
         x = level.lateral(mask_features)  # B D h w
@@ -225,48 +227,36 @@ class ResoBlend(nn.Module):
         return level.conv(x) if self.convolution else x
 
     def _ask_masks(
-        self,
-        level: nn.Module,
-        mask_features: Tensor,
-        image: Tensor,
-        attended: Tensor,
-        position: Tensor | float,
-        grid: torch.Size,
+        self, level: nn.Module, features: Tensor, image: Tensor, _: Tensor, located: Tensor
     ) -> Tensor:
         # Eq. 7 and 8: Z_v' is the query, z^s is key and value, the result lives on CLIP's grid.
-        x = level.lateral(mask_features)
+        x = level.lateral(features)
         tokens = x.flatten(2).transpose(1, 2)  # B h*w D
         keys = tokens + self._positions(x.shape[-2], x.shape[-1], tokens)
-        mixed = level.attention(attended + position, keys, tokens)  # B g*g D
+        mixed = level.attention(located, keys, tokens)  # B g*g D
         if self.feed_forward:
             mixed = level.ffn(mixed)
+        low = _to_map(mixed, image.shape[-2:])
         if self.residual:
-            mixed = mixed + image
-        low = _to_map(mixed, grid)
+            low = low + image
         if self.convolution:
             low = level.conv(low)
         out = _resize(low, x.shape[-2:])
         return out + x if self.fusion == "image_query_mask_residual" else out
 
     def _ask_image(
-        self,
-        level: nn.Module,
-        mask_features: Tensor,
-        image: Tensor,
-        attended: Tensor,
-        position: Tensor | float,
-        grid: torch.Size,
+        self, level: nn.Module, features: Tensor, image: Tensor, attended: Tensor, located: Tensor
     ) -> Tensor:
-        x = level.lateral(mask_features)
+        x = level.lateral(features)
         size = x.shape[-2:]
         tokens = x.flatten(2).transpose(1, 2)  # B h*w D
         queries = level.attention_norm(tokens) + self._positions(size[0], size[1], tokens)
-        tokens = tokens + level.attention(queries, attended + position, attended)
+        tokens = tokens + level.attention(queries, located, attended)
         if self.feed_forward:
             tokens = tokens + level.ffn(level.ffn_norm(tokens))
         x = _to_map(tokens, size)
         if self.residual:
-            x = x + _resize(_to_map(image, grid), size)
+            x = x + _resize(image, size)
         return level.conv(x) if self.convolution else x
 
     def _positions(self, height: int, width: int, like: Tensor) -> Tensor | float:

@@ -19,6 +19,7 @@ PAPER: Color = (255, 255, 255)
 """The background, and light text."""
 CHIP_PADDING = 3
 """Pixels between a chip's side and its text."""
+_GAP = 24  # pixels between the items of a list
 
 # Farthest-point search over the RGB cube from Okabe and Ito's orange and blue: each colour has the
 # largest distance in CIELAB to those before it, taken as the smallest of four views: the normal one
@@ -114,14 +115,12 @@ def wrap_pieces(line: Sequence[Piece], font: Any, width: int) -> list[list[Piece
     return rows
 
 
-def flow_items(
-    items: Sequence[Sequence[Piece]], font: Any, width: int, gap: int = 24
-) -> list[list[Piece]]:
-    """Set items one after the other in rows of at most ``width`` pixels, ``gap`` or more apart.
+def flow_items(items: Sequence[Sequence[Piece]], font: Any, width: int) -> list[list[Piece]]:
+    """Set items one after the other in rows of at most ``width`` pixels, ``_GAP`` or more apart.
 
     An item is broken only if it is wider than a row; then it has rows of its own.
     """
-    spaces = Piece(" " * math.ceil(gap / font.getlength(" ")))
+    spaces = Piece(" " * math.ceil(_GAP / font.getlength(" ")))
     rows: list[list[Piece]] = []
     free = 0.0
     for item in items:

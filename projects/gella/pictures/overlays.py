@@ -19,17 +19,6 @@ _RADII = 0.75 * 1.28 ** np.arange(14)  # label sizes from the anchor to the plac
 _ANGLES = np.arange(16) * (2 * np.pi / 16)
 
 
-def mask_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Return (left, top, right, bottom) of the pixels set in a bool (H, W) mask, right and bottom
-    excluded; None for an empty mask."""
-    rows = np.flatnonzero(mask.any(axis=1))
-    if not len(rows):
-        return None
-    top, bottom = int(rows[0]), int(rows[-1]) + 1
-    columns = np.flatnonzero(mask[top:bottom].any(axis=0))
-    return int(columns[0]), top, int(columns[-1]) + 1, bottom
-
-
 class Layer(NamedTuple):
     """A part of a drawing that holds a mask.
 
@@ -84,7 +73,7 @@ class Grid:
             mask: bool (h, w), a part of the frame.
             origin: (x, y) of the part in the frame.
         """
-        box = mask_box(mask)
+        box = Image.fromarray(mask).getbbox()
         if box is None:
             return None
         left, top, right, bottom = box
@@ -234,7 +223,7 @@ def deepest_point(mask: np.ndarray) -> tuple[int, int]:
     Exact on small masks; above 128 pixels a side a coarser grid is searched. Raises ValueError for
     an empty mask.
     """
-    box = mask_box(mask)
+    box = Image.fromarray(mask).getbbox()
     if box is None:
         raise ValueError("an empty mask has no deepest point; leave such masks out")
     left, top, right, bottom = box

@@ -316,7 +316,6 @@ def fit_prompt(
         OverlongPrompt: it is too long and may not be cut, or does not even fit at its first cut.
         ValueError: as in the two functions, or <SEG> is no token of the tokenizer.
     """
-    check_policy(policy)
     named = answered and task != "describe"
 
     def attempt(end: int, count: int) -> FittedPrompt:

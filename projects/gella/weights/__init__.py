@@ -26,7 +26,7 @@ from gella.weights.mask2former import (
     SwinTimm,
 )
 
-__all__ = ["FORMATS", "Layout", "LlavaHf", "LlavaOriginal", "detect", "format_named"]
+__all__ = ["FORMATS", "Layout", "LlavaHf", "LlavaOriginal", "detect"]
 
 #: Formats by kind, in the order in which they are listed to a user.
 FORMATS: dict[str, tuple[type[Layout], ...]] = {
@@ -35,14 +35,6 @@ FORMATS: dict[str, tuple[type[Layout], ...]] = {
     "clip": (ClipOpenAI, ClipOpenAIVisual, ClipHf, ClipHfVision),
     "colormap-encoder": (SwinOriginal, SwinTimm, MobileNetTimm),
 }
-
-
-def format_named(kind: str, name: str) -> type[Layout]:
-    """The format of a kind with this name; ValueError lists the names."""
-    for layout in FORMATS[kind]:
-        if layout.name == name:
-            return layout
-    raise ValueError(f"there is no {kind} format {name!r}; known: {_names(FORMATS[kind])}")
 
 
 def detect(kind: str, keys: Iterable[str], source: str) -> type[Layout]:
