@@ -32,6 +32,7 @@ from gella.commands.inputs import config_of
 from gella.data.mapper import GroundingMapper
 from gella.data.sampling import build_train_loader
 from gella.data.targets import EntityMatcher
+from gella.engine.evaluation_hooks import with_keys
 from gella.engine.trainer import load_records
 from gella.entities.colormap import entity_colors, paint_colormap
 from gella.entities.entity_map import EntityMap
@@ -224,9 +225,7 @@ def loader_speed(
     cfg: Any, records: Sequence[dict[str, Any]], mapper: Any, workers: int, seconds: float
 ) -> float:
     """Images per second of the training loader, its start not counted."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DATALOADER.NUM_WORKERS = workers
+    cfg = with_keys(cfg, {"DATALOADER.NUM_WORKERS": workers})
     batches = iter(build_train_loader(cfg, datasets=[records], mapper=mapper))
     # What the workers had in hand when the clock starts would count as done in no time.
     for _ in range(2 * workers + 1):

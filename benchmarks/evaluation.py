@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -58,10 +57,6 @@ class Pair(NamedTuple):
     truth: dict[str, Any]
     prediction: dict[str, Any]
     folders: tuple[Path, Path]
-
-    def paths(self) -> list[str]:
-        """Of the two PNGs."""
-        return [os.path.join(f, entry["file_name"]) for f, entry in zip(self.folders, self[:2])]
 
 
 def made_pairs(folder: Path, count: int, size: tuple[int, int], segments: int) -> list[Pair]:
@@ -123,7 +118,7 @@ def _predict(folder: Path, ids: np.ndarray, truth: dict, rng: Any) -> dict[str, 
 
 def decode(pair: Pair) -> tuple[np.ndarray, ...]:
     """Ids of truth and prediction, int32 (H, W)."""
-    return tuple(read_id_png(path) for path in pair.paths())
+    return tuple(read_id_png(f / one["file_name"]) for f, one in zip(pair.folders, pair[:2]))
 
 
 def count(pair: Pair, ids: tuple[np.ndarray, ...], categories: list) -> PQCounts:
@@ -132,21 +127,16 @@ def count(pair: Pair, ids: tuple[np.ndarray, ...], categories: list) -> PQCounts
     return pq_counts(ids[0], segments[0], ids[1], segments[1], categories, pair.truth["image_id"])
 
 
-class Reference:
-    """panopticapi's way to count one image on one core; its ImportError where it is missing."""
+def reference(pair: Pair, by_id: dict[int, Any]) -> dict[int, Any]:
+    """panopticapi's statistics per category of one image on one core; it decodes the PNGs itself.
 
-    def __init__(self, categories: Sequence[dict[str, Any]]) -> None:
-        """``categories``: COCO's form."""
-        from panopticapi import evaluation
+    ``by_id``: categories in COCO's form. ImportError where it is missing.
+    """
+    from panopticapi import evaluation
 
-        self._evaluation, self._by_id = evaluation, {c["id"]: c for c in categories}
-
-    def from_files(self, pair: Pair) -> dict[int, Any]:
-        """Its statistics per category; it decodes the PNGs itself."""
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports by printing
-            score = self._evaluation.pq_compute_single_core
-            statistics = score(0, [pair[:2]], *map(str, pair.folders), self._by_id)
-        return statistics.pq_per_cat
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports by printing
+        score = evaluation.pq_compute_single_core
+        return score(0, [pair[:2]], *map(str, pair.folders), by_id).pq_per_cat
 
 
 def compare_panoptic(pairs: Sequence[Pair], repeat: int) -> dict[str, Any]:
@@ -170,10 +160,10 @@ def compare_panoptic(pairs: Sequence[Pair], repeat: int) -> dict[str, Any]:
         "total_ms": (lambda pair: count(pair, decode(pair), categories), pairs),
     }
     with contextlib.suppress(ImportError):
-        reference = Reference(categories)
+        by_id = {category["id"]: category for category in categories}
         for pair, ids in decoded:
-            check_agreement(count(pair, ids, categories), reference.from_files(pair), pair)
-        tasks["reference_total_ms"] = (reference.from_files, pairs)
+            check_agreement(count(pair, ids, categories), reference(pair, by_id), pair)
+        tasks["reference_total_ms"] = (lambda pair: reference(pair, by_id), pairs)
     seconds = take_turns(tasks, repeat)
     figures: dict[str, Any] = {name: 1000 * value for name, value in seconds.items()}
     theirs = figures.setdefault("reference_total_ms", None)

@@ -394,7 +394,7 @@ def test_wrong_arguments_are_one_line(evaluated, tmp_path, capsys):
 
 def test_a_picture_that_is_missing_or_another_is_named(evaluated, tmp_path):
     Image.new("RGB", (5, 5)).save(tmp_path / "other.jpg")
-    for name, message in (("absent.jpg", "absent.jpg"), ("other.jpg", "size")):
+    for name, message in (("absent.jpg", "absent.jpg"), ("other.jpg", "5x5 .* says 30x20")):
         record = {**evaluated[1][0], "file_name": str(tmp_path / name)}
         with pytest.raises(ValueError, match=message):
             next(scenes(cases_of([0.0]), [record], {}))

@@ -24,7 +24,6 @@ from gella.captions.captioner import (
     PROMPTS,
     AnswerError,
     EndpointError,
-    Picture,
     Reply,
     RequestError,
     StoppedError,
@@ -141,7 +140,7 @@ class Scripted:
     def __init__(self, *answers: Any) -> None:
         self.answers, self.asked = list(answers), []
 
-    def ask(self, text: str, picture: Picture | None, *, attempt: int = 0) -> Reply:
+    def ask(self, text: str, picture: bytes | None, *, attempt: int = 0) -> Reply:
         self.asked.append((text, picture, attempt))
         given = self.answers.pop(0)
         return given if isinstance(given, Reply) else Reply(given)
@@ -152,7 +151,7 @@ def test_describe_asks_again_until_enough_nouns_stand_in_the_text():
     nouns = "dog, cats, cow, pig, hen"
     most = json.dumps({"description": "A dog, a cat, a cow, a pig.", "nouns": nouns})
     captioner, tally = Scripted("hm", few, Reply(most, complete=False), most), Tally()
-    picture = Picture(b"")
+    picture = b"JPEG"
     caption = describe(captioner, picture, "Look.", attempts=4, tally=tally)
     assert caption.nouns == ["dog", "cat", "cow", "pig"]
     assert [asked[1:] for asked in captioner.asked] == [(picture, number) for number in range(4)]
@@ -165,7 +164,7 @@ def test_describe_asks_again_until_enough_nouns_stand_in_the_text():
 
 
 def test_two_steps_ask_for_the_nouns_of_the_description():
-    captioner, picture = Scripted(" A red  car on grass. ", "car, grass"), Picture(b"")
+    captioner, picture = Scripted(" A red  car on grass. ", "car, grass"), b"JPEG"
     caption = describe(captioner, picture, mode="two-steps")
     assert caption.description == "A red car on grass." and caption.nouns == ["car", "grass"]
     (first, shown, _), (second, nothing, _) = captioner.asked
@@ -183,10 +182,10 @@ def test_pictures_are_bounded_and_carry_no_metadata(tmp_path):
     Image.fromarray(np.zeros((40, 80, 3), np.uint8)).save(path, exif=exif)
     for upright, size in ((False, (40, 20)), (True, (20, 40))):
         picture = load_picture(path, max_side=40, upright=upright)
-        assert b"SecretCamera" not in picture.data
-        assert Image.open(io.BytesIO(picture.data)).size == size
+        assert b"SecretCamera" not in picture
+        assert Image.open(io.BytesIO(picture)).size == size
     small = load_picture(np.zeros((3, 500, 3), np.uint8), max_side=50)
-    assert Image.open(io.BytesIO(small.data)).size == (50, 1)
+    assert Image.open(io.BytesIO(small)).size == (50, 1)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="truncated"):
         load_picture(path)
@@ -222,7 +221,7 @@ def client(server: Any, key: str | None = KEY, **settings: Any) -> EndpointCapti
 
 def test_the_request_is_a_chat_completion(server):
     captioner = client(server, max_tokens=7, extra={"temperature": 0.0, "seed": 3})
-    reply = captioner.ask("What?", Picture(b"abc", "image/png"))
+    reply = captioner.ask("What?", b"abc")
     assert reply == Reply("hello", 100, 10)
     _, headers, body = server.requests[0]
     assert headers["Authorization"] == f"Bearer {KEY}"

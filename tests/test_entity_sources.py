@@ -15,7 +15,7 @@ from PIL import Image
 from refusals import refused
 
 from gella import add_gella_config
-from gella.data.register import choose_entities, use_source
+from gella.data.register import choose_entities
 from gella.entities.entity_map import EntityMap, id_to_rgb, rgb_to_id
 from gella.entities.rle import decode_segmentation, encode_mask
 from gella.entities.sources import (
@@ -296,19 +296,21 @@ def test_the_results_are_not_read_again_for_every_image(tmp_path):
 
 def test_missing_masks_are_told_before_anything_is_read(tmp_path, caplog):
     records = records_of(tmp_path, 9)
-    source = FileSource(write_source("npz", tmp_path, 2))
-    text = refused(None, use_source, records, source, "gella_some")
-    assert "gella_some: 7 of its 9 images have no masks in" in text and str(source.path) in text
+    entries = f"[['gella_*', 'auto', '{write_source('npz', tmp_path, 2)}']]"
+    given, train = (records, "gella_some"), {"is_train": True}
+    text = refused(None, choose_entities, *given, config(entries), **train)
+    assert "gella_some: 7 of its 9 images have no masks in" in text and str(tmp_path) in text
     assert "52, 53, 54, 55, 56, ..." in text and "LEAVE_OUT_MISSING" in text
     assert caplog.text == ""
     with caplog.at_level(logging.WARNING, logger="gella"):
-        kept = use_source([*records, records[0]], source, "gella_some", leave_out=True)
+        twice = [*records, records[0]], "gella_some", config(entries, "True")
+        kept = choose_entities(*twice, **train)
     assert [record["image_id"] for record in kept] == [50, 51, 50]
     assert all(record["entities"]["targets"] for record in kept)
     assert "7 of its 9 images" in caplog.text and "with 7 records" in caplog.text
     (tmp_path / "empty").mkdir()
-    given = records, FileSource(tmp_path / "empty"), "gella_some"
-    refused("9 of its 9 images", use_source, *given, leave_out=True)
+    none = config(f"[['gella_*', 'auto', '{tmp_path / 'empty'}']]", "True")
+    refused("9 of its 9 images", choose_entities, *given, none, **train)
 
 
 def test_missing_and_shared_files_are_found(tmp_path):

@@ -177,7 +177,7 @@ def test_a_dataset_that_a_module_registers(run, dataset, tmp_path):
 def test_a_picture_that_is_not_the_datasets_fails(run, dataset, tmp_path):
     dataset[1]["height"], dataset[1]["width"] = 56, 40
     code, out, _ = run(images=None, dataset="precompute_toys")
-    assert code == 1 and "56x40 pixels but the dataset says 40x56" in out
+    assert code == 1 and "56x40 pixels but its record says 40x56" in out
     results = content(tmp_path / "masks.json")
     assert {result["image_id"] for result in results} == {30, 20}
 

@@ -14,7 +14,7 @@ from detectron2.solver import build_lr_scheduler
 from torch import nn
 from toy_run import ToyRunLoader, toy_config, toy_run
 
-from gella.engine.optimizer import build_optimizer, role_of, split_off, with_epochs
+from gella.engine.optimizer import build_optimizer, role_of, split_language, with_epochs
 from gella.engine.step import StepTrainer
 from gella.engine.trainer import load_records
 from gella.weights.mask2former import Mask2FormerTransformers, MaskFormerHeadUpstream
@@ -130,12 +130,12 @@ def test_what_the_public_weights_leave_out_is_of_the_heads(layout):
     assert {role_of(f"mask_decoder.pixel_decoder.{name}") for name in kept} == {"vision"}
 
 
-def test_split_off_keeps_the_schedule_in_one_place(cfg):
+def test_split_language_keeps_the_schedule_in_one_place(cfg):
     cfg.SOLVER.LANGUAGE_MULTIPLIER = 2.0
     model = Parts()
     whole = build_optimizer(cfg, model)
     scheduler = build_lr_scheduler(cfg, whole)
-    language, sources = split_off(whole, "language")
+    language, sources = split_language(whole)
     held = {id(p) for group in language.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.language_decoder.parameters()}
     left = {id(p) for group in whole.param_groups for p in group["params"]}
@@ -149,7 +149,7 @@ def test_split_off_keeps_the_schedule_in_one_place(cfg):
     for i in sources:
         assert whole.param_groups[i]["lr"] == pytest.approx(2 * whole.param_groups[-1]["lr"])
     with pytest.raises(ValueError, match="language side"):
-        split_off(whole, "language")
+        split_language(whole)
 
 
 def test_epochs_become_iterations(cfg):

@@ -19,7 +19,7 @@ import torch
 from test_checkpoint import Payload
 from toy_run import CONFIG, ROOT, SCRIPT, SMALL
 
-from gella.engine.optimizer import split_off
+from gella.engine.optimizer import split_language
 from gella.engine.zero import ZeroHook, read_config
 from gella.engine.zero_checkpoint import (
     check_readable,
@@ -475,7 +475,7 @@ def test_rates_follow_the_trainer_s_groups_also_after_a_resume():
         for name, role in (("a", "vision"), ("b", "language"))
     ]
     whole = torch.optim.AdamW(groups, lr=1.0)
-    language, sources = split_off(whole, "language")
+    language, sources = split_language(whole)
     hook = ZeroHook(model, "b", language, sources, {"zero_optimization": {"stage": 1}})
     hook.trainer = SimpleNamespace(optimizer=whole)
     with pytest.raises(RuntimeError, match="when the training starts"):

@@ -76,14 +76,6 @@ class StoppedError(Exception):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An encoded picture, without the metadata of its file (such as where it was taken)."""
-
-    data: bytes
-    mime: str = "image/jpeg"
-
-
-@dataclass(frozen=True)
 class Reply:
     """One answer: its text, the tokens of question and answer (None: not told), and whether it is
     complete: False if it was cut at the limit of tokens."""
@@ -113,8 +105,8 @@ class Captioner(Protocol):
     model: str
     mode: str
 
-    def ask(self, text: str, picture: Picture | None, *, attempt: int = 0) -> Reply:
-        """Answer a question; ``attempt`` > 0 asks for another answer than the time before.
+    def ask(self, text: str, picture: bytes | None, *, attempt: int = 0) -> Reply:
+        """Answer a question, maybe about a JPEG; ``attempt`` > 0 asks for another answer.
 
         Raises AnswerError, RequestError, EndpointError or StoppedError.
         """
@@ -152,8 +144,8 @@ class Tally:
 
 def load_picture(
     source: str | Path | np.ndarray, *, max_side: int = 1024, upright: bool = False
-) -> Picture:
-    """Read a picture, bound its size and encode it as JPEG.
+) -> bytes:
+    """Read a picture, bound its size and encode it as JPEG, without its file's metadata.
 
     Args:
         source: file, or uint8 RGB (H, W, 3).
@@ -168,12 +160,12 @@ def load_picture(
     picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=None)
     stream = io.BytesIO()
     picture.save(stream, format="JPEG", quality=92, subsampling=0)
-    return Picture(stream.getvalue())
+    return stream.getvalue()
 
 
 def describe(
     captioner: Captioner,
-    picture: Picture,
+    picture: bytes,
     prompt: str = PROMPTS["overview"],
     *,
     mode: str | None = None,
@@ -203,7 +195,7 @@ def describe(
         raise ValueError(f"unknown mode {mode!r}; there are: {', '.join(MODES)}")
     reason = "no attempt was made"
 
-    def ask(text: str, shown: Picture | None, attempt: int) -> str:
+    def ask(text: str, shown: bytes | None, attempt: int) -> str:
         reply = captioner.ask(text, shown, attempt=attempt)
         tally.add(answers=1)
         if not reply.complete:

@@ -25,7 +25,6 @@ from urllib.parse import parse_qsl, urlsplit
 from gella.captions.captioner import (
     AnswerError,
     EndpointError,
-    Picture,
     Reply,
     RequestError,
     StoppedError,
@@ -159,7 +158,7 @@ class EndpointCaptioner:
 
     abort = stop  # nothing wakes a socket that waits for a silent server
 
-    def ask(self, text: str, picture: Picture | None, *, attempt: int = 0) -> Reply:
+    def ask(self, text: str, picture: bytes | None, *, attempt: int = 0) -> Reply:
         """Answer a question about a picture, or about nothing but the text.
 
         Failures that may pass (no connection, a broken or late answer, 408, 409, 425, 429, 5xx)
@@ -194,10 +193,10 @@ class EndpointCaptioner:
                 _logger.log(level, "%s; again in %.1f s", error, delay)
             self._stop.wait(delay)
 
-    def _request(self, text: str, picture: Picture | None, attempt: int) -> dict[str, Any]:
+    def _request(self, text: str, picture: bytes | None, attempt: int) -> dict[str, Any]:
         content: Any = text
         if picture is not None:
-            url = f"data:{picture.mime};base64,{b64encode(picture.data).decode('ascii')}"
+            url = f"data:image/jpeg;base64,{b64encode(picture).decode('ascii')}"
             image = {"type": "image_url", "image_url": {"url": url}}
             content = [{"type": "text", "text": text}, image]
         request: dict[str, Any] = {

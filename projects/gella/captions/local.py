@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gella.captions.captioner import Picture, Reply, StoppedError, Tally
+from gella.captions.captioner import Reply, StoppedError, Tally
 from gella.utils.hub import hub_options
 
 
@@ -62,7 +62,7 @@ class LocalCaptioner:
         self._stop.set()
         self._abort.set()
 
-    def ask(self, text: str, picture: Picture | None, *, attempt: int = 0) -> Reply:
+    def ask(self, text: str, picture: bytes | None, *, attempt: int = 0) -> Reply:
         """Answer a question, greedily; ``attempt`` > 0 samples, lest the same answer come back.
 
         Raises:
@@ -91,8 +91,8 @@ class LocalCaptioner:
         self.tally.add_tokens(reply)
         return reply
 
-    def _inputs(self, text: str, picture: Picture | None) -> Any:
-        shown = None if picture is None else Image.open(io.BytesIO(picture.data)).convert("RGB")
+    def _inputs(self, text: str, picture: bytes | None) -> Any:
+        shown = None if picture is None else Image.open(io.BytesIO(picture)).convert("RGB")
         if getattr(self._processor, "chat_template", None):
             content: list[dict[str, Any]] = [{"type": "image", "image": shown}] if shown else []
             message = {"role": "user", "content": [*content, {"type": "text", "text": text}]}

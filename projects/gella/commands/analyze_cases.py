@@ -21,7 +21,7 @@ from tqdm import tqdm
 from gella.entities.entity_map import EntityMap
 from gella.entities.rle import decode_segmentation
 from gella.entities.sources import annotation_of
-from gella.entities.view import read_image
+from gella.entities.view import read_recorded
 from gella.evaluation.truth import TruthReader
 from gella.utils.io import few, image_key, read_json
 
@@ -150,17 +150,12 @@ def read_scene(record: dict[str, Any], names: Mapping[Any, str], reader: TruthRe
     """
     size = (record["height"], record["width"])
     try:
-        image = read_image(record["file_name"], size=size)
+        image = read_recorded(record["file_name"], size)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(
             f"image {record['image_id']}: {record['file_name']} cannot be read ({error}); the "
             "dataset must lie where it lay at evaluation, or use --without-images"
         ) from error
-    if image.shape[:2] != size:
-        raise ValueError(
-            f"image {record['image_id']}: {record['file_name']} has size {image.shape[:2]}, its "
-            f"record says {size} (height, width): it is another picture"
-        )
     annotation = annotation_of(record)
     segments = annotation.get("segments_info") or []
     if segments and all(segment.get("segmentation") is not None for segment in segments):

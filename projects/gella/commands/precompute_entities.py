@@ -54,7 +54,7 @@ from gella.commands.console import Parser, exit_status, one_line, tools
 from gella.commands.inputs import SUFFIXES, Source, distinct
 from gella.data.register import dataset_records, import_modules
 from gella.entities.entity_map import EntityMap
-from gella.entities.view import read_image
+from gella.entities.view import read_recorded
 from gella.predictor import image_id_of
 from gella.segmenters.segmenter import SPECS, MaskLimits, Segmenter, load_segmenter
 from gella.utils.io import write_atomically, write_json
@@ -126,14 +126,7 @@ def segment_all(
         results: dict[Source, EntityMap | str] = {}
         for source in sources[start : start + batch_size]:
             try:
-                image = read_image(source.path, size=source.size)
-                if source.size not in (None, image.shape[:2]):
-                    raise ValueError(
-                        f"image {source.path} is {image.shape[1]}x{image.shape[0]} pixels but the "
-                        f"dataset says {source.size[1]}x{source.size[0]} (width x height); is it "
-                        "the right picture?"
-                    )
-                images[source] = image
+                images[source] = read_recorded(source.path, source.size)
             except (ValueError, OSError) as error:
                 results[source] = str(error)
         results.update(_segment(segmenter, images, limits))

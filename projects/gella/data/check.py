@@ -23,7 +23,7 @@ from gella.data.panoptic import load_instances
 from gella.data.records import Place, Problems, as_records, check_record, read_json
 from gella.data.register import read_dataset, record_place, refcoco_name
 from gella.data.targets import EntityMatcher
-from gella.entities.entity_map import Runs
+from gella.entities.entity_map import EntityMap
 from gella.entities.files import read_id_png
 from gella.entities.rle import decode_segmentation
 from gella.entities.sources import load_from_record
@@ -356,6 +356,7 @@ def _check_png(job: _ImageJob, add: Callable[..., None]) -> None:
         return
     try:
         ids = read_id_png(path)
+        entities = EntityMap.from_id_image(ids)
         with Image.open(path) as picture:
             mode = picture.mode
     except ValueError as error:
@@ -366,13 +367,10 @@ def _check_png(job: _ImageJob, add: Callable[..., None]) -> None:
         return
     if ids.shape != job.size:
         add("mask-size", path, _sizes(ids.shape, job))
-    runs = Runs.of(ids)
-    present, places = np.unique(runs.values, return_inverse=True)
-    counts = np.bincount(places, weights=runs.lengths).astype(int)
-    areas = dict(zip(present.tolist(), counts.tolist()))
+    areas = dict(zip(entities.segment_ids, entities.areas().tolist()))
     listed = {int(segment["id"]): segment for segment in job.segments or []}
     for segment_id, area in areas.items():
-        if segment_id and segment_id not in listed:
+        if segment_id not in listed:
             add("unlisted-id", path, f"{area} pixels have id {segment_id}, not in {job.annotation}")
     for segment_id, segment in listed.items():
         area = areas.get(segment_id, 0)

@@ -19,7 +19,7 @@ from detectron2.data import MetadataCatalog
 from gella.data.targets import EntityMatcher, category_phrases
 from gella.entities.entity_map import EntityMap
 from gella.entities.sources import annotation_of, load_from_record
-from gella.entities.view import make_view, read_image
+from gella.entities.view import make_view, read_recorded
 from gella.text.prompts import (
     DESCRIBE_INSTRUCTIONS,
     EXTRACT_INSTRUCTIONS,
@@ -298,14 +298,7 @@ class GroundingMapper(InputMaker):
         task = task or self.task or record["tasks"][0]
         seed = zlib.crc32(str(record["image_id"]).encode()) if rng_seed is None else rng_seed
         rng = np.random.default_rng(seed)
-        size = (record["height"], record["width"])
-        image = read_image(record["file_name"], size=size)
-        if image.shape[:2] != size:
-            raise ValueError(
-                f"image {record['file_name']} is {image.shape[1]}x{image.shape[0]} pixels but its "
-                f"record says {size[1]}x{size[0]} (width x height); the annotation belongs to "
-                "another picture, or the sides are swapped"
-            )
+        image = read_recorded(record["file_name"], (record["height"], record["width"]))
         entities = load_from_record(record, image)
         if not self.is_train:
             entities = entities.canonical()

@@ -41,7 +41,7 @@ from gella.data.records import (
     selected,
 )
 from gella.data.refcoco import GREFCOCO, load_refcoco, refs_file
-from gella.entities.sources import AnnotationSource, EntitySource, source_for
+from gella.entities.sources import AnnotationSource, source_for
 from gella.utils.io import plain
 
 _READERS: dict[str, Callable[..., RecordStore]] = {}
@@ -337,12 +337,13 @@ def choose_entities(
 ) -> Sequence[dict[str, Any]]:
     """Records of a dataset with the entities that ``INPUT.GELLA.ENTITY_SOURCES`` names for it.
 
-    Training may leave out images without masks (``INPUT.GELLA.LEAVE_OUT_MISSING``); at test that
-    would raise the score.
+    Training may leave out images without masks, with a warning and unless none is left
+    (``INPUT.GELLA.LEAVE_OUT_MISSING``); at test that would raise the score.
 
     Raises:
         FileNotFoundError: the source's path does not exist.
-        ValueError: an entry is malformed or names no registered dataset, or images lack masks.
+        ValueError: an entry is malformed or names no registered dataset, or images lack masks;
+            names the first of them.
     """
     own = cfg.INPUT.GELLA
     source = source_for(own.ENTITY_SOURCES, dataset_name)
@@ -352,22 +353,6 @@ def choose_entities(
             raise ValueError(
                 f"INPUT.GELLA.ENTITY_SOURCES: {pattern} is no registered dataset; check its name"
             )
-    leave_out = bool(own.LEAVE_OUT_MISSING and is_train)
-    return use_source(records, source, dataset_name, leave_out=leave_out)
-
-
-def use_source(
-    records: Sequence[dict[str, Any]],
-    source: EntitySource,
-    dataset_name: str,
-    *,
-    leave_out: bool = False,
-) -> Sequence[dict[str, Any]]:
-    """Lead the records of a dataset to a source.
-
-    Raises ValueError with the number and the first ids of the images that lack masks there; with
-    ``leave_out`` they are dropped with a warning, unless none is left.
-    """
     if isinstance(source, AnnotationSource):
         return records  # datasets/check.py looks at a dataset's own files
     # Before training starts, not in the middle of an epoch.
@@ -381,7 +366,7 @@ def use_source(
             f"dataset {dataset_name}: {len(absent)} of its {len(set(ids))} images have no masks in "
             f"{source}: {first}{', ...' if len(absent) > 5 else ''}"
         )
-        if not leave_out or not kept:
+        if not (own.LEAVE_OUT_MISSING and is_train and kept):
             raise ValueError(
                 f"{message}; make them or choose the file of this dataset (training can leave such "
                 "images out: INPUT.GELLA.LEAVE_OUT_MISSING True)"

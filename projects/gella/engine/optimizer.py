@@ -21,7 +21,6 @@ HEADS = """
     mask_decoder.head.pixel_decoder.adapter_1.weight
 """.split()
 LANGUAGE_PREFIX = "language_decoder."
-ROLES = ("heads", "language", "vision")
 
 
 def role_of(name: str) -> str:
@@ -76,10 +75,8 @@ def build_optimizer(cfg: Any, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=solver.BASE_LR, betas=tuple(solver.BETAS), fused=True)
 
 
-def split_off(
-    optimizer: torch.optim.Optimizer, role: str
-) -> tuple[torch.optim.Optimizer, list[int]]:
-    """Move the parameters of one role into an optimiser of their own.
+def split_language(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, list[int]]:
+    """Move the parameters of the language side into an optimiser of their own.
 
     Their groups stay in ``optimizer`` without parameters, so that one schedule still drives the
     rates of all groups.
@@ -89,12 +86,12 @@ def split_off(
         it came from (not the group itself, which loading a state replaces).
 
     Raises:
-        ValueError: no parameter has the role.
+        ValueError: there are none.
     """
     numbered = list(enumerate(optimizer.param_groups))
-    sources = [i for i, g in numbered if g.get("role") == role and g["params"]]
+    sources = [i for i, g in numbered if g.get("role") == "language" and g["params"]]
     if not sources:
-        raise ValueError(f"no trainable parameter belongs to the {role} side")
+        raise ValueError("no trainable parameter belongs to the language side")
     groups = [{**optimizer.param_groups[i]} for i in sources]
     for i in sources:
         optimizer.param_groups[i]["params"] = []

@@ -31,7 +31,7 @@ from gella.engine.evaluation_hooks import (
 )
 from gella.engine.hooks import GradientClipper, NonFiniteGuard, RunScalars, StopOnSignal
 from gella.engine.memory import count_parameters
-from gella.engine.optimizer import build_optimizer, split_off, with_epochs
+from gella.engine.optimizer import build_optimizer, split_language, with_epochs
 from gella.engine.picture_panel import PicturePanel
 from gella.engine.preflight import config_problems
 from gella.engine.resume import RunCheckpoints
@@ -204,7 +204,7 @@ class GellaTrainer(DefaultTrainer):
                 bf16=precision is not None,
             )
             model = getattr(old.model, "module", old.model)
-            language, sources = split_off(old.optimizer, "language")
+            language, sources = split_language(old.optimizer)
             self._zero = ZeroHook(model, LANGUAGE, language, sources, config)
             step.zero = self._zero
         self._trainer = step

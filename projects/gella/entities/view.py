@@ -75,6 +75,18 @@ def read_image(
     raise ValueError(f"image {path}: {refused}")
 
 
+def read_recorded(file_name: str | Path, size: tuple[int, int] | None) -> np.ndarray:
+    """`read_image` of a picture that a record says is of ``size``; ValueError if it is not."""
+    image = read_image(file_name, size=size)
+    if size not in (None, image.shape[:2]):
+        raise ValueError(
+            f"image {file_name} is {image.shape[1]}x{image.shape[0]} pixels but its record says "
+            f"{size[1]}x{size[0]} (width x height); it is of another picture, or the sides are "
+            "swapped"
+        )
+    return image
+
+
 def read_with_entities(
     file_name: str | Path, load: Callable[[np.ndarray], EntityMap], **options: Any
 ) -> tuple[np.ndarray, EntityMap]:

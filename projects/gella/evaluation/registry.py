@@ -80,12 +80,7 @@ def task_for(cfg: Any, dataset_name: str) -> str:
     Raises:
         ValueError: the metadata has no type that is known, or ``TEST.NOUNS`` is no mode.
     """
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind not in TASKS:
-        raise ValueError(
-            f"dataset {dataset_name}: evaluator_type is {kind!r}, known: {sorted(TASKS)}; "
-            "gella.evaluation.register_evaluator adds one"
-        )
+    kind = _type_of(dataset_name)
     modes = ("given", "extracted")
     if cfg.TEST.NOUNS not in modes:
         raise ValueError(f"TEST.NOUNS is {cfg.TEST.NOUNS!r}: use one of {modes}")
@@ -93,20 +88,21 @@ def task_for(cfg: Any, dataset_name: str) -> str:
 
 
 def build_evaluator(cfg: Any, dataset_name: str, output_folder: str) -> DatasetEvaluators:
-    """All evaluators of a dataset's ``evaluator_type``.
+    """All evaluators of a dataset's ``evaluator_type``; ValueError for one that is not known."""
+    # A factory gives None where the config does not ask for its evaluator.
+    factories = EVALUATORS[_type_of(dataset_name)]
+    made = [make(cfg, dataset_name, output_folder) for make in factories]
+    return DatasetEvaluators([evaluator for evaluator in made if evaluator is not None])
 
-    Raises:
-        KeyError: the metadata has no type that ``EVALUATORS`` knows.
-    """
+
+def _type_of(dataset_name: str) -> str:
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in EVALUATORS:
-        raise KeyError(
-            f"dataset {dataset_name}: no evaluator for evaluator_type {kind!r}: set it to one of "
-            f"{', '.join(sorted(EVALUATORS))} or add it with gella.evaluation.register_evaluator"
+        raise ValueError(
+            f"dataset {dataset_name}: evaluator_type is {kind!r}, known: {sorted(EVALUATORS)}; "
+            "gella.evaluation.register_evaluator adds one"
         )
-    # A factory gives None where the config does not ask for its evaluator.
-    made = [make(cfg, dataset_name, output_folder) for make in EVALUATORS[kind]]
-    return DatasetEvaluators([evaluator for evaluator in made if evaluator is not None])
+    return kind
 
 
 def asked_categories(cfg: Any, dataset_name: str) -> list[dict[str, Any]] | None:

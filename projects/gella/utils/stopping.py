@@ -1,6 +1,6 @@
 """The one way to stop on Ctrl-C and SIGTERM: the piece of work under way ends, then the run does.
 
-    with StopRequest() as stop:
+    with StopRequest(tell) as stop:
         for batch in batches:
             if stop.number:
                 break
@@ -30,10 +30,6 @@ REPEAT_SECONDS = 1.0
 on two ways: from the terminal or the cluster to the whole group, and from the starting process."""
 
 
-def _ignore(number: int) -> None:
-    pass
-
-
 def _interrupt(number: int) -> None:
     raise KeyboardInterrupt
 
@@ -54,9 +50,7 @@ class StopRequest:
     """
 
     def __init__(
-        self,
-        first: Callable[[int], object] = _ignore,
-        again: Callable[[int], object] = _interrupt,
+        self, first: Callable[[int], object], again: Callable[[int], object] = _interrupt
     ) -> None:
         self._first, self._again = first, again
         self.number = self.count = 0
@@ -100,7 +94,7 @@ class WatchedStopRequest(StopRequest):
             the log's lock (:func:`say` does not).
     """
 
-    def __init__(self, patience: float, first: Callable[[int], object] = _ignore) -> None:
+    def __init__(self, patience: float, first: Callable[[int], object]) -> None:
         super().__init__(first)
         self._patience, self._since, self._deadline = patience, 0.0, float("inf")
         self._thread: threading.Thread | None = None
