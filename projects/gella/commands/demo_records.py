@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from gella.entities.view import read_image
 from gella.evaluation.evaluators import png_form
 from gella.pictures.grounding import Grounding
 from gella.utils.io import read_json, write_json, write_text
+from gella.weights.files import new_folder
 
 MODULE = '''"""Registers the records beside this file under the name of their folder."""
 from pathlib import Path
@@ -51,10 +50,9 @@ def write_records(target: Path, jobs: Sequence[Job], masks: Masks, answers: Path
     narratives, copies = [], dict[Path, str]()
     notes: dict[str, list[Any]] = {"images": [], "annotations": []}
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        folder = Path(scratch) / "new"
+    with new_folder(target) as folder:
         for part in ("images", "panoptic"):
-            (folder / part).mkdir(parents=True)
+            (folder / part).mkdir()
         for job in jobs:
             path, name = job.picture.path, job.name
             image = read_image(path)
@@ -82,7 +80,6 @@ def write_records(target: Path, jobs: Sequence[Job], masks: Masks, answers: Path
         text = re.sub(r"\n {4,}|\n {3}(?=})", " ", text)  # a line per segment, to be edited
         write_text(folder / "narratives.json", plain(text) + "\n")
         write_text(folder / "records.py", MODULE)
-        os.replace(folder, target)
     return sum(part["segment_ids"] is None for said in narratives for part in said["segments"])
 
 

@@ -36,8 +36,9 @@ from gella.entities.sources import load_from_record
 from gella.evaluation import build_evaluator, format_results, load_results, merge_datasets
 from gella.evaluation.metrics import PROTOCOLS
 from gella.evaluation.registry import EVALUATORS
-from gella.evaluation.results import refuse_nothing, save_results
+from gella.evaluation.results import refuse_nothing
 from gella.evaluation.truth import TruthReader
+from gella.utils.io import write_json
 
 
 def sample_of(record: dict[str, Any], evaluator_type: str) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def run_file(args: argparse.Namespace) -> int:
     print(f"{format_results(results)}\n")
     refuse_nothing({name: scores[0]})
     if args.output:
-        save_results(results, args.output)
+        write_json(args.output, results)
         print(f"Written:  {args.output}")
     missing, asked = predictions.num_missing, predictions.num_asked
     print(f"Missing:  {missing} of {asked} {FORMS[predictions.kind][-1]}, which count as empty")
@@ -158,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{format_results(results)}\n")  # before what may fail
     refuse_nothing(outcome)
     if args.output:
-        save_results(results, args.output)
+        write_json(args.output, results)
         print(f"Written:  {args.output}")
     total = sum(len(metrics) for metrics in results.values())
     if not comparable:

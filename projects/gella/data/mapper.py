@@ -23,8 +23,8 @@ from gella.entities.view import make_view, read_recorded
 from gella.text.prompts import (
     DESCRIBE_INSTRUCTIONS,
     EXTRACT_INSTRUCTIONS,
+    POLICIES,
     FittedPrompt,
-    check_policy,
     fit_prompt,
     load_tokenizer,
     panoptic_sentence,
@@ -73,7 +73,9 @@ class InputMaker:
             "system": system,
             "max_length": max_length,
         }
-        self.overlong = check_policy(overlong)
+        if overlong not in POLICIES:
+            raise ValueError(f"INPUT.GELLA.OVERLONG_CAPTION is {overlong!r}: use one of {POLICIES}")
+        self.overlong = overlong
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from gella.engine.launch import record_facts
 from gella.engine.trainer import GellaTrainer, load_records
 from gella.evaluation.calibration import read_calibration
 from gella.evaluation.results import (
+    RUN,
     attempted,
     by_dataset,
     describe_run,
     load_results,
     merge_datasets,
     refuse_nothing,
-    save_results,
 )
 from gella.evaluation.tables import Run, compared_markdown, plan_table, table_markdown
 from gella.utils.io import write_json, write_text
@@ -128,7 +128,7 @@ def save_evaluation(folder: str | Path, evaluation: Evaluation) -> str:
     Returns the path of the former.
     """
     path = os.path.join(folder, "results.json")
-    save_results(evaluation.results, path, evaluation.run)
+    write_json(path, {**evaluation.results, RUN: evaluation.run})
     text = compared_markdown(evaluation.outcome, evaluation.run.get("settings", {}))
     if text and evaluation.run.get("untrained"):
         text = f"**First weights: {', '.join(evaluation.run['untrained'])}: untrained.**\n\n{text}"

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from detectron2.engine import launch
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessExitedException
 
@@ -262,7 +263,8 @@ def config_facts(cfg: Any) -> dict[str, str]:
     Files that ``DATASETS.MODULES`` names are taken as code; DeepSpeed's file, the language model's
     and the tokenizer belong to the config.
     """
-    facts = {f"config key {name}": value for name, value in _flat(cfg, "")}
+    keys = flatten_results_dict(cfg).items()
+    facts = {f"config key {name.replace('/', '.')}": repr(value) for name, value in keys}
     facts |= {f"version of {name}": text for name, text in versions(PACKAGES).items()}
     facts |= file_facts("code of gella", Path(__file__).parents[1], "*.py")
     for module in cfg.DATASETS.MODULES:
@@ -272,14 +274,6 @@ def config_facts(cfg: Any) -> dict[str, str]:
     facts |= file_facts("file of MODEL.LANGUAGE.CONFIG", language.CONFIG)
     facts |= file_facts("files of MODEL.LANGUAGE.TOKENIZER", language.TOKENIZER)
     return facts
-
-
-def _flat(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", repr(value)
 
 
 def record_facts(name: str, records: Any) -> dict[str, str]:

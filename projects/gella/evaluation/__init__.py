@@ -17,7 +17,7 @@ from gella.evaluation.registry import (
     register_evaluator,
     task_for,
 )
-from gella.evaluation.results import format_results, load_results, merge_datasets, save_results
+from gella.evaluation.results import format_results, load_results, merge_datasets
 
 __all__ = [
     "EVALUATORS",
@@ -35,6 +35,5 @@ __all__ = [
     "merge_datasets",
     "metrics",
     "register_evaluator",
-    "save_results",
     "task_for",
 ]

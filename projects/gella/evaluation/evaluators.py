@@ -323,7 +323,10 @@ class PNGEvaluator(GatheringEvaluator):
     baselines = ("oracle", "random", "largest", "all")
 
     def __init__(self, output_folder: str | Path | None = None, protocol: str = "hard") -> None:
-        self._protocol = metrics.check_protocol(protocol)
+        if protocol not in metrics.PROTOCOLS:
+            known = ", ".join(metrics.PROTOCOLS)
+            raise ValueError(f"unknown PNG protocol {protocol!r}: choose one of {known}")
+        self._protocol = protocol
         super().__init__(output_folder)
 
     def _row(self, sample: dict[str, Any], output: dict[str, Any]) -> dict[str, Any]:

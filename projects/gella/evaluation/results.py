@@ -15,22 +15,12 @@ import torch
 from detectron2.utils import comm
 
 from gella.evaluation.metrics import PROTOCOLS, SUBSETS
-from gella.utils.io import config_hash, file_hash, read_json, versions, write_json
+from gella.utils.io import config_hash, file_hash, read_json, versions
 
 _logger = logging.getLogger(__name__)
 
 RUN = "run"
 """Key of results.json beside the tasks: how the scores came about."""
-
-
-def save_results(
-    results: Mapping[str, Any], path: str | Path, run: Mapping[str, Any] | None = None
-) -> None:
-    """Write ``{task: {metric: score}}`` as results.json, atomically; undefined scores are null.
-
-    ``run``: how the scores came about (`describe_run`), under the key "run".
-    """
-    write_json(path, results if run is None else {**results, RUN: run})
 
 
 def load_results(path: str | Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:

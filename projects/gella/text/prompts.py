@@ -279,13 +279,6 @@ def build_prompt(
     return Prompt(input_ids, labels, torch.nonzero(input_ids == seg_id).flatten())
 
 
-def check_policy(policy: str) -> str:
-    """Return a value of ``INPUT.GELLA.OVERLONG_CAPTION``; ValueError for one that is unknown."""
-    if policy not in POLICIES:
-        raise ValueError(f"INPUT.GELLA.OVERLONG_CAPTION is {policy!r}: use one of {POLICIES}")
-    return policy
-
-
 def fit_prompt(
     tokenizer: Any,
     task: str,

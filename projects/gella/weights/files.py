@@ -245,16 +245,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise ValueError(f"{path} exists already: name a new folder, or remove it first")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist: make it first")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o777 & ~mask)  # mkdtemp makes folders that only the owner may read
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    # Only the owner may read what tempfile makes; the folder in it is as any other.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        folder = Path(scratch) / "new"
+        folder.mkdir()
+        yield folder
+        os.replace(folder, path)
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
