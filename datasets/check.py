@@ -25,7 +25,7 @@ import gella
 from gella.commands.console import project
 from gella.data.check import check_dataset
 from gella.data.register import import_modules
-from gella.evaluation.results import write_json
+from gella.utils.io import write_json
 
 
 def main(arguments: list[str] | None = None) -> int:

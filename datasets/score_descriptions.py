@@ -29,7 +29,7 @@ from shapes_text import COUNT_WORDS, STUFF_NOUNS, kind_plural
 from tqdm import tqdm
 
 from gella import GellaPredictor
-from gella.evaluation.results import write_json
+from gella.utils.io import write_json
 
 _PLURALS = {kind_plural(kind): kind for kind in (*KINDS, "thing")}
 _ATTRIBUTES = {
