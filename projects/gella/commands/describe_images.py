@@ -24,7 +24,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,36 +107,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def read_sources(args: argparse.Namespace) -> list[Source]:
     """The pictures that the arguments name, each once; wrong ones are the errors of the user."""
+    named = [source for path in args.input or () for source in list_pictures([path])]
     if args.dataset:
-        named = _from_dataset(args.dataset)
+        records = dataset_records(args.dataset, ("file_name", "image_id"))
+        root = MetadataCatalog.get(args.dataset).get("image_root", None)
+        for record in records:
+            path = Path(record["file_name"])
+            inside = root is not None and path.is_relative_to(root)
+            short = path.relative_to(root).as_posix() if inside else path.name
+            named.append(Source(record["image_id"], path, short))
     elif args.images_json:
-        named = _from_json(args.images_json, Path(args.image_root))
-    else:
-        named = (source for path in args.input for source in list_pictures([path]))
+        file, root, ids = args.images_json, Path(args.image_root), []
+        for number, image in enumerate(Place(file).field(read_json(file), "images")):
+            place = Place(file, f"image {number}")
+            ids.append((place.key(image, "file_name"), place.field(image, "id")))
+        places = locate_images(root, (str(root / name) for name, _ in ids))
+        named = [Source(i, Path(places[str(root / name)]), name) for name, i in ids]
     sources = distinct(named, "name them apart, or give their ids by --images-json")
     if not sources:
         raise ValueError("there is no image in it")
     return sources[: args.limit]
-
-
-def _from_dataset(name: str) -> Iterator[Source]:
-    records = dataset_records(name, ("file_name", "image_id"))
-    root = MetadataCatalog.get(name).get("image_root", None)
-    for record in records:
-        path = Path(record["file_name"])
-        inside = root is not None and path.is_relative_to(root)
-        short = path.relative_to(root).as_posix() if inside else path.name
-        yield Source(record["image_id"], path, short)
-
-
-def _from_json(path: str, root: Path) -> Iterator[Source]:
-    named = []
-    for number, image in enumerate(Place(path).field(read_json(path), "images")):
-        place = Place(path, f"image {number}")
-        named.append((place.key(image, "file_name"), place.field(image, "id")))
-    places = locate_images(root, (str(root / name) for name, _ in named))
-    for name, image_id in named:
-        yield Source(image_id, Path(places[str(root / name)]), name)
 
 
 def build_captioner(args: argparse.Namespace, tally: Tally) -> Any:

@@ -469,31 +469,28 @@ _STUFF = """
 """
 
 
-def coco_panoptic_categories() -> list[dict[str, Any]]:
-    """Return COCO's form ``{id, name, isthing, color}``, things first; a fresh list every time."""
+def _categories(*tables: str) -> list[dict[str, Any]]:
     return [
         {"id": int(n), "name": " ".join(w), "isthing": isthing, "color": list(bytes.fromhex(rgb))}
-        for isthing, table in ((1, _THINGS), (0, _STUFF))
+        for isthing, table in zip((1, 0), tables)
         for n, *w, rgb in map(str.split, table.split(";"))
     ]
 
 
+def coco_panoptic_categories() -> list[dict[str, Any]]:
+    """Return COCO's form ``{id, name, isthing, color}``, things first; a fresh list every time."""
+    return _categories(_THINGS, _STUFF)
+
+
 # The drawn scenes of datasets/prepare_shapes.py.
-SHAPES_THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "diamond")
-SHAPES_STUFF = ("sky", "sand", "grass", "water", "wall", "floor")
-_SHAPES_PALETTE = (
-    (220, 20, 60), (0, 82, 0), (250, 170, 30), (255, 208, 186), (0, 60, 100), (174, 57, 255),
-    (110, 76, 0), (70, 130, 180), (206, 186, 171), (152, 251, 152), (58, 41, 149), (102, 102, 156),
-    (96, 96, 96),
-)  # fmt: skip
-# COCO's form. Things first; ids count from 1 without gaps.
 SHAPES_CATEGORIES: list[dict[str, Any]] = [
-    {
-        "id": number,
-        "name": name,
-        "isthing": int(name in SHAPES_THINGS),
-        "color": list(_SHAPES_PALETTE[number - 1]),
-        "supercategory": "shape" if name in SHAPES_THINGS else "region",
-    }
-    for number, name in enumerate((*SHAPES_THINGS, *SHAPES_STUFF), start=1)
+    {**category, "supercategory": "shape" if category["isthing"] else "region"}
+    for category in _categories(
+        "1 circle dc143c; 2 square 005200; 3 triangle faaa1e; 4 star ffd0ba; 5 ring 003c64; "
+        "6 cross ae39ff; 7 diamond 6e4c00",
+        "8 sky 4682b4; 9 sand cebaab; 10 grass 98fb98; 11 water 3a2995; 12 wall 66669c; "
+        "13 floor 606060",
+    )
 ]
+SHAPES_THINGS = tuple(c["name"] for c in SHAPES_CATEGORIES if c["isthing"])
+SHAPES_STUFF = tuple(c["name"] for c in SHAPES_CATEGORIES if not c["isthing"])

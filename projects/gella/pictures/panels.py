@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+from gella.entities.rle import check_size
 from gella.pictures.chips import (
     INK,
     PAPER,
@@ -57,12 +58,7 @@ class Panels:
 
     def layer(self, mask: np.ndarray) -> Layer | None:
         """A bool (H, W) mask in the panel; None if it is empty; ValueError for another size."""
-        if mask.shape != self._frame:
-            raise ValueError(
-                f"a mask is {mask.shape[1]}x{mask.shape[0]} pixels but the image is "
-                f"{self._frame[1]}x{self._frame[0]} (width x height); give masks of the image's "
-                "size"
-            )
+        check_size(mask.shape, self._frame)
         return self._grid.layer(mask)
 
     def layers(self, parts: Mapping[int, Layer]) -> dict[int, Layer]:
