@@ -212,8 +212,15 @@ def cumulative_iou(
         ``cIoU`` sum of intersections / sum of unions; ``gIoU`` mean IoU, where an empty truth met
         by an empty prediction (union 0) counts 1; ``P@0.5`` ... ``P@0.9`` shares strictly above;
         ``n``. NaN without expressions; cIoU is 1 if every union is 0.
+
+    Raises:
+        ValueError: the two sequences differ in length.
     """
     inter, union = np.asarray(intersections, np.int64), np.asarray(unions, np.int64)
+    if inter.shape != union.shape:
+        raise ValueError(
+            f"referring: {inter.size} intersections but {union.size} unions: give one pair each"
+        )
     ious = np.where(union == 0, 1.0, inter / np.maximum(union, 1))
     n, total = len(ious), int(union.sum())
     # fsum rounds once, so the order of the expressions cannot change the result.
