@@ -268,6 +268,17 @@ def test_the_paper_s_schedule(name):
     assert cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR"
 
 
+def test_the_model_zoo_names_every_model_with_its_first_weights_and_iterations():
+    text = (ROOT / "docs" / "MODEL_ZOO.md").read_text()
+    rows = re.findall(r"^\| `(\w+)\.yaml` \|.*\| `?([\w ]+?)`? \| ([\d,]+) \|$", text, re.M)
+    models = {path.stem for path in CONFIGS if path not in ABLATIONS and path.stem[0] == "g"}
+    assert {name for name, *_ in rows} == models - {"gella_tiny_shapes"}
+    for name, weights, iterations in rows:
+        cfg = with_epochs(load_config(BY_NAME[name]), num_records=1)
+        assert cfg.MODEL.WEIGHTS == f"weights/first/{name if weights == 'its own' else weights}"
+        assert f"{cfg.SOLVER.MAX_ITER:,}" == iterations
+
+
 def test_the_paper_s_ratios():
     assert load_config(BY_NAME["gella_swin_t"]).DATALOADER.TASK_RATIOS == [0.2, 0.2, 0.6]
 

@@ -82,12 +82,12 @@ def test_the_record_is_of_this_config_and_names_no_machine() -> None:
     assert '"/' not in json.dumps(RESULTS)
 
 
-def row(name: str) -> list[float]:
-    (line,) = [line for line in CARD.splitlines() if line.startswith(f"| {name} |")]
+def row(name: str, page: str = CARD) -> list[float]:
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
     return [float(cell) for cell in line.split("|")[2:] if cell.strip()]
 
 
-def test_the_card_gives_the_figures_of_the_record() -> None:
+def test_card_and_model_zoo_give_the_figures_of_the_record() -> None:
     parts = ("", "_thing", "_stuff", "_singular", "_plural")
     expected = {
         "narrative grounding, AR": [RESULTS["png"][f"AR{part}"] for part in parts],
@@ -99,6 +99,10 @@ def test_the_card_gives_the_figures_of_the_record() -> None:
     }
     for name, values in expected.items():
         assert row(name) == [round(value, 1) for value in values], name
+    zoo = (ROOT / "docs" / "MODEL_ZOO.md").read_text(encoding="utf-8")
+    ar, _, pq, *others = expected.values()
+    figures = [round(value, 1) for value in (*ar, pq[0], *sum(others, []))]
+    assert row("[gella_tiny_shapes](../weights/gella_tiny_shapes/README.md)", zoo) == figures
     cfg = load_config(RELEASE / "config.yaml")
     words = " ".join(CARD.split())
     images = f"({cfg.SOLVER.MAX_ITER:,} iterations of {cfg.SOLVER.IMS_PER_BATCH} images"
