@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -148,32 +150,52 @@ def test_the_folder_works_from_anywhere_and_overrides_start_where_one_is(
     assert load_config(released_base()).MODEL.WEIGHTS == ""
 
 
-def test_an_installed_wheel_grounds_an_example_from_another_folder(tmp_path: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "-q", "--no-input", "--disable-pip-version-check"]
-    source = shutil.copytree(
-        ROOT / "projects", tmp_path / "source" / "projects", ignore=shutil.ignore_patterns("*.egg*")
-    ).parent
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    installed = tmp_path / "installed"
-    offline = ["--no-deps", "--no-build-isolation", "--target", str(installed), str(source)]
-    subprocess.run([*pip, "install", *offline], check=True, cwd=tmp_path)
-    assert {path.name for path in (installed / "bin").iterdir()} >= {"gella-demo", "gella-eval"}
-    line = examples()[0]
-    code = f"""
-import gella
-predictor = gella.GellaPredictor.from_pretrained({str(RELEASE)!r})
-predictor.set_image({str(EXAMPLES / line["image"])!r}, {str(EXAMPLES / line["masks"])!r})
-print(gella.__file__)
-print(len(predictor.ground({line["caption"]!r}).phrases))
-"""
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+def dockerfile() -> list[list[str]]:
+    """Its instructions in order, each with what stands behind it."""
+    text = re.sub(r"^#.*\n|\\\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    return [line.split(maxsplit=1) for line in text.splitlines() if line]
+
+
+def test_the_steps_of_the_dockerfile_install_commands_that_ground_the_examples(
+    tmp_path: Path,
+) -> None:
+    """Run without Docker and offline: a folder is the image, its Python has the requirements."""
+    venv.create(tmp_path / "python", symlinks=True)
+    (site,) = (tmp_path / "python").glob("lib/*/site-packages")
+    # All packages of this environment but those that are themselves .pth files: this project.
+    (site / "requirements.pth").write_text(sysconfig.get_path("purelib"))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment["PATH"] = f"{tmp_path / 'python' / 'bin'}{os.pathsep}{environment['PATH']}"
+    environment |= {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_IGNORE_INSTALLED": "1"}
+    environment["PIP_NO_BUILD_ISOLATION"] = "0"  # sic: pip's variable is of the opposite
+    unwanted = shutil.ignore_patterns("*.egg*", "__pycache__")
+    image, here, command = tmp_path / "image", tmp_path, []
+    for instruction, words in dockerfile():
+        match instruction:
+            case "WORKDIR":
+                here = Path(f"{image}{words}")
+                here.mkdir(parents=True)
+            case "COPY":
+                *sources, target = words.split()
+                for source in sources:
+                    if (ROOT / source).is_dir():
+                        shutil.copytree(ROOT / source, here / target, ignore=unwanted)
+                    else:
+                        (here / target).mkdir(exist_ok=True)
+                        shutil.copy(ROOT / source, here / target)
+            case "RUN":
+                subprocess.run(words, shell=True, check=True, cwd=here, env=environment)
+            case "ENTRYPOINT" | "CMD":
+                command += json.loads(words.replace('"/', f'"{image}/'))
+            case _:
+                assert [instruction, words] == ["FROM", "python:3.11-slim"]
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    where, nouns = done.stdout.split()[-2:]
-    assert where.startswith(str(installed)) and int(nouns) >= 2
+    answers = sorted((here / "output" / "demo").glob("0*.json"))
+    assert [file.stem for file in answers] == sorted(Path(e["image"]).stem for e in examples())
+    assert all(len(json.loads(file.read_text())["nouns"]) >= 2 for file in answers)
+    installed = {path.name for path in (tmp_path / "python" / "bin").glob("gella-*")}
+    assert installed == {"gella-app", "gella-demo", "gella-eval", "gella-train"}
 
 
 def test_the_tokenizer_is_the_one_of_the_training_scenes(tmp_path: Path) -> None:
