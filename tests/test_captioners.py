@@ -225,7 +225,7 @@ def test_the_request_is_a_chat_completion(server):
     assert reply == Reply("hello", 100, 10)
     _, headers, body = server.requests[0]
     assert headers["Authorization"] == f"Bearer {KEY}"
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,YWJj"}}
+    image = {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,YWJj"}}
     assert body.pop("messages") == [
         {"role": "user", "content": [{"type": "text", "text": "What?"}, image]}
     ]
