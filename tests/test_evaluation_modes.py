@@ -91,8 +91,7 @@ def test_evaluators_by_type(cfg, dataset, tmp_path):
         MetadataCatalog.remove(dataset)
         MetadataCatalog.get(dataset).evaluator_type = kind
         if kind == "my_rules":
-            told = "my_rules.*noun_extraction"
-            refused(told, build, cfg, dataset, str(tmp_path), error=KeyError)
+            refused("my_rules.*noun_extraction", build, cfg, dataset, str(tmp_path))
     evaluators = build(cfg, dataset, str(tmp_path / "out"))
     assert run(evaluators, samples, outputs)["png"]["protocol_flmm"] == 1.0
 
