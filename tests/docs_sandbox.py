@@ -113,10 +113,10 @@ CHANGES: dict[str, dict[str, str]] = {
     },
     "docs/DEMO.md": {
         "--min-area 100": "--min-area 1 --segmenter-option " + SURE.format("--segmenter-option"),
-        "output/zero_shot": "output/zero_shot --opts MODEL.CLIP.NAME models/clip",
-        # of which the random one finds nothing in some pictures
-        "transformers:models/mask2former": "sam:models/sam --segmenter-option "
-        + SURE.format("--segmenter-option"),
+        # The later segmenter counts: the random Mask2Former finds nothing in some pictures.
+        "output/zero_shot": "output/zero_shot --segmenter sam:models/sam --segmenter-option "
+        + SURE.format("--segmenter-option")
+        + " --opts MODEL.CLIP.NAME models/clip",
     },
     "docs/ENTITY_MASKS.md": {  # a Detectron2 model that finds red and blue
         "setup=mask2former:add_maskformer2_config"
