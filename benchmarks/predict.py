@@ -3,6 +3,7 @@
     python tools/benchmark.py predict --config-file configs/gella_tiny_shapes.yaml
     python tools/benchmark.py predict --config-file YAML --weights FILE --json predict.json
     python tools/benchmark.py predict --config-file YAML --large 6000x4000 --entities 157
+    python tools/benchmark.py predict --config-file YAML --nouns 1,10,40,60 --plot nouns.png
 
 Captions of synthetic scenes are grounded with given nouns: all on one ``set_image`` against a
 ``set_image`` each, and pictures in one batch against one by one. Weights change no time and may be
@@ -11,11 +12,13 @@ of one thread on the CPU (``--threads``), and by the clock on a GPU.
 
 ``--large`` measures one picture instead: what ``set_image`` and ``ground`` take of a JPEG and a
 file of COCO results whose masks, a fourth of them in another, are spread over it at random.
+``--nouns`` asks an encoded picture for so many nouns, all in one pass and in a pass per noun.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -26,13 +29,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from loading import memory
+from matplotlib.figure import Figure
 from measuring import OPTS, judge, machine, take_turns, threads, with_verdicts
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scenes import picture_size
 from shapes import make_sample
+from shapes_scene import COLOURS, KINDS
 from shapes_text import train_tokenizer, write_narrative
 from tabulate import tabulate
+from tqdm import tqdm
 
 from gella import EntityMap, GellaPredictor, Request
 from gella.commands.inputs import config_of
@@ -49,6 +55,8 @@ OPTIONS = {
     "--config-file": {"required": True, "metavar": "YAML"},
     "--weights": {"default": "", "metavar": "FILE", "help": "checkpoint; default: random weights"},
     "--large": {"metavar": "WxH", "help": "measure one picture of this size instead"},
+    "--nouns": {"metavar": "N,N", "help": "one pass against a pass per noun instead"},
+    "--plot": {"metavar": "PNG", "help": "of --nouns"},
     "--opts": OPTS,
 }
 NEXT = "python tools/demo.py --help"
@@ -182,10 +190,44 @@ def run_large(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return figures, "\n".join([*lines, told])
 
 
+def run_nouns(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Seconds of all nouns in one pass and of a pass per noun, by their number."""
+    sizes = ("large", "small")
+    names = [f"the {' '.join(words)}" for words in itertools.product(sizes, COLOURS, KINDS)]
+    counts = sorted(map(int, args.nouns.split(",")))
+    if not 0 < counts[0] <= counts[-1] <= len(names):
+        raise ValueError(f"--nouns {args.nouns}: give numbers from 1 to {len(names)}")
+    (case,) = made_cases(1, 1, args.size)
+    with threads(args.threads):
+        predictor = GellaPredictor.from_config(
+            args.config_file, args.weights or None, opts=args.opts
+        )
+        predictor.set_image(case.image, case.entities)
+        tasks: dict[str, Any] = {
+            "one pass": lambda n: predictor.ground(", ".join(names[:n]), names[:n]),
+            "a pass per noun": lambda n: [predictor.ground(name, [name]) for name in names[:n]],
+        }
+        device = predictor.cfg.MODEL.DEVICE
+        rows = [
+            {"nouns": n, **take_turns({w: (f, [n]) for w, f in tasks.items()}, args.repeat)}
+            for n in tqdm(counts, leave=False)
+        ]
+    if args.plot:
+        figure = Figure(figsize=(5, 3.5), layout="constrained")
+        axes = figure.subplots()
+        for way in tasks:
+            axes.plot(counts, [row[way] for row in rows], marker="o", label=way)
+        axes.set(xlabel="nouns of one caption", ylabel="seconds", title=args.config_file)
+        axes.legend()
+        figure.savefig(args.plot)
+    table = tabulate(rows, headers="keys", floatfmt=".3f")
+    return {"rows": rows}, f"{args.config_file}\n{machine(device)}\n\n{table}"
+
+
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The figures and the text to print. ValueError, OSError for wrong arguments."""
-    if args.large:
-        return run_large(args)
+    if args.large or args.nouns:
+        return run_large(args) if args.large else run_nouns(args)
     images, captions = args.images, args.captions
     with threads(args.threads), tempfile.TemporaryDirectory() as folder:
         cases = made_cases(images, captions, args.size)

@@ -32,6 +32,7 @@ NO_TOKENIZER = ["--opts", "MODEL.LANGUAGE.TOKENIZER", "/nowhere/tokenizer"]
         ("predict --config-file TINY --captions 1", "--captions is 1; give at least 2"),
         ("predict --config-file TINY --images 0", "--images is 0; give at least 2"),
         ("predict --config-file TINY --size 9", "--size is 9; give at least 64"),
+        ("predict --config-file TINY --nouns 0,5", "--nouns 0,5: give numbers from 1 to 98"),
         ("predict --config-file no_such.yaml", "no_such.yaml"),
         ("predict --config-file TINY --weights no_such.pth --captions 2 --images 3", "no_such.pth"),
         ("data --images 1", "--images is 1"),
@@ -121,6 +122,17 @@ def test_seconds_are_printed_and_written(tmp_path, capsys, monkeypatch):
     assert "in 2 separate calls" in printed and "(asked: <= 0, NOT MET)" in printed
     assert "in 3 single ones" in printed and ", met)" in printed and "next: python" in printed
     assert torch.get_num_threads() == threads
+
+
+def test_one_pass_against_a_pass_per_noun(tmp_path, capsys):
+    path, plot = tmp_path / "figures.json", tmp_path / "nouns.png"
+    arguments = ["predict", "--config-file", TINY.replace("configs", "weights")[: -len(".yaml")]]
+    arguments += ["--repeat", "1", "--nouns", "9,1", "--plot", str(plot), "--json", str(path)]
+    assert benchmark.main(arguments) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["nouns"] for row in rows] == [1, 9] and plot.stat().st_size > 5000
+    assert rows[1]["one pass"] < rows[1]["a pass per noun"]
+    assert "a pass per noun" in capsys.readouterr().out
 
 
 def test_the_limits_are_those_of_the_rules() -> None:
