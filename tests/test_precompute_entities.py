@@ -105,6 +105,16 @@ def test_what_is_written_is_what_the_segmenter_gives(run, toy, pictures, tmp_pat
     assert not (tmp_path / "masks.json.journal").exists()
 
 
+def test_folders_and_patterns_are_taken_together(run, pictures, tmp_path):
+    (tmp_path / "more" / "below").mkdir(parents=True)
+    for name in ("below/scene.png", "scene_masks.png", "below/scene_masks.png", "other.png"):
+        Image.fromarray(draw(1)).save(tmp_path / "more" / name)
+    given = str(pictures / "*1.png"), str(tmp_path / "more")
+    assert run("--images", *given, images=None)[0] == 0
+    ids = {result["image_id"] for result in content(tmp_path / "masks.json")}
+    assert ids == {1, "scene", "scene_masks", "other"}
+
+
 def test_the_batch_size_changes_nothing(run, tmp_path):
     written = []
     for size in (1, 4, 10):
@@ -232,7 +242,7 @@ def test_nothing_but_failures_can_be_repaired(run, pictures, tmp_path):
         ({"images": None}, "--images"),
         ({"dataset": "x"}, "not allowed with"),
         ({"images": "{tmp}/nowhere"}, "nowhere does not exist"),
-        ({"images": "{tmp}/toy"}, "has no pictures"),
+        ({"images": "{tmp}/toy"}, "holds no picture"),
         ({"images": "{tmp}/twins"}, "01.png and {tmp}/twins/1.png have one image id, 1"),
         ({"images": None, "dataset": "precompute_unheard"}, "is not registered"),
         ({"batch_size": 0}, "--batch-size is 0"),

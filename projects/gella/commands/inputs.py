@@ -83,7 +83,7 @@ def list_pictures(paths: Sequence[str | Path], leave_out: Sequence[Path] = ()) -
     for given in (os.path.expanduser(path) for path in paths):
         hits = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
         if not hits:
-            raise FileNotFoundError(f"image {given} does not exist; check --input")
+            raise FileNotFoundError(f"image {given} does not exist; check its path")
         wanted = [hit for hit in hits if os.path.isdir(hit) or hit.lower().endswith(SUFFIXES)]
         roots += map(Path, wanted or hits)
     excluded = {path.resolve() for path in leave_out}

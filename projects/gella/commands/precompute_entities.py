@@ -1,4 +1,4 @@
-"""Make the entity masks of a folder of pictures or of a registered dataset with a live segmenter.
+"""Make the entity masks of pictures or of a registered dataset with a live segmenter.
 
 SAM's masks of everything, by a folder of transformers' form or a name on the Hugging Face hub:
 
@@ -51,11 +51,10 @@ from tqdm import tqdm
 
 import gella  # noqa: F401  registers the datasets
 from gella.commands.console import Parser, exit_status, one_line, tools
-from gella.commands.inputs import SUFFIXES, Source, distinct
+from gella.commands.inputs import Source, distinct, list_pictures
 from gella.data.register import dataset_records, import_modules
 from gella.entities.entity_map import EntityMap
 from gella.entities.view import read_recorded
-from gella.predictor import image_id_of
 from gella.segmenters.segmenter import SPECS, MaskLimits, Segmenter, load_segmenter
 from gella.utils.io import write_atomically, write_json
 from gella.utils.journal import Journal
@@ -69,7 +68,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--segmenter", required=True, metavar="SPEC", help=SPECS)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", metavar="FOLDER", help="its pictures, not those of subfolders")
+    several = "pictures, folders, quoted patterns of them; subfolders too"
+    source.add_argument("--images", nargs="+", metavar="PATH", help=several)
     source.add_argument("--dataset", metavar="NAME", help="a dataset of Detectron2's catalog")
     own = "run first: registers the dataset or the model (as DATASETS.MODULES)"
     add("--module", action="append", default=[], metavar="FILE.py", help=own)
@@ -92,23 +92,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def list_pictures(args: argparse.Namespace) -> list[Source]:
-    """The pictures of a folder by name, or of a dataset in its order; none is a ValueError."""
+def list_sources(args: argparse.Namespace) -> list[Source]:
+    """The pictures of paths by name, or of a dataset in its order; none is a ValueError."""
     if args.images:
-        folder = Path(args.images)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"folder {folder} does not exist; give one with pictures")
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-        sources = [Source(image_id_of(path), path) for path in paths]
-        lacking = f"folder {folder} has no pictures ({', '.join(SUFFIXES)})"
+        sources = list_pictures(args.images)
     else:
         sources = [
             Source(r["image_id"], Path(r["file_name"]), size=(r["height"], r["width"]))
             for r in dataset_records(args.dataset)
         ]
-        lacking = f"dataset {args.dataset} has no record"
     if not sources:
-        raise ValueError(lacking)
+        raise ValueError(f"dataset {args.dataset} has no record")
     return distinct(sources, "rename one, since masks are found by id")
 
 
@@ -303,7 +297,7 @@ def run(args: argparse.Namespace, rank: int, size: int, wait: Callable[[], objec
     limits = MaskLimits(args.min_area, args.min_score, args.max_entities)
     options = dict(option.split("=", 1) for option in args.option)
     import_modules(SimpleNamespace(DATASETS=SimpleNamespace(MODULES=args.module)))
-    sources, output = list_pictures(args), Path(args.output)
+    sources, output = list_sources(args), Path(args.output)
     made_by = {"segmenter": args.segmenter, "options": options, "limits": vars(limits)}
     team = [journal_path(output, number, size) for number in range(size)]
     present = set(output.parent.glob(f"{glob.escape(output.name)}.*journal"))
