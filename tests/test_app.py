@@ -833,6 +833,21 @@ def test_a_broken_picture_is_refused_when_it_is_uploaded(page, tmp_path):
         wait_for_note(page, "Still to come: a picture")
 
 
+def test_old_files_go_and_the_examples_stay(page, site):
+    from gradio.route_utils import delete_files_created_by_app
+
+    originals = sorted(SCENES.iterdir())
+    page.click("#examples button >> nth=0")
+    wait_for_note(page, "encoded")
+    shown = page.eval_on_selector_all("#examples img", "all => all.map(image => image.src)")
+    copies = list(site.folder.glob(f"*/{Path(app.read_examples(SCENES)[0].masks).name}"))
+    delete_files_created_by_app(site.blocks, 0)  # as `delete_cache` does, of any age
+    assert copies and not any(copy.exists() for copy in copies)
+    assert sorted(SCENES.iterdir()) == originals
+    for address in shown:
+        assert fetched(site, address.removeprefix(site.address))[0] == 200
+
+
 @pytest.mark.parametrize("width", [390, 768, 1280])
 def test_buttons_have_names_and_fingers_meet_them_and_examples_are_in_sight(site, browser, width):
     with visit(site, browser, width) as page:
@@ -850,11 +865,17 @@ def test_buttons_have_names_and_fingers_meet_them_and_examples_are_in_sight(site
             box = button.bounding_box()
             name = button.get_attribute("aria-label") or button.inner_text().strip()
             assert name and "." not in name, button.evaluate("b => b.outerHTML")
-            if width == 390 and box["width"] > 1:
+            if width < 1280 and box["width"] > 1:
                 assert min(box["width"], box["height"]) >= 43.5, name
         for name in ("Caption", "Nouns, separated by commas"):
             assert page.get_by_role("textbox", name=name).count() == 1
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        column, drawn, words, number = (
+            page.locator(place).first.bounding_box()
+            for place in ("#figure", "#figure svg", "#threshold label", "#threshold input")
+        )
+        assert drawn["width"] > 0.9 * column["width"]
+        assert words["x"] + words["width"] < number["x"]
 
 
 def test_two_visitors_see_their_own_pictures(site, browser):

@@ -62,9 +62,11 @@ _OWN_STYLE = """
 .gella-note { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 .gella-warn { border-left: 3px solid #b45309; padding-left: .6em; }
 footer { display: none !important; }
-@media (max-width: 640px), (pointer: coarse) {
+#threshold .head { column-gap: 1em; }
+@media (max-width: 1024px), (pointer: coarse) {
   .gradio-container button, #threshold input[type=range] { min-height: 44px; min-width: 44px; }
   #masks button button { height: 44px !important; }
+  #masks .file-preview { margin-top: 18px; } /* the buttons over it are higher then */
 }
 """
 _NAMES = """
@@ -647,7 +649,7 @@ def _inputs(desk: Desk, shown: list[Any]) -> tuple[Any, Any, Any]:
     label = "Entity masks" + " (none: they are found)" * (desk.finder is not None)
     kinds = [*MASK_SUFFIXES, *SUFFIXES]  # a photograph is told what it is
     masks = gr.File(
-        label=label, file_count="multiple", file_types=kinds, height=110, elem_id="masks"
+        label=label, file_count="multiple", file_types=kinds, height=130, elem_id="masks"
     )
     line = gr.HTML(note("Still to come: a picture."), elem_id="note")
     gr.HTML(
@@ -681,13 +683,13 @@ def _instead(running: list[dict[str, Any]], click: Any, *filling: Any) -> None:
 
 
 def _gallery(examples: Sequence[Entry], filled: list[Any], running: list[dict[str, Any]]) -> None:
-    images, parts = [[example.image] for example in examples], [gr.Image(render=False)]
+    images = [[example.image] for example in examples]
     rows = [
         (e.image, [str(e.masks)], e.text, e.expression, ", ".join(e.categories)) for e in examples
     ]
     gallery = gr.Dataset(
         label="Examples: click one, then Ground",
-        components=parts,
+        components=filled[:1],  # what is not on the page loses its files to `delete_cache`
         samples=images,
         type="index",
         layout="gallery",
