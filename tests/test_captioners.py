@@ -502,7 +502,7 @@ def test_a_local_model_is_asked_in_its_own_template(llava, monkeypatch):
 
 
 def test_local_models_that_cannot_be_read(tmp_path, tokenizer_dir):
-    for folder, message in ((tmp_path / "none", "no model folder"), (tokenizer_dir, "image-text")):
+    for folder, message in ((tmp_path / "none", "does not exist"), (tokenizer_dir, "image-text")):
         with pytest.raises(FileNotFoundError, match=message):
             LocalCaptioner(str(folder))
     with pytest.raises(ValueError, match="unknown dtype"):

@@ -276,7 +276,7 @@ def test_command_lines_that_are_wrong(refused: Any, three: Path) -> None:
         (("--captions", three / "absent"), "absent do not exist"),
         (("--captioner", "http://127.0.0.1:9/v1"), "needs the name of a model"),
         (("--captioner", three / "absent", "--captioner-model", "x"), "no http:// or https://"),
-        (("--captioner", three / "absent"), "no model folder"),
+        (("--captioner", three / "absent"), "absent does not exist"),
     ]
     for more, words in wrong:
         refused(*more, words=words)

@@ -283,7 +283,7 @@ def test_the_captions_are_read_by_the_loader(server, run, tmp_path):
         (("--input", "images", "--concurrency", "0"), "--concurrency is 0"),
         (("--input", "images", "--min-found", "2"), "--min-found is 2"),
         (("--input", "images", "--local", "m", "--key", "k"), "exclude each other"),
-        (("--input", "images", "--local", "./none"), "no model folder"),
+        (("--input", "images", "--local", "./none"), "none does not exist"),
         (("--input", "empty"), "folder empty holds no picture"),
         (("--input", "images", "twins"), "have one image id, 1"),
     ],

@@ -197,7 +197,7 @@ def test_nothing_is_missing_where_all_is_there(look):
         (["MODEL.WEIGHTS", "", "MODEL.FROM_SCRATCH", True], {}, None),
         (["MODEL.WEIGHTS", "absent"], {}, "weights absent .*do not exist; python .*--from-hub"),
         (["MODEL.WEIGHTS", "absent"], {"trains": False}, "do not exist; check MODEL.WEIGHTS"),
-        (["MODEL.LANGUAGE.TOKENIZER", "./absent"], {}, "no tokenizer folder at './absent'"),
+        (["MODEL.LANGUAGE.TOKENIZER", "./absent"], {}, "no tokenizer can be read from './absent'"),
         (["MODEL.LANGUAGE.NUM_LAYERS", 3], {}, "weights/first.*missing: .*layers.2"),
         (["MODEL.RESOBLEND.DIM", 64], {}, "of another shape: .*in the file, .* in the model"),
         (["MODEL.LANGUAGE.VOCAB_SIZE", 600], {}, "tokenizer .* has 640 words .*VOCAB_SIZE is 600"),

@@ -8,7 +8,6 @@ repaired; everything else is counted, and asked for again.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import re
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from gella.entities.view import read_image
+from gella.entities.view import encoded, read_image
 from gella.text.words import ARTICLES, bare_noun, other_numbers
 
 # Two descriptions per image, as in the paper: one prompt each, known by its id in the files.
@@ -158,9 +157,7 @@ def load_picture(
     picture = Image.fromarray(pixels)
     # The longest side rounds to max_side exactly, the shorter never to nothing.
     picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS, reducing_gap=None)
-    stream = io.BytesIO()
-    picture.save(stream, format="JPEG", quality=92, subsampling=0)
-    return stream.getvalue()
+    return encoded(picture, "JPEG", quality=92, subsampling=0)
 
 
 def describe(

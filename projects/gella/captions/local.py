@@ -110,10 +110,7 @@ def _load(path: str, dtype: str) -> tuple[Any, Any]:
     """Processor and model of a folder or hub name."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     path = os.path.expanduser(path)
-    if looks_local and not os.path.isdir(path):
-        raise FileNotFoundError(f"no model folder at {path}; check --local")
     try:
         options = hub_options(path)
         processor = AutoProcessor.from_pretrained(path, **options)

@@ -41,6 +41,7 @@ from gella.commands.analyze_cases import (
 )
 from gella.commands.console import Parser, exit_status
 from gella.data.register import dataset_records, import_modules
+from gella.entities.view import encoded
 from gella.evaluation import metrics
 from gella.pictures.panels import MASK_OPACITY
 from gella.utils.io import write_json, write_text
@@ -368,11 +369,11 @@ def gallery(title: str, order: str, cases: Iterable[tuple[Any, Scene | None]]) -
             told += f"taken: {escape(taken) or 'nothing'}"
             for name, image in pictures(case, scene).items():
                 # Enlarged pixels stay pixels, so that a border is where the mask has it.
-                small, stream = max(image.shape) < SIDE, io.BytesIO()
+                small = max(image.shape) < SIDE
                 way = Image.Resampling.NEAREST if small else Image.Resampling.BICUBIC
                 drawn = ImageOps.contain(Image.fromarray(image), (SIDE, SIDE), way)
-                drawn.save(stream, "JPEG", quality=85)
-                images += _picture("jpeg", stream.getvalue(), f"{name} of: {case.text}", name)
+                data = encoded(drawn, "JPEG", quality=85)
+                images += _picture("jpeg", data, f"{name} of: {case.text}", name)
         parts.append(
             f'<div class="case"><p><b>{escape(case.text)}</b></p><p class="note">{told}</p>'
             f'<p>{before}{inside}{after}</p><div class="row">{images}</div></div>'

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import logging
 import os
@@ -69,7 +68,7 @@ from gella.commands.demo_inputs import (
 from gella.commands.demo_records import to_correct, write_records
 from gella.commands.inputs import Source, config_of, list_pictures
 from gella.entities.sources import LiveSource
-from gella.entities.view import read_image, read_with_entities
+from gella.entities.view import encoded, read_image, read_with_entities
 from gella.pictures.grounding import Grounding, PanopticResult
 from gella.pictures.html import grounding_html, page, panoptic_html
 from gella.predictor import TASKS, GellaPredictor, Request
@@ -467,7 +466,7 @@ class Run:
         suffix, small = _small(job.image, enlarge=not drawn)
         picture = f"{PARTS}/{job.name}.{suffix}"
         html = _section(task, result, job, picture, [*drawn, name])
-        files = {file: _bytes(image, "PNG") for file, image in drawn.items()}
+        files = {file: encoded(image, "PNG") for file, image in drawn.items()}
         files |= {picture: small, f"{PARTS}/{job.name}.html": html.encode("utf-8")}
         content = {"image": plain(job.picture.path), **self._origin}
         if job.record is not None:
@@ -518,16 +517,10 @@ def _small(image: np.ndarray, *, enlarge: bool) -> tuple[str, bytes]:
     picture = Image.fromarray(np.ascontiguousarray(image))
     if max(picture.size) > _EXACT_SIDE:
         picture.thumbnail((_SHOWN_SIDE, _SHOWN_SIDE), Image.Resampling.LANCZOS)
-        return "jpg", _bytes(picture, "JPEG", quality=88)
+        return "jpg", encoded(picture, "JPEG", quality=88)
     times = _SHOWN_SIDE // max(picture.size) if enlarge else 1
     size = (picture.width * times, picture.height * times)
-    return "png", _bytes(picture.resize(size, Image.Resampling.NEAREST), "PNG")
-
-
-def _bytes(picture: Image.Image, form: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, form, **options)
-    return stream.getvalue()
+    return "png", encoded(picture.resize(size, Image.Resampling.NEAREST), "PNG")
 
 
 def _section(task: str, result: Any, job: Job, address: str, files: Sequence[str]) -> str:

@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -114,7 +113,6 @@ class GroundingBatchSampler(Sampler[list[SampleKey]]):
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.start_iteration = start_iteration
-        self._orders: OrderedDict[tuple[str, int, int], np.ndarray] = OrderedDict()
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         """Yield this rank's keys from `start_iteration` on, without end."""
@@ -160,16 +158,8 @@ class GroundingBatchSampler(Sampler[list[SampleKey]]):
         """Record at one place of a pool's endless sequence of permutations."""
         pool = self.pools[task][dataset]
         epoch, offset = divmod(place, len(pool))
-        order = self._orders.get((task, dataset, epoch))
-        if order is None:
-            key = (self.seed, _ORDER_STREAM + TASKS.index(task), dataset, epoch)
-            # Of the epoch alone, so that a resumed run need not replay those before.
-            order = np.random.default_rng(key).permutation(len(pool))
-            self._orders[task, dataset, epoch] = order
-            # the current epochs and those just left
-            if len(self._orders) > 2 * len(TASKS) * len(self.pools[task]):
-                self._orders.popitem(last=False)
-        return int(pool[order[offset]])
+        stream = _ORDER_STREAM + TASKS.index(task)
+        return int(pool[_order(self.seed, stream, dataset, epoch, len(pool))[offset]])
 
 
 class GroundingDataset(Dataset):
@@ -336,6 +326,13 @@ def _task_block(seed: int, block: int, ratios: tuple[float, ...]) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _dataset_block(seed: int, block: int) -> np.ndarray:
     return np.random.default_rng((seed, _DATASET_STREAM, block)).random(_BLOCK)
+
+
+@lru_cache(maxsize=64)
+def _order(*key_and_size: int) -> np.ndarray:
+    # Of the epoch alone, so that a resumed run need not replay those before.
+    *key, size = key_and_size
+    return np.random.default_rng(key).permutation(size)
 
 
 def _to_send(batch: list[Any]) -> list[Any]:

@@ -75,13 +75,12 @@ def load_entities(
 
     Args:
         file_name: the mask file.
-        height: of the image, pixels.
-        width: of the image, pixels.
+        height, width: of the image, pixels.
         format: "panoptic_png" (RGB ids), "gray_png" (8 or 16 bits, or palette indices), "npz"
             (`masks` (E, H, W) or `ids` (H, W), optionally `scores`), "npy" (one of the two),
-            "coco_results" (JSON list of
-            all images), "coco_panoptic" (the JSON; its PNGs lie in the folder of the same name),
-            "coco_instances" (the JSON; RLE or polygons), or "auto": by the suffix and content.
+            "coco_results" (JSON list of all images), "coco_panoptic" (the JSON; its PNGs lie in
+            the folder of the same name), "coco_instances" (the JSON; RLE or polygons), or "auto":
+            by the suffix and content.
         segments_info: the segments of the image. Crowd segments are no entities: they are left out
             and their pixels become 0. None takes every id but 0. For "coco_results" and
             "coco_instances" they hold the `segmentation` themselves, as read from the JSON, which

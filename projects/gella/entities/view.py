@@ -6,6 +6,7 @@ the colormap always show the same scene in the same place.
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable
 from contextlib import suppress
@@ -142,6 +143,13 @@ def _refusal(picture: Image.Image, max_pixels: int) -> str:
             "save colours with 8 or 16 bits"
         )
     return ""
+
+
+def encoded(picture: Image.Image, form: str, **options: Any) -> bytes:
+    """A file of a picture; ``form`` and ``options`` are Pillow's."""
+    stream = io.BytesIO()
+    picture.save(stream, form, **options)
+    return stream.getvalue()
 
 
 def fitted_size(height: int, width: int, side: int) -> tuple[int, int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import re
 from collections.abc import Sequence
 from html import escape
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from gella.entities.view import encoded
 from gella.pictures.chips import ink_on, palette
 from gella.pictures.grounding import Grounding, Noun, PanopticResult, cut_caption
 from gella.pictures.overlays import Layer, layers_of, layers_of_ids, place_labels
@@ -215,10 +215,9 @@ def _figure(
     if image_src is None:  # embedded: small pictures exact, large ones as JPEG of bounded size
         picture = Image.fromarray(np.ascontiguousarray(result.image))
         picture.thumbnail((_EMBEDDED, _EMBEDDED))
-        buffer = io.BytesIO()
         kind = "png" if max(result.image.shape[:2]) <= _EXACT else "jpeg"
-        picture.save(buffer, kind, quality=90)
-        source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+        data = encoded(picture, kind, quality=90)
+        source = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
     scheme = _SCHEME.match(source)
     named = scheme.group(1).lower() if scheme else ""
     if named not in ("", "http", "https", "blob") and not _DATA.fullmatch(source):

@@ -225,13 +225,7 @@ def _load(kind: str, path: str, processor_class: Any, model_class: Any) -> tuple
     ``processor_class`` may be a pair; the second is OneFormer's.
     """
     name = f"segmenter {kind}:{path}"
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     folder = Path(path).expanduser()
-    if not folder.is_dir() and (looks_local or folder.exists()):
-        raise FileNotFoundError(
-            f"{name}: folder {path} does not exist; give one that save_pretrained wrote, or a "
-            "hub name (OWNER/MODEL)"
-        )
     source = str(folder) if folder.is_dir() else path
     try:
         options = {"trust_remote_code": False, **hub_options(source)}

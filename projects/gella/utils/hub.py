@@ -46,11 +46,17 @@ def hub_options(name: str) -> dict[str, bool]:
     environment, 10 s); where it does not answer, a model in its cache is taken from there.
 
     Raises:
-        OSError: the hub does not answer, and its cache lacks the model.
+        OSError: a path of no folder, or the hub does not answer, and its cache lacks the model.
     """
     from huggingface_hub import constants, get_session
 
-    if Path(name).expanduser().is_dir() or constants.HF_HUB_OFFLINE:
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        return {}
+    # The hub's names are "owner/name"; anything else would be asked of it in vain.
+    if not name or folder.exists() or name[0] in "./~" or name.count("/") > 1:
+        raise FileNotFoundError(f"folder {name} does not exist; name one, or a model of the hub")
+    if constants.HF_HUB_OFFLINE:
         return {}
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)

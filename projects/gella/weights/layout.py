@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,9 +92,8 @@ class Layout:
         return cls()
 
     @classmethod
-    def recognises(cls, keys: Iterable[str]) -> bool:
+    def recognises(cls, keys: Collection[str]) -> bool:
         """Whether keys look like this format: every pattern of ``signature`` fits one of them."""
-        keys = list(keys)
         return bool(cls.signature) and all(fnmatch.filter(keys, p) for p in cls.signature)
 
     def drops(self, key: str) -> bool:
