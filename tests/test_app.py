@@ -281,7 +281,8 @@ def test_the_folder_is_full_when_it_is_and_abandoned_uploads_go(tmp_path):
 
 def client_of(site: Served) -> Any:
     quiet = dict.fromkeys(("verbose", "analytics_enabled", "download_files"), False)
-    return gradio_client.Client(site.address, **quiet)
+    # Twenty at once wait for one another on a busy machine.
+    return gradio_client.Client(site.address, httpx_kwargs={"timeout": 600}, **quiet)
 
 
 def files(picture: Path = SCENE, *masks: Path) -> tuple[Any, list[Any]]:
