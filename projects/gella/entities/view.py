@@ -208,8 +208,13 @@ def make_view(
         colormap, ``redrawn``: those of the further draws, ``valid_size`` (h, w): the part of the
         colormap that is no padding.
 
-    Raises `OtherSize`, a ValueError, where image and entities are not of one size.
+    Raises:
+        ValueError: the image is not uint8 (H, W, 3), or its size is not that of the entities.
     """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"image must be uint8 (H, W, 3) RGB, not {image.dtype} {tuple(image.shape)}"
+        )
     check_size(entities.size, image.shape[:2])
     height, width = fitted_size(image.shape[0], image.shape[1], colormap_size)
     # Colours are drawn on the unpadded map: the place of a centroid must not depend on padding.
