@@ -66,6 +66,15 @@ def gella_log(caplog, monkeypatch):
     logger.removeHandler(caplog.handler)
 
 
+@pytest.fixture
+def closed_logs():
+    """For a run in this process: no other test shall write to its log."""
+    yield
+    for name in ("detectron2", "fvcore", "gella"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+
+
 @pytest.fixture(scope="session")
 def small_shapes(tmp_path_factory):
     """Six training and four held-out scenes in all formats; not to be changed."""

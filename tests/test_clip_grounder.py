@@ -209,7 +209,7 @@ def test_the_demo_runs_as_with_any_model(clip, folder, tmp_path, capsys):
     assert "purple rings" in (tmp_path / "index.html").read_text()
 
 
-def test_an_evaluation_gives_ar_ciou_and_pq(clip, folder, small_shapes, tmp_path, capsys):
+def test_an_evaluation_gives_ar_ciou_and_pq(clip, folder, small_shapes, tmp_path, closed_logs):
     where, notes = places(small_shapes, "val"), small_shapes / "annotations"
     refs = (small_shapes / "refcoco", "unc", "val", small_shapes / "val")
     with (

@@ -790,7 +790,7 @@ def test_results_are_flattened_printed_and_verified(caplog):
         pytest.raises(SystemExit, evaluation.verify_results, cfg, {"task": wrong})
 
 
-def test_argument_parser_and_setup(tmp_path):
+def test_argument_parser_and_setup(tmp_path, closed_logs):
     words = ["--config-file", "", "--num-gpus", "2", "--resume", "SEED", "7"]
     args = engine.default_argument_parser().parse_args(words)
     assert (args.num_gpus, args.num_machines, args.machine_rank) == (2, 1, 0)
@@ -806,9 +806,6 @@ def test_argument_parser_and_setup(tmp_path):
     assert (tmp_path / "out" / "log.txt").exists()
     engine.default_setup(cfg, args)
     assert (torch.rand(2).tolist(), np.random.rand()) == first
-    for name in ("detectron2", "fvcore"):  # other tests shall not write to this file
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
 
 
 def test_one_process_needs_no_group():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shlex
 import shutil
@@ -104,7 +103,7 @@ def test_a_stopped_and_killed_run_goes_on_to_the_same_weights(scenes, trained, t
 
 
 @pytest.fixture
-def here(scenes, capsys):
+def here(scenes, capsys, closed_logs):
     """Run the script on the drawn scenes in this process, which spares its start."""
     register_scenes(scenes)
     threads = torch.get_num_threads()
@@ -121,9 +120,6 @@ def here(scenes, capsys):
     yield run_here
     torch.set_num_threads(threads)
     register_scenes(root_from_environment())
-    for name in ("detectron2", "fvcore", "gella"):  # other tests shall not write to its log
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
 
 
 def register_scenes(root):
