@@ -263,7 +263,7 @@ def trainings(args: argparse.Namespace, opts: list[Any]) -> dict[str, Any]:
             with ProcessPoolExecutor(1, get_context("spawn")) as alone:
                 losses, figures = alone.submit(train_once, cfg, Path(args.sample)).result()
         except BrokenProcessPool:
-            rows[title] = {"ended": "killed: more host memory is needed than is here"}
+            rows[title] = {"ended": "its process was killed, as for want of host memory"}
             continue
         shape = {name.replace("-", "_"): value for name, (value, *_) in cost.NUMBERS.items()}
         load = Workload(*(shape[name] for name in Workload._fields))
