@@ -14,7 +14,7 @@ import transformers as hf
 from PIL import Image
 from refusals import refused
 from safetensors.torch import load_file, save_file
-from tiny_segmenters import save_mask2former, save_sam, save_sam2, save_toy
+from tiny_segmenters import save_eomt, save_mask2former, save_sam, save_sam2, save_sam3, save_toy
 from tiny_weights import fill_hub
 
 from gella.entities.sources import load_from_record, source_for
@@ -53,9 +53,12 @@ def models(tmp_path_factory):
         torch.save(content, toy / f"{name}.pth")
     (toy / "arch.yaml").write_text("MODEL: {META_ARCHITECTURE: Unheard}\n")
     (toy / "code.yaml").write_text("OUTPUT_DIR: !!python/object/apply:os.mkdir ['ran']\n")
+    sam3, detector = save_sam3(root / "sam3"), root / "detector"
+    hf.Sam3Config().save_pretrained(detector)
     with (cut / "model.safetensors").open("r+b") as stream:
         stream.truncate(1000)
-    return SimpleNamespace(sam=sam, mask2former=mask2former, toy=toy, cut=cut)
+    folders = {"sam": sam, "sam3": sam3, "detector": detector, "mask2former": mask2former}
+    return SimpleNamespace(**folders, toy=toy, cut=cut)
 
 
 def boxes(*corners):
@@ -109,38 +112,44 @@ def test_wrong_answers_and_images_are_refused(segmenter, image, message):
     refused(message, segmenter.segment, image)
 
 
-def test_sam_gives_the_masks_of_the_pipeline(models):
-    image, spec = picture(48, 70), f"sam:{models.sam}"
+@pytest.mark.parametrize("name, height, width", [("sam", 48, 70), ("sam3", 70, 70)])
+def test_sam_gives_the_masks_of_the_pipeline(models, name, height, width):
+    folder, image = getattr(models, name), picture(height, width)
+    spec = f"sam:{folder}"
     segmenter = load_segmenter(spec, "cpu", SAM_OPTIONS)
     ((masks, scores),) = segmenter.predict([image])
     options = {key: float(value) for key, value in SAM_OPTIONS.items()}
     options["points_per_crop"] = int(options.pop("points_per_side"))
     options["crops_nms_thresh"] = options.pop("nms_thresh")
-    generate = hf.pipeline("mask-generation", model=str(models.sam), device="cpu")
+    generate = hf.pipeline("mask-generation", model=str(folder), device="cpu")
     reference = generate(Image.fromarray(image), **options)
-    assert masks.shape[0] >= 2 and masks.shape[1:] == (48, 70)
+    assert masks.shape[0] >= 2 and masks.shape[1:] == (height, width)
     assert (masks == np.stack([np.asarray(mask) for mask in reference["masks"]])).all()
     np.testing.assert_allclose(scores, np.asarray(reference["scores"]), rtol=1e-6)
     entities = segmenter.segment(image)
-    assert entities.size == (48, 70) and entities.num_entities >= 2
+    assert entities.size == (height, width) and entities.num_entities >= 2
     distrustful = {"points_per_side": "2", "pred_iou_thresh": "1000"}
     none = load_segmenter(spec, "cpu", distrustful).segment(picture(40, 64))
     assert none.num_entities == 0 and none.size == (40, 64)
 
 
-def test_sam2_asks_all_of_an_image_that_is_not_square(tmp_path):
+@pytest.mark.parametrize("save, side, rule", [
+    (save_sam2, 128, hf.Sam2Processor),
+    (save_sam3, 112, hf.Sam3TrackerProcessor),
+])  # fmt: skip
+def test_sam2_and_3_ask_all_of_an_image_that_is_not_square(tmp_path, save, side, rule):
     """The grid of points, brought back by the processor's own rule, spreads over every crop."""
-    segmenter = load_segmenter(f"sam:{save_sam2(tmp_path / 'm')}", "cpu", SAM_OPTIONS)
+    segmenter = load_segmenter(f"sam:{save(tmp_path / 'm')}", "cpu", SAM_OPTIONS)
     processor = segmenter._pipeline.image_processor
     steps = (torch.arange(4) + 0.5) / 4
     for layers, size in product((0, 1), ((48, 96), (96, 40), (64, 64))):
         image = Image.fromarray(picture(*size))
-        _, points, crops, _ = processor.generate_crop_boxes(image, 128, layers, 0.3, 4)
+        _, points, crops, _ = processor.generate_crop_boxes(image, side, layers, 0.3, 4)
         assert len(crops) == (1 if layers == 0 else 5)
         for number, crop in enumerate(crops):
             height, width = crop.shape[-2:]
             pixels = torch.stack(torch.meshgrid(steps * width, steps * height, indexing="xy"), -1)
-            asked = hf.Sam2Processor(processor, target_size=128)(
+            asked = rule(processor, target_size=side)(
                 images=Image.fromarray(crop.permute(1, 2, 0).numpy().astype(np.uint8)),
                 input_points=[[pixels.reshape(-1, 2).tolist()]],
                 return_tensors="pt",
@@ -186,6 +195,25 @@ def test_other_images_of_a_batch_change_nothing(models, task):
         np.testing.assert_allclose(scores, alone_scores, atol=1e-5)
 
 
+@pytest.mark.parametrize("task, dinov3", product(("panoptic", "instance"), (False, True)))
+def test_eomt_gives_the_segments_of_its_post_processing(tmp_path, task, dinov3):
+    folder, image = save_eomt(tmp_path, dinov3), picture(48, 96)
+    visible = {"overlap_mask_area_threshold": 0.0} if task == "panoptic" else {}
+    loose = {"threshold": 0.0, **visible}
+    options = {"task": task} | {key: str(value) for key, value in loose.items()}
+    ((masks, scores),) = load_segmenter(f"transformers:{folder}", "cpu", options).predict([image])
+    processor = hf.AutoImageProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        inputs = processor(images=Image.fromarray(image), return_tensors="pt")
+        outputs = hf.AutoModelForUniversalSegmentation.from_pretrained(folder)(**inputs)
+    post = getattr(processor, f"post_process_{task}_segmentation")
+    (found,) = post(outputs, target_sizes=[(48, 96)], **loose)
+    ids = [segment["id"] for segment in found["segments_info"]]
+    assert len(ids) >= 2 and masks.shape[1:] == (48, 96)
+    assert (masks == np.stack([found["segmentation"].numpy() == number for number in ids])).all()
+    np.testing.assert_allclose(scores, [s["score"] for s in found["segments_info"]], atol=1e-6)
+
+
 def test_instances_of_a_model_may_overlap_and_none_may_be_found(models):
     spec, image = f"transformers:{models.mask2former}", picture(48, 64)
     loose = load_segmenter(spec, "cpu", {"task": "instance", "threshold": "0"})
@@ -204,6 +232,9 @@ def test_models_whose_masks_would_be_wrong_are_refused(models, tmp_path):
     pad = {"height": 256, "width": 256}
     hf.Mask2FormerImageProcessor(size=size, pad_size=pad).save_pretrained(padded)
     refused("pad_size", load_segmenter(f"transformers:{padded}", "cpu").segment, picture(48, 64))
+    for wrong in ({"do_split_image": True}, {"do_pad": False}):  # as of semantic EoMT models
+        eomt = save_eomt(tmp_path / "eomt", **wrong)
+        refused("cuts pictures into pieces", load_segmenter, f"transformers:{eomt}", "cpu")
     lacking = shutil.copytree(models.mask2former, tmp_path / "lacking")
     weights = load_file(lacking / "model.safetensors")
     name = next(key for key in weights if "class_predictor" in key)
@@ -267,6 +298,8 @@ def test_detectron2_weights_of_the_model_zoo(tmp_path, protocol):
     ("sam:{toy}", {}, ValueError, "cannot be loaded.*saved with its processor"),
     ("sam:{mask2former}", {}, ValueError, "cannot be loaded.*of this kind"),
     ("transformers:{sam}", {}, ValueError, "cannot be loaded.*of this kind"),
+    ("sam:{detector}", {}, ValueError, "finds what a text names; give all of SAM 3"),
+    ("transformers:{detector}", {}, ValueError, "finds what a text names"),
     ("sam:{cut}", {}, ValueError, "cannot be loaded"),
     ("sam:{sam}", {"device": "cuda:0"}, ValueError, "--device cpu"),
     ("sam:{sam}", {"device": "gpu"}, ValueError, "'gpu' is unknown"),

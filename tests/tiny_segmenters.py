@@ -50,6 +50,42 @@ def save_sam2(folder):
     return folder
 
 
+def save_sam3(folder):
+    """A whole SAM 3 of 112-pixel input as on the hub: the detector, and the tracker's own parts."""
+    torch.manual_seed(0)
+    few = {"hidden_size": 16, "num_attention_heads": 2}
+    layer = {**few, "num_layers": 1, "intermediate_size": 16}
+    sides = {"image_size": 112, "pretrain_image_size": 56, "window_size": 4}
+    vit = {**few, **sides, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision = hf.Sam3VisionConfig(
+        backbone_config=hf.Sam3ViTConfig(**vit, global_attn_indexes=[0]), fpn_hidden_size=16
+    )
+    text = {**few, "vocab_size": 50, "intermediate_size": 16, "num_hidden_layers": 1}
+    detector = hf.Sam3Config(
+        vision_config=vision,
+        text_config={**text, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 1},
+        geometry_encoder_config=layer,
+        detr_encoder_config=layer,
+        detr_decoder_config=layer,
+        mask_decoder_config=few,
+    )
+    memory = ("memory_attention_hidden_size", "memory_encoder_hidden_size")
+    memory += ("memory_fuser_embed_dim", "mask_downsampler_embed_dim")
+    tracker = hf.Sam3TrackerVideoConfig(
+        vision_config=vision,
+        prompt_encoder_config={"hidden_size": 16, "mask_input_channels": 4},
+        mask_decoder_config={**few, "num_hidden_layers": 1, "mlp_dim": 16},
+        image_size=112,
+        **dict.fromkeys(memory, 16),
+        memory_encoder_output_channels=8,
+    )
+    config = hf.Sam3VideoConfig(detector_config=detector, tracker_config=tracker)
+    # Saved otherwise, transformers 5.23 gives the tracker's weights their prefix twice.
+    scattered(hf.Sam3VideoModel(config)).save_pretrained(folder, save_original_format=False)
+    hf.Sam3ImageProcessor(size=square(112), mask_size=square(32)).save_pretrained(folder)
+    return folder
+
+
 def square(side):
     return {"height": side, "width": side}
 
@@ -83,6 +119,18 @@ def save_mask2former(folder):
     model.save_pretrained(folder)
     size = {"shortest_edge": 64, "longest_edge": 128}
     hf.Mask2FormerImageProcessor(size=size, size_divisor=32).save_pretrained(folder)
+    return folder
+
+
+def save_eomt(folder, dinov3=False, **processor):
+    """An EoMT of 64-pixel input; its processor pads images to a square unless told otherwise."""
+    torch.manual_seed(0)
+    kind = "EomtDinov3" if dinov3 else "Eomt"
+    few = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_blocks": 1, "num_queries": 8}
+    config = getattr(hf, f"{kind}Config")(hidden_size=32, image_size=64, num_labels=5, **few)
+    scattered(getattr(hf, f"{kind}ForUniversalSegmentation")(config)).save_pretrained(folder)
+    size = {"shortest_edge": 64, "longest_edge": 64}
+    hf.EomtImageProcessor(**{"size": size, "do_pad": True, **processor}).save_pretrained(folder)
     return folder
 
 

@@ -25,9 +25,11 @@ SUGGESTED = (
 """Specs of models on the hub that find everything in a photograph."""
 
 _TYPES = {  # by the model_type of a config.json
-    **dict.fromkeys(("sam", "sam_hq", "sam2"), "sam"),
-    **dict.fromkeys(("mask2former", "oneformer", "maskformer", "detr", "eomt"), "transformers"),
+    **dict.fromkeys(("sam", "sam_hq", "sam2", "sam2_video", "sam3_tracker", "sam3_video"), "sam"),
+    **dict.fromkeys(("mask2former", "oneformer", "maskformer", "detr"), "transformers"),
+    **dict.fromkeys(("eomt", "eomt_dinov3"), "transformers"),
 }
+_TOLD = ("sam3", "sam3_lite_text")  # detectors of what a text names, without the part for points
 
 
 def at_hand() -> list[str]:
@@ -51,14 +53,16 @@ def how_to_find() -> str:
 
 
 class SamSegmenter(Segmenter):
-    """Masks of everything by SAM, SAM-HQ or SAM 2: a grid of points, each asked for its masks.
+    """Masks of everything by SAM, SAM-HQ, SAM 2 or 3: a grid of points, each asked for its masks.
 
     Args:
         path: folder that `save_pretrained` wrote, or a hub name.
         device: as torch names it.
         options: see OPTIONS; defaults are those of transformers' mask-generation pipeline.
 
-    Scores are SAM's estimates of the masks' IoU.
+    Scores are SAM's estimates of the masks' IoU. Of SAM 3 only the tracker is loaded, which answers
+    points without a word, so that its masks are class-agnostic; its detector finds the instances of
+    one named concept, which leaves to the names what an entity is, and is refused when it is alone.
     """
 
     FORM = "sam:PATH"
@@ -103,10 +107,10 @@ class SamSegmenter(Segmenter):
 
 
 def _spread_points(processor: Any) -> None:
-    """Make SAM 2's grid of points cover the whole of an image that is not square.
+    """Make the grid of points of SAM 2 and SAM 3 cover the whole of an image that is not square.
 
     transformers scales the grid as for SAM, by the longest side, also where the processor squashes
-    the image to a square (SAM 2, EdgeTAM): part of the image would never be asked.
+    the image to a square (SAM 2, SAM 3, EdgeTAM): part of the image would never be asked.
     """
     size = processor.size
     if size.get("longest_edge") is not None:
@@ -153,6 +157,12 @@ class UniversalSegmenter(Segmenter):
         processor, model = _load("transformers", path, auto, hf.AutoModelForUniversalSegmentation)
         self._model, self._processor = model.to(device).eval(), processor
         self._device = device
+        eomt = model.config.model_type.startswith("eomt")
+        if eomt and (processor.do_split_image or not processor.do_pad):
+            raise ValueError(
+                f"segmenter transformers:{path} cuts pictures into pieces or does not pad them "
+                "(do_split_image, do_pad), as semantic EoMT does; give a panoptic or instance model"
+            )
         # OneFormer is told its task in words, by a processor that holds a tokenizer.
         self._told = {"task_inputs": [task]} if model.config.model_type == "oneformer" else {}
         name = f"post_process_{task}_segmentation"
@@ -224,6 +234,8 @@ def _load(kind: str, path: str, processor_class: Any, model_class: Any) -> tuple
 
     ``processor_class`` may be a pair; the second is OneFormer's.
     """
+    from transformers import AutoConfig
+
     name = f"segmenter {kind}:{path}"
     folder = Path(path).expanduser()
     source = str(folder) if folder.is_dir() else path
@@ -232,6 +244,8 @@ def _load(kind: str, path: str, processor_class: Any, model_class: Any) -> tuple
     except OSError as error:
         raise FileNotFoundError(f"{name}: {error}") from error
     try:
+        if AutoConfig.from_pretrained(source, **options).model_type in _TOLD:
+            raise ValueError("it finds what a text names; give all of SAM 3, or its tracker")
         model, info = model_class.from_pretrained(
             source, output_loading_info=True, weights_only=True, **options
         )

@@ -5,7 +5,7 @@
 
 A segmenter is named by a *spec*; class labels are dropped, since entities have none:
 
-    sam:PATH                    SAM, SAM-HQ, SAM 2: masks of everything, from a grid of points
+    sam:PATH                    SAM, SAM-HQ, SAM 2, SAM 3: masks of everything, by a grid of points
     transformers:PATH           Mask2Former, OneFormer, MaskFormer, DETR, EoMT: panoptic, instances
     detectron2:CONFIG:WEIGHTS   any Detectron2 model that returns instances or panoptic_seg
 
@@ -25,7 +25,10 @@ from gella.entities.entity_map import EntityMap
 from gella.entities.sources import SOURCE_KINDS, LiveSource
 from gella.entities.view import read_image
 
-SPECS = "sam:PATH, transformers:PATH or detectron2:CONFIG:WEIGHTS"
+SPECS = (
+    "sam:PATH (SAM, 2 and 3), transformers:PATH (Mask2Former, EoMT, ...) or "
+    "detectron2:CONFIG:WEIGHTS"
+)
 
 KINDS: dict[str, type[Segmenter]] = {}
 """The kinds of specs; the siblings of this file enter theirs when the package is imported."""
