@@ -331,6 +331,24 @@ def test_grounds_and_grounds_again_without_encoding_again(site):
     assert site.encoded.call_count == before + 2
 
 
+def test_a_mask_is_shared_or_for_one_noun_only(site):
+    client, nouns = client_of(site), "three purple rings, two large purple rings"
+    picture = SCENES / "000000500016.png"
+    given = files(picture, picture.with_name("000000500016_masks.png"))
+    caption = "Here there are three purple rings. We can also see two large purple rings."
+    for question, *texts, shared in (
+        ("ground", caption, nouns, 0.5, True),
+        ("ground", caption, nouns, 0.5, True, False),
+        ("again", 0.5, False, True),
+        ("again", 0.5, True, False),
+        ("refer", "the purple ring", 0.5, False),
+        ("again", 0.0, True, False),
+    ):
+        figure = ask(client, question, *texts, given=given)[0]
+        named = re.findall(r'data-noun="\d+" data-entities="([\d ]+)"', figure)
+        assert bool(set.intersection(*(set(n.split()) for n in named)) and named[1:]) == shared
+
+
 def test_the_description_is_streamed(site):
     client = client_of(site)
     job = client.submit(*files(), api_name="/describe")
@@ -640,7 +658,7 @@ def test_a_visitor_uploads_grounds_edits_and_downloads(page, site):
     assert content["caption"] == CAPTION and content["config"] == "config.yaml"
     assert np.asarray(Image.open(saved["png"])).shape[1] >= 96
     nouns = page.eval_on_selector_all(
-        "#figure [data-noun]", "all => all.map(n => n.dataset.entities)"
+        "#figure .caption [data-noun]", "all => all.map(n => n.dataset.entities)"
     )
     assert len(nouns) == 2 and all(nouns)
     page.hover("#figure [data-noun='0']")

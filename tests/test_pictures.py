@@ -474,7 +474,7 @@ def test_nouns_without_a_place_stand_below_the_caption() -> None:
     result.phrases.append({**result.phrases[0], "phrase": "big red", "start": 4, "end": 99})
     read = Reader(grounding_html(result, key="a"))
     assert read.caption == "the big red box"
-    assert sorted(read.each("data-noun")) == ["0", "1", "2", "3"]
+    assert sorted(read.each("data-noun")) == ["-1", "0", "1", "2", "3"]
     below = read.text[read.text.index("the big red box") + len("the big red box") :]
     assert all(text in below for text in ("red box", "a ghost", "big red"))
 
@@ -486,10 +486,53 @@ def test_masks_of_the_model_get_numbers_after_the_entities() -> None:
         item["mask"][11, 0:2] = True
     html = grounding_html(result, key="a")
     # Sets of such masks are only known together, so equal sets are one area.
-    assert Reader(html).each("data-noun", "data-entities") == ["3 7", "7"]
+    assert Reader(html).each("data-noun", "data-entities") == ["3 7", "7", "1 2 4 5 6"]
     assert drawn(html, 12, 16)[7].sum() == 2
     own = grounded(scene(), [("a box", [30])], own_masks=True)
     assert Reader(grounding_html(own, key="a")).each("data-noun", "data-entities") == ["7"]
+
+
+def asked(rows: list[list[float]], **more: Any) -> Grounding:
+    """A row of probabilities for each noun over as many entities, of which it names the first."""
+    entities = EntityMap(np.arange(1, len(rows[0]) + 1, dtype=np.int32)[None].repeat(4, axis=0))
+    ids = entities.segment_ids
+    result = grounded(entities, [(f"noun {k}", ids[:1]) for k in range(len(rows))], **more)
+    for phrase, row in zip(result.phrases, rows):
+        phrase["probabilities"] = {i: p for i, p in zip(ids, row) if not np.isnan(p)}
+    return result
+
+
+def test_the_table_has_every_probability_and_its_highest_marked() -> None:
+    wide = [[k / 50 for k in range(50)], [0.3] + [0.0] * 49]
+    for result, numbers, cells, best in (
+        (asked([[0.9, 0.1, 0.04], [0.25, np.nan, 0.254]]), "1 2 3", "90 10 4 25 25", "90 25"),
+        (asked([[0.5, 0.5]]), "1 2", "50 50", "50 50"),
+        (asked([[0.2, 0.7]], task="refer"), "1 2", "20 70", "70"),
+        (asked(wide), " ".join(map(str, [1, *range(12, 51)])), None, "98 30"),
+        (asked([[np.nan, np.nan]]), "", "", ""),
+        (asked([[0.5, 0.5]], own_masks=True), "", "", ""),
+    ):
+        html = grounding_html(result, key="a")
+        assert re.findall(r'<th scope="col" data-label="(\d+)"', html) == numbers.split()
+        told = re.findall(r'<td class="p\d+(?: best)?">(\d+)', html)
+        assert cells is None or told == cells.split()
+        assert re.findall(r'best">(\d+)', html) == best.split()
+        assert ("10 entities that score lower are left out" in html) == (cells is None)
+    assert '<td class="p3 best">25</td>' in grounding_html(asked([[0.254, 0.1]]), key="a")
+
+
+def test_entities_that_no_noun_names_are_a_noun_of_their_own() -> None:
+    for result, listed in (
+        (asked([[0.9, 0.1, 0.04], [0.25, 0.3, np.nan]]), "2 (0.30), 3 (0.04)"),
+        (asked([[0.9]]), ""),
+        (asked([[0.9, 0.1]], task="refer"), ""),  # the others are not what was asked
+        (grounded(scene(), [], "a bare picture"), ""),
+    ):
+        rest = Reader(grounding_html(result, key="a")).having("data-noun")
+        says = [
+            re.sub("[\u2068\u2069]", "", n["data-says"]) for n in rest if n["data-noun"] == "-1"
+        ]
+        assert says == [f"named by no noun: {listed}"] * bool(listed)
 
 
 def test_categories_light_their_segments() -> None:
@@ -651,6 +694,14 @@ def test_pointing_lights_exactly_what_belongs_together(show: Any) -> None:
     assert status(tab) == "entity 5: the sparks"
     to_pixel(tab, 4, 4)  # the hole in the hole
     assert lit(tab, "entity") == lit(tab, "noun") == [] and "Point at" in status(tab)
+
+
+def test_the_entities_of_no_noun_light_together(show: Any) -> None:
+    tab = show(grounding_html(grounded(scene(), [("A ring", [30])]), key="a"))
+    tab.locator("[data-noun='-1']").hover()
+    assert lit(tab, "entity") == [1, 2, 4, 5] and lit(tab, "noun") == [-1]
+    to_pixel(tab, 8, 4)
+    assert lit(tab, "entity") == [2] and lit(tab, "noun") == [-1]
 
 
 def test_every_pixel_belongs_to_its_mask(show: Any) -> None:

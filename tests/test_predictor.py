@@ -663,7 +663,7 @@ def requests_about(pictures):
         nouns = tiny.NOUNS[: 1 + i]
         caption = tiny.make_caption(nouns)[0]
         kinds = [
-            Request("ground", *picture, text=caption, nouns=nouns, image_id=i),
+            Request("ground", *picture, text=caption, nouns=nouns, image_id=i, exclusive=i == 2),
             Request("refer", *picture, text=nouns[0], image_id=i),
             Request("panoptic", *picture, categories=tiny.CATEGORIES, image_id=i),
             Request("describe", *picture, image_id=i),
@@ -676,7 +676,8 @@ def requests_about(pictures):
 def single(predictor, request):
     scene = predictor.encode(request.image, request.entities, image_id=request.image_id)
     if request.task == "ground":
-        return predictor.ground(request.text, request.nouns, scene=scene)
+        exclusive = request.exclusive
+        return predictor.ground(request.text, request.nouns, scene=scene, exclusive=exclusive)
     record = {"caption": request.text, "expressions": [{"text": request.text}]}
     return answer(predictor, request.task, record, scene)
 

@@ -65,6 +65,7 @@ footer { display: none !important; }
 #threshold .head { column-gap: 1em; }
 @media (max-width: 1024px), (pointer: coarse) {
   .gradio-container button, #threshold input[type=range] { min-height: 44px; min-width: 44px; }
+  #exclusive label { min-height: 44px; }
   #masks button button { height: 44px !important; }
   #masks .file-preview { margin-top: 18px; } /* the buttons over it are higher then */
 }
@@ -431,7 +432,12 @@ class Desk:
         return kept or caption, self.keep(visitor, caption, kept)[0]
 
     def ground(
-        self, visitor: Visitor, caption: str, nouns: str, threshold: float | None = None
+        self,
+        visitor: Visitor,
+        caption: str,
+        nouns: str,
+        threshold: float | None = None,
+        exclusive: bool = False,
     ) -> Iterator[tuple[Any, ...]]:
         """Ground the caption.
 
@@ -440,7 +446,7 @@ class Desk:
         nouns = visitor.nouns_for(caption, nouns)
         text, typed = self.limits.check_text("caption", caption), self.limits.split("nouns", nouns)
         ask = functools.partial(self.predictor.ground, text, scene=visitor.scene)
-        result = ask(typed or None, threshold=threshold)
+        result = ask(typed or None, threshold=threshold, exclusive=exclusive)
         if result.cut_nouns:
             left = ", ".join(result.cut_nouns)
             gr.Warning(html.escape(f"The caption is too long for the model; left out: {left}"))
@@ -448,10 +454,14 @@ class Desk:
         for shown in visitor.show(result, again):
             yield *shown, nouns
 
-    def again(self, visitor: Visitor, threshold: float) -> Iterator[tuple[Any, ...]]:
-        """The last question with another threshold; nothing where none was asked."""
-        if visitor.again is not None:
-            yield from visitor.show(visitor.again(threshold=threshold), visitor.again)
+    def again(
+        self, visitor: Visitor, threshold: float, exclusive: bool = False
+    ) -> Iterator[tuple[Any, ...]]:
+        """The last question with another threshold or switch; nothing where none was asked."""
+        if (ask := visitor.again) is not None:
+            several = ask.func == self.predictor.ground  # other questions know no such switch
+            more = {"exclusive": exclusive} if several else {}
+            yield from visitor.show(ask(threshold=threshold, **more), ask)
 
     def refer(
         self, visitor: Visitor, expression: str, threshold: float | None = None
@@ -554,7 +564,8 @@ def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
         visitor = gr.State(Visitor(), time_to_live=IDLE)
         # Made before their places, since the buttons refer to them.
         caption, expression, categories = _texts(desk, examples)
-        figure, threshold = gr.HTML(elem_id="figure", render=False), _threshold(desk)
+        figure, choices = gr.HTML(elem_id="figure", render=False), _choices(desk)
+        threshold = choices[0]
         hidden: dict[str, Any] = {"interactive": False, "size": "sm", "render": False}
         png = gr.DownloadButton("Picture (PNG)", elem_id="get-png", **hidden)
         masks_json = gr.DownloadButton("Masks (JSON)", elem_id="get-json", **hidden)
@@ -566,7 +577,7 @@ def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
             with gr.Column(scale=3, min_width=300):
                 given = [visitor, picture, masks]
                 with gr.Tab("Caption") as captions:
-                    writing = _caption_tab(desk, given, caption, shown, threshold)
+                    writing = _caption_tab(desk, given, caption, shown, choices)
                 with gr.Tab("Referring") as referring:
                     _line_tab(desk, given, shown, expression, threshold, desk.refer)
                 with gr.Tab("Panoptic") as panoptic:
@@ -582,7 +593,8 @@ def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
             turn = functools.partial(desk.turn, tab.label)
             tab.select(turn, [visitor], [*shown, threshold], **quiet, **in_turn)
         again = desk.event(desk.again, outputs=len(shown))
-        threshold.input(again, [*given, threshold], shown, api_name="again", **quiet, **_LAST)
+        for choice, name in zip(choices, ("again", None)):
+            choice.input(again, [*given, *choices], shown, api_name=name, **quiet, **_LAST)
         if examples:
             with places[0]:
                 filled = [picture, masks, caption, expression, categories]
@@ -620,8 +632,9 @@ def _texts(desk: Desk, examples: Sequence[Entry]) -> list[gr.Textbox]:
     ]
 
 
-def _threshold(desk: Desk) -> gr.Slider:
-    return gr.Slider(
+def _choices(desk: Desk) -> tuple[Any, Any]:
+    """The threshold, and the switch that keeps nouns from sharing a mask."""
+    threshold = gr.Slider(
         *(0, 1, desk.predictor.cfg.MODEL.GELLA.ASSOCIATION_THRESHOLD),
         step=0.01,
         label="Threshold: masks that score higher are taken",
@@ -629,6 +642,9 @@ def _threshold(desk: Desk) -> gr.Slider:
         buttons=[],
         render=False,
     )
+    alone = "Each mask for one noun only"
+    hidden: dict[str, Any] = {"container": False, "render": False}
+    return threshold, gr.Checkbox(label=alone, elem_id="exclusive", **hidden)
 
 
 def _line(desk: Desk, label: str, hint: str, name: str, **options: Any) -> gr.Textbox:
@@ -700,7 +716,7 @@ def _gallery(examples: Sequence[Entry], filled: list[Any], running: list[dict[st
 
 
 def _caption_tab(
-    desk: Desk, given: list[Any], caption: Any, shown: list[Any], threshold: Any
+    desk: Desk, given: list[Any], caption: Any, shown: list[Any], choices: tuple[Any, Any]
 ) -> list[dict[str, Any]]:
     """The three tasks of the paper's Figure 3: describe, extract nouns, ground.
 
@@ -716,6 +732,7 @@ def _caption_tab(
         back = gr.Button("Your caption again", size="sm", elem_id="back", interactive=False)
     nouns = _line(desk, "Nouns, separated by commas", "empty: the model finds them", "nouns")
     extract = gr.Button("Extract nouns", size="sm", elem_id="extract")
+    choices[1].render()
     ground = gr.Button("Ground", variant="primary", elem_id="ground")
     texts = [given[0], caption, nouns]
     describing = desk.event(desk.describe, blind=True)
@@ -738,7 +755,7 @@ def _caption_tab(
     )
     ground.click(
         desk.event(desk.ground, outputs=len(shown) + 1),
-        [*given, caption, nouns, threshold],
+        [*given, caption, nouns, *choices],
         [*shown, nouns],
         api_name="ground",
         show_progress_on=shown[1],

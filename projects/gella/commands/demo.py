@@ -83,7 +83,7 @@ PAGE = "index.html"
 FAILURES = "failures.json"
 PARTS = "page"  # folder of what the page is made of
 LISTED = 10  # failures that the screen shows
-_FORM = 1  # of the output files; another number makes all of them again
+_FORM = 2  # of the output files; another number makes all of them again
 _REFRESH = 10.0  # seconds between two writings of the page, at least,
 _TIMES = 20  # and times what writing it took
 _TALKATIVE = 5  # jobs; up to so many, results and files are printed
@@ -137,6 +137,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--captioner-model", metavar="NAME", help="of the endpoint; default: GELLA_API_MODEL")
     nouns("--nouns", metavar="A,B,C", help="nouns of --caption in their order")
     nouns("--extract", action="store_true", help="the model finds the nouns, given ones or not")
+    alone = "no mask belongs to two nouns of a caption"
+    add("--exclusive", action="store_true", default=None, help=alone)
     add("--categories", metavar="A,B,C", help='for panoptic: names, "coco", or a file of them')
     args = parser.parse_args(argv)
     if args.config_file is None:
@@ -176,6 +178,8 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--task refer takes expressions; {text} writes captions"
     if (args.task == "panoptic") != (args.categories is not None):
         yield "--task panoptic needs --categories, and they go with --task panoptic only"
+    if args.exclusive and args.task != "ground":
+        yield "--exclusive goes with --task ground only"
     if args.nouns is not None and (args.task != "ground" or len(args.caption or ()) != 1):
         yield "--nouns goes with one --caption and --task ground only"
     if args.captioner_model is not None and not args.captioner:
@@ -254,8 +258,9 @@ class Run:
 
     def __post_init__(self) -> None:
         self.folder = Path(self.args.output)
-        # Where the input comes from; every JSON says so.
-        named = {name: getattr(self.args, name) for name in ("masks", "segmenter", "dataset")}
+        # Where the input comes from, and whether nouns share entities; every JSON says so.
+        names = ("masks", "segmenter", "dataset", "exclusive")
+        named = {name: getattr(self.args, name) for name in names}
         self._origin = {name: value for name, value in named.items() if value is not None}
         if self.captioner is not None:
             self._origin["captioner"] = self.captioner.model
@@ -348,6 +353,7 @@ class Run:
             "text": job.text,
             "nouns": job.nouns,
             "extract": self.args.extract,
+            "exclusive": self.args.exclusive,
             "phrases": self._phrases(job),
             "categories": self.categories,
             "describe_first": self.args.describe_first,
@@ -436,6 +442,7 @@ class Run:
                 phrases=self._phrases(job),
                 categories=self.categories,
                 image_id=job.picture.image_id,
+                exclusive=bool(self.args.exclusive),
             )
             for job in batch
         ]

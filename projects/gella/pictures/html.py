@@ -34,6 +34,7 @@ _SIDE = 700
 _TEXT = 16  # height of the numbers
 _STRIPE = 12  # width of the stripes of areas with several nouns
 _THIN = 3  # mean width of areas that are drawn as lines
+_COLUMNS = 40  # of the table of probabilities: the entities that some noun names best
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):")
@@ -56,9 +57,13 @@ h2 { font-size: 1.15em; margin: 28px 0 8px; }
 
 _FILES = resources.files("gella.pictures")
 
-STYLE = _FILES.joinpath("page.css").read_text("utf-8") + "".join(
-    f".gella .c{place} {{ --c: #{bytes(color).hex()}; --ink: #{bytes(ink_on(color)).hex()}; }}\n"
-    for place, color in enumerate(palette(_COLORS))
+STYLE = (
+    _FILES.joinpath("page.css").read_text("utf-8")
+    + "".join(
+        f".gella .c{k} {{ --c: #{bytes(color).hex()}; --ink: #{bytes(ink_on(color)).hex()}; }}\n"
+        for k, color in enumerate(palette(_COLORS))
+    )
+    + "".join(f".gella .p{tenth} {{ --p: {6 * tenth}%; }}\n" for tenth in range(11))
 )
 """CSS of the figures; every rule is for ``.gella`` and what is in it."""
 
@@ -92,7 +97,9 @@ def grounding_html(result: Grounding, *, key: str, image_src: str | None = None)
     Every entity with a pixel is a ``<path data-entity="N">``, N counted from 1 as in the picture of
     ``plot()``; masks that the model made itself follow after the input's. Every noun is one
     ``<span data-noun="i" data-entities="1 2">`` at its place in the caption, or below it where it
-    has none there (not in the caption, or inside another noun).
+    has none there (not in the caption, or inside another noun). One more of them, ``data-noun``
+    -1, has the entities that no noun of a caption names, with the highest of their scores. Below is
+    the table of probabilities.
 
     Args:
         result: what was grounded.
@@ -130,7 +137,13 @@ def grounding_html(result: Grounding, *, key: str, image_src: str | None = None)
     if result.cut_nouns:
         left_out = safe(", ".join(isolated(noun) for noun in result.cut_nouns))
         parts.append(f'<p class="note">left out, the caption is too long: {left_out}</p>')
-    return _figure(result, key, image_src, areas, nouns, parts)
+    if nouns and result.task == "ground" and (unnamed := tuple(result.unnamed)):
+        best = np.nan_to_num(result.probabilities).max(axis=0)
+        scores = tuple(best[number - 1] for number in unnamed)
+        rest = Noun("named by no noun", 0, unnamed, (), tuple(map(str, unnamed)), scores=scores)
+        parts.append(f'<p class="note">{_chip(rest, -1, rest.text)}</p>')
+    matrix = _matrix(result.probabilities, nouns)
+    return _figure(result, key, image_src, areas, nouns, parts, matrix)
 
 
 def panoptic_html(result: PanopticResult, *, key: str, image_src: str | None = None) -> str:
@@ -208,6 +221,7 @@ def _figure(
     areas: Sequence[Area],
     nouns: Sequence[Noun],
     parts: Sequence[str],
+    below: str = "",
 ) -> str:
     if not _KEY.fullmatch(key):
         raise ValueError(f"key {key!r} is not 1 to 64 letters, digits, '_' or '-'; give another")
@@ -232,7 +246,7 @@ def _figure(
     return (
         f'<figure class="gella" id="gella-{key}">{warning}<div class="view">{_TOOLS}{svg}</div>'
         f"<figcaption>{''.join(parts)}{status}"
-        f'<ul class="note" aria-label="entities and their scores">{scores}</ul>'
+        f'<ul class="note" aria-label="entities and their scores">{scores}</ul>{below}'
         "</figcaption></figure>"
     )
 
@@ -242,11 +256,36 @@ def _chip(noun: Noun, place: int, text: str) -> str:
     numbers = " ".join(str(number) for number in noun.numbers)
     shown = ", ".join(noun.names) if len(noun.names) <= 4 else f"\u00d7{len(noun.names)}"
     says = f"{isolated(noun.text)}: {noun.scored}"
-    look = f"noun c{noun.color % _COLORS}" if noun.numbers else "noun none"
+    look = f"noun c{noun.color % _COLORS}" if noun.numbers and place >= 0 else "noun none"
     return (
         f'<span class="{look}" role="button" tabindex="0" aria-pressed="false" '
         f'aria-label="{safe(says)}" data-says="{safe(says)}" data-noun="{place}" '
         f'data-entities="{numbers}" data-numbers="{safe(shown)}">{safe(text)}</span>'
+    )
+
+
+def _matrix(probabilities: np.ndarray, nouns: Sequence[Noun]) -> str:
+    """A table of ``probabilities`` (P, E), the highest of each noun in bold; "" without any."""
+    if np.isnan(probabilities).all():
+        return ""
+    table = np.nan_to_num(probabilities, nan=-1.0)
+    order = np.argsort(-table.max(axis=0), kind="stable")
+    columns = sorted(order[:_COLUMNS].tolist())
+    head = "".join(f'<th scope="col" data-label="{k + 1}">{k + 1}</th>' for k in columns)
+    rows = []
+    for noun, row in zip(nouns, table, strict=True):
+        cells = []
+        for p, best in zip(row[columns].tolist(), (row[columns] == row.max()).tolist()):
+            look = f"p{round(10 * p)}{' best' * best}"
+            cells.append(f'<td class="{look}">{100 * p:.0f}</td>' if p >= 0 else "<td></td>")
+        name = f'<th scope="row">{safe(isolated(noun.text))}</th>'
+        rows.append(f'<tr class="c{noun.color % _COLORS}">{name}{"".join(cells)}</tr>')
+    left = len(order) - len(columns)
+    more = f"; {left} entities that score lower are left out" if left else ""
+    return (
+        f'<details class="note" open><summary>probability of noun and entity, in %{more}</summary>'
+        f'<div class="matrix"><table><thead><tr><td></td>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
 

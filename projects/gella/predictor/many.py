@@ -47,6 +47,7 @@ class Request:
         nouns: for "ground"; None: the model extracts them.
         phrases: for "ground", instead of nouns: as in :meth:`GellaPredictor.ground_phrases`.
         categories: for "panoptic".
+        exclusive: for "ground", see :meth:`GellaPredictor.ground`.
     """
 
     task: str
@@ -59,6 +60,7 @@ class Request:
     masks_format: str = "auto"
     segments_info: list[dict[str, Any]] | None = None
     phrases: Sequence[dict[str, Any]] | None = None
+    exclusive: bool = False
 
 
 def answer_requests(

@@ -371,7 +371,9 @@ class GellaPredictor:
             question = Question("describe", text)
         else:
             raise ValueError(f"unknown task {request.task!r}; known: {', '.join(TASKS)}")
-        return self._ask(question, scene)
+        asked = self._ask(question, scene)
+        asked.inputs["exclusive"] = request.exclusive
+        return asked
 
     def _write(
         self, asked: Sequence[Asked], on_text: Callable[[str], None] | None = None
