@@ -242,6 +242,8 @@ def test_errors(clip, folder, tmp_path, monkeypatch, picture):
         build(CONFIG, opts=["MODEL.CLIP.NAME", "nobody/clip"])
     keys = ["MODEL.CLIP.NAME", str(folder), "MODEL.CLIP.TEMPLATE", "a photo"]
     refused("'a photo' has no {} for the noun", build, CONFIG, opts=keys)
+    keys = ["MODEL.CLIP.NAME", str(folder), "TEST.COLOR_DRAWS", "4"]
+    refused("COLOR_DRAWS is 4, but ClipGrounder looks at no colours", build, CONFIG, opts=keys)
     other = tmp_path / "llama"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llama"}')

@@ -123,6 +123,10 @@ def test_a_number_that_cannot_be_is_refused(tokenizer_dir):
     for draws, queries in ((0, "entity"), (-1, "learned"), (2, "learned")):
         cfg = tiny.make_cfg(tokenizer_dir, queries, KEY, draws)
         refused(told.format(draws, queries), build_model, cfg)
+    location = ("INPUT.GELLA.COLORS", "location")
+    cfg = tiny.make_cfg(tokenizer_dir, "entity", KEY, 2, *location)
+    refused("COLOR_DRAWS is 2 and INPUT.GELLA.COLORS is 'location', whose draws", build_model, cfg)
+    build_model(tiny.make_cfg(tokenizer_dir, "entity", KEY, 1, *location))
     for value in (2.5, True, "'four'"):
         refused("config override: .*COLOR_DRAWS", load_config, tiny.TINY, [KEY, value])
     assert settings(tiny.make_cfg(tokenizer_dir, "entity", KEY, 4))["color_draws"] == 4

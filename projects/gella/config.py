@@ -255,7 +255,7 @@ def _add_inference(cfg: Any, node: type) -> None:
     test.NOUNS = "given"
     # Draws of the entities' colours in evaluation and predictor: a noun's probability is the mean
     # over them, each a pass of colormap encoder, ResoBlend and mask decoder. Above 1: for entity
-    # queries only.
+    # queries and other colours than "location"; not with ClipGrounder, which looks at none.
     test.COLOR_DRAWS = 1
     # Other names for the categories of a panoptic dataset: a registered dataset, or a JSON file
     # (docs/EVALUATION.md). "": the dataset's own names.

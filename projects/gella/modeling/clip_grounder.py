@@ -107,10 +107,16 @@ class ClipGrounder(nn.Module):
         """Build the CLIP of the folder ``MODEL.WEIGHTS``, from which its weights are loaded later.
 
         Raises:
-            ValueError: there is no such folder, or it is of another kind of model.
+            ValueError: there is no such folder, or it is of another kind of model; or colours are
+                to be drawn several times (``TEST.COLOR_DRAWS``), which are not looked at.
         """
         from transformers import AutoConfig, CLIPConfig, CLIPModel
 
+        if cfg.TEST.COLOR_DRAWS != 1:
+            raise ValueError(
+                f"TEST.COLOR_DRAWS is {cfg.TEST.COLOR_DRAWS}, but ClipGrounder looks at no colours:"
+                " leave it at 1"
+            )
         folder = cfg.MODEL.WEIGHTS
         if not os.path.isfile(os.path.join(folder, "config.json")):
             raise ValueError(

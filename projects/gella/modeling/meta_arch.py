@@ -101,6 +101,11 @@ class GELLA(nn.Module):
                 f"TEST.COLOR_DRAWS is {draws} and MODEL.MASK_DECODER.QUERIES is {queries!r}: draw "
                 "once, or oftener with entity queries; a learned query is another entity each time"
             )
+        if draws > 1 and cfg.INPUT.GELLA.COLORS == "location":
+            raise ValueError(
+                f"TEST.COLOR_DRAWS is {draws} and INPUT.GELLA.COLORS is 'location', whose draws "
+                "are all equal: draw once, or take random or separated colours"
+            )
         colormap_encoder = build_backbone(cfg)
         image_encoder = BACKBONE_REGISTRY.get(cfg.MODEL.IMAGE_ENCODER.NAME)(cfg, None)
         image_shape = image_encoder.output_shape()["last"]
