@@ -481,20 +481,21 @@ def template_texts() -> list[str]:
     ]
 
 
-def train_tokenizer(captions: Sequence[str], folder: str) -> int:
+def train_tokenizer(captions: Sequence[str], folder: str, size: int = VOCABULARY_SIZE) -> int:
     """Train on captions and the prompts' own texts and write a folder that AutoTokenizer reads.
 
     Every word of the captions, with its leading space, becomes one token, so does every word of
     the prompts for which there is room; any other text falls back to pieces and at worst to bytes,
-    so every unicode text survives a round trip. The vocabulary has exactly `VOCABULARY_SIZE`
-    entries; unused places are filled with reserved tokens, so that the size is a constant.
+    so every unicode text survives a round trip. Places that no word needs are filled with reserved
+    tokens, so that the size is a constant.
 
     Args:
         captions: the training captions.
         folder: where to write; made if missing.
+        size: of the vocabulary, ``MODEL.LANGUAGE.VOCAB_SIZE`` less one.
 
     Returns:
-        The number of tokens, always `VOCABULARY_SIZE`.
+        The number of tokens, always `size`.
 
     Raises:
         ValueError: the captions have more words than the vocabulary has room for.
@@ -505,7 +506,7 @@ def train_tokenizer(captions: Sequence[str], folder: str) -> int:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=size,
         min_frequency=1,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -514,14 +515,14 @@ def train_tokenizer(captions: Sequence[str], folder: str) -> int:
     # Frequent words are merged first, so captions are weighed above the templates.
     words = _weighted_words(captions, template_texts())
     tokenizer.train_from_iterator(words, trainer)
-    missing = VOCABULARY_SIZE - tokenizer.get_vocab_size()
+    missing = size - tokenizer.get_vocab_size()
     tokenizer.add_tokens([f"<reserved_{n}>" for n in range(missing)])
     for word in sorted({w for caption in captions for w in re.findall(r" [A-Za-z]+", caption)}):
         pieces = tokenizer.encode(word).tokens
         if len(pieces) != 1:
             raise ValueError(
                 f"the word '{word}' takes {len(pieces)} tokens; the captions have too many words "
-                f"for VOCABULARY_SIZE {VOCABULARY_SIZE}: raise it with MODEL.LANGUAGE.VOCAB_SIZE"
+                f"for a vocabulary of {size}: raise it with MODEL.LANGUAGE.VOCAB_SIZE"
             )
     os.makedirs(folder, exist_ok=True)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
