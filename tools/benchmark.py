@@ -9,13 +9,15 @@
     python tools/benchmark.py predict --config-file configs/gella_tiny_shapes.yaml
     python tools/benchmark.py crash --kills 20
     python tools/benchmark.py curves --config-file configs/gella_tiny_shapes.yaml
+    python tools/benchmark.py photographs
 
 ``cost`` counts parameters, FLOPs and memory of each part, and memory per GPU under ZeRO, without
 weights or a GPU. ``data`` times the mapper, the loader and the colormap. ``loading`` loads
 annotations of COCO's size. ``generation`` counts the calls of the language model for an answer.
 ``eval`` times the metrics. ``predict`` times captions on one
 picture and pictures in one batch. ``curves`` lays a training under ZeRO over a plain one. ``crash``
-kills a training again and again. Each explains itself: ``python tools/benchmark.py cost --help``.
+kills a training again and again. ``photographs`` lets a tiny model learn two real ones by heart.
+Each explains itself: ``python tools/benchmark.py cost --help``.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ MODES = {
     "generation": ("generation", "calls of the language model for an answer"),
     "eval": ("evaluation", "time of panoptic quality and average recall"),
     "rehearsal": ("rehearsal", "the paper's model at its size on random weights, stage by stage"),
+    "photographs": ("photographs", "a training that learns two real photographs by heart"),
     "predict": ("predict", "captions on one picture, and pictures in one batch"),
 }
 
