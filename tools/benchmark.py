@@ -10,6 +10,7 @@
     python tools/benchmark.py crash --kills 20
     python tools/benchmark.py curves --config-file configs/gella_tiny_shapes.yaml
     python tools/benchmark.py photographs
+    python tools/benchmark.py ablate --sets 7,10
 
 ``cost`` counts parameters, FLOPs and memory of each part, and memory per GPU under ZeRO, without
 weights or a GPU. ``data`` times the mapper, the loader and the colormap. ``loading`` loads
@@ -17,6 +18,7 @@ annotations of COCO's size. ``generation`` counts the calls of the language mode
 ``eval`` times the metrics. ``predict`` times captions on one
 picture and pictures in one batch. ``curves`` lays a training under ZeRO over a plain one. ``crash``
 kills a training again and again. ``photographs`` lets a tiny model learn two real ones by heart.
+``ablate`` repeats the paper's ablations on the scenes, over seeds.
 Each explains itself: ``python tools/benchmark.py cost --help``.
 """
 
@@ -37,6 +39,7 @@ sys.path[:0] = [str(_ROOT / "benchmarks"), str(_ROOT / "datasets")]
 # integer: default, least, help), OPTIONS where there are others (arguments of add_argument), run
 # (figures, and the text to print), NEXT (what to do then), and where figures can be wrong, failed.
 MODES = {
+    "ablate": ("ablate", "the paper's ablations and ours on the scenes, over seeds"),
     "cost": ("cost", "parameters, FLOPs and memory of each part, counted"),
     "crash": ("crash", "kills a training and compares what its resumed runs end at"),
     "curves": ("curves", "losses under ZeRO in several processes over those of one"),
