@@ -9,8 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RELEASE := weights/gella_tiny_shapes/config.yaml
-CONFIG := configs/gella_tiny_shapes.yaml
-OUTPUT := output/gella_tiny_shapes
+FIRST := gella_tiny_shapes
+CONFIG := configs/gella_tiny_all_tasks.yaml
+OUTPUT := output/gella_tiny_all_tasks
 
 .PHONY: help venv demo app train test lint clean
 
@@ -48,7 +49,9 @@ app: $(STAMP)
 
 train: $(STAMP)
 	$(BIN)/python datasets/prepare_shapes.py
-	$(BIN)/python tools/train_net.py --config-file $(CONFIG)
+	$(BIN)/python tools/train_net.py --config-file configs/$(FIRST).yaml
+	$(BIN)/python tools/train_net.py --config-file $(CONFIG) \
+		MODEL.WEIGHTS output/$(FIRST)/model_final.pth
 	$(BIN)/python tools/demo.py --config-file $(CONFIG) --weights $(OUTPUT)/model_final.pth \
 		--dataset gella_shapes_png_val --num 3 --output $(OUTPUT)/demo
 	@echo
@@ -66,6 +69,6 @@ lint: $(STAMP)
 	$(BIN)/python -m mypy projects/gella
 
 clean:
-	rm -rf $(VENV) $(OUTPUT) output/demo datasets/shapes build projects/*.egg-info \
+	rm -rf $(VENV) $(OUTPUT) output/$(FIRST) output/demo datasets/shapes build projects/*.egg-info \
 		projects/detectron2_core/*.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find projects tools tests datasets -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -55,7 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
             seed=args.seed,
             workers=args.workers,
             force=args.force,
-            typed=args.typed,
         )
     except (ValueError, OSError) as error:
         print(f"prepare_shapes: error: {error}", file=sys.stderr)
@@ -78,9 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=96, help="side of the images in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
     parser.add_argument("--workers", type=int, default=2, help="processes that draw")
-    parser.add_argument(
-        "--typed", action="store_true", help="training scenes have captions as people type them too"
-    )
     parser.add_argument("--force", action="store_true", help="redo an existing preparation")
     return parser
 
@@ -92,7 +88,6 @@ def prepare(
     seed: int = 0,
     workers: int = 2,
     force: bool = False,
-    typed: bool = False,
 ) -> bool:
     """Write the dataset into ``output``; see the file's docstring for what goes where.
 
@@ -107,7 +102,6 @@ def prepare(
         seed: of the dataset.
         workers: number of processes; 1 draws in this one.
         force: redo even when the settings are equal.
-        typed: see `shapes.make_sample`.
 
     Returns:
         False if an equal preparation was there already.
@@ -117,7 +111,6 @@ def prepare(
     """
     _check(counts, size, seed, workers)
     recipe = {"version": shapes.VERSION, "seed": seed, "size": size, **counts}
-    recipe |= {"typed": True} if typed else {}
     found = _read_meta(output)
     known = dict(found.get("recipe", {})) if found is not None else {}
     drawn = known.get("train", 0)
@@ -170,8 +163,7 @@ def _write_all(
     for split in (name for name in shapes.SPLITS if counts[name]):
         for folder in (root / split, annotations / f"panoptic_{split}"):
             folder.mkdir(parents=True)
-        options = (size, recipe.get("typed", False))
-        samples = list(_drawn(root, split, counts[split], seed, workers, options))
+        samples = list(_drawn(root, split, counts[split], seed, workers, size))
         images = [sample["image"] for sample in samples]
         _dump(
             annotations / f"panoptic_{split}.json",
@@ -190,7 +182,11 @@ def _write_all(
             lines = _joined(samples, "descriptions")
             _dump_lines(annotations / "captions_train.jsonl", lines)
             texts = [line["description"] for line in lines]
-            texts += [record["caption"] for record in _joined(samples, "narratives")]
+            # Without the captions that people type: with a capital for every word of theirs there
+            # is no room for the prompts' own words, whose pieces make a prompt 129 tokens long
+            # instead of 75.
+            narratives = _joined(samples, "narratives")
+            texts += [n["caption"] for n in narratives if n["annotator_id"] < 2]
         else:
             _dump(annotations / "predicted_val.json", _joined(samples, "predictions"))
     _write_refcoco(root / "refcoco", refs, instances)
@@ -213,10 +209,10 @@ def _write_refcoco(folder: Path, refs: list[dict[str, Any]], instances: dict[str
 
 
 def _drawn(
-    root: Path, split: str, count: int, seed: int, workers: int, options: tuple[int, bool]
+    root: Path, split: str, count: int, seed: int, workers: int, size: int
 ) -> Iterator[dict[str, Any]]:
     """Draw the scenes of a split in order, write their pixels, yield their records."""
-    draw = partial(_draw_one, str(root), seed, split, options)
+    draw = partial(_draw_one, str(root), seed, split, size)
     bar = partial(tqdm, total=count, desc=f"drawing {split}", unit="scene", disable=None)
     if workers == 1:
         yield from bar(map(draw, range(count)))
@@ -225,10 +221,8 @@ def _drawn(
         yield from bar(pool.imap(draw, range(count), chunksize=16))
 
 
-def _draw_one(
-    root: str, seed: int, split: str, options: tuple[int, bool], index: int
-) -> dict[str, Any]:
-    sample = shapes.make_sample(seed, split, index, *options)
+def _draw_one(root: str, seed: int, split: str, size: int, index: int) -> dict[str, Any]:
+    sample = shapes.make_sample(seed, split, index, size)
     name = sample.image["file_name"]
     Image.fromarray(sample.image_array).save(f"{root}/{split}/{name}")
     segments = Image.fromarray(id_to_rgb(sample.id_map))

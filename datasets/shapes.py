@@ -34,7 +34,7 @@ __all__ = [
     "make_sample",
 ]
 
-VERSION = 2  # of the drawing and the grammar; a prepared dataset of another version is redone
+VERSION = 3  # of the drawing and the grammar; a prepared dataset of another version is redone
 SPLITS = ("train", "val")
 MAX_SCENES = 500_000  # of one split, so that segment ids stay within the 24 bits of a PNG
 
@@ -77,17 +77,15 @@ def image_id_of(split: str, index: int) -> int:
     return SPLITS.index(split) * MAX_SCENES + index + 1
 
 
-def make_sample(
-    seed: int, split: str, index: int, size: int = 96, typed: bool = False
-) -> ShapesSample:
+def make_sample(seed: int, split: str, index: int, size: int = 96) -> ShapesSample:
     """Draw scene ``index`` of a split and write its records.
 
     Args:
         seed: of the dataset.
-        split: "train" (two narratives, never a pair of `HELD_OUT_PAIRS`) or "val" (one narrative).
+        split: "train" (two narratives and a caption as people type it, never a pair of
+            `HELD_OUT_PAIRS`) or "val" (one narrative).
         index: 0-based, below 500,000.
         size: side of the image in pixels, at least 64.
-        typed: a training scene has a caption as people type it beside its narratives.
 
     Raises:
         ValueError: unknown split, index out of range or too small a size.
@@ -105,7 +103,7 @@ def make_sample(
     id_map = np.array([0, *segment_ids], dtype=np.int32)[scene.ids]
     segments = _segments_info(scene, segment_ids)
     narratives = [write_narrative(scene, rng, held_out) for _ in range(1 if held_out else 2)]
-    if typed and not held_out:  # of its own chance: all else is as without
+    if not held_out:  # of its own chance: all else is as without
         own = np.random.default_rng([seed, SPLITS.index(split), index, 1])
         narratives.append(write_plain(scene, own))
     descriptions = [

@@ -484,10 +484,9 @@ def template_texts() -> list[str]:
 def train_tokenizer(captions: Sequence[str], folder: str, size: int = VOCABULARY_SIZE) -> int:
     """Train on captions and the prompts' own texts and write a folder that AutoTokenizer reads.
 
-    Every word of the captions, with its leading space, becomes one token, so does every word of
-    the prompts for which there is room; any other text falls back to pieces and at worst to bytes,
-    so every unicode text survives a round trip. Places that no word needs are filled with reserved
-    tokens, so that the size is a constant.
+    Every word of the captions and of the prompts, with its leading space, becomes one token; any
+    other text falls back to pieces and at worst to bytes, so every unicode text survives a round
+    trip. Places that no word needs are filled with reserved tokens, so that the size is a constant.
 
     Args:
         captions: the training captions.
@@ -498,7 +497,7 @@ def train_tokenizer(captions: Sequence[str], folder: str, size: int = VOCABULARY
         The number of tokens, always `size`.
 
     Raises:
-        ValueError: the captions have more words than the vocabulary has room for.
+        ValueError: there are more words than the vocabulary has room for.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -517,12 +516,14 @@ def train_tokenizer(captions: Sequence[str], folder: str, size: int = VOCABULARY
     tokenizer.train_from_iterator(words, trainer)
     missing = size - tokenizer.get_vocab_size()
     tokenizer.add_tokens([f"<reserved_{n}>" for n in range(missing)])
-    for word in sorted({w for caption in captions for w in re.findall(r" [A-Za-z]+", caption)}):
+    texts = [*captions, *template_texts()]
+    for word in sorted({w for text in texts for w in re.findall(r" [A-Za-z]+", text)}):
         pieces = tokenizer.encode(word).tokens
         if len(pieces) != 1:
             raise ValueError(
-                f"the word '{word}' takes {len(pieces)} tokens; the captions have too many words "
-                f"for a vocabulary of {size}: raise it with MODEL.LANGUAGE.VOCAB_SIZE"
+                f"the word '{word}' takes {len(pieces)} tokens; captions and prompts have more "
+                f"words than a vocabulary of {size} has room for: raise it with "
+                "MODEL.LANGUAGE.VOCAB_SIZE"
             )
     os.makedirs(folder, exist_ok=True)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "weights/gella_tiny_shapes/config.yaml"
 RELEASE = (ROOT / CONFIG).parent
 EXAMPLES = ROOT / "examples" / "shapes"
+STAGES = ("gella_tiny_shapes.yaml", "gella_tiny_all_tasks.yaml")
 CARD = (RELEASE / "README.md").read_text(encoding="utf-8")
 RESULTS = json.loads((RELEASE / "results.json").read_text(encoding="utf-8"))
 # On one machine the scores repeat to the last digit. Another processor may decide a few close calls
@@ -66,7 +67,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("task", ["png", "panoptic_seg", "entity", "nouns"])
+@pytest.mark.parametrize("task", ["png", "panoptic_seg", "entity", "nouns", "refer"])
 def test_the_weights_score_what_their_record_says(scored: dict, task: str) -> None:
     assert scored[task].keys() == RESULTS[task].keys()
     for name, value in RESULTS[task].items():
@@ -79,7 +80,7 @@ def test_the_weights_score_what_their_record_says(scored: dict, task: str) -> No
 
 def test_the_record_is_of_this_config_and_names_no_machine() -> None:
     run = RESULTS["run"]
-    assert run["config_file"] == "configs/gella_tiny_shapes.yaml"
+    assert run["config_file"] == CONFIG
     assert {d["images"] for d in run["datasets"].values()} == {200}
     assert '"/' not in json.dumps(RESULTS)
 
@@ -98,6 +99,7 @@ def test_card_and_model_zoo_give_the_figures_of_the_record() -> None:
         "entity masks before snapping, AP": [RESULTS["entity"]["AP"]],
         "noun extraction, recall": [RESULTS["nouns"]["recall"]],
         "noun extraction, precision": [RESULTS["nouns"]["precision"]],
+        "referring expressions, cIoU": [RESULTS["refer"]["cIoU"]],
     }
     for name, values in expected.items():
         assert row(name) == [round(value, 1) for value in values], name
@@ -105,11 +107,11 @@ def test_card_and_model_zoo_give_the_figures_of_the_record() -> None:
     ar, _, pq, *others = expected.values()
     figures = [round(value, 1) for value in (*ar, pq[0], *sum(others, []))]
     assert row("[gella_tiny_shapes](../weights/gella_tiny_shapes/README.md)", zoo) == figures
-    cfg = load_config(RELEASE / "config.yaml")
     words = " ".join(CARD.split())
-    images = f"({cfg.SOLVER.MAX_ITER:,} iterations of {cfg.SOLVER.IMS_PER_BATCH} images"
-    assert f"{images}, seed {cfg.SEED})" in words
-    assert f"took {RESULTS['run']['seconds']:.0f} seconds" in words
+    for stage in STAGES:
+        cfg = load_config(ROOT / "configs" / stage)
+        images = f"({cfg.SOLVER.MAX_ITER:,} iterations of {cfg.SOLVER.IMS_PER_BATCH} images"
+        assert f"{images}, seed {cfg.SEED})" in words
     assert f"protocol for average recall is `{RESULTS['run']['settings']['png_protocol']}`" in words
 
 
@@ -122,15 +124,16 @@ def test_the_weights_are_small_and_strictly_those_of_the_config() -> None:
     assert f"{len(state)} tensors" in CARD
 
 
-def test_only_the_two_paths_differ_from_the_trained_config() -> None:
+def test_only_paths_and_calibrated_thresholds_differ_from_the_trained_config() -> None:
     released, trained = load_config(RELEASE / "config.yaml"), load_config(released_base())
     for cfg in (released, trained):
         cfg.MODEL.WEIGHTS = cfg.MODEL.LANGUAGE.TOKENIZER = ""
+        cfg.MODEL.GELLA.ASSOCIATION_THRESHOLD = cfg.MODEL.GELLA.SINGULAR_ARGMAX = None
     assert released == trained
 
 
 def released_base() -> Path:
-    return ROOT / "configs" / "gella_tiny_shapes.yaml"
+    return ROOT / "configs" / STAGES[-1]
 
 
 def test_the_folder_works_from_anywhere_and_overrides_start_where_one_is(
@@ -200,7 +203,7 @@ def test_the_steps_of_the_dockerfile_install_commands_that_ground_the_examples(
 
 def test_the_tokenizer_is_the_one_of_the_training_scenes(tmp_path: Path) -> None:
     samples = [shapes.make_sample(0, "train", index) for index in range(60)]
-    texts = [record["caption"] for sample in samples for record in sample.narratives]
+    texts = [record["caption"] for sample in samples for record in sample.narratives[:2]]
     texts += [record["description"] for sample in samples for record in sample.descriptions]
     # It depends on which words there are; of the 4,000 scenes' words these few are rare.
     texts += [" An orange circle", *(f" {word}" for word in COUNT_WORDS[2:])]
@@ -301,5 +304,6 @@ def test_captions_that_people_type_are_understood(predictor: GellaPredictor) -> 
                 for phrase, (noun, wanted) in zip(found, nouns.items())
             )
         )
-    # The aim is 18. These weights have seen narratives of three sentences alone.
-    assert sum(right) >= 8, [typed[1] for typed, good in zip(TYPED, right) if not good]
+    # The aim is 18.
+    # The aim is 18.
+    assert sum(right) >= 13, [typed[1] for typed, good in zip(TYPED, right) if not good]

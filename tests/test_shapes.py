@@ -126,7 +126,7 @@ def test_phrases_name_exactly_what_fits(everything):
     grounded = plural = stuff = ungrounded = 0
     for sample in everything:
         number = {segment_id: k for k, segment_id in enumerate(sample.segment_ids)}
-        for record in sample.narratives:
+        for record in sample.narratives[:2]:  # a third is as people type it, see below
             assert isinstance(record["image_id"], str)
             nouns = [s for s in record["segments"] if s["noun"]]
             assert 4 <= len(nouns) <= 8 and len(record["caption"].split()) <= 60
@@ -146,13 +146,11 @@ def test_phrases_name_exactly_what_fits(everything):
     assert ungrounded > 20
 
 
-def test_captions_as_people_type_them_come_beside_all_else():
+def test_the_last_narrative_of_a_training_scene_is_as_people_type_it():
     habits = Counter()
     for index in range(60):
-        plain, typed = (shapes.make_sample(3, "train", index, typed=t) for t in (False, True))
-        record = typed.narratives.pop()
-        assert typed.narratives == plain.narratives and typed.refs == plain.refs
-        assert typed.descriptions == plain.descriptions
+        typed = shapes.make_sample(3, "train", index)
+        record = typed.narratives[-1]
         assert 1 <= sum(segment["noun"] for segment in record["segments"]) <= 3
         for segment in (segment for segment in record["segments"] if segment["noun"]):
             members = {typed.segment_ids.index(int(i)) for i in segment["segment_ids"]}
@@ -164,7 +162,7 @@ def test_captions_as_people_type_them_come_beside_all_else():
         habits["bare"] += words[0].lower() not in ("a", "an", "the", "there", "this", "i")
         habits["on"] += " on " in record["caption"].lower()
     assert min(habits.values()) > 5 and max(habits.values()) < 50, habits
-    assert len(shapes.make_sample(3, "val", 0, typed=True).narratives) == 1
+    assert len(shapes.make_sample(3, "val", 0).narratives) == 1
 
 
 def test_utterances_partition_the_caption(everything):
