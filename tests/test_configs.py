@@ -466,7 +466,7 @@ def test_the_pages_name_keys_and_configs_that_exist(page):
         value_of(cfg, key)
     files = {Path(name).name for name in re.findall(r"[\w/.*-]+\.yaml", text)}
     assert len(files) > 2
-    assert files - {"CONFIG.yaml", "table*.yaml"} <= {path.name for path in CONFIGS}
+    assert files - {"CONFIG.yaml", "table*.yaml", "ablate.yaml"} <= {path.name for path in CONFIGS}
 
 
 # -- at work on tiny scenes --------------------------------------------------------------------
