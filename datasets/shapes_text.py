@@ -512,11 +512,11 @@ def train_tokenizer(captions: Sequence[str], folder: str, size: int = VOCABULARY
         show_progress=False,
     )
     # Frequent words are merged first, so captions are weighed above the templates.
-    words = _weighted_words(captions, template_texts())
-    tokenizer.train_from_iterator(words, trainer)
+    templates = template_texts()
+    tokenizer.train_from_iterator(_weighted_words(captions, templates), trainer)
     missing = size - tokenizer.get_vocab_size()
     tokenizer.add_tokens([f"<reserved_{n}>" for n in range(missing)])
-    texts = [*captions, *template_texts()]
+    texts = (*captions, *templates)
     for word in sorted({w for text in texts for w in re.findall(r" [A-Za-z]+", text)}):
         pieces = tokenizer.encode(word).tokens
         if len(pieces) != 1:
