@@ -8,30 +8,27 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import prepare_shapes
 import pytest
 import torch
 import torch.nn.functional as F
 from dataset_scripts import places, registered
-from detectron2.engine import default_argument_parser
+from detectron2.data import DatasetCatalog
 from refusals import refused
 from safetensors.torch import load_file, save_file
-from tiny_clip import save_clip
+from tiny_clip import CONFIG, SIDE, evaluate, save_clip, sizes, train_clip
 from tiny_gella import farthest, make_entities
 
 from gella import GellaPredictor, load_config
 from gella.commands import demo
-from gella.commands import train as train_command
 from gella.data.register import register_panoptic, register_png, register_refcoco
 from gella.entities.entity_map import EntityMap
 from gella.text import words
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = str(ROOT / "configs" / "clip_zero_shot.yaml")
 NOUNS = ["a red circle", "two stars", "the sand", "a lamp"]
 CAPTION = "A red circle and two stars lie on the sand."
-SMALL = ["MODEL.CLIP.DENSE_SIZE", 32, "MODEL.IMAGE_ENCODER.IMAGE_SIZE", 32]
-SMALL += ["MODEL.IMAGE_ENCODER.PATCH_SIZE", 32, "INPUT.GELLA.COLORMAP_SIZE", 32]
-SMALL += ["MODEL.DEVICE", "cpu"]
+SMALL = sizes(32)
 
 
 @pytest.fixture(scope="module")
@@ -217,20 +214,29 @@ def test_an_evaluation_gives_ar_ciou_and_pq(clip, folder, small_shapes, tmp_path
         registered(register_panoptic, **where) as panoptic,
         registered(register_refcoco, *refs) as refcoco,
     ):
-        options = ["MODEL.CLIP.NAME", folder, *SMALL, "INPUT.GELLA.ENTITY_SOURCES", "[]"]
-        options += ["DATASETS.TEST", f"('{png}','{panoptic}','{refcoco}')"]
-        options += ["OUTPUT_DIR", tmp_path, "DATALOADER.NUM_WORKERS", 0]
-        command = ["--config-file", CONFIG, "--eval-only", *map(str, options)]
-        args = default_argument_parser().parse_args(command)
-        args.table, args.check = "", False
-        train_command.preflight(args, 1, 1)
-        train_command.run(args)
-    results = json.loads((tmp_path / "results.json").read_text())
+        results = evaluate(folder, tmp_path, [png, panoptic, refcoco], 32)
     assert results["png"]["n"] > 0 and results["refer"]["n"] > 0
     for task, metric in (("png", "AR"), ("refer", "cIoU"), ("panoptic_seg", "PQ")):
         assert 0 <= results[task][metric] <= 100
     assert results["entity"]["AP"] == pytest.approx(100)  # the input's own masks
     assert results["run"]["weights"] == str(folder) and results["run"]["weights_sha256"]
+
+
+def test_a_clip_trained_on_crops_of_other_scenes_beats_the_blind_by_far(tmp_path, closed_logs):
+    shapes, folder = tmp_path / "shapes", tmp_path / "clip"
+    prepare_shapes.prepare(shapes, {"train": 200, "val": 40}, workers=1)
+
+    def narrated(split):
+        narratives = shapes / "annotations" / f"png_shapes_{split}.json"
+        return registered(register_png, png_json=narratives, **places(shapes, split))
+
+    with narrated("train") as png:
+        train_clip(folder, DatasetCatalog.get(png), steps=250)
+    with narrated("val") as png:
+        scores = evaluate(folder, tmp_path, [png], SIDE)["png"]
+    blind = [scores[f"{name}_AR"] for name in ("random", "largest", "all")]
+    # Seeds 0, 1 and 2 gave 56, 60 and 58; with nouns or crops exchanged in training 11 and 12.
+    assert max(blind) < 15 and min(scores["AR"], scores["AR_thing"]) > 38
 
 
 def test_errors(clip, folder, tmp_path, monkeypatch, picture):
