@@ -1,11 +1,12 @@
 # make demo   install, draw held-out scenes, evaluate the released weights, write pictures
 # make app    install, open the web page (ARGS="--port 8000" and the like; --help lists them)
 # make train  install, draw the dataset, train those weights from scratch on two CPU cores
-# make test   install, run the tests
+# make test   install, run the tests; make test-lowest does so with the oldest packages allowed
 # make lint   style, format and types         make venv    install only
 # make clean  remove what these commands made
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RELEASE := weights/gella_tiny_shapes/config.yaml
@@ -13,7 +14,7 @@ FIRST := gella_tiny_shapes
 CONFIG := configs/gella_tiny_all_tasks.yaml
 OUTPUT := output/gella_tiny_all_tasks
 
-.PHONY: help venv demo app train test lint clean
+.PHONY: help venv demo app train test test-lowest lint clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -6
@@ -22,11 +23,11 @@ venv: $(STAMP)
 
 # The stamp is written last, so an interrupted or failed installation is taken up again.
 # The two variables hold the build tools of source packages to the same versions.
-$(STAMP): setup.py constraints.txt tools/setup_detectron2.py
+$(STAMP): setup.py $(CONSTRAINTS) tools/setup_detectron2.py
 	@rm -f $(STAMP)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else "error: $(PYTHON) is Python %d.%d, but 3.10 to 3.12 is needed: try make PYTHON=python3.11 $(MAKECMDGOALS)" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) \
 		$(BIN)/python -m pip install -e ".[dev]"
 	$(BIN)/python tools/setup_detectron2.py
 	@touch $(STAMP)
@@ -63,12 +64,15 @@ train: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy projects/gella
 
 clean:
-	rm -rf $(VENV) $(OUTPUT) output/$(FIRST) output/demo datasets/shapes build projects/*.egg-info \
-		projects/detectron2_core/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-lowest $(OUTPUT) output/$(FIRST) output/demo datasets/shapes build \
+		projects/*.egg-info projects/detectron2_core/*.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find projects tools tests datasets -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,8 @@
 """Packaging of GELLA: the import package is `gella`, its code is `projects/gella/`.
 
-Lower bounds of the requirements are versions that were run together (on Python 3.10, whose last
-releases are older than those for 3.11); older ones may work, but nobody has tried them.
+Lower bounds of the requirements are the versions of `constraints-lowest.txt`, which were run
+together (its head says what was, `make test-lowest` repeats it); older ones may work, but
+nobody tried them.
 `constraints.txt` holds the exact versions of the continuous integration.
 """
 
@@ -14,31 +15,31 @@ ROOT = Path(__file__).resolve().parent
 
 REQUIREMENTS = [
     # -- the model
-    "torch>=2.14",  # tensors, autograd, scaled_dot_product_attention
-    "torchvision>=0.29",  # ops that timm and open_clip import
-    "timm>=1.0.31",  # colormap encoder: pyramids of light backbones
-    "open_clip_torch>=3.3",  # image encoder: CLIP's vision tower
-    "transformers>=5.20",  # language decoder (LLaMA) and Mask2Former's modules
-    "sentencepiece>=0.2.1",  # LLaVA's tokenizer is a SentencePiece model
-    "protobuf>=7",  # with which transformers reads such models
-    "tokenizers>=0.23",  # the small tokenizer of the synthetic shapes
+    "torch>=2.7",  # tensors, autograd, scaled_dot_product_attention
+    "torchvision>=0.22",  # ops that timm and open_clip import
+    "timm>=1.0.22",  # colormap encoder: pyramids of light backbones
+    "open_clip_torch>=3.0",  # image encoder: CLIP's vision tower
+    "transformers>=5.14",  # language decoder (LLaMA) and Mask2Former's modules
+    "sentencepiece>=0.2",  # LLaVA's tokenizer is a SentencePiece model
+    "protobuf>=4.25.3",  # with which transformers reads such models
+    "tokenizers>=0.22.2",  # the small tokenizer of the synthetic shapes
     "safetensors>=0.8",  # weight files
-    "huggingface_hub>=1.0",  # downloads of first weights, shards
-    "scipy>=1.15.3",  # Hungarian matching of learned queries; filters of masks in pictures
+    "huggingface_hub>=1.31",  # downloads of first weights, shards
+    "scipy>=1.11.4",  # Hungarian matching of learned queries; filters of masks in pictures
     # -- data, metrics, pictures
-    "numpy>=2.2.6",  # masks and metrics
-    "pandas>=2.3",  # groups of the error analysis
-    "pillow>=12.3",  # reading images, drawing scenes and results
-    "pycocotools>=2.0.11",  # RLE masks and COCO average precision
-    "matplotlib>=3.10.9",  # colours and fonts of the pictures, figures of the error analysis
+    "numpy>=1.26.4",  # masks and metrics
+    "pandas>=2.1.4",  # groups of the error analysis
+    "pillow>=10.4",  # reading images, drawing scenes and results
+    "pycocotools>=2.0.8",  # RLE masks and COCO average precision
+    "matplotlib>=3.8.4",  # colours and fonts of the pictures, figures of the error analysis
     # -- Detectron2's conventions (what detectron2 itself asks for, see tools/setup_detectron2.py)
     "fvcore>=0.1.5.post20221221",  # configs, checkpoints, schedules
     "iopath>=0.1.9",  # file handlers below fvcore
     "yacs>=0.1.8",  # config nodes
     "tabulate>=0.9",  # result tables
-    "termcolor>=3.0",  # coloured log
-    "tensorboard>=2.20",  # training curves
-    "tqdm>=4.67",  # progress bars
+    "termcolor>=2.4",  # coloured log
+    "tensorboard>=2.16.2",  # training curves
+    "tqdm>=4.66.1",  # progress bars
     # projects/detectron2_core is installed without isolation, by the setuptools of the environment
     "setuptools>=70.1",
 ]

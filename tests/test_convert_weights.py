@@ -586,7 +586,7 @@ def test_what_is_fetched_is_pinned_counted_and_no_more_than_needed(monkeypatch, 
 
     calls = []
 
-    def snapshot_download(name, *, revision, allow_patterns, dry_run=False):
+    def snapshot_download(name, *, revision, allow_patterns, local_files_only, dry_run=False):
         calls.append((name, revision, dry_run))
         kept = list(huggingface_hub.utils.filter_repo_objects(FILES, allow_patterns=allow_patterns))
         if not dry_run:

@@ -79,7 +79,9 @@ def test_wrong_input_is_named():
 def test_bfloat16_parameters_give_float32_and_are_close():
     batch, decoder = make_batch([5, 8]), make_decoder(dtype="bfloat16")
     assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
-    full = float(make_decoder()(*batch).loss_answer)
+    exact = make_decoder()
+    exact.load_state_dict(decoder.state_dict())  # older PyTorch draws other numbers in bfloat16
+    full = float(exact(*batch).loss_answer)
     for grid in (batch[0], batch[0].to(torch.bfloat16)):
         output = decoder(grid, *batch[1:])
         assert output.seg_embeddings[0].dtype == grid.dtype

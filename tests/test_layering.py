@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "projects" / "gella"
@@ -208,6 +210,14 @@ def test_the_core_stays_small():
     assert function_problems(core, documented=False) == []
     lines = sum(len(p.read_text(encoding="utf-8").splitlines()) for p in core.rglob("*.py"))
     assert lines <= CORE_LINES
+
+
+def test_the_lowest_versions_are_those_of_setup():
+    allowed = dict(re.findall(r'"([\w-]+)>=([\w.]+)"', (ROOT / "setup.py").read_text()))
+    del allowed["spacy"]  # of the one extra that no test needs
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {n: Version(v) for n, v in pinned.items()} == {n: Version(v) for n, v in allowed.items()}
 
 
 def test_nothing_shadows_an_installed_package():

@@ -109,7 +109,10 @@ def test_initialisation_and_gradients(queries):
     attention = head.pixel_decoder.encoder.layers[0].self_attn
     assert attention.sampling_offsets.bias.abs().max() >= 1  # a ring of points, not one
     assert attention.sampling_offsets.weight.abs().max() == 0
-    assert 0.5 < head.pixel_decoder.level_embed.std() < 2
+    for embedding in (head.pixel_decoder.level_embed, head.transformer.level_embed.weight):
+        assert 0.5 < embedding.std() < 2
+    mask_mlp = dict(head.transformer.decoder.mask_predictor.mask_embedder.named_parameters())
+    assert mask_mlp["0.0.bias"].abs().max() > 0  # as PyTorch draws it, not zero
     weight = head.transformer.decoder.layers[0].fc1.weight  # Xavier's bound, not torch's default
     assert 32**-0.5 < weight.abs().max() <= (6 / (32 + 40)) ** 0.5
     out = head(features(), masks())

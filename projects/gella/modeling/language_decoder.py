@@ -78,8 +78,9 @@ def _float32_products_on_cpu(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this machine's CPU has instructions for products of bfloat16."""
-    known = torch.cpu.get_capabilities()
+    """Whether this machine's CPU is known to have instructions for products of bfloat16."""
+    # Older PyTorch does not tell.
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 

@@ -247,7 +247,7 @@ def _check_masks(masks: Tensor | None, valid: Tensor | None, batch: int) -> tupl
 
 
 def _build_decoders(channels: list[int], **sizes: Any) -> tuple[nn.Module, nn.Module]:
-    from transformers import Mask2FormerConfig
+    from transformers import Mask2FormerConfig, __version__
     from transformers.models.mask2former import modeling_mask2former as mask2former
 
     config = Mask2FormerConfig(num_labels=1, feature_strides=_STRIDES, common_stride=4, **sizes)
@@ -258,6 +258,12 @@ def _build_decoders(channels: list[int], **sizes: Any) -> tuple[nn.Module, nn.Mo
     rules = mask2former.Mask2FormerPreTrainedModel(config)
     pixel_decoder.apply(rules._init_weights)
     transformer.apply(rules._init_weights)
+    # Older rules give these a normal of 0.02 too; the original, as newer rules, PyTorch's own.
+    if tuple(map(int, __version__.split(".")[:2])) < (5, 23):
+        parts = transformer.queries_features, transformer.queries_embedder, transformer.level_embed
+        for part in (*parts, *transformer.decoder.mask_predictor.mask_embedder.modules()):
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
     # Made by a constructor that ignores the default device, so a build on "meta" leaves it behind.
     pixel_decoder.level_embed = nn.Parameter(torch.randn(3, sizes["feature_size"]))
     # The rules leave these at a normal of 0.02, where the original has Xavier's and, for the mask

@@ -193,6 +193,8 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in self.allowed:
             read = "plain data and NumPy arrays are" if self.allowed else "plain data is"
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, but only {read} read")
+        if importlib.metadata.version("numpy") < "2":  # has the old names only
+            module = module.replace("numpy._core.", "numpy.core.")
         return super().find_class(module, name)
 
 

@@ -150,7 +150,9 @@ def download(names: Mapping[str, str], output: Path, written: int) -> dict[str, 
     for kind, name in names.items():
         repository, _, commit = name.partition("@")
         patterns = TOKENIZER_FILES if kind == "tokenizer" else _WEIGHT_FILES
-        get = functools.partial(snapshot_download, repository, allow_patterns=patterns)
+        # Not told, huggingface_hub 1 asks for the files of a commit offline too.
+        options: Any = {"allow_patterns": patterns, "local_files_only": constants.HF_HUB_OFFLINE}
+        get = functools.partial(snapshot_download, repository, **options)
         commit = commit or "main"
         with contextlib.suppress(DryRunError):  # offline: what is in the cache is all there is
             files: Any = get(revision=commit, dry_run=True)
