@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent
 
 REQUIREMENTS = [
     # -- the model
-    "torch>=2.7",  # tensors, autograd, scaled_dot_product_attention
-    "torchvision>=0.22",  # ops that timm and open_clip import
+    "torch>=2.8",  # tensors, autograd, scaled_dot_product_attention
+    "torchvision>=0.23",  # ops that timm and open_clip import
     "timm>=1.0.22",  # colormap encoder: pyramids of light backbones
     "open_clip_torch>=3.0",  # image encoder: CLIP's vision tower
     "transformers>=5.14",  # language decoder (LLaMA) and Mask2Former's modules

