@@ -108,12 +108,13 @@ def test_card_and_model_zoo_give_the_figures_of_the_record() -> None:
     ar, _, pq, *others = expected.values()
     figures = [round(value, 1) for value in (*ar, pq[0], *sum(others, []))]
     assert row("[gella_tiny_shapes](../weights/gella_tiny_shapes/README.md)", zoo) == figures
-    words = " ".join(CARD.split())
-    for stage in STAGES:
-        cfg = load_config(ROOT / "configs" / stage)
-        images = f"({cfg.SOLVER.MAX_ITER:,} iterations of {cfg.SOLVER.IMS_PER_BATCH} images"
-        assert f"{images}, seed {cfg.SEED})" in words
-    assert f"protocol for average recall is `{RESULTS['run']['settings']['png_protocol']}`" in words
+    trained = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    for stage, config in zip(("first", "second"), STAGES):
+        cfg = load_config(ROOT / "configs" / config)
+        assert f"`configs/{config}`" in CARD and cfg.SEED == 42
+        assert f"| {stage} stage, {cfg.SOLVER.MAX_ITER:,}" in trained
+    protocol = RESULTS["run"]["settings"]["png_protocol"]
+    assert f"protocol for average recall is `{protocol}`" in " ".join(CARD.split())
 
 
 def test_the_weights_are_small_and_strictly_those_of_the_config() -> None:
