@@ -832,7 +832,16 @@ def test_a_description_keeps_the_caption_one_click_away(page, site, monkeypatch)
     wait_for_caption(page, "My own words.")
     page.wait_for_timeout(500)  # no late word of what was ended
     assert page.input_value("#caption textarea") == "My own words."
-    wait_until_written(page)
+
+
+def test_an_example_ends_a_description(page, site, monkeypatch):
+    def slowly(*, on_text, **_):
+        for k in range(100_000):
+            on_text(f"A sentence. Word {k}")
+            time.sleep(0.02)
+
+    monkeypatch.setattr(site.desk.predictor, "describe", slowly)
+    give(page)
     page.click("#describe")
     wait_for_caption(page, "Word")
     page.click("#examples button >> nth=0")
