@@ -1,8 +1,7 @@
 """Packaging of GELLA: the import package is `gella`, its code is `projects/gella/`.
 
-Lower bounds of the requirements are the versions of `constraints-lowest.txt`, which were run
-together (its head says what was, `make test-lowest` repeats it); older ones may work, but
-nobody tried them.
+Lower bounds of the requirements are the versions of `constraints-lowest.txt`. Its head says which
+tests were run with them; `make test-lowest` runs all.
 `constraints.txt` holds the exact versions of the continuous integration.
 """
 
