@@ -34,7 +34,7 @@ __all__ = [
     "make_sample",
 ]
 
-VERSION = 3  # of the drawing and the grammar; a prepared dataset of another version is redone
+VERSION = 4  # of the drawing and the grammar; a prepared dataset of another version is redone
 SPLITS = ("train", "val")
 MAX_SCENES = 500_000  # of one split, so that segment ids stay within the 24 bits of a PNG
 
@@ -82,8 +82,8 @@ def make_sample(seed: int, split: str, index: int, size: int = 96) -> ShapesSamp
 
     Args:
         seed: of the dataset.
-        split: "train" (two narratives and a caption as people type it, never a pair of
-            `HELD_OUT_PAIRS`) or "val" (one narrative).
+        split: "train" (two narratives and two captions as people type them, one of them about
+            sides; never a pair of `HELD_OUT_PAIRS`) or "val" (one narrative).
         index: 0-based, below 500,000.
         size: side of the image in pixels, at least 64.
 
@@ -105,7 +105,7 @@ def make_sample(seed: int, split: str, index: int, size: int = 96) -> ShapesSamp
     narratives = [write_narrative(scene, rng, held_out) for _ in range(1 if held_out else 2)]
     if not held_out:  # of its own chance: all else is as without
         own = np.random.default_rng([seed, SPLITS.index(split), index, 1])
-        narratives.append(write_plain(scene, own))
+        narratives += [write_plain(scene, own), write_plain(scene, own, sides=True)]
     descriptions = [
         _caption_record(write_narrative(scene, rng, held_out), image, prompt) for prompt in range(2)
     ]

@@ -120,10 +120,15 @@ def singular_units(
         noun = attribute_noun(attributes, plural=False)
         yield Unit("the" if rng.random() < 0.6 else with_article(noun).split()[0], noun, (thing,))
     if not unique and spatial:
-        base = tuple((n, getattr(scene.things[thing], n)) for n in ("colour", "kind"))
-        for side in sides_of(scene.things, thing, sets[base]):
-            place = f"on the {side}" if side in ("left", "right") else f"at the {side}"
-            yield Unit("the", f"{attribute_noun(base, False)} {place}", (thing,))
+        yield from side_units(scene, thing, ("colour", "kind"))
+
+
+def side_units(scene: Scene, thing: int, names: tuple[str, ...]) -> Iterator[Unit]:
+    """Yield phrases that tell a thing from all with the same ``names`` by a side: "on the left"."""
+    base = tuple((name, str(getattr(scene.things[thing], name))) for name in names)
+    for side in sides_of(scene.things, thing, attribute_sets(scene)[base]):
+        place = f"on the {side}" if side in ("left", "right") else f"at the {side}"
+        yield Unit("the", f"{attribute_noun(base, plural=False)} {place}", (thing,))
 
 
 def plural_units(scene: Scene, rng: np.random.Generator) -> Iterator[Unit]:
@@ -223,23 +228,26 @@ def write_narrative(scene: Scene, rng: np.random.Generator, held_out: bool = Fal
     return _to_narrative(caption, pieces, split, lower, apart)
 
 
-def write_plain(scene: Scene, rng: np.random.Generator) -> Narrative:
+def write_plain(scene: Scene, rng: np.random.Generator, sides: bool = False) -> Narrative:
     """Write what people type: one to three noun phrases in a list or a short sentence.
 
     Articles, capitals and the full stop come and go: "There are three purple rings.", "Red Square",
     "white star on the grass". Every phrase still names exactly the things that fit its words.
+    With ``sides`` up to five phrases, where the scene has any, that only a side decides: "star on
+    the left".
     """
-    units = [_with_determiner(unit, rng) for unit in _choose_units(scene, rng)]
+    located = _side_units_of(scene, rng) if sides else []
+    units = [_with_determiner(unit, rng) for unit in located or _choose_units(scene, rng)]
     single = [u for u in units if not u.plural and u.members[0] < len(scene.things)]
     placed = [(u, under) for u in single if (under := scene.region_under(u.members[0]))]
-    if placed and rng.random() < 0.35:
+    if placed and not located and rng.random() < 0.35:
         thing, under = placed[0]
         region = stuff_unit(scene, rng, scene.stuff.index(under))
         ground = _with_determiner(region, rng)
         on = str(rng.choice(["is on", "on", "on", "lies on"]))
         pieces: list[Piece] = [(thing.text, thing), (on, None), (ground.text, ground)]
     else:
-        some = units[: int(rng.integers(1, 4))]
+        some = units[: int(rng.integers(1, 4)) + (2 if located else 0)]
         pieces = _listed(some)
         there = "There are" if some[0].plural else "There is"
         start = str(rng.choice(["", "", there, "I see", "This is"]))
@@ -253,6 +261,16 @@ def write_plain(scene: Scene, rng: np.random.Generator) -> Narrative:
         pieces.append((".", None))
     caption = _join([text for text, _ in pieces])
     return _to_narrative(caption, pieces, [False] * len(pieces), lower=False, apart=True)
+
+
+def _side_units_of(scene: Scene, rng: np.random.Generator) -> list[Unit]:
+    found = [
+        unit
+        for thing in range(len(scene.things))
+        for names in (("kind",), ("colour", "kind"))
+        for unit in side_units(scene, thing, names)
+    ]
+    return [found[i] for i in rng.permutation(len(found))]
 
 
 def _with_determiner(unit: Unit, rng: np.random.Generator) -> Unit:
@@ -431,9 +449,7 @@ def _expressions_of(scene: Scene, rng: np.random.Generator, target: int) -> list
     for names in (("kind",), ("colour", "kind")):
         base = tuple((name, str(getattr(thing, name))) for name in names)
         noun = attribute_noun(base, plural=False)
-        for side in sides_of(scene.things, target, sets[base]):
-            place = f"on the {side}" if side in ("left", "right") else f"at the {side}"
-            sentences.append(f"{noun} {place}")
+        sentences += [unit.noun for unit in side_units(scene, target, names)]
         under = [scene.region_under(i) for i in sets[base]]
         mine = scene.region_under(target)
         if mine and None not in under and under.count(mine) == 1:

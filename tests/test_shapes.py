@@ -126,7 +126,7 @@ def test_phrases_name_exactly_what_fits(everything):
     grounded = plural = stuff = ungrounded = 0
     for sample in everything:
         number = {segment_id: k for k, segment_id in enumerate(sample.segment_ids)}
-        for record in sample.narratives[:2]:  # a third is as people type it, see below
+        for record in sample.narratives[:2]:  # the others are typed, see below
             assert isinstance(record["image_id"], str)
             nouns = [s for s in record["segments"] if s["noun"]]
             assert 4 <= len(nouns) <= 8 and len(record["caption"].split()) <= 60
@@ -146,22 +146,26 @@ def test_phrases_name_exactly_what_fits(everything):
     assert ungrounded > 20
 
 
-def test_the_last_narrative_of_a_training_scene_is_as_people_type_it():
-    habits = Counter()
+def test_the_last_narratives_of_a_training_scene_are_as_people_type_them():
+    habits, sides = Counter(), Counter()
     for index in range(60):
         typed = shapes.make_sample(3, "train", index)
-        record = typed.narratives[-1]
-        assert 1 <= sum(segment["noun"] for segment in record["segments"]) <= 3
-        for segment in (segment for segment in record["segments"] if segment["noun"]):
-            members = {typed.segment_ids.index(int(i)) for i in segment["segment_ids"]}
-            assert members == named_by(segment["utterance"].lower(), typed.scene), segment
-            assert segment["utterance"] in record["caption"]
-        words = record["caption"].split()
-        habits["stop"] += record["caption"].endswith(".")
+        for record, most in zip(typed.narratives[2:], (3, 5), strict=True):
+            nouns = [segment for segment in record["segments"] if segment["noun"]]
+            assert 1 <= len(nouns) <= most
+            for segment in nouns:
+                members = {typed.segment_ids.index(int(i)) for i in segment["segment_ids"]}
+                assert members == named_by(segment["utterance"].lower(), typed.scene), segment
+                assert segment["utterance"] in record["caption"]
+        words = typed.narratives[2]["caption"].split()
+        habits["stop"] += words[-1].endswith(".")
         habits["title"] += all(word[0].isupper() for word in words)
         habits["bare"] += words[0].lower() not in ("a", "an", "the", "there", "this", "i")
-        habits["on"] += " on " in record["caption"].lower()
+        habits["on"] += "on" in words
+        said = [segment["utterance"].lower().split()[-1] for segment in nouns]
+        sides.update(side for side in said if side in ("left", "right", "top", "bottom"))
     assert min(habits.values()) > 5 and max(habits.values()) < 50, habits
+    assert len(sides) == 4 and min(sides.values()) > 20, sides
     assert len(shapes.make_sample(3, "val", 0).narratives) == 1
 
 
