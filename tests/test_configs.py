@@ -672,7 +672,8 @@ def test_the_decoder_behind_the_queries_is_one_function(shapes):
     assert entity.load_state_dict(shared, strict=False).unexpected_keys == []
     content = learned.transformer.queries_features.weight.expand(2, -1, -1)
     position = learned.transformer.queries_embedder.weight.expand(2, -1, -1)
-    entity.entity_queries.forward = lambda features, masks, image: (content, position)
+    queries = (content, position, torch.zeros_like(content))
+    entity.entity_queries.forward = lambda features, masks, image: queries
     features = {
         n: torch.randn(2, 64, 96 // s, 96 // s) for n, s in zip(learned.in_features, (4, 8, 16, 32))
     }

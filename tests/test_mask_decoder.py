@@ -93,12 +93,14 @@ def test_embeddings_logits_and_masks_belong_together(queries):
     with torch.no_grad():
         out = head(maps, masks())
         pixels = head.pixel_decoder(list(maps.values()))
+        state = out.query_embeddings
+        if queries == "entity":  # its evidence is for the association alone
+            state = state - head.entity_queries(maps["res2"], masks())[2]
         embedder = head.transformer.decoder.mask_predictor.mask_embedder
-        wanted = torch.einsum(
-            "bqc,bchw->bqhw", embedder(out.query_embeddings), pixels.mask_features
-        )
+        wanted = torch.einsum("bqc,bchw->bqhw", embedder(state), pixels.mask_features)
     torch.testing.assert_close(out.mask_logits[-1], wanted, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out.entity_logits[-1], head.entity_head(out.query_embeddings))
+    entity_logits = head.entity_head(state)
+    torch.testing.assert_close(out.entity_logits[-1], entity_logits, atol=1e-5, rtol=1e-5)
     assert out.mask_logits[-1].shape[-2:] == (16, 16)
     assert out.entity_logits[0].shape == (2, out.query_valid.shape[1], 2)
 
@@ -187,7 +189,7 @@ def test_content_is_the_mean_under_the_mask():
     left = torch.zeros(1, 3, 64, 64, dtype=torch.bool)
     left[:, 0, :, :32] = True  # only the first value
     left[:, 1, 5:9, 30:34] = True  # half of both, and not aligned with the cells
-    content, _ = module(maps, left)
+    content, _, _ = module(maps, left)
     wanted = [values[0], values.mean(0), torch.zeros(3)]
     for k, value in enumerate(wanted):
         torch.testing.assert_close(content[0, k], module.content(value) + module.embedding)
@@ -200,7 +202,7 @@ def test_content_sees_the_image_alone_under_the_mask():
     masks = torch.zeros(1, 3, 64, 64)
     masks[:, 0, :32, :32] = 1  # the first cell
     masks[:, 1, :, 32:] = 1  # the right half
-    content, _ = module(maps, masks, image)
+    content, _, _ = module(maps, masks, image)
     base = module.content(torch.zeros(3)) + module.embedding
     for k, mean in enumerate((image[0, :, 0, 0], image[0, :, :, 1].mean(1), torch.zeros(5))):
         torch.testing.assert_close(content[0, k], base + module.image(mean))
@@ -219,6 +221,22 @@ def test_position_sees_the_place_at_several_wave_lengths():
     torch.testing.assert_close(where[0, 0, [0, 16]], angle.sin())
     torch.testing.assert_close(where[0, 0, :16], where[0, 1, 16:32])  # x and y change places
     assert where[0, 0, :32].unique().numel() > 20
+
+
+def test_embeddings_tell_an_entitys_place_and_content_past_the_decoder():
+    head = build("entity")
+    with torch.no_grad():  # a decoder that says the same of every query
+        head.transformer.decoder.layernorm.weight.zero_()
+    boxes = torch.zeros(1, 3, 64, 64)
+    for k, (y, x) in enumerate(((8, 8), (8, 40), (8, 8))):
+        boxes[0, k, y : y + 16, x : x + 16] = 1
+    flat = {name: torch.ones_like(x) for name, x in features(batch=1).items()}
+    with torch.no_grad():
+        place = head(flat, boxes).query_embeddings[0]
+        flat["res2"][..., 8:] = -1  # under the second box
+        other = head(flat, boxes).query_embeddings[0]
+    assert (place[0] - place[1]).abs().max() > 0.1 and torch.equal(place[0], place[2])
+    assert torch.equal(place[0], other[0]) and (place[1] - other[1]).abs().max() > 0.1
 
 
 def test_geometry_of_a_box():

@@ -1,7 +1,9 @@
 """Queries from the input entities, instead of learned ones (MODEL.MASK_DECODER.QUERIES: entity).
 
 Content says what lies under an entity's mask, blended and in the image alone, and how its outline
-looks; position says where.
+looks; position says where. The decoder's layers keep what makes masks: its embeddings lose most of
+an entity's colour, and positions, which attention compares and never passes on, altogether. So the
+evidence, content and place, goes past the decoder to the association as well.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 
 class EntityQueries(nn.Module):
-    """Queries from the input entities themselves: content and position, (B, E, D) each."""
+    """Queries from the input entities: content, position and evidence, (B, E, D) each."""
 
     def __init__(
         self, in_channels: int, dim: int, shape_size: int, image_channels: int = 0
@@ -27,10 +29,11 @@ class EntityQueries(nn.Module):
         self.image = nn.Linear(image_channels, dim) if image_channels else None
         self.shape = nn.Linear(shape_size**2, dim) if shape_size else None
         self.position = nn.Sequential(nn.Linear(dim + 5, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.place = nn.Linear(dim + 5, dim, bias=False)
 
     def forward(
         self, features: Tensor, masks: Tensor, image: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Pool features (B, C, h, w), and the image's grid (B, C', g, g), under masks (B, E, H, W).
 
         An entity without a pixel has zeros for its pooled features, its geometry and its crop.
@@ -44,7 +47,7 @@ class EntityQueries(nn.Module):
         if self.shape is not None:
             content = content + self.shape(crop_masks(masks, geometry, self.shape_size).flatten(2))
         where = torch.cat([_sine(geometry[..., :2], self.dim), geometry], dim=-1)
-        return content, self.position(where)
+        return content, self.position(where), content + self.place(where)
 
 
 def _pool(features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

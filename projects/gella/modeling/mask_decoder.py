@@ -25,7 +25,8 @@ class MaskDecoderOutput:
     """What the decoder says about Q queries of B images.
 
     Attributes:
-        query_embeddings: ``E_vc``, (B, Q, HIDDEN_DIM), behind the decoder's final LayerNorm.
+        query_embeddings: ``E_vc``, (B, Q, HIDDEN_DIM), behind the decoder's final LayerNorm, and
+            with an entity query's evidence added.
         entity_logits: per layer (B, Q, 2): class 0 entity, class 1 no object; the last is final.
         mask_logits: per layer (B, Q, H/4, W/4); the last is final.
         query_valid: bool (B, Q); False marks padding queries, whose rows mean nothing.
@@ -146,11 +147,13 @@ class Mask2FormerHead(nn.Module):
             )
         if self.queries == "learned":
             content = self.transformer.queries_features.weight.expand(len(maps[0]), -1, -1)
+            evidence = torch.zeros_like(content)
             position = self.transformer.queries_embedder.weight.expand(len(maps[0]), -1, -1)
             valid = torch.ones(content.shape[:2], dtype=torch.bool, device=content.device)
         else:
             masks, valid = _check_masks(entity_masks, entity_valid, len(maps[0]))
-            content, position = self.entity_queries(maps[0], masks, features.get("image"))
+            queries = self.entity_queries(maps[0], masks, features.get("image"))
+            content, position, evidence = queries
             bias = torch.where(valid, 0.0, _PADDING_BIAS)[:, None, None]  # B 1 1 Q
             bias = bias.expand(-1, self.num_heads, valid.shape[1], -1)
             self._self_attention_bias = bias.flatten(0, 1)  # B*h Q Q
@@ -162,7 +165,7 @@ class Mask2FormerHead(nn.Module):
         # last_hidden_state would lack the final LayerNorm; the intermediate states have it.
         states = [state.transpose(0, 1) for state in decoded.intermediate_hidden_states]  # B Q D
         return MaskDecoderOutput(
-            query_embeddings=states[-1],
+            query_embeddings=states[-1] + evidence,
             entity_logits=[self.entity_head(state) for state in states],
             mask_logits=list(decoded.masks_queries_logits),
             query_valid=valid,
