@@ -10,9 +10,9 @@ CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RELEASE := weights/gella_tiny_shapes/config.yaml
-FIRST := gella_tiny_shapes
-CONFIG := configs/gella_tiny_all_tasks.yaml
-OUTPUT := output/gella_tiny_all_tasks
+FIRST := gella_tiny_all_tasks
+FINISH := gella_tiny_finish
+OUTPUT := output/$(FINISH)
 
 .PHONY: help venv demo app train test test-lowest lint clean
 
@@ -51,9 +51,8 @@ app: $(STAMP)
 train: $(STAMP)
 	$(BIN)/python datasets/prepare_shapes.py
 	$(BIN)/python tools/train_net.py --config-file configs/$(FIRST).yaml
-	$(BIN)/python tools/train_net.py --config-file $(CONFIG) \
-		MODEL.WEIGHTS output/$(FIRST)/model_final.pth
-	$(BIN)/python tools/demo.py --config-file $(CONFIG) --weights $(OUTPUT)/model_final.pth \
+	$(BIN)/python tools/train_net.py --config-file configs/$(FINISH).yaml
+	$(BIN)/python tools/demo.py --config-file configs/$(FINISH).yaml --weights $(OUTPUT)/model_final.pth \
 		--dataset gella_shapes_png_val --num 3 --output $(OUTPUT)/demo
 	@echo
 	@echo "Weights:   $(OUTPUT)/model_final.pth"

@@ -91,7 +91,8 @@ CHANGES: dict[str, dict[str, str]] = {
         "python tools/app.py": VISIT,
         "--train 0\n": "--train 0 --val 4\n",
         "prepare_shapes.py\n": "prepare_shapes.py --train 6 --val 4\n",
-        "/model_final.pth\n\t$(BIN)": "/model_final.pth SOLVER.MAX_ITER 2\n\t$(BIN)",
+        "$(FIRST).yaml\n": "$(FIRST).yaml SOLVER.MAX_ITER 2\n",
+        "$(FINISH).yaml\n": "$(FINISH).yaml SOLVER.MAX_ITER 2\n",
         "-n 2 tests": "tests/test_setup_detectron2.py",
     },
     "README.md": {

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "weights/gella_tiny_shapes/config.yaml"
 RELEASE = (ROOT / CONFIG).parent
 EXAMPLES = ROOT / "examples" / "shapes"
-STAGES = ("gella_tiny_shapes.yaml", "gella_tiny_all_tasks.yaml")
+STAGES = ("gella_tiny_all_tasks.yaml", "gella_tiny_finish.yaml")
 CARD = (RELEASE / "README.md").read_text(encoding="utf-8")
 RESULTS = json.loads((RELEASE / "results.json").read_text(encoding="utf-8"))
 # On one machine the scores repeat to the last digit. Another processor may decide a few close calls
@@ -148,11 +148,14 @@ def test_the_folder_works_from_anywhere_and_overrides_start_where_one_is(
     assert cfg.MODEL.LANGUAGE.TOKENIZER == str(RELEASE / "tokenizer")
     cfg = load_config(RELEASE / "config.yaml", ["MODEL.WEIGHTS", "model.safetensors"])
     assert cfg.MODEL.WEIGHTS == "model.safetensors"
-    # What is nowhere stays as it is written; scenes that are drawn are found in the checkout.
-    tokenizer = load_config(released_base()).MODEL.LANGUAGE.TOKENIZER
-    drawn = ROOT / "datasets" / "shapes" / "tokenizer"
-    assert tokenizer == (str(drawn) if drawn.exists() else "datasets/shapes/tokenizer")
-    assert load_config(released_base()).MODEL.WEIGHTS == ""
+    # What is nowhere stays as it is written; what was made is found in the checkout.
+    base = load_config(released_base()).MODEL
+    first = f"output/{Path(STAGES[0]).stem}/model_final.pth"
+    for written, found in (
+        ("datasets/shapes/tokenizer", base.LANGUAGE.TOKENIZER),
+        (first, base.WEIGHTS),
+    ):
+        assert found == (str(ROOT / written) if (ROOT / written).exists() else written)
 
 
 def dockerfile() -> list[list[str]]:
@@ -308,4 +311,4 @@ def test_captions_that_people_type_are_understood(predictor: GellaPredictor) -> 
         )
     # The aim is 18.
     # The aim is 18.
-    assert sum(right) >= 13, [typed[1] for typed, good in zip(TYPED, right) if not good]
+    assert sum(right) >= 17, [typed[1] for typed, good in zip(TYPED, right) if not good]
