@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"prepare_shapes: error: {error}", file=sys.stderr)
         return 1
     released = "weights/gella_tiny_shapes/config.yaml --eval-only"
-    config = "configs/gella_tiny_shapes.yaml" if args.train else released
+    config = "configs/gella_tiny_all_tasks.yaml" if args.train else released
     print(f"next: python {project('tools/train_net.py')} --config-file {config}")
     return 0
 
