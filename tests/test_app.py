@@ -40,7 +40,7 @@ app_page = pytest.importorskip("gella.commands.app_page")
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = ROOT / "examples" / "shapes"
 SCENE, MASKS = SCENES / "000000500002.png", SCENES / "000000500002_masks.png"
-CAPTION = "Here we can see two white stars and the grass."
+CAPTION = "We can see two white stars and the grass."
 BOUNDS = ("--max-upload-mb", "1", "--max-pixels", "100000", "--max-caption", "300")
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
