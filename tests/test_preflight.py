@@ -196,6 +196,7 @@ def test_nothing_is_missing_where_all_is_there(look):
         (["MODEL.WEIGHTS", ""], {}, "MODEL.WEIGHTS is empty.*MODEL.FROM_SCRATCH True"),
         (["MODEL.WEIGHTS", "", "MODEL.FROM_SCRATCH", True], {}, None),
         (["MODEL.WEIGHTS", "absent"], {}, "weights absent .*do not exist; python .*--from-hub"),
+        (["MODEL.WEIGHTS", "o/model_final.pth"], {}, "weights o/model_final.*; train the"),
         (["MODEL.WEIGHTS", "absent"], {"trains": False}, "do not exist; check MODEL.WEIGHTS"),
         (["MODEL.LANGUAGE.TOKENIZER", "./absent"], {}, "no tokenizer can be read from './absent'"),
         (["MODEL.LANGUAGE.NUM_LAYERS", 3], {}, "weights/first.*missing: .*layers.2"),

@@ -182,6 +182,8 @@ def _weights(cfg: Any, run: Run, weights: str, model: nn.Module, makes: str) -> 
     elif not os.path.exists(weights):
         first = run.trains or "first" in Path(weights).parts
         advice = makes if first else "check MODEL.WEIGHTS"
+        if Path(weights).name == "model_final.pth":  # a training's, which no conversion makes
+            advice = "train the config that writes them, or check MODEL.WEIGHTS"
         yield Missing(f"weights {weights} (MODEL.WEIGHTS) do not exist", advice)
     else:
         try:  # mapped, not read
