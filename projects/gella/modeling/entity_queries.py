@@ -29,7 +29,7 @@ class EntityQueries(nn.Module):
         self.image = nn.Linear(image_channels, dim) if image_channels else None
         self.shape = nn.Linear(shape_size**2, dim) if shape_size else None
         self.position = nn.Sequential(nn.Linear(dim + 5, dim), nn.ReLU(), nn.Linear(dim, dim))
-        self.place = nn.Linear(dim + 5, dim, bias=False)
+        self.place = nn.Linear(5, dim)
 
     def forward(
         self, features: Tensor, masks: Tensor, image: Tensor | None = None
@@ -47,7 +47,9 @@ class EntityQueries(nn.Module):
         if self.shape is not None:
             content = content + self.shape(crop_masks(masks, geometry, self.shape_size).flatten(2))
         where = torch.cat([_sine(geometry[..., :2], self.dim), geometry], dim=-1)
-        return content, self.position(where), content + self.place(where)
+        # In -2..2: as fractions, or beside half a hundred sines, sides are learned after everything
+        # else, and "the star on the left" with them.
+        return content, self.position(where), content + self.place(4 * geometry - 2)
 
 
 def _pool(features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
