@@ -65,7 +65,8 @@ class EncodedImage:
     Attributes:
         query_embeddings: (k, K, D), ``E_vc`` of the K queries that are entities, for k draws of
             colours.
-        scores: (K,) probability of each that it is one, the mean over the draws.
+        scores: (K,) what AP ranks them by, as Mask2Former does: the probability of each that it
+            is one, the mean over the draws, times the mean probability inside its mask.
         masks: the decoder's K bool masks (height, width), in the original frame, of the draws'
             mean logits.
         snapped: int64 (K,), the input entity that each query reproduces, -1 for none; None where
@@ -110,6 +111,8 @@ def encode_images(
         if queries == "learned":
             keep = keep & (score > options.ENTITY_SCORE_THRESHOLD)
         logits = _mean(o.mask_logits[-1][i][keep] for o in outputs)
+        inside = (logits > 0).float()
+        sure = (logits.sigmoid() * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
         size = view["height"], view["width"]
         frame = tuple(view["colormap"].shape[-2:])
         masks = masks_in_original_frame(logits, frame, view["valid_size"], *size)
@@ -120,7 +123,7 @@ def encode_images(
         encoded.append(
             EncodedImage(
                 query_embeddings=torch.stack([o.query_embeddings[i][keep] for o in outputs]),
-                scores=score[keep],
+                scores=score[keep] * sure,
                 masks=masks,
                 snapped=snapped,
                 image_grid=grid[i : i + 1].clone(),  # a view would keep the whole batch alive
