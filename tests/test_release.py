@@ -148,6 +148,10 @@ def test_the_folder_works_from_anywhere_and_overrides_start_where_one_is(
     assert cfg.MODEL.LANGUAGE.TOKENIZER == str(RELEASE / "tokenizer")
     cfg = load_config(RELEASE / "config.yaml", ["MODEL.WEIGHTS", "model.safetensors"])
     assert cfg.MODEL.WEIGHTS == "model.safetensors"
+    alone = shutil.copytree(RELEASE, tmp_path / "alone")  # without configs/ beside it
+    cfg = load_config(alone / "config.yaml")
+    assert cfg.MODEL.WEIGHTS == str(alone / "model.safetensors")
+    assert cfg.MODEL.LANGUAGE.TOKENIZER == str(alone / "tokenizer")
     # What is nowhere stays as it is written; what was made is found in the checkout.
     base = load_config(released_base()).MODEL
     first = f"output/{Path(STAGES[0]).stem}/model_final.pth"
@@ -309,6 +313,4 @@ def test_captions_that_people_type_are_understood(predictor: GellaPredictor) -> 
                 for phrase, (noun, wanted) in zip(found, nouns.items())
             )
         )
-    # The aim is 18.
-    # The aim is 18.
-    assert sum(right) >= 17, [typed[1] for typed, good in zip(TYPED, right) if not good]
+    assert sum(right) >= 18, [typed[1] for typed, good in zip(TYPED, right) if not good]
