@@ -28,7 +28,7 @@ def test_the_ten_cells_run_and_show_what_they_say(
         exec(compile(statements, f"cell {cell['id']}", "single"), names)
     num_entities, ground, picture, nouns, given, joint, sole, panoptic, size, nothing = shown
     assert num_entities == joint[0].shape[1] == 7
-    assert ground == [("three purple rings", [4, 2, 3]), ("the sand", [7])]
+    assert ground == [("three purple rings", [3, 2, 4]), ("the sand", [7])]
     assert isinstance(picture, Image.Image) and isinstance(panoptic, Image.Image)
     assert [noun["noun"] for noun in nouns] == [phrase for phrase, _ in ground]
     assert [phrase for phrase, _ in given] == ["Three rings", "the sand"]
