@@ -33,7 +33,7 @@ def test_the_ten_cells_run_and_show_what_they_say(
     assert [noun["noun"] for noun in nouns] == [phrase for phrase, _ in ground]
     assert [phrase for phrase, _ in given] == ["Three rings", "the sand"]
     (_, rings), (_, purple) = sole
-    assert joint[1] == [1, 5, 6] and sorted(rings + purple) == [2, 4]  # singular: one each
+    assert joint[1] == [1, 5, 6] and sorted(rings + purple) == [3, 4]  # singular: one each
     assert Image.open("grounding.png").size == picture.size
     text = Path("grounding.json").read_text(encoding="utf-8")
     assert json.loads(text)["nouns"] == nouns and (len(text), None) == (size, nothing)
