@@ -47,8 +47,8 @@ class EntityQueries(nn.Module):
         if self.shape is not None:
             content = content + self.shape(crop_masks(masks, geometry, self.shape_size).flatten(2))
         where = torch.cat([_sine(geometry[..., :2], self.dim), geometry], dim=-1)
-        # In -2..2: as fractions, or beside half a hundred sines, sides are learned after everything
-        # else, and "the star on the left" with them.
+        # In -2..2: as fractions beside their sines the place was too faint for "the star on the
+        # left" to be learned at all (docs/OPTIONS.md).
         return content, self.position(where), content + self.place(4 * geometry - 2)
 
 
