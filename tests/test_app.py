@@ -221,6 +221,29 @@ def test_streaming_ends_when_the_text_fails_or_nobody_reads():
     assert ended.is_set()
 
 
+def test_what_is_not_wanted_any_more_is_not_written():
+    visitor, nothing = app_page.Visitor(), app_page.gr.skip()
+
+    def click(caption: str) -> Any:
+        app_page.Desk.keep(None, visitor, "", "")
+        return (caption for _, caption, _ in visitor.write([(caption, ""), ("more", "")]))
+
+    writing = click("one")
+    assert next(writing) == "one"
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(visitor.end_writing)
+        while not visitor.unwanted:
+            time.sleep(0.01)
+        assert not ended.done()  # "one" may still be on its way
+        click("a second click while the first one's caption is written")
+        assert list(writing) == [nothing]
+        ended.result(60)
+    asked = click("two")
+    visitor.end_writing()  # before the model's turn
+    assert list(asked) == [nothing] and list(click("three")) == ["three", "more"]
+    assert "two" not in visitor.written
+
+
 # -- the guard before Gradio, and its folder -------------------------------------------------------
 
 

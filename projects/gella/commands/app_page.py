@@ -19,9 +19,10 @@ import re
 import secrets
 import shutil
 import threading
+import time
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,8 @@ HEAD = f"<style>{STYLE}{_OWN_STYLE}</style><script>{SCRIPT}{_NAMES}</script>"
 _MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
 _LAST = {**_MODEL, "trigger_mode": "always_last"}  # a click meanwhile is not lost
 _OUTSIDE: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+# Through the queue: behind the last text in it of a caption that was still being written.
+_AFTER: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _OFF: dict[str, Any] = gr.update(interactive=False)
 # What only the server's owner can do: "shorten it or raise MODEL.KEY", "at most 5 (MODEL.KEY)".
 _SETTINGS = re.compile(
@@ -234,6 +237,9 @@ class Visitor:
     extracted: tuple[str, str] = ("", "")  # a caption and the list of its nouns that a model made
     # What models wrote as a caption, word by word: the page may show any part of a description.
     written: deque[str] = field(default_factory=lambda: deque(maxlen=1000))
+    writing: bool = False  # a model writes a caption
+    unwanted: bool = False  # that caption, or the one that a model will write
+    handing_over: bool = False  # a text of it is on its way to the page
     again: Any = None  # asks the last question, of a threshold
     folder: Path = Path()  # of the last result's files
 
@@ -243,6 +249,35 @@ class Visitor:
         height, width = self.scene.image.shape[:2]
         count, name = self.scene.entities.num_entities, Path(self.paths[0]).stem
         return note(f"{name}: {width} x {height} pixels, {count} entities; encoded.")
+
+    def write(self, texts: Iterable[tuple[str, str]]) -> Iterator[tuple[Visitor, Any, Any]]:
+        """Yield the visitor with captions and their nouns, each in place of the last, until
+        `end_writing`."""
+        self.writing = True
+        try:
+            for caption, nouns in texts:
+                self.handing_over = True
+                if self.unwanted:
+                    yield self, gr.skip(), gr.skip()  # at its end Gradio sends the last one again
+                    return
+                self.written.append(caption)
+                yield self, caption, nouns
+                self.handing_over = False
+        finally:
+            self.writing = self.handing_over = False
+
+    def end_writing(self) -> None:
+        """End what `write` yields; returns when the page has been sent all of it.
+
+        Not by ``cancels``: Gradio's page may then show "Error" over the caption, for good.
+        """
+        self.unwanted = True
+        while self.handing_over:
+            time.sleep(0.01)
+
+    def own_caption(self, caption: str, kept: str) -> str:
+        """The caption to go back to: what stands there, or ``kept`` if a model wrote that."""
+        return caption if caption.strip() and caption not in self.written else kept
 
     def keep_nouns(self, caption: str, nouns: Sequence[str]) -> str:
         """Remember nouns that a model found in a caption; return them as a list to be typed."""
@@ -423,13 +458,15 @@ class Desk:
         return *(visitor.bare() if visitor.shown else nothing), defaults[name]
 
     def keep(self, visitor: Visitor, caption: str, kept: str) -> tuple[str, Any]:
-        """The caption to go back to, the newest that no model wrote, and whether there is one."""
-        kept = caption if caption.strip() and caption not in visitor.written else kept
+        """Before a model writes: the caption to go back to, and whether there is one."""
+        visitor.unwanted &= visitor.writing  # a second click may come here after the end of it
+        kept = visitor.own_caption(caption, kept)
         return kept, gr.update(interactive=bool(kept))
 
     def restore(self, visitor: Visitor, caption: str, kept: str) -> tuple[str, str]:
-        """The caption to go back to, and the next one: what stands there, if no model wrote it."""
-        return kept or caption, self.keep(visitor, caption, kept)[0]
+        """The caption to go back to, and the next one."""
+        visitor.end_writing()
+        return kept or caption, visitor.own_caption(caption, kept)
 
     def ground(
         self,
@@ -484,9 +521,8 @@ class Desk:
     def describe(self, visitor: Visitor) -> Iterator[tuple[Visitor, str, str]]:
         """The model's description, while it is written; nouns of a former caption go."""
         describe = functools.partial(self.predictor.describe, scene=visitor.scene)
-        for text in streamed(lambda on_text: describe(on_text=on_text)):
-            visitor.written.append(text)
-            yield visitor, text, ""
+        texts = streamed(lambda on_text: describe(on_text=on_text))
+        yield from visitor.write((text, "") for text in texts)
 
     def ask(self, visitor: Visitor) -> Iterator[tuple[Visitor, str, str]]:
         """The captioner's description with its nouns.
@@ -502,8 +538,7 @@ class Desk:
                 failure = "gave no answer that can be used; again?"
             raise ValueError(f"The caption model {failure}") from None
         caption = answer.description[: self.limits.max_caption]
-        visitor.written.append(caption)
-        yield visitor, caption, visitor.keep_nouns(caption, answer.nouns)
+        yield from visitor.write([(caption, visitor.keep_nouns(caption, answer.nouns))])
 
     def extract(self, visitor: Visitor, caption: str) -> Iterator[tuple[Visitor, str]]:
         """The caption's nouns as the model finds them."""
@@ -577,7 +612,7 @@ def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
             with gr.Column(scale=3, min_width=300):
                 given = [visitor, picture, masks]
                 with gr.Tab("Caption") as captions:
-                    writing = _caption_tab(desk, given, caption, shown, choices)
+                    _caption_tab(desk, given, caption, shown, choices)
                 with gr.Tab("Referring") as referring:
                     _line_tab(desk, given, shown, expression, threshold, desk.refer)
                 with gr.Tab("Panoptic") as panoptic:
@@ -598,7 +633,7 @@ def build(desk: Desk, examples: Sequence[Entry], untrained: bool) -> gr.Blocks:
         if examples:
             with places[0]:
                 filled = [picture, masks, caption, expression, categories]
-                _gallery(examples, filled, writing)
+                _gallery(examples, visitor, filled)
 
         def forget(request: gr.Request) -> None:
             # Gradio itself keeps the state of a closed tab for an hour.
@@ -689,16 +724,7 @@ def _inputs(desk: Desk, shown: list[Any]) -> tuple[Any, Any, Any]:
     return picture, masks, line
 
 
-def _instead(running: list[dict[str, Any]], click: Any, *filling: Any) -> None:
-    """On a ``click``, put a caption in the place of one that is still being written (``running``).
-
-    The writing ends first, and the caption comes through the queue: behind the last text in it.
-    """
-    click(None, cancels=running, **_OUTSIDE)
-    click(*filling, show_progress="hidden", api_visibility="private")
-
-
-def _gallery(examples: Sequence[Entry], filled: list[Any], running: list[dict[str, Any]]) -> None:
+def _gallery(examples: Sequence[Entry], visitor: Any, filled: list[Any]) -> None:
     images = [[example.image] for example in examples]
     rows = [
         (e.image, [str(e.masks)], e.text, e.expression, ", ".join(e.categories)) for e in examples
@@ -712,16 +738,18 @@ def _gallery(examples: Sequence[Entry], filled: list[Any], running: list[dict[st
         samples_per_page=24,
         elem_id="examples",
     )
-    _instead(running, gallery.click, rows.__getitem__, gallery, filled)
+
+    def fill(visitor: Visitor, index: int) -> tuple[Any, ...]:
+        visitor.end_writing()
+        return rows[index]
+
+    gallery.click(fill, [visitor, gallery], filled, **_AFTER)
 
 
 def _caption_tab(
     desk: Desk, given: list[Any], caption: Any, shown: list[Any], choices: tuple[Any, Any]
-) -> list[dict[str, Any]]:
-    """The three tasks of the paper's Figure 3: describe, extract nouns, ground.
-
-    Returns the events that write a caption.
-    """
+) -> None:
+    """The three tasks of the paper's Figure 3: describe, extract nouns, ground."""
     caption.render()
     ask, kept = None, gr.State("")
     with gr.Row():
@@ -738,14 +766,14 @@ def _caption_tab(
     describing = desk.event(desk.describe, blind=True)
     for writer in filter(None, (describe, ask)):  # first: Gradio calls what a click calls in turn
         writer.click(desk.keep, [given[0], caption, kept], [kept, back], **_OUTSIDE)
-    running: list[dict[str, Any]] = [
-        describe.click(describing, given, texts, api_name="describe", **_MODEL)
-    ]
-    stop.click(None, cancels=running[:1], **_OUTSIDE)
+    # "minimal": the caption stays in sight while others' questions are answered, stopped or not.
+    writing: dict[str, Any] = {"show_progress": "minimal", **_MODEL}
+    describe.click(describing, given, texts, api_name="describe", **writing)
+    stop.click(Visitor.end_writing, given[:1], None, **_OUTSIDE)
     if ask is not None:
         asking = desk.event(desk.ask, blind=True)
-        running.append(ask.click(asking, given, texts, api_name="ask", **_MODEL))
-    _instead(running, back.click, desk.restore, [given[0], caption, kept], [caption, kept])
+        ask.click(asking, given, texts, api_name="ask", **writing)
+    back.click(desk.restore, [given[0], caption, kept], [caption, kept], **_AFTER)
     extract.click(
         desk.event(desk.extract, blind=True),
         [*given, caption],
@@ -761,7 +789,6 @@ def _caption_tab(
         show_progress_on=shown[1],
         **_LAST,
     )
-    return running
 
 
 def _line_tab(
