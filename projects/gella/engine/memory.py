@@ -12,6 +12,7 @@ bytes a parameter for 16, gathered layers in float32, no bfloat16 choice, no sta
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -112,6 +113,7 @@ def build_on_meta(cfg: Any) -> nn.Module:
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
     cfg.MODEL.LANGUAGE.ATTENTION = "sdpa"  # others may not be installed; the keys are the same
+    importlib.import_module("torch._dynamo")  # PyTorch 2.8 cannot while tensors are made elsewhere
     with torch.device("meta"):
         return build_model(cfg)
 
@@ -368,9 +370,11 @@ def saved_bytes(
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model.train()
-    # In training these layers look whether a value is infinite, which no fake tensor can tell;
-    # without dropout that is all evaluation changes.
+    # In training these layers look whether a value is infinite, and this decoder whether a random
+    # one says to leave a layer out, which no fake tensor can tell; without dropout that is all
+    # evaluation changes.
     model.mask_decoder.pixel_decoder.encoder.eval()
+    model.mask_decoder.transformer.decoder.training = False  # its layers are
     dtype = torch.bfloat16 if half else torch.float32
     blocks: list[int] = []  # bytes that each block of the language decoder saves, in order
 
