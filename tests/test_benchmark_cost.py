@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import weakref
 from pathlib import Path
@@ -130,11 +131,13 @@ def test_flops_without_data_are_those_of_a_real_run_part_by_part(queries):
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def llama_flops(length, logits):
-    """2 FLOPs for each weight and token, and two products of queries with keys and values."""
+def llama_flops(length, logits, angles=0):
+    """2 FLOPs for each weight and token, two products of queries with keys and values, and what the
+    angles of a position take."""
     width, inner, words, layers = 4096, 11008, 32001, 2
     linear = layers * (4 * width * width + 3 * width * inner)
-    return 2 * linear * length + 4 * layers * width * length**2 + 2 * logits * width * words
+    products, said = 4 * layers * width * length**2, 2 * logits * width * words
+    return (2 * linear + angles) * length + products + said
 
 
 def test_the_language_decoder_and_clip_cost_what_their_formulas_say():
@@ -143,18 +146,18 @@ def test_the_language_decoder_and_clip_cost_what_their_formulas_say():
     length, projector = 576 + 60 + 60 + 58, 2 * 576 * (1024 * 4096 + 4096 * 4096)
     assert Workload().answer == 10 + 12 * 4
     assert counted["parts"]["projector"] == projector
-    # Older versions of transformers multiply matrices for the angles of 64 pairs at every position.
-    angles = counted["parts"]["language decoder"] - llama_flops(length, 58)
-    assert angles in (0, 2 * 64 * length)
+    angles = (counted["parts"]["language decoder"] - llama_flops(length, 58)) / length
+    assert angles in (0, 2 * 64)  # older versions of transformers multiply matrices for 64 pairs
+    llama = functools.partial(llama_flops, angles=angles)
     ways = {way: x["flops"] for way, x in counted["language"].items()}
-    assert ways["given"] == projector + llama_flops(length, 58)
-    steps = sum(llama_flops(1, 1) + 4 * 2 * 4096 * (cached - 1) for cached in range(697, length))
-    assert ways["generated"] - ways["given"] == projector + llama_flops(696, 1) + steps
-    assert ways["one_noun"] == 12 * (projector + llama_flops(576 + 120 + 14, 14))
-    assert ways["noun_alone"] == 12 * (projector + llama_flops(576 + 62 + 14, 14))
+    assert ways["given"] == projector + llama(length, 58)
+    steps = sum(llama(1, 1) + 4 * 2 * 4096 * (cached - 1) for cached in range(697, length))
+    assert ways["generated"] - ways["given"] == projector + llama(696, 1) + steps
+    assert ways["one_noun"] == 12 * (projector + llama(576 + 120 + 14, 14))
+    assert ways["noun_alone"] == 12 * (projector + llama(576 + 62 + 14, 14))
     for rule in (1, 2):
         tokens = counted["implied_tokens"][str(rule)]
-        around = [projector + llama_flops(tokens + more, 0) for more in (-1, 1)]
+        around = [projector + llama(tokens + more, 0) for more in (-1, 1)]
         assert around[0] < 11_987e9 * 2 / rule < around[1]
     rows = counted["table_12"]
     assert rows["ours, nouns given"][0] == ways["given"]
