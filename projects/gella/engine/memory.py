@@ -370,11 +370,11 @@ def saved_bytes(
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model.train()
-    # In training these layers look whether a value is infinite, and this decoder whether a random
-    # one says to leave a layer out, which no fake tensor can tell; without dropout that is all
-    # evaluation changes.
+    # In training these layers look whether a value is infinite, and the decoder around its layers
+    # whether a random value leaves one out (transformers before 5.23): no fake tensor can tell.
+    # Without dropout that is all evaluation changes.
     model.mask_decoder.pixel_decoder.encoder.eval()
-    model.mask_decoder.transformer.decoder.training = False  # its layers are
+    model.mask_decoder.transformer.decoder.training = False
     dtype = torch.bfloat16 if half else torch.float32
     blocks: list[int] = []  # bytes that each block of the language decoder saves, in order
 
