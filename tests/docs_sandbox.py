@@ -233,6 +233,7 @@ def copy_sandbox(base: Path, folder: Path, socket: Path) -> dict[str, str]:
         (binaries / name).chmod(0o755)
     (folder / ".venv" / ".installed").touch()
     unwanted = ("DETECTRON2_DATASETS", "GELLA_API_URL", "GELLA_API_MODEL", "GELLA_API_KEY")
+    unwanted += ("MAKEFLAGS",)  # with the folder of `make test-lowest`
     kept = {k: v for k, v in os.environ.items() if k not in unwanted and not k.startswith("PYTEST")}
     kept |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"}
     kept |= {"GLOO_SOCKET_IFNAME": "lo", "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
