@@ -119,7 +119,8 @@ def test_losses_of_a_batch_are_means_over_its_images(
     records, tokenizer_dir, queries, task, monkeypatch
 ):
     """Images of other sizes, entities and nouns weigh alike, with the points drawn at random."""
-    cfg = make_cfg(tokenizer_dir, queries)
+    # Of many points two are as uncertain as one another, and either may be taken.
+    cfg = make_cfg(tokenizer_dir, queries, "MODEL.MASK_DECODER.TRAIN_NUM_POINTS", 16)
     model, batch = make_model(cfg).train(), batch_of(cfg, records, task, is_train=True)
     model.colormap_encoder.eval()  # statistics of a batch are of the batch
 
