@@ -459,7 +459,8 @@ class Desk:
 
     def keep(self, visitor: Visitor, caption: str, kept: str) -> tuple[str, Any]:
         """Before a model writes: the caption to go back to, and whether there is one."""
-        visitor.unwanted &= visitor.writing  # a second click may come here after the end of it
+        # While one is written a click asks for no other, and may come here after it was ended.
+        visitor.unwanted &= visitor.writing
         kept = visitor.own_caption(caption, kept)
         return kept, gr.update(interactive=bool(kept))
 
