@@ -378,6 +378,13 @@ def test_a_view_keeps_entities_that_vanish_and_repeats_with_the_seed():
     assert (first["colormap"] != other["colormap"]).any()
 
 
+def test_a_view_paints_no_map_of_the_full_size():
+    entities = EntityMap.from_masks(*boxes(0)).canonical()
+    view_of(np.zeros((24, 24, 3), dtype=np.uint8), entities)
+    assert entities.size == (24, 24)
+    assert "ids" not in vars(entities)  # four bytes for every pixel of a large picture
+
+
 def test_sizes_and_pixels_of_the_fitted_image():
     assert fitted_size(427, 640, 96) == (64, 96) and fitted_size(1, 5000, 96) == (1, 96)
     assert fitted_size(48, 24, 96) == (96, 48)

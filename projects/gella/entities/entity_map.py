@@ -315,7 +315,9 @@ class EntityMap:
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) in pixels."""
-        return (self.ids.shape[0], self.ids.shape[1])
+        if self._runs is not None:  # `ids` of a large picture need not be painted for it
+            return self._runs.height, self._runs.width
+        return self.ids.shape[0], self.ids.shape[1]
 
     def bitmasks(self) -> np.ndarray:
         """One mask per entity: bool (E, H, W)."""
