@@ -171,6 +171,9 @@ def test_association_is_the_mean_over_an_image_s_known_nouns_and_valid_queries()
     wanted = sum(F.binary_cross_entropy_with_logits(*pair) for pair in pairs) / 2
     assert loss.item() == pytest.approx(4 * wanted.item(), rel=1e-5)
     assert build()(output, masks, logits, targets)["loss_association"] != loss
+    halved = build()(output, masks, logits, targets, known, [1.0, 0.5])["loss_association"]
+    wanted -= F.binary_cross_entropy_with_logits(*pairs[1]) / 4
+    assert halved.item() == pytest.approx(4 * wanted.item(), rel=1e-5)
 
 
 def test_nothing_to_learn_is_zero_and_keeps_the_graph():
@@ -282,6 +285,24 @@ def test_losses_of_a_batch_are_the_mean_of_those_of_its_images_alone(queries, ta
             joint, alone = model(batch), [model([image]) for image in batch]
             for name, loss in joint.items():
                 mean = sum(losses[name] for losses in alone) / len(batch)
-                assert loss.item() == pytest.approx(mean.item(), abs=1e-5), name
+                assert loss.item() == pytest.approx(mean.item(), rel=1e-5, abs=1e-5), name
     assert (joint["loss_association"] > 0) == (task == "ground") and joint["loss_answer"] > 0
     assert alone[1]["loss_answer"] == alone[1]["loss_association"] == 0
+
+
+@pytest.mark.parametrize("task, nouns, share", [
+    ("ground", 2, 0.5), ("extract", 8, 2.0), ("panoptic", 8, 1.0), ("refer", 1, 1.0),
+])  # fmt: skip
+def test_captions_count_by_their_nouns_and_lists_and_expressions_as_one(task, nouns, share):
+    image = {**sample(nouns, 3, 20, 0), "task": task}
+    image["phrases"] = [{"entity_indices": [i % 3]} for i in range(nouns)]
+    losses = {}
+    for number in (0.0, 4.0):
+        options = ["MODEL.META_ARCHITECTURE", "SteadyGELLA", "MODEL.ASSOCIATION.CAPTION_NOUNS"]
+        model = build_model(load_config(TINY, [*options, number])).train()
+        model.load_state_dict(losses.setdefault("weights", model.state_dict()))
+        losses[number] = {name: loss.item() for name, loss in model([image]).items()}
+    assert losses[4.0].pop("loss_association") == pytest.approx(
+        share * losses[0.0].pop("loss_association")
+    )
+    assert losses[4.0] == losses[0.0]

@@ -52,7 +52,7 @@ class Association(nn.Module):
     def from_config(cls, cfg: Any, noun_dim: int, entity_dim: int) -> dict[str, Any]:
         """Read ``MODEL.ASSOCIATION``; the dimensions are those of E_vl and E_vc."""
         node = {key.lower(): value for key, value in cfg.MODEL.ASSOCIATION.items()}
-        del node["weight"]  # the criterion's
+        del node["weight"], node["caption_nouns"]  # of the loss
         return dict(noun_dim=noun_dim, entity_dim=entity_dim, **node)
 
     def forward(self, nouns: list[Tensor], entities: Tensor) -> list[Tensor]:

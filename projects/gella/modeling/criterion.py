@@ -21,10 +21,10 @@ class GellaCriterion(nn.Module):
     every layer before it (``_0``, ``_1``, ...). ``learned`` queries meet entities by Hungarian
     matching, layer by layer; ``entity`` queries by their number.
 
-    Each loss is the mean over images of the mean over an image's own entities, queries or pairs: a
-    narrative of 5 nouns weighs as much as a list of 133 categories. An image that a loss finds
-    nothing in counts with 0, so that the loss of a batch is the mean over its parts of equal size,
-    on one process or many.
+    Each loss is the mean over images of the mean over an image's own entities, queries or pairs (of
+    pairs times a share of the caller's): a narrative of 5 nouns weighs as much as a list of 133
+    categories. An image that a loss finds nothing in counts with 0, so that the loss of a batch is
+    the mean over its parts of equal size, on one process or many.
     """
 
     @configurable
@@ -87,6 +87,7 @@ class GellaCriterion(nn.Module):
         association_logits: list[Tensor] | None = None,
         association_targets: Sequence[Tensor] = (),
         association_valid: Sequence[Tensor] | None = None,
+        association_shares: Sequence[Tensor | float] | None = None,
     ) -> dict[str, Tensor]:
         """Compute every loss, weighted, in float32 whatever autocast says.
 
@@ -97,6 +98,7 @@ class GellaCriterion(nn.Module):
             association_targets: per image (P_i, E_i) in 0..1, 1 where noun p names entity e.
             association_valid: per image bool (P_i,), False where a noun's entities are unknown;
                 all known without it.
+            association_shares: what each image counts in ``loss_association``; all 1 without it.
 
         Returns:
             ``{name: scalar}``. A loss to which nothing contributes is 0 and keeps its graph.
@@ -116,6 +118,7 @@ class GellaCriterion(nn.Module):
                     association_logits,
                     association_targets,
                     association_valid,
+                    association_shares or [1.0] * len(association_logits),
                 )
         return self.weigh(losses)
 
@@ -256,6 +259,7 @@ class GellaCriterion(nn.Module):
         logits: list[Tensor],
         targets: Sequence[Tensor],
         known: Sequence[Tensor] | None,
+        shares: Sequence[Tensor | float],
     ) -> Tensor:
         # Eq. 9: the mean over an image's pairs of a noun of known entities and a valid query.
         if len(logits) != len(matches) or len(targets) != len(matches):
@@ -275,5 +279,6 @@ class GellaCriterion(nn.Module):
             rows = torch.ones_like(scores[:, 0], dtype=torch.bool) if known is None else known[i]
             scores, wanted = scores[rows][:, query_valid[i]], wanted[rows][:, query_valid[i]]
             if scores.numel():
-                total = total + F.binary_cross_entropy_with_logits(scores.float(), wanted)
+                own = F.binary_cross_entropy_with_logits(scores.float(), wanted)
+                total = total + shares[i] * own
         return total / len(logits)

@@ -59,6 +59,7 @@ class GELLA(nn.Module):
         criterion: nn.Module,
         statistics: dict[str, list[float]],
         answer_weight: float,
+        caption_nouns: float,
         tokenizer_path: str,
         max_new_tokens: int,
         inference_options: Any,
@@ -72,6 +73,7 @@ class GELLA(nn.Module):
             statistics: ``pixel_mean`` and ``pixel_std`` of the colormap, ``image_mean`` and
                 ``image_std`` of CLIP's image: RGB in 0..255.
             answer_weight: of L_ans in eq. 10.
+            caption_nouns: of an image whose captions count as one in eq. 9's loss; 0: all do.
             tokenizer_path: read at the first question only.
             max_new_tokens: the longest generated answer.
             inference_options: the node ``MODEL.GELLA``.
@@ -84,7 +86,7 @@ class GELLA(nn.Module):
         self.language_decoder = language_decoder
         self.association = association
         self.criterion = criterion
-        self.answer_weight = answer_weight
+        self.answer_weight, self.caption_nouns = answer_weight, caption_nouns
         self.tokenizer_path = tokenizer_path
         self.max_new_tokens = max_new_tokens
         self.inference_options = inference_options
@@ -129,6 +131,7 @@ class GELLA(nn.Module):
                 "image_std": cfg.MODEL.IMAGE_ENCODER.PIXEL_STD,
             },
             answer_weight=cfg.MODEL.LANGUAGE.ANSWER_WEIGHT,
+            caption_nouns=cfg.MODEL.ASSOCIATION.CAPTION_NOUNS,
             tokenizer_path=cfg.MODEL.LANGUAGE.TOKENIZER,
             max_new_tokens=cfg.MODEL.LANGUAGE.MAX_NEW_TOKENS,
             inference_options=cfg.MODEL.GELLA,
@@ -196,14 +199,20 @@ class GELLA(nn.Module):
             language = self.read_answers(
                 asked, grid.repeat_interleave(torch.tensor(counts, device=self.device), dim=0)
             )
-            targets, known = zip(*(self._association_targets(x) for x in asked))
-            nouns = _joined(language.seg_embeddings, counts)
+            targets, valid = zip(*(self._association_targets(x) for x in asked))
+            nouns, known = _joined(language.seg_embeddings, counts), _joined(valid, counts)
             losses = self.criterion(
                 output,
                 target_masks=self._entity_masks(batched_inputs),
                 association_logits=self.association(nouns, output.query_embeddings),
                 association_targets=_joined(targets, counts),
-                association_valid=_joined(known, counts),
+                association_valid=known,
+                association_shares=[
+                    rows.sum() / self.caption_nouns
+                    if self.caption_nouns and x["task"] in ("extract", "ground")
+                    else 1.0
+                    for x, rows in zip(batched_inputs, known)
+                ],
             )
         losses["loss_answer"] = language.loss_answer * self.answer_weight
         return losses
