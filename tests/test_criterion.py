@@ -290,12 +290,13 @@ def test_losses_of_a_batch_are_the_mean_of_those_of_its_images_alone(queries, ta
     assert alone[1]["loss_answer"] == alone[1]["loss_association"] == 0
 
 
-@pytest.mark.parametrize("task, nouns, share", [
+@pytest.mark.parametrize("task, known, share", [
     ("ground", 2, 0.5), ("extract", 8, 2.0), ("panoptic", 8, 1.0), ("refer", 1, 1.0),
 ])  # fmt: skip
-def test_captions_count_by_their_nouns_and_lists_and_expressions_as_one(task, nouns, share):
-    image = {**sample(nouns, 3, 20, 0), "task": task}
-    image["phrases"] = [{"entity_indices": [i % 3]} for i in range(nouns)]
+def test_captions_count_by_their_known_nouns_and_lists_and_expressions_as_one(task, known, share):
+    image = {**sample(known + 1, 3, 20, 0), "task": task}
+    entities = [None, *([i % 3] for i in range(known))]
+    image["phrases"] = [{"entity_indices": indices} for indices in entities]
     losses = {}
     for number in (0.0, 4.0):
         options = ["MODEL.META_ARCHITECTURE", "SteadyGELLA", "MODEL.ASSOCIATION.CAPTION_NOUNS"]
