@@ -141,9 +141,10 @@ def test_losses_of_a_batch_are_means_over_its_images(
 
 
 @torch.no_grad()
-def test_prompts_of_one_image_weigh_as_if_each_came_with_it(records, tokenizer_dir):
+@pytest.mark.parametrize("caption_nouns", [0.0, 4.2])
+def test_prompts_of_one_image_weigh_as_if_each_came_with_it(records, tokenizer_dir, caption_nouns):
     """The answer loss is the mean over prompts; all nouns of an image meet its entities at once."""
-    cfg = make_cfg(tokenizer_dir, "entity")
+    cfg = make_cfg(tokenizer_dir, "entity", "MODEL.ASSOCIATION.CAPTION_NOUNS", caption_nouns)
     model, (first, second) = make_model(cfg).train(), batch_of(cfg, records[:2], "ground", True)
     model.colormap_encoder.eval()
     keys = ("input_ids", "labels", "seg_positions", "phrases", "task")
@@ -156,7 +157,8 @@ def test_prompts_of_one_image_weigh_as_if_each_came_with_it(records, tokenizer_d
     nouns = [len(x["phrases"]) for x in (first, other)]
     assert nouns == [2, 1]
     name = "loss_association"
-    both = (nouns[0] * first_alone[name] + nouns[1] * other_alone[name]) / sum(nouns)
+    weights = (1, 1) if caption_nouns else nouns  # counted by its nouns already, when alone
+    both = (weights[0] * first_alone[name] + weights[1] * other_alone[name]) / sum(weights)
     assert farthest(joint[name], (both + second_alone[name]) / 2, relative=True) < TOLERANCE
     name = "loss_answer"
     mean = (first_alone[name] + other_alone[name] + second_alone[name]) / 3

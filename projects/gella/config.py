@@ -184,9 +184,8 @@ def _add_association(cfg: Any, node: type) -> None:
     association.CALIBRATED = True
     association.BIAS_INIT = -1.5
     association.WEIGHT = 1.0  # of L_asso, eq. 10
-    # An image's captions count in L_asso by their nouns over this number, the mean of PNG's: what
-    # nouns teach, and AR scores, a caption of many has more of. Lists of categories and expressions
-    # count as one each; 0: captions too.
+    # A caption counts in L_asso by its nouns over this number, the mean of PNG's, as average recall
+    # counts nouns. Lists of categories and expressions count as one; 0: captions too.
     association.CAPTION_NOUNS = 5.0
 
 

@@ -73,7 +73,7 @@ class GELLA(nn.Module):
             statistics: ``pixel_mean`` and ``pixel_std`` of the colormap, ``image_mean`` and
                 ``image_std`` of CLIP's image: RGB in 0..255.
             answer_weight: of L_ans in eq. 10.
-            caption_nouns: of an image whose captions count as one in eq. 9's loss; 0: all do.
+            caption_nouns: of a caption that counts as one in eq. 9's loss; 0: every one does.
             tokenizer_path: read at the first question only.
             max_new_tokens: the longest generated answer.
             inference_options: the node ``MODEL.GELLA``.
@@ -208,10 +208,10 @@ class GELLA(nn.Module):
                 association_targets=_joined(targets, counts),
                 association_valid=known,
                 association_shares=[
-                    rows.sum() / self.caption_nouns
+                    rows.sum() / (count * self.caption_nouns)
                     if self.caption_nouns and x["task"] in ("extract", "ground")
                     else 1.0
-                    for x, rows in zip(batched_inputs, known)
+                    for x, rows, count in zip(batched_inputs, known, counts)
                 ],
             )
         losses["loss_answer"] = language.loss_answer * self.answer_weight
